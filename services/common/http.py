@@ -1,0 +1,232 @@
+"""An HTTP application as every service has it: probes, metrics, keys, correlation ids, sizes, errors as problem details."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.common.directory import Directory
+from services.common.errors import HubError, TooLarge, TryAgain
+from services.common.identity import Caller, bearer_key
+from services.common.logs import accepted_correlation_id, correlated, get_logger
+from services.common.runtime import Runtime
+
+log = get_logger(__name__)
+
+BODY_BYTES_MAX = 4 * 1024 * 1024
+PROBLEM_JSON = "application/problem+json"
+START_TIMEOUT_S = 10
+
+# Answered requests by route (not path: paths hold ids) and status.
+requests_total = Counter("smdih_http_requests_total", "HTTP requests answered", ["method", "route", "status"])
+# Time to the answer.
+request_seconds = Histogram("smdih_http_request_seconds", "Time to answer an HTTP request", ["method", "route"])
+
+
+async def authenticated(request: Request) -> Caller:
+    """The caller behind the request's key. Raises Unauthenticated."""
+    directory: Directory | None = request.app.state.directory
+    if directory is None or not await directory.is_caught_up():
+        raise TryAgain("The hub has just started and does not know its keys yet.", reason="STARTING", retry_after_s=1)
+    caller = directory.caller_of(bearer_key(request.headers.get("authorization", "")))
+    request.state.caller = caller
+    return caller
+
+
+Authenticated = Annotated[Caller, Depends(authenticated)]
+
+
+def problem(error: HubError) -> JSONResponse:
+    """The error as RFC 9457 problem details, with the hub's stable reason."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.HTTP_STATUS == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = {"type": "about:blank", "title": type(error).__name__, "status": error.HTTP_STATUS}
+    body |= {"detail": error.detail, "reason": error.reason}
+    return JSONResponse(body, status_code=error.HTTP_STATUS, headers=headers, media_type=PROBLEM_JSON)
+
+
+def application(
+    title: str,
+    *,
+    runtime: Runtime,
+    directory: Directory | None,
+    routers: Sequence[APIRouter] = (),
+    body_bytes_max: int = BODY_BYTES_MAX,
+    on_too_large: Callable[[Request, int], Awaitable[None]] | None = None,
+) -> FastAPI:
+    """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes.
+
+    `on_too_large(request, bytes)` is told of a body over the limit, before it is refused.
+    """
+    app = FastAPI(title=title, version="1", docs_url="/docs", redoc_url=None)
+    app.state.directory = directory
+    probes = APIRouter(include_in_schema=False)
+
+    @probes.get("/livez")
+    async def livez() -> Response:
+        stuck = await runtime.not_alive()
+        return JSONResponse({"stuck": stuck}, status_code=503 if stuck else 200)
+
+    @probes.get("/readyz")
+    async def readyz() -> Response:
+        missing = await runtime.not_ready()
+        return JSONResponse({"missing": missing}, status_code=503 if missing else 200)
+
+    @probes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    app.include_router(probes)
+    for router in routers:
+        app.include_router(router, dependencies=[Depends(authenticated)])
+
+    @app.exception_handler(HubError)
+    async def refused(request: Request, error: HubError) -> Response:
+        log.info("request refused", path=request.url.path, reason=error.reason, detail=error.detail)
+        return problem(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def not_valid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        malformed = first["type"] == "json_invalid"
+        invalid = HubError(f"{where or 'body'}: {first['msg']}", reason="MALFORMED" if malformed else "INVALID")
+        invalid.HTTP_STATUS = 400
+        return problem(invalid)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        plain = HubError(
+            str(error.detail), reason={404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code, "INVALID")
+        )
+        plain.HTTP_STATUS = error.status_code
+        return problem(plain)
+
+    app.add_middleware(_Entry, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
+    return app
+
+
+class _Entry:
+    """Outermost layer: correlation id, body limit (before anything parses), metrics, and no bare 500."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        body_bytes_max: int,
+        on_too_large: Callable[[Request, int], Awaitable[None]] | None,
+    ) -> None:
+        self._app = app
+        self._body_bytes_max = body_bytes_max
+        self._on_too_large = on_too_large
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        correlation_id = accepted_correlation_id(request.headers.get("x-correlation-id"))
+        started = time.perf_counter()
+        status = 500
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._body_bytes_max:
+                raise _BodyTooLarge(received)
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-correlation-id", correlation_id.encode())]
+            await send(message)
+
+        with correlated(correlation_id):
+            try:
+                announced = int(request.headers.get("content-length") or 0)
+                if announced > self._body_bytes_max:
+                    raise _BodyTooLarge(announced)
+                await self._app(scope, limited, sending)
+            except _BodyTooLarge as error:
+                await self._refuse_too_large(request, error.size, scope, receive, sending)
+            except Exception as error:
+                if _is_too_large(error):
+                    await self._refuse_too_large(request, received, scope, receive, sending)
+                else:
+                    log.exception("request failed", path=request.url.path)
+                    failed = HubError("Something in the hub went wrong; it has been logged.")
+                    await problem(failed)(scope, receive, sending)
+        route = getattr(scope.get("route"), "path", "none")
+        requests_total.labels(request.method, route, str(status)).inc()
+        request_seconds.labels(request.method, route).observe(time.perf_counter() - started)
+
+    async def _refuse_too_large(self, request: Request, size: int, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._on_too_large is not None:
+            await self._on_too_large(request, size)
+        error = TooLarge(f"The body has more than {self._body_bytes_max} bytes; send it in smaller parts.")
+        await problem(error)(scope, receive, send)
+
+
+class _BodyTooLarge(Exception):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def _is_too_large(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, _BodyTooLarge):
+            return True
+        if isinstance(error, BaseExceptionGroup):
+            return any(_is_too_large(inner) for inner in error.exceptions)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # the runtime owns the signals
+
+
+@asynccontextmanager
+async def serve(app: Any, *, host: str, port: int) -> AsyncIterator[int]:
+    """Serve until the context ends; yields the port. Raises OSError when the port is taken."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 * 1024,
+        limit_concurrency=1_000,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(), name="http")
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not server.started:
+                if task.done():
+                    raise OSError(f"HTTP cannot listen on {host}:{port}")
+                await asyncio.sleep(0.01)
+        bound: int = server.servers[0].sockets[0].getsockname()[1]
+        log.info("HTTP serves", host=host, port=bound)
+        yield bound
+    finally:
+        server.should_exit = True
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,455 @@
+"""Kafka at its edges: making topics, publishing durably, and consuming with the position in the database."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaConnectionError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    NoOffsetForPartitionError,
+    TopicAlreadyExistsError,
+)
+from prometheus_client import Counter, Gauge
+
+from services.common import topics
+from services.common.database import AWAY, Connection, Pool
+from services.common.errors import TooLarge, TryAgain
+from services.common.logs import get_logger
+
+log = get_logger(__name__)
+
+REQUEST_BYTES_MAX = 8 * 1024 * 1024
+PUBLISH_TIMEOUT_S = 10
+RETRY_AFTER_S = 3
+POLL_TIMEOUT_MS = 200
+RETRY_DELAY_S_MAX = 5
+# A consumer that has work and stores nothing for this long is stuck and should be started anew.
+STALLED_S_MAX = 60
+OFFSET_COMMIT_INTERVAL_S = 5
+DEAD_LETTERS_IN_A_ROW_MAX = 100
+
+# Records that a consumer could not read, by topic; each stands in the topic's dead letters.
+dead_letters_total = Counter("smdih_kafka_dead_letters_total", "Records put into dead letters", ["topic"])
+# Records between the stored position and the end of the partitions of this process.
+lag_records = Gauge("smdih_kafka_lag_records", "Records not yet taken in", ["topic"])
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the brokers are, and the prefix that keeps this hub's topics and groups apart on a shared cluster."""
+
+    bootstrap: str
+    prefix: str = ""
+
+    def name(self, topic_or_group: str) -> str:
+        return self.prefix + topic_or_group
+
+
+async def create_topics(cluster: Cluster, *, partitions: int, replication: int, deadline_s: float = 60) -> None:
+    """Create the topics that are missing. Raises TryAgain when no broker answers by the deadline."""
+    until = time.monotonic() + deadline_s
+    while True:
+        admin = AIOKafkaAdminClient(bootstrap_servers=cluster.bootstrap)
+        try:
+            await admin.start()
+            existing = set(await admin.list_topics())
+            for topic in topics.TOPICS:
+                if cluster.name(topic.name) in existing:
+                    continue
+                config = (
+                    {"cleanup.policy": "compact"}
+                    if topic.retention_ms is None
+                    else {"retention.ms": str(topic.retention_ms)}
+                )
+                config["max.message.bytes"] = str(REQUEST_BYTES_MAX)
+                new = NewTopic(
+                    cluster.name(topic.name), topic.partitions or partitions, replication, topic_configs=config
+                )
+                response = await admin.create_topics([new])
+                for name, code, *rest in response.topic_errors:
+                    if code not in (0, TopicAlreadyExistsError.errno):
+                        raise TryAgain(f"Topic {name} could not be created: error {code} {rest}")
+            return
+        except (KafkaError, OSError) as error:
+            if time.monotonic() > until:
+                raise TryAgain(f"No broker answers at {cluster.bootstrap}: {error}") from error
+            await asyncio.sleep(0.2)
+        finally:
+            await admin.close()
+
+
+class Publisher:
+    """Publishes records; returns only when every in-sync replica holds them."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._producer: AIOKafkaProducer | None = None
+        self._starting = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        await self._started()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._producer is not None:
+            await self._producer.stop()
+
+    async def partitions(self, topic: str) -> int:
+        """How many partitions the topic has. Raises TryAgain when no broker answers."""
+        producer = await self._started()
+        try:
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                return len(await producer.partitions_for(self._cluster.name(topic)))
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise self._away() from error
+
+    async def publish(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> int:
+        """Publish one record and return its offset.
+
+        Raises TryAgain when it was not acknowledged in PUBLISH_TIMEOUT_S. It may then still arrive: what is sent again must carry
+        the id by which a repeat is recognised.
+        """
+        producer = await self._started()
+        try:
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                metadata = await producer.send_and_wait(
+                    self._cluster.name(topic), value, key=key, partition=partition, headers=list(headers)
+                )
+        except MessageSizeTooLargeError as error:
+            raise TooLarge() from error
+        except (KafkaError, OSError, TimeoutError) as error:
+            log.warning("publish failed", topic=topic, error=repr(error))
+            self._forget(producer)
+            raise self._away() from error
+        return int(metadata.offset)
+
+    async def answers(self) -> bool:
+        """Readiness: a broker answers."""
+        try:
+            producer = await self._started()
+            async with asyncio.timeout(3):
+                await producer.client.fetch_all_metadata()
+        except (TryAgain, KafkaError, OSError, TimeoutError):
+            return False
+        return True
+
+    def _away(self) -> TryAgain:
+        return TryAgain(
+            "The message log does not answer; nothing was acknowledged, send again.", retry_after_s=RETRY_AFTER_S
+        )
+
+    async def _started(self) -> AIOKafkaProducer:
+        async with self._starting:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._cluster.bootstrap,
+                    acks="all",
+                    enable_idempotence=True,
+                    max_request_size=REQUEST_BYTES_MAX,
+                    max_batch_size=REQUEST_BYTES_MAX,
+                    request_timeout_ms=PUBLISH_TIMEOUT_S * 1000,
+                )
+                try:
+                    async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                        await producer.start()
+                except (KafkaError, OSError, TimeoutError) as error:
+                    await _abandon(producer)
+                    raise self._away() from error
+                self._producer = producer
+            return self._producer
+
+    def _forget(self, producer: AIOKafkaProducer) -> None:
+        # After an error that leaves the outcome open only a new producer has a sequence that the broker will accept for sure.
+        if self._producer is producer:
+            self._producer = None
+            task = asyncio.create_task(_abandon(producer))
+            _abandoned.add(task)
+            task.add_done_callback(_abandoned.discard)
+
+
+_abandoned: set[asyncio.Task[None]] = set()
+
+
+async def _abandon(producer: AIOKafkaProducer) -> None:
+    try:
+        async with asyncio.timeout(1):
+            await producer.stop()
+    except (KafkaError, OSError, TimeoutError):
+        await producer.client.close()
+
+
+class Poison(Exception):
+    """A record that cannot be read; it goes to the dead letters."""
+
+
+class Fenced(Exception):
+    """Another process has stored past our position: the partition is no longer ours."""
+
+
+class TooManyDeadLetters(Exception):
+    """So many unreadable records in a row mean a bad release, not bad records: stop rather than empty the topic."""
+
+
+Handler = Callable[[Connection, Sequence[ConsumerRecord]], Awaitable[Sequence[tuple[ConsumerRecord, str]]]]
+
+
+class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped base
+    """Consumes topics in a group; effects and position are stored in one transaction.
+
+    `handler(connection, records)` gets the records of one poll, in order within each partition, and stores their effects through
+    the connection; the consumer opens and commits the transaction. It returns the records that it could not read, each with the
+    reason; they are in the dead letters, durably, before the position moves past them. A crash at any point therefore
+    loses nothing and repeats nothing.
+
+    Kafka's own rebalancing decides who reads a partition; the database decides whose work counts: the position is a fence, so
+    a process that was declared dead but still runs cannot store anything.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        pool: Pool,
+        publisher: Publisher,
+        *,
+        topic_names: Sequence[str],
+        group: str,
+        handler: Handler,
+        records_max: int = 500,
+        poll_bytes_max: int = 16 * 1024 * 1024,
+        on_change: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._cluster = cluster
+        self._pool = pool
+        self._publisher = publisher
+        self._topics = {cluster.name(name): name for name in topic_names}
+        self._group = cluster.name(group)
+        self._handler = handler
+        self._records_max = records_max
+        self._poll_bytes_max = poll_bytes_max
+        self._on_change = on_change
+        self._positions: dict[TopicPartition, int] = {}
+        self._assigned = asyncio.Event()
+        self._working = asyncio.Lock()
+        self._broken: BaseException | None = None
+        self._bad_in_a_row = 0
+        self._last_progress = time.monotonic()
+        self._last_offset_commit = 0.0
+        self._consumer: AIOKafkaConsumer | None = None
+
+    async def run(self) -> None:
+        """Consume until cancelled. Raises what cannot be waited out."""
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._cluster.bootstrap,
+            group_id=self._group,
+            enable_auto_commit=False,
+            # A stored position that retention has deleted is an error to be seen, not a silent jump.
+            auto_offset_reset="none",
+            max_partition_fetch_bytes=self._poll_bytes_max,
+            fetch_max_bytes=self._poll_bytes_max,
+            session_timeout_ms=10_000,
+            heartbeat_interval_ms=2_000,
+        )
+        await _start_when_it_answers(consumer)
+        self._consumer = consumer
+        try:
+            consumer.subscribe(list(self._topics), listener=self)
+            while True:
+                await self._turn(consumer)
+        finally:
+            await consumer.stop()
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long there has been work and no stored progress; 0 when all is well."""
+        if self._assigned.is_set() and self.lag == 0:
+            return 0.0
+        return time.monotonic() - self._last_progress
+
+    async def is_turning(self) -> bool:
+        """Liveness: the loop makes progress, or has nothing to do."""
+        return self._broken is None and self.stalled_s < STALLED_S_MAX
+
+    @property
+    def lag(self) -> int:
+        """Records between the stored positions and the ends of the partitions, as far as known."""
+        assert self._consumer is None or isinstance(self._consumer, AIOKafkaConsumer)
+        if self._consumer is None:
+            return 0
+        ends = ((self._consumer.highwater(partition), position) for partition, position in self._positions.items())
+        return sum(max(0, end - position) for end, position in ends if end is not None)
+
+    async def on_partitions_revoked(self, revoked: Sequence[TopicPartition]) -> None:
+        self._assigned.clear()
+        async with self._working:  # finish the transaction in flight before the partitions go
+            self._positions.clear()
+
+    async def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:
+        # aiokafka swallows what is raised here, and polls go on meanwhile: so the loop waits for this event, and a failure
+        # is kept for it.
+        try:
+            async with self._working:
+                if self._on_change is not None:
+                    await self._on_change()
+                self._positions = await self._load_positions(assigned)
+                self._seek(self._positions)
+            self._last_progress = time.monotonic()
+            self._assigned.set()
+            log.info("partitions assigned", partitions=sorted(f"{p.topic}/{p.partition}" for p in assigned))
+        except BaseException as error:
+            self._broken = error
+            self._assigned.set()
+            raise
+
+    async def _turn(self, consumer: AIOKafkaConsumer) -> None:
+        await self._assigned.wait()
+        if self._broken is not None:
+            raise RuntimeError("positions could not be loaded") from self._broken
+        try:
+            polled = await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS, max_records=self._records_max)
+        except (NoOffsetForPartitionError, IllegalStateError):
+            if self._assigned.is_set():
+                raise
+            return  # a rebalance came between; ask again after it
+        async with self._working:
+            if not self._assigned.is_set():
+                return
+            records = [
+                record
+                for partition, found in polled.items()
+                for record in found
+                if record.offset >= self._positions.get(partition, record.offset + 1)
+            ]
+            if records:
+                await self._store(records)
+                self._last_progress = time.monotonic()
+            for name in self._topics.values():
+                lag_records.labels(topic=name).set(self.lag)
+        await self._tell_broker(consumer)
+
+    async def _store(self, records: Sequence[ConsumerRecord]) -> None:
+        ends: dict[TopicPartition, int] = {}
+        for record in records:
+            ends[TopicPartition(record.topic, record.partition)] = record.offset + 1
+        delay_s = 0.1
+        while True:
+            try:
+                async with self._pool.acquire(timeout=10) as connection, connection.transaction():
+                    bad = await self._handler(connection, records)
+                    await self._bury(records, bad)
+                    for partition, end in ends.items():
+                        await self._move(connection, partition, end)
+                break
+            except Fenced:
+                log.warning("fenced: another process stored these records")
+                if self._on_change is not None:
+                    await self._on_change()
+                self._positions.update(await self._load_positions(list(ends)))
+                self._seek({partition: self._positions[partition] for partition in ends})
+                return
+            except (*AWAY, asyncpg.DeadlockDetectedError, asyncpg.SerializationError, TryAgain) as error:
+                # The outcome of a COMMIT may be open: the position in the database tells, and the fence refuses a repeat.
+                log.warning("store failed, trying again", error=repr(error), delay_s=delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
+                if self._on_change is not None:
+                    await self._on_change()
+        self._positions.update(ends)
+
+    async def _move(self, connection: Connection, partition: TopicPartition, end: int) -> None:
+        expected = self._positions[partition]
+        moved = await connection.fetchval(
+            "UPDATE position SET next_offset = $4 WHERE topic = $1 AND partition = $2 AND next_offset = $3 RETURNING 1",
+            partition.topic,
+            partition.partition,
+            expected,
+            end,
+        )
+        if moved is None:
+            raise Fenced(f"{partition} is not at {expected} any more")
+
+    async def _bury(self, records: Sequence[ConsumerRecord], bad: Sequence[tuple[ConsumerRecord, str]]) -> None:
+        if not bad:
+            self._bad_in_a_row = 0
+            return
+        self._bad_in_a_row = self._bad_in_a_row + len(bad) if len(bad) == len(records) else len(bad)
+        if self._bad_in_a_row > DEAD_LETTERS_IN_A_ROW_MAX:
+            raise TooManyDeadLetters(
+                f"{self._bad_in_a_row} unreadable records in a row; the first reason now: {bad[0][1]}"
+            )
+        for record, reason in bad:
+            name = self._topics[record.topic]
+            headers = [
+                ("topic", record.topic.encode()),
+                ("partition", str(record.partition).encode()),
+                ("offset", str(record.offset).encode()),
+                ("reason", reason.encode()),
+            ]
+            await self._publisher.publish(
+                name + topics.DEAD_LETTERS_SUFFIX, record.value, key=record.key, headers=headers
+            )
+            dead_letters_total.labels(topic=name).inc()
+            log.error("dead letter", topic=name, partition=record.partition, offset=record.offset, reason=reason)
+
+    async def _load_positions(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        loaded: dict[TopicPartition, int] = {}
+        delay_s = 0.1
+        while True:
+            try:
+                async with self._pool.acquire(timeout=10) as connection:
+                    for partition in partitions:
+                        loaded[partition] = await connection.fetchval(
+                            "INSERT INTO position AS p (topic, partition, next_offset) VALUES ($1, $2, 0) "
+                            "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = p.next_offset RETURNING next_offset",
+                            partition.topic,
+                            partition.partition,
+                        )
+                return loaded
+            except AWAY as error:
+                log.warning("positions cannot be loaded yet", error=repr(error))
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
+
+    def _seek(self, positions: dict[TopicPartition, int]) -> None:
+        assert self._consumer is not None
+        for partition, offset in positions.items():
+            self._consumer.seek(partition, offset)
+
+    async def _tell_broker(self, consumer: AIOKafkaConsumer) -> None:
+        # Only for those who watch lag from outside: nothing here ever reads it back.
+        if not self._positions or time.monotonic() - self._last_offset_commit < OFFSET_COMMIT_INTERVAL_S:
+            return
+        self._last_offset_commit = time.monotonic()
+        try:
+            await consumer.commit(dict(self._positions))
+        except (CommitFailedError, IllegalStateError, KafkaError) as error:
+            log.info("offsets not committed to the broker", error=repr(error))
+
+
+async def _start_when_it_answers(consumer: Any) -> None:
+    while True:
+        try:
+            await consumer.start()
+            return
+        except KafkaConnectionError as error:
+            log.warning("no broker answers yet", error=repr(error))
+            await asyncio.sleep(1)

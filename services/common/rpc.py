@@ -1,0 +1,184 @@
+"""A gRPC server as every service has it: authenticated, correlated, errors from the one table, health and reflection."""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import Counter, Histogram
+
+from services.common.directory import Directory
+from services.common.errors import HubError, Invalid, Unauthenticated
+from services.common.identity import Caller, bearer_key
+from services.common.logs import accepted_correlation_id, correlated, get_logger
+
+log = get_logger(__name__)
+
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+STOP_GRACE_S = 5
+
+# What may be called without a key.
+OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+
+# Answered calls by method and status; streams count when they end.
+calls_total = Counter("smdih_rpc_calls_total", "gRPC calls answered", ["method", "status"])
+# Time to the answer of unary calls.
+call_seconds = Histogram("smdih_rpc_call_seconds", "Time to answer a unary gRPC call", ["method"])
+
+_caller: ContextVar[Caller] = ContextVar("caller")
+
+
+def current_caller() -> Caller:
+    """Who made the call that is being answered."""
+    return _caller.get()
+
+
+class _Malformed:
+    """Stands in for a request whose bytes are not the message they should be."""
+
+
+class _Gate(grpc.aio.ServerInterceptor):
+    """Every call passes here: key, correlation id, errors, metrics. Deny by default."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(OPEN_SERVICES):
+            return handler
+        metadata = dict(details.invocation_metadata or ())
+        key = bearer_key(str(metadata.get("authorization", "")))
+        correlation_id = accepted_correlation_id(str(metadata.get("x-correlation-id", "")))
+        return self._guarded(handler, details.method, key, correlation_id)
+
+    def _guarded(self, handler: Any, method: str, key: str, correlation_id: str) -> Any:
+        directory = self._directory
+
+        async def admit(context: Any) -> None:
+            if not await directory.is_caught_up():
+                await _abort(
+                    context,
+                    Unauthenticated("The hub has just started and does not know its keys yet.", reason="STARTING"),
+                )
+            _caller.set(directory.caller_of(key))
+
+        def parse(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError:
+                return _Malformed()
+
+        async def unary(request: Any, context: Any) -> Any:
+            started = time.perf_counter()
+            with correlated(correlation_id):
+                async with _answered(context, method):
+                    await admit(context)
+                    if isinstance(request, _Malformed):
+                        raise Invalid("The body is not a message of this call.", reason="MALFORMED")
+                    response = await handler.unary_unary(request, context)
+                call_seconds.labels(method).observe(time.perf_counter() - started)
+                return response
+
+        async def checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+            async for request in requests:
+                if isinstance(request, _Malformed):
+                    raise Invalid("The body is not a message of this call.", reason="MALFORMED")
+                yield request
+
+        async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            with correlated(correlation_id):
+                async with _answered(context, method):
+                    await admit(context)
+                    if isinstance(request, _Malformed):
+                        raise Invalid("The body is not a message of this call.", reason="MALFORMED")
+                    async for response in handler.unary_stream(request, context):
+                        yield response
+
+        async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+            with correlated(correlation_id):
+                async with _answered(context, method):
+                    await admit(context)
+                    async for response in handler.stream_stream(checked(requests), context):
+                        yield response
+
+        serializers = {"request_deserializer": parse, "response_serializer": handler.response_serializer}
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(unary, **serializers)
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(unary_stream, **serializers)
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(stream_stream, **serializers)
+        raise TypeError(f"{method}: client streaming is not used in this hub")
+
+
+@asynccontextmanager
+async def _answered(context: Any, method: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except HubError as error:
+        calls_total.labels(method, error.GRPC_STATUS.name).inc()
+        log.info("call refused", method=method, reason=error.reason, detail=error.detail)
+        await _abort(context, error)
+    except (grpc.aio.AbortError, grpc.aio.UsageError):
+        raise
+    except Exception:
+        calls_total.labels(method, "INTERNAL").inc()
+        log.exception("call failed", method=method)
+        await _abort(context, HubError("Something in the hub went wrong; it has been logged."))
+    else:
+        calls_total.labels(method, "OK").inc()
+
+
+async def _abort(context: Any, error: HubError) -> NoReturn:
+    metadata = [("reason", error.reason)]
+    if error.retry_after_s is not None:
+        metadata.append(("retry-after", str(error.retry_after_s)))
+    await context.abort(error.GRPC_STATUS, error.detail, trailing_metadata=tuple(metadata))
+    raise AssertionError("abort raises")
+
+
+@asynccontextmanager
+async def serve(
+    *,
+    host: str,
+    port: int,
+    directory: Directory,
+    register: Sequence[tuple[Callable[[Any, Any], None], Any]],
+    service_names: Sequence[str],
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
+) -> AsyncIterator[int]:
+    """Serve until the context ends; yields the port. `register` pairs generated add_..._to_server functions with servicers."""
+    server = grpc.aio.server(
+        interceptors=[_Gate(directory)],
+        options=[
+            ("grpc.max_receive_message_length", message_bytes_max),
+            ("grpc.max_concurrent_streams", 1_000),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ],
+    )
+    for add, servicer in register:
+        add(servicer, server)
+    status = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    bound = server.add_insecure_port(f"{host}:{port}")
+    await server.start()
+    for name in ("", *service_names):
+        await status.set(name, health_pb2.HealthCheckResponse.SERVING)
+    log.info("gRPC serves", host=host, port=bound)
+    try:
+        yield bound
+    finally:
+        await status.enter_graceful_shutdown()
+        await server.stop(STOP_GRACE_S)

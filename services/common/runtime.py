@@ -1,0 +1,109 @@
+"""The life of a process: start in order, run until told to stop or until a part fails, stop in reverse."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
+
+from services.common.logs import get_logger
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+STOP_TIMEOUT_S = 20
+
+
+class Runtime:
+    """Owns the signals and the background tasks of one process.
+
+    A background task that ends with an error ends the process with exit code 1: the orchestrator starts it again, and what it
+    did is safe to repeat. Nothing limps on with a dead part.
+    """
+
+    def __init__(self) -> None:
+        self._stack = AsyncExitStack()
+        self._stopping = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._ready: dict[str, Callable[[], Awaitable[bool]]] = {}
+        self._alive: dict[str, Callable[[], Awaitable[bool]]] = {}
+        self.started = False
+
+    async def enter(self, part: AbstractAsyncContextManager[T]) -> T:
+        """Start a part; it is stopped in reverse order of starting."""
+        return await self._stack.enter_async_context(part)
+
+    def on_stop(self, stop: Callable[[], Awaitable[Any]]) -> None:
+        self._stack.push_async_callback(stop)
+
+    def background(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a loop until the process stops; its failure stops the process."""
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._ended)
+        self._stack.push_async_callback(_cancel, task)
+        return task
+
+    def ready_when(self, name: str, check: Callable[[], Awaitable[bool]]) -> None:
+        """Readiness needs this dependency to answer."""
+        self._ready[name] = check
+
+    def alive_when(self, name: str, check: Callable[[], Awaitable[bool]]) -> None:
+        """Liveness needs this loop to turn."""
+        self._alive[name] = check
+
+    async def not_ready(self) -> list[str]:
+        """Names of the dependencies that do not answer; empty when the process is ready."""
+        if not self.started or self._stopping.is_set():
+            return ["process"]
+        return [name for name, check in self._ready.items() if not await check()]
+
+    async def not_alive(self) -> list[str]:
+        """Names of the loops that are stuck; empty when all turn."""
+        return [name for name, check in self._alive.items() if not await check()]
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or self._stopping.is_set():
+            return
+        self._failure = task.exception() or RuntimeError(f"{task.get_name()} ended by itself")
+        log.error("background task failed", task=task.get_name(), exc_info=self._failure)
+        self._stopping.set()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _running(runtime: Runtime) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, runtime._stopping.set)
+    try:
+        yield
+    finally:
+        runtime._stopping.set()
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await runtime._stack.aclose()
+
+
+async def _main(start: Callable[[Runtime], Awaitable[None]]) -> int:
+    runtime = Runtime()
+    async with _running(runtime):
+        await start(runtime)
+        runtime.started = True
+        log.info("ready")
+        await runtime._stopping.wait()
+        log.info("stopping")
+    return 1 if runtime._failure else 0
+
+
+def run(start: Callable[[Runtime], Awaitable[None]]) -> None:
+    """Run a process: `start` brings its parts up through the runtime and returns; SIGTERM or SIGINT ends it. Never returns."""
+    try:
+        code = asyncio.run(_main(start))
+    except Exception:
+        log.exception("process failed")
+        code = 1
+    sys.exit(code)

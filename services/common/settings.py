@@ -1,0 +1,25 @@
+"""Settings from the environment: SMDIH_<SECTION>_<FIELD>. Read once, in a service's main."""
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What every process needs; a service adds its own fields."""
+
+    model_config = SettingsConfigDict(env_prefix="SMDIH_", extra="ignore")
+
+    kafka_bootstrap: str = Field(description="host:port of a broker")
+    # Lets several hubs (or tests) share one cluster.
+    kafka_topic_prefix: str = ""
+    kafka_partitions: int = Field(
+        4, ge=1, le=1024, description="partitions of smdih.ingest.samples.v1 when it is created"
+    )
+    kafka_replication: int = Field(1, ge=1, le=7)
+    database_dsn: str = Field(repr=False)
+    database_pool_max: int = Field(8, ge=1, le=100)
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(0, ge=0, le=65535)
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int = Field(0, ge=0, le=65535)
+    log_level: str = "INFO"
