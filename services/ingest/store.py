@@ -80,7 +80,7 @@ class Quarantined:
     raw: bytes | None
 
 
-# Registry: every change and its directory entry in one transaction. ----------------------------------------------------
+# Registry: a change and its directory entry in one transaction; asking twice for the same thing makes it once. ----------
 
 
 async def publish(connection: Connection, kind: str, entry: pb.DirectoryEntry, entity_id: int, changed_us: int) -> None:
@@ -89,13 +89,15 @@ async def publish(connection: Connection, kind: str, entry: pb.DirectoryEntry, e
 
 
 async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.Firm:
-    try:
-        firm_id = await connection.fetchval(
-            "INSERT INTO firm (name, slug, sic, region, size) VALUES ($1, $2, $3, $4, $5) RETURNING id",
-            *(new.name, new.slug, new.sic, new.region, new.size),
-        )
-    except asyncpg.UniqueViolationError as error:
-        raise AlreadyExists(f"There is a firm {new.slug!r} already; choose another slug.") from error
+    firm_id = await connection.fetchval(
+        "INSERT INTO firm (name, slug, sic, region, size) VALUES ($1, $2, $3, $4, $5) "
+        "ON CONFLICT ON CONSTRAINT firm_slug_key DO UPDATE SET slug = excluded.slug "
+        "WHERE (firm.name, firm.sic, firm.region, firm.size) = (excluded.name, excluded.sic, excluded.region, excluded.size) "
+        "RETURNING id",
+        *(new.name, new.slug, new.sic, new.region, new.size),
+    )
+    if firm_id is None:
+        raise AlreadyExists(f"There is another firm {new.slug!r} already; choose another slug.")
     firm = pb.Firm(id=firm_id, name=new.name, slug=new.slug, sic=new.sic, region=new.region, size=new.size)
     await publish(connection, "firm", pb.DirectoryEntry(firm=firm), firm_id, now_us)
     return firm
@@ -116,13 +118,15 @@ async def create_partner(connection: Connection, name: str, region: str, now_us:
 async def create_site(connection: Connection, new: NewSite, now_us: int) -> pb.Site:
     try:
         site_id = await connection.fetchval(
-            "INSERT INTO site (firm_id, slug, name, timezone) VALUES ($1, $2, $3, $4) RETURNING id",
+            "INSERT INTO site (firm_id, slug, name, timezone) VALUES ($1, $2, $3, $4) "
+            "ON CONFLICT ON CONSTRAINT site_firm_id_slug_key DO UPDATE SET slug = excluded.slug "
+            "WHERE (site.name, site.timezone) = (excluded.name, excluded.timezone) RETURNING id",
             *(new.firm_id, new.slug, new.name, new.timezone),
         )
-    except asyncpg.UniqueViolationError as error:
-        raise AlreadyExists(f"This firm has a site {new.slug!r} already.") from error
     except asyncpg.ForeignKeyViolationError as error:
         raise NotFound(f"There is no firm {new.firm_id}.") from error
+    if site_id is None:
+        raise AlreadyExists(f"This firm has another site {new.slug!r} already.")
     site = pb.Site(id=site_id, firm_id=new.firm_id, slug=new.slug, name=new.name, timezone=new.timezone)
     await publish(connection, "site", pb.DirectoryEntry(site=site), site_id, now_us)
     return site
@@ -140,14 +144,23 @@ async def firm_of_site(connection: Connection, site_id: int) -> tuple[int, str]:
 
 
 async def create_machine(connection: Connection, new: NewMachine, firm_id: int, path: str, now_us: int) -> pb.Machine:
-    try:
-        machine_id = await connection.fetchval(
-            "INSERT INTO machine (firm_id, site_id, path, name, kind) VALUES ($1, $2, $3, $4, $5) RETURNING id",
-            *(firm_id, new.site_id, path, new.name, new.kind),
-        )
-    except asyncpg.UniqueViolationError as error:
-        raise AlreadyExists(f"There is a machine {path!r} already.") from error
+    machine_id = await connection.fetchval(
+        "INSERT INTO machine (firm_id, site_id, path, name, kind) VALUES ($1, $2, $3, $4, $5) "
+        "ON CONFLICT ON CONSTRAINT machine_path_key DO NOTHING RETURNING id",
+        *(firm_id, new.site_id, path, new.name, new.kind),
+    )
+    if machine_id is None:
+        return await _same_machine(connection, new, path)
     return await add_signals(connection, machine_id, new.signals, now_us)
+
+
+async def _same_machine(connection: Connection, new: NewMachine, path: str) -> pb.Machine:
+    """The machine of this path, if it is what `new` asks for: asking twice makes one. Raises AlreadyExists."""
+    machine = await machine_by_id(connection, await connection.fetchval("SELECT id FROM machine WHERE path = $1", path))
+    same = (machine.site_id, machine.name, machine.kind) == (new.site_id, new.name, new.kind)
+    if not same or [signal.name for signal in machine.signals] != [signal.name for signal in new.signals]:
+        raise AlreadyExists(f"There is another machine {path!r} already.")
+    return machine
 
 
 async def add_signals(connection: Connection, machine_id: int, signals: Sequence[NewSignal], now_us: int) -> pb.Machine:

@@ -364,6 +364,19 @@ async def test_another_firms_things_do_not_exist_for_a_key(plant: Plant) -> None
         assert (await stranger.post("/v1/firms", json=body)).status_code == 403
 
 
+async def test_registering_the_same_twice_makes_it_once_and_something_else_of_that_name_is_refused(
+    plant: Plant,
+) -> None:
+    one = await plant.new_machine("twice-1")
+    assert await plant.new_machine("twice-1") == one
+    body = {"site_id": plant.site["id"], "path": "twice-1", "name": "another", "kind": "press"}
+    answer = await plant.operator.post("/v1/machines", json=body)
+    assert (answer.status_code, answer.json()["reason"]) == (409, "ALREADY_EXISTS")
+    for path in ("Twice", "a/b/c/d/e", "", "x//y", "-x"):
+        answer = await plant.operator.post("/v1/machines", json=body | {"path": path})
+        assert (answer.status_code, answer.json()["reason"]) == (400, "BAD_NAME")
+
+
 async def test_a_revoked_key_stops_working(plant: Plant) -> None:
     made = (await plant.operator.post("/v1/credentials", json={"role": "device", "firm_id": plant.firm["id"]})).json()
     async with httpx.AsyncClient(
