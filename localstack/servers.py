@@ -1,0 +1,317 @@
+"""A real Kafka and a real TimescaleDB on this machine: started on free ports, found again, and stopped by who started them."""
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psutil
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL = ROOT / ".local"
+KAFKA_LIBS = LOCAL / "servers/kafka"
+PG_ROOT = LOCAL / "servers/timescaledb/root"
+PG_BIN = "/usr/lib/postgresql/17/bin"
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where a broker and a database answer."""
+
+    kafka_bootstrap: str
+    database_dsn: str
+
+
+class ServersError(Exception):
+    """The local servers cannot be started; the message says what to do."""
+
+
+def named_in_environment() -> Servers | None:
+    """The servers named in SMDIH_KAFKA_BOOTSTRAP and SMDIH_DATABASE_DSN, if both are."""
+    bootstrap, dsn = os.environ.get("SMDIH_KAFKA_BOOTSTRAP"), os.environ.get("SMDIH_DATABASE_DSN")
+    return Servers(bootstrap, dsn) if bootstrap and dsn else None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class LocalServers:
+    """One Kafka and one PostgreSQL with TimescaleDB, with their data below .local; several sets may run side by side by name."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = LOCAL / "stacks" / name
+        self._state_file = self.folder / "servers.json"
+        # PostgreSQL runs in a root folder of its own: paths are as seen from inside.
+        self._pg_data = f"/var/lib/postgresql/{name}"
+        self._kafka: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> Servers:
+        """Start what does not run yet. Raises ServersError with the next step when that is not possible."""
+        if not KAFKA_LIBS.is_dir() or not PG_ROOT.is_dir():
+            raise ServersError("the local servers are not installed: run `make setup`")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self._read() or {"secret": secrets.token_hex(16), "kafka": {}, "postgres": {}}
+        await asyncio.gather(self._start_kafka(state), self._start_postgres(state))
+        servers = Servers(
+            kafka_bootstrap=f"127.0.0.1:{state['kafka']['port']}",
+            database_dsn=f"postgresql://postgres:{state['secret']}@127.0.0.1:{state['postgres']['port']}/postgres",
+        )
+        await asyncio.gather(self._prove_kafka(servers, state), self._prove_postgres(servers, state))
+        return servers
+
+    async def stop(self) -> None:
+        """Stop what `start` started, and nothing else; the data stay."""
+        state = self._read()
+        if state is None:
+            return
+        kafka = self._running(state["kafka"])
+        if kafka is not None:
+            kafka.terminate()
+        if self._running(state["postgres"]) is not None:
+            await self._pg("pg_ctl", "-D", self._pg_data, "-m", "fast", "-w", "stop")
+        if kafka is not None:
+            try:
+                await asyncio.to_thread(kafka.wait, STOP_TIMEOUT_S)
+            except psutil.TimeoutExpired:
+                kafka.kill()
+        if self._kafka is not None:
+            self._kafka.wait()
+        for part in ("kafka", "postgres"):
+            state[part].pop("pid", None)
+        self._write(state)
+
+    async def remove(self) -> None:
+        """Stop and delete the data."""
+        await self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(PG_ROOT / self._pg_data.lstrip("/"), ignore_errors=True)
+
+    # Single servers, for tests that take one away.
+
+    def kill_kafka(self) -> None:
+        """SIGKILL the broker."""
+        self._kill("kafka")
+
+    async def restart_kafka(self) -> None:
+        """Start the broker again on the same data and port."""
+        state = self._read()
+        assert state is not None
+        await self._start_kafka(state)
+
+    async def stop_postgres_at_once(self) -> None:
+        """Stop the database without a clean shutdown, as a crash would."""
+        await self._pg("pg_ctl", "-D", self._pg_data, "-m", "immediate", "-w", "stop")
+
+    async def restart_postgres(self) -> None:
+        """Start the database again on the same data and port."""
+        state = self._read()
+        assert state is not None
+        await self._start_postgres(state)
+
+    def _kill(self, part: str) -> None:
+        state = self._read()
+        process = self._running(state[part]) if state else None
+        if process is not None:
+            process.kill()
+            process.wait()
+        if part == "kafka" and self._kafka is not None:
+            self._kafka.wait()
+
+    async def _start_kafka(self, state: dict[str, Any]) -> None:
+        kafka = state["kafka"]
+        if self._running(kafka) is not None:
+            return
+        kafka["port"] = _port_again(kafka.get("port"))
+        controller_port = free_port()
+        data = self.folder / "kafka"
+        config = self.folder / "kafka.properties"
+        config.write_text(
+            "\n".join(
+                (
+                    "process.roles=broker,controller",
+                    "node.id=1",
+                    f"controller.quorum.bootstrap.servers=127.0.0.1:{controller_port}",
+                    f"listeners=PLAINTEXT://127.0.0.1:{kafka['port']},CONTROLLER://127.0.0.1:{controller_port}",
+                    f"advertised.listeners=PLAINTEXT://127.0.0.1:{kafka['port']},CONTROLLER://127.0.0.1:{controller_port}",
+                    "controller.listener.names=CONTROLLER",
+                    "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+                    f"log.dirs={data}",
+                    "offsets.topic.replication.factor=1",
+                    "transaction.state.log.replication.factor=1",
+                    "transaction.state.log.min.isr=1",
+                    "share.coordinator.state.topic.replication.factor=1",
+                    "share.coordinator.state.topic.min.isr=1",
+                    "offsets.topic.num.partitions=8",
+                    "transaction.state.log.num.partitions=4",
+                    "group.initial.rebalance.delay.ms=0",
+                    "auto.create.topics.enable=false",
+                    "message.max.bytes=8388608",
+                )
+            )
+        )
+        java = ["java", "-cp", f"{KAFKA_LIBS}/*"]
+        if not (data / "meta.properties").exists():
+            kafka["cluster_id"] = _cluster_id()
+            await _run(
+                [
+                    *java,
+                    "kafka.tools.StorageTool",
+                    "format",
+                    "--standalone",
+                    "-t",
+                    kafka["cluster_id"],
+                    "-c",
+                    str(config),
+                ],
+                self.folder / "kafka.log",
+            )
+        with (self.folder / "kafka.log").open("ab") as log:
+            process = self._kafka = subprocess.Popen(
+                [*java[:1], "-Xmx512m", "-Xms256m", "-XX:TieredStopAtLevel=1", *java[1:], "kafka.Kafka", str(config)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        kafka["pid"], kafka["started"] = process.pid, psutil.Process(process.pid).create_time()
+        self._write(state)
+
+    async def _start_postgres(self, state: dict[str, Any]) -> None:
+        postgres = state["postgres"]
+        if self._running(postgres) is not None:
+            return
+        if os.geteuid() != 0:
+            raise ServersError(
+                "the local database needs root (a chroot): run as root, or name running servers in "
+                "SMDIH_KAFKA_BOOTSTRAP and SMDIH_DATABASE_DSN, or use compose.yaml"
+            )
+        postgres["port"] = _port_again(postgres.get("port"))
+        data = PG_ROOT / self._pg_data.lstrip("/")
+        if not (data / "PG_VERSION").exists():
+            shutil.rmtree(data, ignore_errors=True)
+            password_file = PG_ROOT / "tmp" / f"password-{secrets.token_hex(4)}"
+            password_file.write_text(state["secret"])
+            password_file.chmod(0o644)
+            postgres["cluster_name"] = f"smdih-{secrets.token_hex(6)}"
+            try:
+                await self._pg(
+                    *("initdb", "-D", self._pg_data, "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8"),
+                    *("--auth=scram-sha-256", f"--pwfile=/tmp/{password_file.name}"),
+                    *("-c", "shared_preload_libraries=timescaledb", "-c", "timescaledb.telemetry_level=off"),
+                    *("-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=/tmp"),
+                    *("-c", f"cluster_name={postgres['cluster_name']}", "-c", "max_connections=200"),
+                    *("-c", "max_wal_size=4GB", "-c", "shared_buffers=512MB"),
+                )
+            finally:
+                password_file.unlink()
+        await self._pg(
+            "pg_ctl",
+            "-D",
+            self._pg_data,
+            "-o",
+            f"-p {postgres['port']}",
+            "-l",
+            f"{self._pg_data}/server.log",
+            "-w",
+            "start",
+        )
+        pid = int((data / "postmaster.pid").read_text().split("\n")[0])
+        postgres["pid"], postgres["started"] = pid, psutil.Process(pid).create_time()
+        self._write(state)
+
+    async def _pg(self, program: str, *arguments: str) -> None:
+        command = ["chroot", "--userspec=postgres:postgres", str(PG_ROOT), f"{PG_BIN}/{program}", *arguments]
+        await _run(command, self.folder / "postgres.log", cwd=PG_ROOT)
+
+    async def _prove_kafka(self, servers: Servers, state: dict[str, Any]) -> None:
+        until = time.monotonic() + START_TIMEOUT_S
+        while True:
+            admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
+            try:
+                await admin.start()
+                found = (await admin.describe_cluster())["cluster_id"]
+                break
+            except (KafkaError, OSError) as error:
+                if time.monotonic() > until or self._running(state["kafka"]) is None:
+                    raise ServersError(f"Kafka did not start: see {self.folder / 'kafka.log'}") from error
+                await asyncio.sleep(0.1)
+            finally:
+                await admin.close()
+        if found != state["kafka"]["cluster_id"]:
+            raise ServersError(f"another Kafka answers at {servers.kafka_bootstrap}; stop it or remove {self.folder}")
+
+    async def _prove_postgres(self, servers: Servers, state: dict[str, Any]) -> None:
+        connection = await asyncpg.connect(servers.database_dsn)
+        try:
+            found = await connection.fetchval("SHOW cluster_name")
+        finally:
+            await connection.close()
+        if found != state["postgres"]["cluster_name"]:
+            raise ServersError(
+                f"another PostgreSQL answers at port {state['postgres']['port']}; stop it or remove {self.folder}"
+            )
+
+    def _running(self, part: dict[str, Any]) -> psutil.Process | None:
+        # A process id alone may have been given to someone else since.
+        try:
+            process = psutil.Process(part["pid"])
+            return process if abs(process.create_time() - part["started"]) < 0.01 and process.is_running() else None
+        except (KeyError, psutil.NoSuchProcess):
+            return None
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self._state_file.exists():
+            return None
+        state: dict[str, Any] = json.loads(self._state_file.read_text())
+        return state
+
+    def _write(self, state: dict[str, Any]) -> None:
+        temporary = self._state_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state, indent=1))
+        temporary.chmod(0o600)
+        temporary.replace(self._state_file)
+
+
+def _port_again(port: int | None) -> int:
+    """The port of last time if it is still free, else a free one."""
+    if port is None:
+        return free_port()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return free_port()
+        return port
+
+
+def _cluster_id() -> str:
+    # Kafka's form of a random id: 16 bytes in URL-safe base64 without padding, not beginning with a dash.
+    while (text := secrets.token_urlsafe(16)).startswith("-"):
+        pass
+    return text
+
+
+async def _run(command: list[str], log_file: Path, cwd: Path | None = None) -> None:
+    with log_file.open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=cwd, start_new_session=True
+        )
+        if await process.wait() != 0:
+            raise ServersError(f"{Path(command[-1]).name if len(command) < 4 else command[3]} failed: see {log_file}")

@@ -1,0 +1,78 @@
+"""The foundation on real servers: publish, consume with the position in the database, outbox, dead letters."""
+
+import asyncio
+from collections.abc import Sequence
+
+import asyncpg
+import pytest
+from aiokafka import ConsumerRecord
+
+from services.common import outbox, topics
+from services.common.database import Connection, create_pool
+from services.common.kafka import Cluster, PositionedConsumer, Publisher, TooManyDeadLetters
+from services.common.outbox import OutboxRelay
+from tests.polling import eventually
+
+
+async def test_an_event_in_the_outbox_reaches_a_consumer_once_though_it_is_published_twice(
+    cluster: Cluster, dsn: str, publisher: Publisher
+) -> None:
+    pool = await create_pool(dsn, schema="matching", size_max=4)
+    await pool.execute("CREATE TABLE seen (value text)")
+    calls = 0
+
+    async def handle(connection: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        nonlocal calls
+        calls += 1
+        for record in records:
+            await connection.execute("INSERT INTO seen VALUES ($1)", record.value.decode())
+        if calls == 1:
+            raise asyncpg.PostgresConnectionError("the database went away before the commit")
+        return []
+
+    async with pool.acquire() as connection, connection.transaction():
+        for number in range(5):
+            await outbox.write(connection, topics.ALARMS, key="k", value=str(number).encode())
+    relay = asyncio.create_task(OutboxRelay(pool, publisher, schema="matching").run())
+    consumer = PositionedConsumer(
+        cluster, pool, publisher, topic_names=[topics.ALARMS], group="smdih.test.once", handler=handle
+    )
+    running = asyncio.create_task(consumer.run())
+
+    async def all_seen() -> bool:
+        return bool(await pool.fetchval("SELECT count(*) >= 5 FROM seen"))
+
+    await eventually(all_seen)
+    assert [row["value"] for row in await pool.fetch("SELECT value FROM seen")] == ["0", "1", "2", "3", "4"]
+    assert calls >= 2
+    assert await pool.fetchval("SELECT count(*) FROM outbox") == 0
+    for task in (relay, running):
+        task.cancel()
+    await asyncio.gather(relay, running, return_exceptions=True)
+    await pool.close()
+
+
+async def test_unreadable_records_go_to_the_dead_letters_and_too_many_in_a_row_stop_the_consumer(
+    cluster: Cluster, dsn: str, publisher: Publisher
+) -> None:
+    pool = await create_pool(dsn, schema="funding", size_max=4)
+
+    async def refuse_all(connection: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        return [(record, "UNREADABLE") for record in records]
+
+    for number in range(150):
+        await publisher.publish(topics.AWARDS, f"bad {number}".encode(), partition=0)
+    consumer = PositionedConsumer(
+        cluster,
+        pool,
+        publisher,
+        topic_names=[topics.AWARDS],
+        group="smdih.test.bad",
+        handler=refuse_all,
+        records_max=20,
+    )
+    with pytest.raises(TooManyDeadLetters):
+        await asyncio.wait_for(consumer.run(), 30)
+    stored = await pool.fetchval("SELECT next_offset FROM position WHERE topic = $1", cluster.name(topics.AWARDS))
+    assert stored == 100
+    await pool.close()
