@@ -65,6 +65,8 @@ class Alarm:
     shares: tuple[Share, ...]
     correlation_id: str
     episode_id: str  # empty until stored: the store knows the machine's other alarms
+    # Of an alarm of several signals: position of the one that contributes most.
+    lead_position: int | None = None
     acknowledged: bool = False
     cleared: bool = False
 

@@ -15,8 +15,7 @@ from services.common.logs import get_logger
 
 log = get_logger(__name__)
 
-# A record of the door holds at most some thousands; more is not one of ours.
-FRAMES_MAX = 1_000_000
+TIME_US_MAX = 253_402_300_800_000_000  # the year 10000: later times cannot be stored
 
 
 @dataclass(frozen=True)
@@ -64,30 +63,46 @@ def decode(value: bytes | None) -> Sequence[Frames]:
         record = pb.SamplesRecord.FromString(value)
     except DecodeError as error:
         raise Poison("MALFORMED") from error
-    return [_frames(batch) for batch in record.batches]
-
-
-def _frames(batch: pb.FrameBatch) -> Frames:
-    if batch.machine_id <= 0 or batch.firm_id <= 0:
-        raise Poison("NO_MACHINE")
-    if not 1 <= batch.width <= WIDTH_MAX:
-        raise Poison("WIDTH")
-    if len(batch.times_us) % 8 or len(batch.times_us) > 8 * FRAMES_MAX:
-        raise Poison("TIMES")
-    times_us = np.frombuffer(batch.times_us, dtype="<i8")
-    if len(batch.values) != 8 * len(times_us) * batch.width:
-        raise Poison("VALUES")
-    values = np.frombuffer(batch.values, dtype="<f8").reshape(len(times_us), batch.width)
+    for batch in record.batches:
+        _check_shape(batch)
+    # Once for the whole record: a record of many small batches would pay more for the calls than for the numbers.
+    times_us = np.frombuffer(b"".join(batch.times_us for batch in record.batches), dtype="<i8")
+    if len(times_us) and not 0 < times_us.min() <= times_us.max() < TIME_US_MAX:
+        raise Poison("TIME_OUT_OF_RANGE")
+    values = np.frombuffer(b"".join(batch.values for batch in record.batches), dtype="<f8")
     if np.isinf(values).any():
         raise Poison("NOT_FINITE")
-    group, before = divmod(batch.first_position, WIDTH_MAX)
-    if before:
-        if before + batch.width > WIDTH_MAX:
-            raise Poison("CHANNEL_GROUP")
-        values = np.pad(values, ((0, 0), (before, 0)), constant_values=np.nan)
-    return Frames(
-        batch.firm_id, batch.machine_id, group, times_us, values, batch.received_us, batch.correlation_id
-    )
+    frames: list[Frames] = []
+    row = value_ = 0
+    for batch in record.batches:
+        rows = len(batch.times_us) // 8
+        matrix = values[value_ : value_ + rows * batch.width].reshape(rows, batch.width)
+        group, before = divmod(batch.first_position, WIDTH_MAX)
+        if before:
+            matrix = np.pad(matrix, ((0, 0), (before, 0)), constant_values=np.nan)
+        frames.append(
+            Frames(
+                batch.firm_id,
+                batch.machine_id,
+                group,
+                times_us[row : row + rows],
+                matrix,
+                batch.received_us,
+                batch.correlation_id,
+            )
+        )
+        row += rows
+        value_ += rows * batch.width
+    return frames
+
+
+def _check_shape(batch: pb.FrameBatch) -> None:
+    if batch.machine_id <= 0 or batch.firm_id <= 0:
+        raise Poison("NO_MACHINE")
+    if not 1 <= batch.width <= WIDTH_MAX - batch.first_position % WIDTH_MAX:
+        raise Poison("WIDTH")
+    if len(batch.times_us) % 8 or len(batch.values) != len(batch.times_us) * batch.width:
+        raise Poison("SHAPE")
 
 
 class Scorer:

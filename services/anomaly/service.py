@@ -5,6 +5,10 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 
+from smdih.anomaly.v1 import events_pb2 as events_pb
+from smdih.directory.v1 import directory_pb2 as directory_pb
+
+from services.anomaly.detector import WIDTH_MAX
 from services.anomaly.domain import (
     Alarm,
     AlarmEvent,
@@ -17,7 +21,6 @@ from services.anomaly.domain import (
     joint_position,
     severity_at_start,
 )
-from services.anomaly.detector import WIDTH_MAX
 from services.anomaly.explain import Signal, explain
 from services.anomaly.scorer import Found, Frames
 from services.anomaly.store import Actor, AlarmFilter, AlarmStore
@@ -27,8 +30,6 @@ from services.common.directory import Directory
 from services.common.errors import Invalid, NotFound, SlowDown
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
-from smdih.anomaly.v1 import events_pb2 as events_pb
-from smdih.directory.v1 import directory_pb2 as directory_pb
 
 log = get_logger(__name__)
 
@@ -123,6 +124,7 @@ class AlarmRaiser:
             shares=shares,
             correlation_id=frames.correlation_id,
             episode_id="",
+            lead_position=None if event.signal >= 0 else base + event.lead,
         )
 
     async def _machine(self, frames: Frames) -> directory_pb.Machine:

@@ -55,7 +55,18 @@ class AlarmStore:
     """
 
     async def raise_alarm(self, connection: Connection, alarm: Alarm, *, now_us: int) -> Alarm | None:
-        """Store a new alarm as part of its machine's episode; None when it is known already."""
+        """Store a new alarm as part of its machine's episode; None when it is known already.
+
+        Several signals together raise no alarm of their own while the one that contributes most has one: it would say the same
+        twice. All conditions are in times of samples, so a replay decides alike whatever has happened since.
+        """
+        if alarm.lead_position is not None and await connection.fetchval(
+            "SELECT 1 FROM alarm WHERE machine_id = $1 AND position = $2 AND started <= $3 AND (ended IS NULL OR ended >= $3)",
+            alarm.machine_id,
+            alarm.lead_position,
+            from_us(alarm.started_us),
+        ):
+            return None
         episode_id = await connection.fetchval(
             "SELECT episode_id FROM alarm WHERE machine_id = $1 AND started <= $2 AND (ended IS NULL OR ended >= $3) "
             "ORDER BY started DESC, id DESC LIMIT 1",
@@ -120,9 +131,7 @@ class AlarmStore:
         )
         if row is None:
             return None
-        await self._changed(
-            connection, _alarm(row), Change.ACKNOWLEDGED, now_us=now_us, actor=actor, comment=comment
-        )
+        await self._changed(connection, _alarm(row), Change.ACKNOWLEDGED, now_us=now_us, actor=actor, comment=comment)
         return _alarm(row)
 
     async def clear(
@@ -205,7 +214,10 @@ class AlarmStore:
         )
         with correlated(alarm.correlation_id):
             await outbox.write(
-                connection, topics.ALARMS, key=alarm.id, value=event_message(event).SerializeToString(deterministic=True)
+                connection,
+                topics.ALARMS,
+                key=alarm.id,
+                value=event_message(event).SerializeToString(deterministic=True),
             )
 
 
