@@ -30,6 +30,7 @@ ROWS = 600
 FAULT_ROW = 500
 SIGNALS = (("temperature", "degC"), ("vibration", "mm/s"), ("current", "A"))
 START_TIMEOUT_S = 90
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"}
 
 _ROLES = {
     Role.DEVICE: directory_pb.ROLE_DEVICE,
@@ -144,8 +145,7 @@ async def start_process(role: str, settings: Settings, log: Path, **environment:
             stdout=output,
             stderr=output,
             env={
-                **os.environ,
-                "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
+                **ENVIRONMENT,
                 "SMDIH_KAFKA_BOOTSTRAP": settings.kafka_bootstrap,
                 "SMDIH_KAFKA_TOPIC_PREFIX": settings.kafka_topic_prefix,
                 "SMDIH_DATABASE_DSN": settings.database_dsn,

