@@ -14,14 +14,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from smdih.directory.v1 import directory_pb2 as directory_pb
-from smdih.ingest.v1 import records_pb2 as records_pb
 
 from services.common import topics
 from services.common.directory import entity_key
 from services.common.identity import Role, key_sha256
 from services.common.kafka import Publisher
 from services.common.settings import Settings
+from smdih.directory.v1 import directory_pb2 as directory_pb
+from smdih.ingest.v1 import records_pb2 as records_pb
 
 ROOT = Path(__file__).resolve().parents[1]
 SECOND_US = 1_000_000
@@ -71,7 +71,10 @@ async def publish_key(publisher: Publisher, *, credential_id: int, role: Role, f
 def calm(seed: int, rows: int = ROWS) -> NDArray[np.float64]:
     """Rows of a machine that works as usual."""
     random = np.random.default_rng(seed)
-    return np.array([60.0, 2.0, 10.0]) + random.normal(size=(rows, 3)) * np.array([0.5, 0.1, 0.3])
+    values: NDArray[np.float64] = np.array([60.0, 2.0, 10.0]) + random.normal(size=(rows, 3)) * np.array(
+        [0.5, 0.1, 0.3]
+    )
+    return values
 
 
 def with_fault(seed: int, *, column: int = 0, rows: int = ROWS) -> NDArray[np.float64]:

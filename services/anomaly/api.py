@@ -8,7 +8,6 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
-from smdih.anomaly.v1 import events_pb2 as events_pb
 
 from services.anomaly.domain import Alarm, Change, HistoryEntry, Severity
 from services.anomaly.messages import CHANGES, alarm_message
@@ -16,6 +15,7 @@ from services.anomaly.service import PAGE_SIZE_MAX, AlarmFeed, AlarmService
 from services.anomaly.store import AlarmFilter
 from services.common.errors import SlowDown
 from services.common.http import Authenticated
+from smdih.anomaly.v1 import events_pb2 as events_pb
 
 # A comment line now and then tells proxies, and us, that the other side is still there.
 WATCH_KEEPALIVE_S = 15

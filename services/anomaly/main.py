@@ -4,8 +4,6 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 
-from smdih.anomaly.v1 import anomaly_pb2, anomaly_pb2_grpc
-
 from services.anomaly import api, rpc
 from services.anomaly.scorer import compile_kernel
 from services.anomaly.service import AlarmFeed, AlarmRaiser, AlarmService
@@ -20,6 +18,7 @@ from services.common.kafka import Cluster, DeadLetters, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
+from smdih.anomaly.v1 import anomaly_pb2, anomaly_pb2_grpc
 
 SCHEMA = "anomaly"
 

@@ -1,8 +1,7 @@
 """Alarms as protobuf messages."""
 
-from smdih.anomaly.v1 import events_pb2 as pb
-
 from services.anomaly.domain import Alarm, AlarmEvent, Change
+from smdih.anomaly.v1 import events_pb2 as pb
 
 CHANGES = {
     Change.RAISED: pb.ALARM_CHANGE_RAISED,

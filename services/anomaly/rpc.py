@@ -3,13 +3,12 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-from smdih.anomaly.v1 import anomaly_pb2 as pb
-from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
-
 from services.anomaly.messages import CHANGES, alarm_message
 from services.anomaly.service import AlarmFeed, AlarmService
 from services.anomaly.store import AlarmFilter
 from services.common.rpc import current_caller
+from smdih.anomaly.v1 import anomaly_pb2 as pb
+from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
 
 
 class AlarmServicer(pb_grpc.AlarmServiceServicer):

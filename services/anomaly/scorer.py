@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from smdih.ingest.v1 import records_pb2 as pb
 
 from services.anomaly.detector import WIDTH_MAX, Config, Detector, Event, StateError
 from services.anomaly.store import Checkpoint, SavedState
 from services.common.kafka import Poison
 from services.common.logs import get_logger
+from smdih.ingest.v1 import records_pb2 as pb
 
 log = get_logger(__name__)
 

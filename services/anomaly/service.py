@@ -5,9 +5,6 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 
-from smdih.anomaly.v1 import events_pb2 as events_pb
-from smdih.directory.v1 import directory_pb2 as directory_pb
-
 from services.anomaly.detector import WIDTH_MAX
 from services.anomaly.domain import (
     Alarm,
@@ -30,6 +27,8 @@ from services.common.directory import Directory
 from services.common.errors import Invalid, NotFound, SlowDown
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
+from smdih.anomaly.v1 import events_pb2 as events_pb
+from smdih.directory.v1 import directory_pb2 as directory_pb
 
 log = get_logger(__name__)
 

@@ -15,7 +15,6 @@ from aiokafka.errors import KafkaError
 from faust.types import TP
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
-from smdih.anomaly.v1 import events_pb2 as events_pb
 
 from services.anomaly.domain import Change
 from services.anomaly.scorer import Frames, Scorer, Taken, decode
@@ -36,6 +35,7 @@ from services.common.kafka import (
     lag_records,
 )
 from services.common.logs import get_logger
+from smdih.anomaly.v1 import events_pb2 as events_pb
 
 log = get_logger(__name__)
 

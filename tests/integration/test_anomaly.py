@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 import grpc
@@ -12,9 +12,6 @@ import httpx
 import pytest
 import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from smdih.anomaly.v1 import anomaly_pb2 as pb
-from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
-from smdih.anomaly.v1 import events_pb2 as events_pb
 
 from services.anomaly.store import Checkpoint, SavedState, StateStore
 from services.common import topics
@@ -22,13 +19,16 @@ from services.common.database import create_pool
 from services.common.identity import Role
 from services.common.kafka import Cluster, Fenced, Publisher
 from services.common.settings import Settings
+from smdih.anomaly.v1 import anomaly_pb2 as pb
+from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
+from smdih.anomaly.v1 import events_pb2 as events_pb
 from tests import anomaly_plant as plant
 from tests.polling import eventually
 
 FIRM, OTHER_FIRM = 7, 8
 MACHINE, SIBLING = 1, 2
 
-Database = asyncpg.Connection  # type: ignore[type-arg]  # it is not a generic class at run time
+Database: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
 @dataclass
@@ -248,7 +248,7 @@ async def test_people_acknowledge_and_clear_once_and_it_is_recorded(
     ]
 
     async def all_published() -> bool:
-        return await database.fetchval("SELECT count(*) FROM outbox") == 0
+        return not await database.fetchval("SELECT count(*) FROM outbox")
 
     await eventually(all_published)
     events = [events_pb.AlarmEvent.FromString(record.value) for record in await published(cluster, topics.ALARMS)]

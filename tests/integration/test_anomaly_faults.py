@@ -5,7 +5,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 import pytest
@@ -24,7 +24,7 @@ SEED = int(os.environ.get("SMDIH_TEST_SEED", "0")) or random.SystemRandom().rand
 MACHINES = range(6)
 PARTITIONS = 4
 
-Database = asyncpg.Connection  # type: ignore[type-arg]  # it is not a generic class at run time
+Database: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
 @pytest_asyncio.fixture(scope="module")

@@ -1,9 +1,9 @@
 import pytest
-from smdih.anomaly.v1 import events_pb2 as pb
 
 from services.anomaly.service import WATCHER_QUEUE_MAX, AlarmFeed
 from services.common.errors import Forbidden, SlowDown
 from services.common.identity import Caller, Role
+from smdih.anomaly.v1 import events_pb2 as pb
 
 OPERATOR = Caller(credential_id=1, role=Role.OPERATOR)
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from smdih.ingest.v1 import records_pb2 as pb
 
 from services.anomaly.detector import Event
 from services.anomaly.scorer import Scorer, decode
 from services.anomaly.store import Checkpoint, SavedState
 from services.common.kafka import Poison
+from smdih.ingest.v1 import records_pb2 as pb
 from tests import anomaly_plant as plant
 
 MACHINES = (11, 12, 13)
