@@ -1,7 +1,9 @@
 """Connections, transactions and migrations."""
 
+import asyncio
 import hashlib
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ log = get_logger(__name__)
 
 CONNECT_TIMEOUT_S = 10
 COMMAND_TIMEOUT_S = 60
+START_DEADLINE_S = 60
 LOCK_TIMEOUT_MS = 5_000
 RETRY_AFTER_S = 2
 
@@ -45,6 +48,19 @@ async def create_pool(dsn: str, *, schema: str, size_max: int) -> Pool:
         command_timeout=COMMAND_TIMEOUT_S,
         server_settings={"search_path": f"{schema},public", "application_name": f"smdih-{schema}", "timezone": "UTC"},
     )
+
+
+async def create_pool_when_it_answers(dsn: str, *, schema: str, size_max: int) -> Pool:
+    """The same for the start of a process, which may come before its database. Raises TryAgain after START_DEADLINE_S."""
+    until = time.monotonic() + START_DEADLINE_S
+    while True:
+        try:
+            return await create_pool(dsn, schema=schema, size_max=size_max)
+        except AWAY as error:
+            if time.monotonic() > until:
+                raise TryAgain(f"No database answered in {START_DEADLINE_S} s.") from error
+            log.warning("no database answers yet", error=repr(error))
+            await asyncio.sleep(1)
 
 
 @asynccontextmanager

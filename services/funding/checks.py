@@ -144,7 +144,11 @@ def _firm_finding(firm: Eligibility) -> Finding:
 
 def _size(declaration: Declaration, call: Call, table: ParameterTable, day: date) -> SizeDecision:
     stated = declaration.size
-    own = Figures(headcount=decimal(stated.headcount), turnover=_exact(stated.turnover_minor), balance=_exact(stated.balance_minor))
+    own = Figures(
+        headcount=decimal(stated.headcount),
+        turnover=_exact(stated.turnover_minor),
+        balance=_exact(stated.balance_minor),
+    )
     if call.size_definition is Definition.EU:
         links = [
             Link(
@@ -164,7 +168,9 @@ def _size(declaration: Declaration, call: Call, table: ParameterTable, day: date
     if stated.relations:
         raise InvalidFact("this call uses the Companies Act: state the figures of the whole group, and no relations")
     if not stated.period_start:
-        raise InvalidFact("this call uses the Companies Act: state the first day of the accounting period (period_start)")
+        raise InvalidFact(
+            "this call uses the Companies Act: state the first day of the accounting period (period_start)"
+        )
     return companies_act_size(own, table.at(date.fromisoformat(stated.period_start)))
 
 
@@ -193,7 +199,9 @@ def _cap_finding(facts: Facts, costs: CostFacts, cap: GrantCap, parameters: Para
 
 def _assistance(facts: Facts, wanted_p: int, table: ParameterTable, day: date) -> AssistanceCheck:
     elsewhere = [
-        Assistance(given_on=date.fromisoformat(item.given_on), amount=item.amount_pence, kind=item.kind, enterprise=GROUP)
+        Assistance(
+            given_on=date.fromisoformat(item.given_on), amount=item.amount_pence, kind=item.kind, enterprise=GROUP
+        )
         for item in facts.declaration.earlier_assistance
     ]
     here = [
@@ -230,7 +238,9 @@ def _business_findings(
             f"The programme asks for {rate_text(target)} pounds of business money per pound of grant over the whole fund: "
             f"with {gbp(ceil(target * grant_p))} this project carries its part."
         )
-        return [Finding(rule=rule, met=True, code="", text=text) for rule, text in ((MATCH, beside), (RATIO, programme))]
+        return [
+            Finding(rule=rule, met=True, code="", text=text) for rule, text in ((MATCH, beside), (RATIO, programme))
+        ]
     ratio = match_rules.fund_ratio(
         public_p=fund.public_committed_pence + grant_p,
         business_p=fund.business_committed_pence + matched.counted_p,

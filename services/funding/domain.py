@@ -30,6 +30,7 @@ WAIVERS_NEEDED = 2
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 # What people call control characters, and halves of characters that no encoding can write.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_YEAR_2000_US, _YEAR_2100_US = 946_684_800_000_000, 4_102_444_800_000_000
 _UNITED_KINGDOM = ZoneInfo("Europe/London")
 
 
@@ -282,6 +283,16 @@ def checked_text(name: str, text: str, characters_max: int = TEXT_CHARACTERS_MAX
     return text
 
 
+def checked_times(opens_us: int, closes_us: int) -> None:
+    """Raises Refused unless both are times from 2000 to 2100, the first before the second."""
+    if not (_YEAR_2000_US <= opens_us < _YEAR_2100_US and _YEAR_2000_US <= closes_us < _YEAR_2100_US):
+        raise Refused(
+            "opens_us and closes_us are microseconds since 1970 UTC, from the year 2000 to 2100.", "TIME_OUT_OF_RANGE"
+        )
+    if opens_us >= closes_us:
+        raise Refused("A call closes after it opens.", "CLOSES_BEFORE_OPENS")
+
+
 def checked_request_id(text: str) -> str:
     """Raises Refused unless it is 1 to 100 letters, digits or ._:-"""
     if not is_id(text):
@@ -330,12 +341,9 @@ def checked_declaration(declaration: Declaration) -> Declaration:
         raise Refused(f"relations: at most {RELATIONS_MAX} are taken.", "DECLARATION_INVALID")
     if len(declaration.earlier_assistance) > EARLIER_ASSISTANCE_MAX:
         raise Refused(f"earlier_assistance: at most {EARLIER_ASSISTANCE_MAX} are taken.", "DECLARATION_INVALID")
-    for where, figures in (("size", size), *((f"relations[{n}]", r) for n, r in enumerate(size.relations))):
-        _check_decimal(f"{where}.headcount", figures.headcount, HEADCOUNT_MAX)
-        for name, minor in (("turnover_minor", figures.turnover_minor), ("balance_minor", figures.balance_minor)):
-            if not 0 <= minor <= FIGURE_MINOR_MAX:
-                raise Refused(f"{where}.{name} is from 0 to {FIGURE_MINOR_MAX}, not {minor}.", "AMOUNT_OUT_OF_RANGE")
+    _check_figures("size", size)
     for number, relation in enumerate(size.relations):
+        _check_figures(f"relations[{number}]", relation)
         _check_decimal(f"relations[{number}].percent", relation.percent, 100)
     if size.period_start:
         checked_date("size.period_start", size.period_start)
@@ -343,6 +351,13 @@ def checked_declaration(declaration: Declaration) -> Declaration:
         checked_date(f"earlier_assistance[{number}].given_on", item.given_on)
         checked_amount(f"earlier_assistance[{number}].amount_pence", item.amount_pence)
     return declaration
+
+
+def _check_figures(where: str, figures: SizeFigures | Relation) -> None:
+    _check_decimal(f"{where}.headcount", figures.headcount, HEADCOUNT_MAX)
+    for name, minor in (("turnover_minor", figures.turnover_minor), ("balance_minor", figures.balance_minor)):
+        if not 0 <= minor <= FIGURE_MINOR_MAX:
+            raise Refused(f"{where}.{name} is from 0 to {FIGURE_MINOR_MAX}, not {minor}.", "AMOUNT_OUT_OF_RANGE")
 
 
 def _check_decimal(name: str, text: str, most: int) -> None:

@@ -425,11 +425,11 @@ class _Reading:
                 self._faults.append(f"event {sequence} or one of its transfers was altered after it was written")
         self._sequence, self._hash = sequence, row["hash"]
 
-    def finish(
-        self, head: asyncpg.Record | None, accounts: Sequence[asyncpg.Record], stored_transfers: int
-    ) -> Replay:
+    def finish(self, head: asyncpg.Record | None, accounts: Sequence[asyncpg.Record], stored_transfers: int) -> Replay:
         if head is None or (head["sequence"], head["hash"]) != (self._sequence, self._hash):
-            self._faults.append(f"the newest event is not the one that the head names; {self._sequence} is the last there")
+            self._faults.append(
+                f"the newest event is not the one that the head names; {self._sequence} is the last there"
+            )
         if stored_transfers != self._transfers:
             self._faults.append(f"{stored_transfers - self._transfers} transfers belong to no event")
         for row in accounts:
