@@ -15,7 +15,7 @@ from services.funding.rules.size import Definition, Investor, Size
 TITLE_CHARACTERS_MAX = 200
 TEXT_CHARACTERS_MAX = 2_000
 REQUEST_ID_CHARACTERS_MAX = 100
-COSTS_MAX = 50
+DECIMAL_CHARACTERS_MAX = 20
 RELATIONS_MAX = 100
 EARLIER_ASSISTANCE_MAX = 200
 # Also what keeps the award's one event in the ledger within its number of transfers.
@@ -313,19 +313,21 @@ def checked_amount(name: str, pence: int, *, least: int = 1) -> int:
 
 def checked_rate(name: str, text: str) -> str:
     """A rate above 0 and up to 1 as decimal text. Raises Refused."""
+    if len(text) > DECIMAL_CHARACTERS_MAX:
+        raise Refused(f"{name} has too many digits.", "RATE_INVALID")
     try:
         rate = decimal(text)
     except InvalidFact as error:
         raise Refused(f"{name}: {error}", "RATE_INVALID") from error
-    if not 0 < rate <= 1 or len(text) > 20:
-        raise Refused(f"{name} is a rate above 0 and up to 1, such as 0.40; not {text[:20]}.", "RATE_INVALID")
+    if not 0 < rate <= 1:
+        raise Refused(f"{name} is a rate above 0 and up to 1, such as 0.40; not {text}.", "RATE_INVALID")
     return text
 
 
 def checked_costs(costs: tuple[Cost, ...]) -> tuple[Cost, ...]:
-    """Raises Refused for none, too many, the same category twice, or amounts out of range, also in sum."""
-    if not 0 < len(costs) <= COSTS_MAX:
-        raise Refused(f"costs: 1 to {COSTS_MAX} are taken, not {len(costs)}.", "COSTS_INVALID")
+    """Raises Refused for none, the same category twice, or amounts out of range, also in sum."""
+    if not costs:
+        raise Refused("costs: at least one is needed.", "COSTS_MISSING")
     if len({cost.category for cost in costs}) < len(costs):
         raise Refused("costs: a category stands there twice; add its amounts up.", "COSTS_INVALID")
     for cost in costs:
@@ -361,12 +363,14 @@ def _check_figures(where: str, figures: SizeFigures | Relation) -> None:
 
 
 def _check_decimal(name: str, text: str, most: int) -> None:
+    if len(text) > DECIMAL_CHARACTERS_MAX:
+        raise Refused(f"{name} has too many digits.", "DECIMAL_INVALID")
     try:
         value = decimal(text)
     except InvalidFact as error:
         raise Refused(f"{name}: {error}", "DECIMAL_INVALID") from error
-    if value > most or len(text) > 20:
-        raise Refused(f"{name} is at most {most}, with few digits.", "DECIMAL_INVALID")
+    if value > most:
+        raise Refused(f"{name} is at most {most}.", "DECIMAL_INVALID")
 
 
 def checked_date(name: str, text: str) -> date:
