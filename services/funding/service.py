@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +60,9 @@ T = TypeVar("T")
 PAGE_SIZE = 50
 PAGE_SIZE_MAX = 100
 INT64_MAX = 2**63 - 1
-WATCH_INTERVAL_S = 10
+WATCH_INTERVAL_S = 5
+# It reads every transfer there is.
+TRIAL_BALANCE_INTERVAL_S = 300
 
 # Decisions made, by result (awarded, rejected).
 decisions_total = Counter("smdih_funding_decisions_total", "Decisions on applications", ["result"])
@@ -584,17 +587,26 @@ class FundingService:
         async with transaction(self._pool) as connection:
             return await ledger.trial_balance(connection)
 
-    async def observe(self) -> None:
-        """Set the gauges of the fund from the ledger, and say aloud when it is not in order."""
+    async def observe_balances(self) -> None:
+        """Set the gauges of the fund's money from the running balances."""
+        async with transaction(self._pool) as connection:
+            running = await ledger.balances(connection)
+        for kind in AccountKind:
+            balance_pence.labels(kind).set(running[kind])
+        trial_balance_pence.set(sum(running.values()))
+
+    async def observe_trial_balance(self) -> None:
+        """Add every transfer up, and say aloud when a balance is something else.
+
+        The line about the head is the note, outside the database, that shows a past rewritten whole.
+        """
         async with transaction(self._pool) as connection:
             trial = await ledger.trial_balance(connection)
-        for kind in AccountKind:
-            total = sum(account.balance_pence for account in trial.accounts if account.kind is kind)
-            balance_pence.labels(kind).set(total)
-        trial_balance_pence.set(trial.total_pence)
         disagreeing_accounts.set(sum(not account.agrees for account in trial.accounts))
-        if not trial.in_order:
-            log.error("ledger is not in order", total_pence=trial.total_pence)
+        if trial.in_order:
+            log.info("ledger is in order", events=trial.events, head_hash=trial.head_hash)
+        else:
+            log.error("ledger is not in order", total_pence=trial.total_pence, events=trial.events)
 
     # What the use cases share
 
@@ -665,10 +677,14 @@ class FundingService:
 
 
 async def watch(service: FundingService) -> None:
-    """Look at the ledger every WATCH_INTERVAL_S until cancelled."""
+    """Look at the running balances often and at the whole ledger now and then, until cancelled."""
+    next_trial_s = 0.0
     while True:
         try:
-            await service.observe()
+            await service.observe_balances()
+            if time.monotonic() >= next_trial_s:
+                await service.observe_trial_balance()
+                next_trial_s = time.monotonic() + TRIAL_BALANCE_INTERVAL_S
         except (TryAgain, asyncpg.PostgresError) as error:
             log.warning("ledger cannot be observed", error=repr(error))
         await asyncio.sleep(WATCH_INTERVAL_S)
