@@ -505,9 +505,9 @@ class Matching:
         ], ""
 
     async def _make(self, connection: Connection, offers: Sequence[Offer]) -> None:
-        await store.add_offers(connection, offers)
-        for offer in offers:
-            await self._publish(connection, offer)
+        if offers:
+            await store.add_offers(connection, offers)
+            await self._publish(connection, offers)
 
     async def _need_seen_by(self, connection: Connection, caller: Caller, need_id: str) -> Need:
         need = await store.need(connection, _known_form(need_id))
@@ -599,7 +599,7 @@ class Matching:
         by = caller.credential_id
         await store.decide_offer(connection, offer.id, OfferState.ACCEPTED, decided=now, by=by, reason="")
         accepted = replace(offer, state=OfferState.ACCEPTED, decided=now, match_id=match.id)
-        await self._publish(connection, accepted)
+        await self._publish(connection, [accepted])
         return match
 
     async def _accepted(self, connection: Connection, offer: Offer) -> tuple[Match, Offer]:
@@ -629,7 +629,7 @@ class Matching:
                         by=caller.credential_id,
                         reason=offer.decision_reason,
                     )
-                    await self._publish(connection, offer)
+                    await self._publish(connection, [offer])
                     await self._close_if_done(connection, need)
         self._relay.kick()
         return _offer_as_seen_by(caller, offer)
@@ -645,9 +645,10 @@ class Matching:
         assert current is not None
         return current, need
 
-    async def _publish(self, connection: Connection, offer: Offer) -> None:
-        await outbox.write(connection, topics.OFFERS, key=offer.need_id, value=offer_event(offer))
-        offers_total.labels(offer.state).inc()
+    async def _publish(self, connection: Connection, offers: Sequence[Offer]) -> None:
+        await outbox.write_all(connection, topics.OFFERS, [(offer.need_id, offer_event(offer)) for offer in offers])
+        for offer in offers:
+            offers_total.labels(offer.state).inc()
 
     # --- upkeep ----------------------------------------------------------------------------------------------------
 
@@ -707,8 +708,10 @@ class Matching:
         now = self._now()
         for offer in offers:
             await store.decide_offer(connection, offer.id, OfferState.LAPSED, decided=now, by=None, reason=why)
-            lapsed = replace(offer, state=OfferState.LAPSED, decided=now, decision_reason=why)
-            await self._publish(connection, lapsed)
+        await self._publish(
+            connection,
+            [replace(offer, state=OfferState.LAPSED, decided=now, decision_reason=why) for offer in offers],
+        )
 
     async def _close_if_done(self, connection: Connection, need: Need) -> None:
         if need.state is not NeedState.OPEN:

@@ -240,12 +240,21 @@ async def test_a_full_provider_is_not_offered_and_a_course_is_the_safety_net(hub
     assert (need["offers"], need["no_offer_reason"]) == (1, "")
 
 
-async def test_a_need_without_any_provider_says_so(hub: Hub) -> None:
-    opened = await open_need(hub)
-    assert (opened["offers"], opened["need"]["no_offer_reason"]) == ([], "NO_PROVIDER")
+async def test_a_need_without_any_provider_says_so_and_gets_offers_once_there_is_one(hub: Hub) -> None:
+    # More than are tried again at once, so that none waits behind the others.
+    needs = [
+        await open_need(hub, f"Gears whine, case {number}.", machine_id=machine_id(FIRM, 9)) for number in range(25)
+    ]
+    assert {(each["need"]["offers"], each["need"]["no_offer_reason"]) for each in needs} == {(0, "NO_PROVIDER")}
     await hub.put_providers("gear-rigs", region_bound=True, region="Scotland", regions_served=[])
     opened = await open_need(hub)
     assert (opened["offers"], opened["need"]["no_offer_reason"]) == ([], "NONE_FITS")
+    await hub.put_providers("gear-rigs")
+
+    async def all_offered() -> bool:
+        return all(need["offers"] == 1 for need in await hub.needs_of(machine_id(FIRM, 9)))
+
+    await eventually(all_offered)
 
 
 async def test_offers_lapse_by_the_upkeep_and_the_need_closes(hub: Hub, cluster: Cluster) -> None:

@@ -59,7 +59,7 @@ async def test_what_was_committed_before_a_kill_is_published_after_it(
         await dying.put_providers()
         opened = await dying.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."})
         await dying.ok("firm", "POST", f"/v1/offers/{opened['offers'][0]['id']}/accept")
-        left = await dying.pool.fetchval("SELECT count(*) FROM outbox")
+        left: int = await dying.pool.fetchval("SELECT count(*) FROM outbox")
     made = len(opened["offers"])
     assert left == 2 * made
     assert await offer_events(cluster) == []
