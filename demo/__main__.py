@@ -23,6 +23,7 @@ from demo.story import Source, Step, Story
 from demo.view import View, print_summary
 from localstack.hub import Hub, HubError
 from localstack.servers import LOCAL, LocalServers, Servers, ServersError, named_in_environment
+from services.common import logs
 
 FOLDER = LOCAL / "demo"
 
@@ -102,7 +103,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="The whole journey on real servers.")
     parser.add_argument("--input", type=Path, help="a CSV file to stream in place of the built-in plant")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+    logs.configure("demo", "ERROR")  # the processes have logs of their own; the view is for people
     try:
         story = told(arguments.input)
         asyncio.run(run(story, console))

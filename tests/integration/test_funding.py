@@ -17,9 +17,6 @@ import httpx
 import pytest
 import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from smdih.directory.v1 import directory_pb2
-from smdih.funding.v1 import events_pb2, funding_pb2, funding_pb2_grpc
-from smdih.matching.v1 import events_pb2 as matching_pb2
 
 from localstack.servers import free_port
 from services.common import topics
@@ -27,6 +24,9 @@ from services.common.directory import entity_key
 from services.common.identity import Role, key_prefix, key_sha256, new_key
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
+from smdih.directory.v1 import directory_pb2
+from smdih.funding.v1 import events_pb2, funding_pb2, funding_pb2_grpc
+from smdih.matching.v1 import events_pb2 as matching_pb2
 from tests.polling import eventually
 
 FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER = 11, 12, 13, 14
