@@ -220,7 +220,7 @@ async def running_hub(
         directory = Directory(cluster, clock=clock, kinds=("firm", "machine", "partner"))
         tasks.append(asyncio.create_task(directory.run()))
         embedder = await asyncio.to_thread(Embedder.installed)
-        index = ProviderIndex(pool, Ranker(embedder, today=functools.partial(today, clock)), embedder)
+        index = ProviderIndex(pool, Ranker(embedder, today=functools.partial(today, clock)), embedder, clock=clock)
         stack.push_async_callback(index.close)
         relay = OutboxRelay(pool, publisher, schema="matching")
         matching = Matching(pool, index, relay, directory, clock=clock, limits=Limits())

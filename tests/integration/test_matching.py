@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
+import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
@@ -13,6 +14,7 @@ import pytest_asyncio
 from services.common import topics
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
+from services.matching.messages import raised_alarm
 from smdih.matching.v1 import events_pb2, matching_pb2
 from tests.integration.matching_hub import (
     FIRM,
@@ -43,6 +45,7 @@ async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
     """Without live providers, places taken or consent."""
     await one_hub.withdraw_all()
     await one_hub.pool.execute("DELETE FROM provider_quarter")
+    await one_hub.index.refresh()
     await one_hub.ok("firm", "POST", "/v1/consents/revoke")
     yield one_hub
     one_hub.clock.shift = timedelta(0)
@@ -98,6 +101,7 @@ async def test_an_alarm_under_consent_becomes_a_need_with_offers_and_an_accepted
     assert [offer["rank"] for offer in offers] == [1, 2, 3, 4]
     assert offers[0]["provider_id"] == "gear-rigs"
     assert offers[0]["reasons"]
+    assert "It has 3 of 3 places free this quarter." in offers[0]["reasons"]
     assert all(offer["score"] == pytest.approx(sum(offer["parts"].values())) for offer in offers)
 
     accepted = await hub.ok("firm", "POST", f"/v1/offers/{offers[0]['id']}/accept")
@@ -128,12 +132,16 @@ async def test_an_alarm_under_consent_becomes_a_need_with_offers_and_an_accepted
 async def test_without_consent_nothing_of_an_alarm_is_kept(hub: Hub, cluster: Cluster) -> None:
     await hub.put_providers("gear-rigs")
     await hub.raise_alarm("never-agreed", machine_id(FIRM, 1))
+    await all_taken_in(hub, cluster)
     await give_consent(hub, machine_ids=[machine_id(FIRM, 2)])
     await hub.raise_alarm("other-machine", machine_id(FIRM, 1))
+    await all_taken_in(hub, cluster)
     await give_consent(hub, severity_min="high")
     await hub.raise_alarm("too-mild", machine_id(FIRM, 1), severity=1)
+    await all_taken_in(hub, cluster)
     await give_consent(hub, until_us=hub.clock.now_us() - 60_000_000)
     await hub.raise_alarm("too-late", machine_id(FIRM, 1))
+    await all_taken_in(hub, cluster)
     await give_consent(hub)
     await hub.ok("firm", "POST", "/v1/consents/revoke")
     await hub.raise_alarm("revoked", machine_id(FIRM, 1))
@@ -170,6 +178,40 @@ async def test_a_repeated_event_and_more_alarms_of_the_machine_open_no_second_ne
     assert len(await offers_of(hub, needs[0]["id"])) == 2
 
 
+async def test_alarms_of_one_machine_taken_in_by_two_processes_at_once_open_one_need(hub: Hub) -> None:
+    await hub.put_providers("iot-basics")
+    await give_consent(hub)
+    machines = [machine_id(FIRM, number) for number in range(20, 30)]
+
+    async def take(process: int, machines: list[int]) -> None:
+        events = [alarm_event(f"process-{process}-{machine}", machine) for machine in machines]
+        alarms = [alarm for alarm in map(raised_alarm, events) if alarm is not None]
+        async with hub.pool.acquire() as connection, connection.transaction():
+            await hub.matching.take_alarms(connection, alarms)
+
+    await asyncio.gather(take(1, machines), take(2, machines[::-1]), take(3, machines))
+    for machine in machines:
+        assert [len(need["alarm_ids"]) for need in await hub.needs_of(machine)] == [3]
+
+
+async def test_a_place_taken_is_told_in_the_next_offers(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs")
+    first = await open_need(hub)
+    await hub.ok("firm", "POST", f"/v1/offers/{first['offers'][0]['id']}/accept")
+
+    async def told() -> bool:
+        return "It has 2 of 3 places free this quarter." in (await open_need(hub))["offers"][0]["reasons"]
+
+    await eventually(told, deadline_s=5)
+    # A new quarter: all places are free again.
+    hub.clock.shift = timedelta(days=95)
+
+    async def free_again() -> bool:
+        return "It has 3 of 3 places free this quarter." in (await open_need(hub))["offers"][0]["reasons"]
+
+    await eventually(free_again, deadline_s=5)
+
+
 async def test_after_a_match_the_same_fault_opens_no_need_but_a_later_one_does(hub: Hub, cluster: Cluster) -> None:
     await hub.put_providers("iot-basics")
     await give_consent(hub)
@@ -204,6 +246,8 @@ async def test_twenty_at_once_never_take_more_than_three_places(hub: Hub) -> Non
     assert row is not None
     assert (row["taken"], row["capacity"]) == (3, 3)
     assert await hub.pool.fetchval("SELECT count(*) FROM match WHERE provider_id = 'forming'") == 3
+    with pytest.raises(asyncpg.CheckViolationError, match="provider_quarter_capacity_check"):
+        await hub.pool.execute("UPDATE provider_quarter SET taken = taken + 1 WHERE provider_id = 'forming'")
     # A smaller capacity keeps what is promised and gives no more; a larger one gives places again.
     await hub.put_providers("forming", capacity_per_quarter=1)
     full = next(offer for offer, answer in zip(offers, answers, strict=False) if answer.status_code == 409)
@@ -461,9 +505,24 @@ async def test_the_same_by_grpc(hub: Hub) -> None:
     assert opened.need.id in {need.id for need in needs.needs}
     got = await hub.stub.GetNeed(pb.GetNeedRequest(need_id=opened.need.id), metadata=key("firm"))
     assert got.need.match_id == accepted.match.id
+    second = await hub.stub.OpenNeed(pb.OpenNeedRequest(text="It shakes again."), metadata=key("firm"))
+    assert (len(second.offers), second.need.no_offer_reason) == (0, "ALL_FULL")
+    provider.capacity_per_quarter = 2
+    await hub.stub.PutProvider(pb.PutProviderRequest(provider=provider), metadata=key("partner"))
+    third = await hub.stub.OpenNeed(pb.OpenNeedRequest(text="And again."), metadata=key("firm"))
+    declined = await hub.stub.DeclineOffer(
+        pb.DeclineOfferRequest(offer_id=third.offers[0].offer.id, reason="solved it"), metadata=key("firm")
+    )
+    assert (declined.offer.state, declined.offer.decision_reason) == (pb.OFFER_STATE_DECLINED, "solved it")
     providers = await hub.stub.ListProviders(pb.ListProvidersRequest(), metadata=key("firm"))
     assert [each.id for each in providers.providers] == ["vibration"]
     assert providers.providers[0].taken_this_quarter == 1
+    withdrawn = await hub.stub.WithdrawProvider(
+        pb.WithdrawProviderRequest(provider_id="vibration"), metadata=key("partner")
+    )
+    assert not withdrawn.provider.active
+    known = await hub.stub.GetProvider(pb.GetProviderRequest(provider_id="vibration"), metadata=key("partner"))
+    assert known.provider == withdrawn.provider
     for call, request, code, reason in [
         (hub.stub.GetNeed, pb.GetNeedRequest(need_id=opened.need.id), grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
         (hub.stub.OpenNeed, pb.OpenNeedRequest(), grpc.StatusCode.INVALID_ARGUMENT, "TEXT_MISSING"),
