@@ -73,6 +73,12 @@ class PassageIndex:
         cosines: Scores = questions @ self._vectors[: self.size].T
         return np.maximum(cosines, np.float32(0.0), out=cosines)
 
+    def likeness(self, slots: NDArray[np.intp]) -> Scores:
+        """Cosines of these passages with each other, shape (n, n)."""
+        chosen = self._vectors[slots]
+        cosines: Scores = chosen @ chosen.T
+        return cosines
+
     def words(self, text: str) -> Scores:
         """Share 0..1 of the text's words (weighted by rarity) that each slot has, shape (size,)."""
         return self._lexical.scores(text, self.size)
