@@ -55,7 +55,7 @@ class Catalogue:
         for passage in passages(text)[: self._passages_max]:
             slot = self._slot_with.setdefault(passage, len(self._slot_with))
             if slot == self._index.size:
-                self._index.put(slot, passage)
+                self._index.put(slot, passage, self._index.embed(passage))
             slots.append(slot)
 
     def search(self, text: str, limit: int = 100) -> list[tuple[str, float]]:

@@ -119,6 +119,8 @@ def _text(fields: Mapping[str, Any], name: str, default: str | None = None) -> s
     value = fields.get(name, default)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {'missing' if value is None else 'not a text'}")
+    if not value.isascii():
+        value.encode("utf-8")  # half a surrogate pair, as JSON can spell it, is refused here with a ValueError
     return value
 
 
@@ -146,6 +148,8 @@ def _json_lines(path: Path, build: Callable[[Mapping[str, Any]], Item]) -> list[
             item = build(fields)
         except (ValueError, RecursionError, MatchingError) as error:
             raise BadInputError(f"{place}: {' '.join(str(error).split())}") from error
+        if len(str(fields["id"]).splitlines()) > 1 or "\t" in fields["id"]:
+            raise BadInputError(f"{place}: the id holds a tab or a line end")
         if fields["id"] in seen:
             raise BadInputError(f"{place}: id {fields['id']} comes twice")
         seen.add(fields["id"])

@@ -154,11 +154,18 @@ class Ranker:
         return self._weights.version
 
     def upsert(self, provider: Provider, vector: NDArray[np.float32] | None = None) -> None:
-        """Add or replace a provider. An unchanged profile keeps its vector, so only new text costs embedding time."""
+        """Add or replace a provider. An unchanged profile keeps its vector, so only new text costs embedding time.
+
+        Ranking goes on meanwhile. Changes of one provider must come one after the other; of several, in any order.
+        """
         with self._lock:
             before = self._directory.find(provider.id)
+        known = before is not None and before.profile == provider.profile
+        if vector is None and not known:
+            vector = self._index.embed(provider.profile)  # the slow part, outside the lock
+        with self._lock:
             slot = self._directory.put(provider)
-            if before is None or before.profile != provider.profile or vector is not None:
+            if vector is not None:
                 self._index.put(slot, provider.profile, vector)
 
     def remove(self, provider_id: str) -> None:

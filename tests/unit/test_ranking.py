@@ -459,6 +459,8 @@ class TestCommand:
             ('{"id": "n1", "text": "t", "size": "huge"}\n', "huge"),
             ('{"id": "n1", "text": "t"}\n{"id": "n1", "text": "t"}\n', "comes twice"),
             ('{"id": "n1", "text": " "}\n', "no text"),
+            ('{"id": "n1", "text": "\\ud800"}\n', "surrogates not allowed"),
+            ('{"id": "n\\t1", "text": "t"}\n', "tab"),
         ],
     )
     def test_bad_input_is_one_line_and_code_2(
