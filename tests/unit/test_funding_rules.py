@@ -133,6 +133,12 @@ def test_a_limit_in_percent_points_is_answered_in_percent_points() -> None:
     assert project(3_000_001, 6_999_999, "30.00")["research_share"] == "30.01"
 
 
+def test_a_partner_without_a_size_leaves_the_share_known_and_the_cap_open() -> None:
+    partners = [{"org_type": "business", "eligible_p": 70}, {"org_type": "academic", "eligible_p": 30}]
+    answer = ask("consortium", max_research_share="0.30", partners=partners)
+    assert (answer["research_share"], answer["allowed"], answer["max_grant_p"]) == ("0.30", True, None)
+
+
 # Minimal financial assistance
 
 

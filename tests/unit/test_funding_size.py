@@ -251,3 +251,11 @@ def test_companies_act_judges_the_period_before_by_the_limits_of_the_period_at_h
 def test_a_series_needs_a_period() -> None:
     with pytest.raises(InvalidFact):
         series("small", [])
+
+
+@pytest.mark.parametrize(
+    ("starting", "headcounts", "expected"),
+    [("sme", ["250"], "medium"), ("sme", ["20", "20"], "small"), ("not_sme", ["249"], "large")],
+)
+def test_a_series_may_start_from_no_more_than_being_an_sme(starting: str, headcounts: list[str], expected: str) -> None:
+    assert series(starting, headcounts) == expected
