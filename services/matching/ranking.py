@@ -329,8 +329,10 @@ def _sentences(
         told.append(
             f"Being {_article(provider.kind)}, it {'suits' if fits else 'suits less well'} {need.urgency} urgency."
         )
-    free = provider.places_left
-    told.append(f"It has {free} of {provider.capacity_per_quarter} places free this quarter.")
+    if provider.kind is Kind.COURSE:
+        told.append("It is a course and has room for everyone.")
+    else:
+        told.append(f"It has {provider.places_left} of {provider.capacity_per_quarter} places free this quarter.")
     return tuple(sentence for sentence in told if sentence)
 
 
