@@ -241,6 +241,8 @@ class LocalServers:
 
     async def _prove_kafka(self, servers: Servers, state: dict[str, Any]) -> None:
         until = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < until and self._running(state["kafka"]) and not _listens(state["kafka"]["port"]):
+            await asyncio.sleep(0.1)
         while True:
             admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
             try:
@@ -286,6 +288,11 @@ class LocalServers:
         temporary.write_text(json.dumps(state, indent=1))
         temporary.chmod(0o600)
         temporary.replace(self._state_file)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _port_again(port: int | None) -> int:

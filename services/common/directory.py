@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from google.protobuf.message import DecodeError
-from smdih.directory.v1 import directory_pb2 as pb
 
 from services.common import topics
 from services.common.clock import Clock
@@ -17,6 +16,7 @@ from services.common.errors import Unauthenticated
 from services.common.identity import Caller, Role, key_sha256
 from services.common.kafka import Cluster
 from services.common.logs import get_logger
+from smdih.directory.v1 import directory_pb2 as pb
 
 log = get_logger(__name__)
 

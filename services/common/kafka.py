@@ -210,6 +210,38 @@ class TooManyDeadLetters(Exception):
     """So many unreadable records in a row mean a bad release, not bad records: stop rather than empty the topic."""
 
 
+class DeadLetters:
+    """Takes the records that a consumer could not read, durably, and stops the consumer at a run of them."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._in_a_row = 0
+
+    async def bury(self, topic: str, bad: Sequence[tuple[ConsumerRecord, str]], *, records: int) -> None:
+        """Keep the bad ones among `records` records of the topic (named without prefix), each with its reason.
+
+        Returns once the dead-letter topic holds them. Raises TooManyDeadLetters, TryAgain.
+        """
+        if not bad:
+            self._in_a_row = 0
+            return
+        self._in_a_row = self._in_a_row + len(bad) if len(bad) == records else len(bad)
+        if self._in_a_row > DEAD_LETTERS_IN_A_ROW_MAX:
+            raise TooManyDeadLetters(f"{self._in_a_row} unreadable records in a row; the first reason now: {bad[0][1]}")
+        for record, reason in bad:
+            headers = [
+                ("topic", record.topic.encode()),
+                ("partition", str(record.partition).encode()),
+                ("offset", str(record.offset).encode()),
+                ("reason", reason.encode()),
+            ]
+            await self._publisher.publish(
+                topic + topics.DEAD_LETTERS_SUFFIX, record.value, key=record.key, headers=headers
+            )
+            dead_letters_total.labels(topic=topic).inc()
+            log.error("dead letter", topic=topic, partition=record.partition, offset=record.offset, reason=reason)
+
+
 Handler = Callable[[Connection, Sequence[ConsumerRecord]], Awaitable[Sequence[tuple[ConsumerRecord, str]]]]
 
 
@@ -240,7 +272,6 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
     ) -> None:
         self._cluster = cluster
         self._pool = pool
-        self._publisher = publisher
         self._topics = {cluster.name(name): name for name in topic_names}
         self._group = cluster.name(group)
         self._handler = handler
@@ -251,7 +282,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         self._assigned = asyncio.Event()
         self._working = asyncio.Lock()
         self._broken: BaseException | None = None
-        self._bad_in_a_row = 0
+        self._dead_letters = {name: DeadLetters(publisher) for name in topic_names}
         self._last_progress = time.monotonic()
         self._last_offset_commit = 0.0
         self._consumer: AIOKafkaConsumer | None = None
@@ -388,27 +419,11 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             raise Fenced(f"{partition} is not at {expected} any more")
 
     async def _bury(self, records: Sequence[ConsumerRecord], bad: Sequence[tuple[ConsumerRecord, str]]) -> None:
-        if not bad:
-            self._bad_in_a_row = 0
-            return
-        self._bad_in_a_row = self._bad_in_a_row + len(bad) if len(bad) == len(records) else len(bad)
-        if self._bad_in_a_row > DEAD_LETTERS_IN_A_ROW_MAX:
-            raise TooManyDeadLetters(
-                f"{self._bad_in_a_row} unreadable records in a row; the first reason now: {bad[0][1]}"
-            )
-        for record, reason in bad:
-            name = self._topics[record.topic]
-            headers = [
-                ("topic", record.topic.encode()),
-                ("partition", str(record.partition).encode()),
-                ("offset", str(record.offset).encode()),
-                ("reason", reason.encode()),
-            ]
-            await self._publisher.publish(
-                name + topics.DEAD_LETTERS_SUFFIX, record.value, key=record.key, headers=headers
-            )
-            dead_letters_total.labels(topic=name).inc()
-            log.error("dead letter", topic=name, partition=record.partition, offset=record.offset, reason=reason)
+        for full_name, name in self._topics.items():
+            of_topic = [one for one in bad if one[0].topic == full_name]
+            count = sum(record.topic == full_name for record in records)
+            if count:
+                await self._dead_letters[name].bury(name, of_topic, records=count)
 
     async def _load_positions(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         loaded: dict[TopicPartition, int] = {}

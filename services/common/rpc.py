@@ -38,15 +38,23 @@ def current_caller() -> Caller:
     return _caller.get()
 
 
+# Told of a body that is not the message it should be, and who sent it to which method.
+OnMalformed = Callable[[Caller, str, bytes], Awaitable[None]]
+
+
 class _Malformed:
     """Stands in for a request whose bytes are not the message they should be."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
 
 
 class _Gate(grpc.aio.ServerInterceptor):
     """Every call passes here: key, correlation id, errors, metrics. Deny by default."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, on_malformed: OnMalformed | None) -> None:
         self._directory = directory
+        self._on_malformed = on_malformed
 
     async def intercept_service(
         self,
@@ -76,31 +84,34 @@ class _Gate(grpc.aio.ServerInterceptor):
             try:
                 return handler.request_deserializer(data)
             except DecodeError:
-                return _Malformed()
+                return _Malformed(data)
+
+        async def well_formed(request: Any) -> None:
+            if isinstance(request, _Malformed):
+                if self._on_malformed is not None:
+                    await self._on_malformed(current_caller(), method, request.data)
+                raise Invalid("The body is not a message of this call.", reason="MALFORMED")
 
         async def unary(request: Any, context: Any) -> Any:
             started = time.perf_counter()
             with correlated(correlation_id):
                 async with _answered(context, method):
                     await admit(context)
-                    if isinstance(request, _Malformed):
-                        raise Invalid("The body is not a message of this call.", reason="MALFORMED")
+                    await well_formed(request)
                     response = await handler.unary_unary(request, context)
                 call_seconds.labels(method).observe(time.perf_counter() - started)
                 return response
 
         async def checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
             async for request in requests:
-                if isinstance(request, _Malformed):
-                    raise Invalid("The body is not a message of this call.", reason="MALFORMED")
+                await well_formed(request)
                 yield request
 
         async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
             with correlated(correlation_id):
                 async with _answered(context, method):
                     await admit(context)
-                    if isinstance(request, _Malformed):
-                        raise Invalid("The body is not a message of this call.", reason="MALFORMED")
+                    await well_formed(request)
                     async for response in handler.unary_stream(request, context):
                         yield response
 
@@ -156,10 +167,11 @@ async def serve(
     register: Sequence[tuple[Callable[[Any, Any], None], Any]],
     service_names: Sequence[str],
     message_bytes_max: int = MESSAGE_BYTES_MAX,
+    on_malformed: OnMalformed | None = None,
 ) -> AsyncIterator[int]:
     """Serve until the context ends; yields the port. `register` pairs generated add_..._to_server functions with servicers."""
     server = grpc.aio.server(
-        interceptors=[_Gate(directory)],
+        interceptors=[_Gate(directory, on_malformed)],
         options=[
             ("grpc.max_receive_message_length", message_bytes_max),
             ("grpc.max_concurrent_streams", 1_000),

@@ -1,0 +1,194 @@
+"""All processes of the hub on this machine: started, watched, started again when they die."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from localstack.servers import ROOT, Servers, free_port
+from services.common.settings import Settings
+from services.ingest.main import operator_key
+from services.migrate import migrate_all
+
+READY_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 15
+RESTART_DELAY_S = 0.5
+RESTART_DELAY_S_MAX = 10.0
+
+
+@dataclass(frozen=True)
+class Role:
+    """One process: what it is called, how it is started, which edges it has."""
+
+    name: str
+    module: str
+    role: str
+    has_grpc: bool
+
+
+ROLES = (
+    Role("door", "services.ingest.main", "door", has_grpc=True),
+    Role("historian", "services.ingest.main", "historian", has_grpc=False),
+    Role("anomaly-worker", "services.anomaly.main", "worker", has_grpc=False),
+    Role("anomaly", "services.anomaly.main", "api", has_grpc=True),
+    Role("matching", "services.matching.main", "api", has_grpc=True),
+    Role("funding", "services.funding.main", "api", has_grpc=True),
+)
+
+
+@dataclass
+class Running:
+    """A process with its ports, which it keeps when it is started again."""
+
+    role: Role
+    http_port: int
+    grpc_port: int
+    process: asyncio.subprocess.Process | None = None
+    starts: int = 0
+    watcher: asyncio.Task[None] | None = None
+
+    @property
+    def http(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+
+class HubError(Exception):
+    """A process did not come up; the message names its log."""
+
+
+class Hub:
+    """The hub's processes on given servers. Logs go to `folder`/<name>.log."""
+
+    def __init__(
+        self, servers: Servers, folder: Path, *, topic_prefix: str = "", roles: Collection[str] | None = None
+    ) -> None:
+        self._folder = folder
+        self.settings = Settings(
+            kafka_bootstrap=servers.kafka_bootstrap, database_dsn=servers.database_dsn, kafka_topic_prefix=topic_prefix
+        )
+        self._roles = [role for role in ROLES if roles is None or role.name in roles]
+        self.processes: dict[str, Running] = {}
+        self.operator_key = ""
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Bring databases and topics up to date, start every process and wait until all are ready. Raises HubError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for role in self._roles:
+            self.processes[role.name] = Running(role, free_port(), free_port())
+        await migrate_all(self.settings)
+        self.operator_key = await operator_key(self.settings)
+        for running in self.processes.values():
+            running.watcher = asyncio.create_task(self._watch(running))
+        await asyncio.gather(*(self.wait_ready(name) for name in self.processes))
+
+    async def wait_ready(self, name: str) -> None:
+        """Return once the process says that it is ready. Raises HubError when that takes too long."""
+        running = self.processes[name]
+        until = time.monotonic() + READY_TIMEOUT_S
+        async with httpx.AsyncClient(timeout=5) as client:
+            while True:
+                try:
+                    answer = await client.get(f"{running.http}/readyz")
+                    if answer.status_code == 200:
+                        return
+                    missing = answer.text
+                except httpx.HTTPError as error:
+                    missing = repr(error)
+                if time.monotonic() > until:
+                    raise HubError(f"{name} is not ready after {READY_TIMEOUT_S} s ({missing}): see {self._log(name)}")
+                await asyncio.sleep(0.1)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL a process, as a fault; it is started again."""
+        process = self.processes[name].process
+        if process is not None and process.returncode is None:
+            process.kill()
+
+    async def stop(self) -> None:
+        """Stop all processes politely, in reverse order of starting."""
+        self._stopping = True
+        for running in reversed(self.processes.values()):
+            process = running.process
+            if process is not None and process.returncode is None:
+                process.terminate()
+        for running in self.processes.values():
+            if running.process is not None:
+                try:
+                    async with asyncio.timeout(STOP_TIMEOUT_S):
+                        await running.process.wait()
+                except TimeoutError:
+                    running.process.kill()
+                    await running.process.wait()
+            if running.watcher is not None:
+                running.watcher.cancel()
+                await asyncio.gather(running.watcher, return_exceptions=True)
+
+    def endpoints(self) -> dict[str, Any]:
+        """Where everything answers."""
+        found: dict[str, Any] = {
+            "kafka": self.settings.kafka_bootstrap,
+            "database": self.settings.database_dsn,
+            "processes": {name: running.http for name, running in self.processes.items()},
+        }
+        for service, name in (
+            ("ingest", "door"),
+            ("anomaly", "anomaly"),
+            ("matching", "matching"),
+            ("funding", "funding"),
+        ):
+            if name in self.processes:
+                found[service] = {"grpc": self.processes[name].grpc, "http": self.processes[name].http}
+        return found
+
+    def _log(self, name: str) -> Path:
+        return self._folder / f"{name}.log"
+
+    async def _watch(self, running: Running) -> None:
+        environment = os.environ | {
+            "SMDIH_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap,
+            "SMDIH_KAFKA_TOPIC_PREFIX": self.settings.kafka_topic_prefix,
+            "SMDIH_DATABASE_DSN": self.settings.database_dsn,
+            "SMDIH_HTTP_PORT": str(running.http_port),
+            "SMDIH_GRPC_PORT": str(running.grpc_port),
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
+            # One arithmetic thread a process: on a small machine more only get into each other's way.
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        delay_s = RESTART_DELAY_S
+        while not self._stopping:
+            started = time.monotonic()
+            with self._log(running.role.name).open("ab") as log:
+                running.process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *("-m", running.role.module, running.role.role),
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+            running.starts += 1
+            await running.process.wait()
+            delay_s = RESTART_DELAY_S if time.monotonic() - started > 30 else min(delay_s * 2, RESTART_DELAY_S_MAX)
+            await asyncio.sleep(delay_s)
+
+
+def write_endpoints(path: Path, endpoints: dict[str, Any]) -> None:
+    """For people and scripts; holds keys, so only its owner may read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(endpoints, indent=1) + "\n")

@@ -1,0 +1,329 @@
+"""The streaming anomaly detector: one causal pass, no labels, one configuration for every series.
+
+A *slot* is one machine (or one channel group of it) with up to `WIDTH_MAX` signals that share a time.  All state
+lives in a few growable float64 arrays; `score` makes one compiled call for a whole batch of frames of many machines.
+The result is the same, bit for bit, for any split of the same frames into batches, and after `dump` and `load`.
+
+Two scores per value, both -log10 of an expected rate of excursions, so that one threshold means the same everywhere:
+*onset* is one early alarm and then quiet (hold), *state* says whether the signal is still abnormal.
+"""
+
+import struct
+from dataclasses import astuple, dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.anomaly import kernel
+
+WIDTH_MAX = 200
+STATE_VERSION = 1
+OFFSET_MIN, OFFSET_MAX = -1.5, 3.0  # bounds of what people's feedback may do to one signal's threshold
+
+_HEADER = struct.Struct("<4sHHII")  # magic, version, width, series fields, joint fields
+_MAGIC = b"SMDA"
+
+Floats = NDArray[np.float64]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+class StateError(ValueError):
+    """The saved state is not one that this version can continue from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One configuration for all series.  Rows are values of one series, scores are -log10 as in the module's text."""
+
+    raise_at: float = 4.0
+    clear_below: float = 2.5
+    calm_rows: float = 30.0  # an alarm ends after so many rows below `clear_below`
+    horizon_rows: float = 2000.0
+    clip_sd: float = 4.0  # learners see no value further out than this
+    warmup_rows: float = 30.0
+    hold_rows: float = 200.0
+    hold_ratio: float = 1.5
+    rest: float = 0.2  # what the components beside the strongest add
+    tail_rows: float = 2000.0
+    excursion_level: float = 2.0
+    prior_rate: float = 0.01
+    prior_rows: float = 500.0
+    prior_excess: float = 0.8
+    prior_excursions: float = 5.0
+    joint_smoothing: float = 0.1
+    joint_warmup_rows: float = 300.0
+    joint_gate: float = 2.0
+    joint_shrinkage: float = 0.1
+    joint_horizon_rows: float = 5000.0
+    joint_leak: float = 0.00005
+    joint_drift: float = 0.5
+    record_scale: float = 0.1
+    weights: tuple[float, ...] = (1.0,) * kernel.N_STATISTICS
+
+    def vector(self) -> Floats:
+        *scalars, weights = astuple(self)
+        return np.array([*scalars, *weights], dtype=np.float64)
+
+
+class Event(NamedTuple):
+    """An alarm that began or ended.  (slot, signal, started_us) is the same for both, also after a replay.
+
+    signal is -1 for the joint score of the machine; then lead and next are the two signals with the largest share
+    of the distance.  component indexes `kernel.COMPONENTS`.
+    """
+
+    frame: int
+    signal: int
+    raised: bool
+    component: int
+    time_us: int
+    started_us: int
+    score: float
+    value: float
+    expected: float
+    spread: float
+    distance: float
+    samples: int
+    lead: int
+    lead_share: float
+    next: int
+    next_share: float
+
+    @property
+    def component_name(self) -> str:
+        return kernel.COMPONENTS[self.component]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a batch.  Flat arrays have the layout of `values`: frame i owns [starts[i], starts[i + 1])."""
+
+    onset: Floats
+    state: Floats
+    component: NDArray[np.int8]  # strongest component, -1 where the frame was skipped
+    joint_onset: Floats  # per frame
+    joint_state: Floats
+    share: Floats  # each signal's part of its block's T-squared
+    starts: NDArray[np.int64]
+    events: list[Event]  # in order of frames; the only part that a worker must walk in Python
+    skipped: int  # frames not newer than their machine's last
+
+
+def frame_starts(widths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Starts of frames with so many values each, as `score` wants them: int64[n + 1]."""
+    starts = np.zeros(len(widths) + 1, dtype=np.int64)
+    np.cumsum(widths, out=starts[1:])
+    return starts
+
+
+class Detector:
+    """Holds the state of all machines of one worker.  Not thread-safe: one owner, one batch at a time."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config()
+        self._config = self.config.vector()
+        self._places: NDArray[np.int64] = np.zeros((8, 3), dtype=np.int64)  # first row, width, first joint field
+        self._machines: Floats = np.zeros((8, kernel.MACHINE_FIELDS))
+        self._series: Floats = np.zeros((64, kernel.SERIES_FIELDS))
+        self._joint: Floats = np.zeros(1024)
+        self._slots = self._rows = self._joint_fields = 0
+        self._free: list[_Room] = []
+
+    def __len__(self) -> int:
+        return self._slots
+
+    def width(self, slot: int) -> int:
+        return int(self._places[self._checked(slot), 1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state in use, without the arrays' spare room."""
+        return 8 * (self._rows * kernel.SERIES_FIELDS + self._joint_fields + self._slots * (kernel.MACHINE_FIELDS + 3))
+
+    def add(self, width: int) -> int:
+        """Register a machine of `width` signals and return its slot."""
+        if not 1 <= width <= WIDTH_MAX:
+            raise ValueError(f"a machine has 1 to {WIDTH_MAX} signals, not {width}")
+        slot = self._slots
+        self._places = _grown(self._places, slot + 1)
+        self._machines = _grown(self._machines, slot + 1)
+        self._slots += 1
+        row, joint = self._room(width)
+        self._places[slot] = row, width, joint
+        return slot
+
+    def widen(self, slot: int, width: int) -> None:
+        """Append signals to a machine; the state of the ones it has is kept."""
+        row, had, joint = (int(x) for x in self._places[self._checked(slot)])
+        if not had <= width <= WIDTH_MAX:
+            raise ValueError(f"a machine grows from {had} to at most {WIDTH_MAX} signals, not to {width}")
+        if width == had:
+            return
+        new_row, new_joint = self._room(width)
+        self._series[new_row : new_row + had] = self._series[row : row + had]
+        for block in range(0, had, kernel.BLOCK):
+            old_k, new_k = min(kernel.BLOCK, had - block), min(kernel.BLOCK, width - block)
+            offset = block // kernel.BLOCK * int(kernel.block_size(kernel.BLOCK))
+            kernel.widen_block(self._joint[joint + offset :], old_k, self._joint[new_joint + offset :], new_k)
+        self._places[slot] = new_row, width, new_joint
+        self._release(row, joint, had)
+
+    def score(
+        self,
+        slots: NDArray[np.int32],
+        times_us: NDArray[np.int64],
+        values: Floats,
+        starts: NDArray[np.int64] | None = None,
+    ) -> Scores:
+        """Score frames in the order given and learn from them.
+
+        slots: int32[n], machines in any mixture; times_us: int64[n], rising per machine, microseconds since 1970;
+        values: float64[total], the frames' values one after the other (a times x signals matrix is its `ravel()`),
+        NaN where a signal is absent; starts: int64[n + 1], frame i is values[starts[i]:starts[i + 1]].  Without
+        `starts` every frame has its machine's full width.  A shorter frame lacks the machine's last signals: they
+        are not touched.  A frame longer than its machine raises ValueError.
+
+        A frame that is not newer than its machine's last one is skipped and counted; its scores are 0.
+        """
+        slots = np.ascontiguousarray(slots, dtype=np.int32)
+        times_us = np.ascontiguousarray(times_us, dtype=np.int64)
+        values = np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
+        n, total = len(slots), len(values)
+        if n and not 0 <= int(slots.min()) <= int(slots.max()) < self._slots:
+            raise ValueError("a frame names a slot that was never added")
+        widths = self._places[slots, 1]
+        starts = frame_starts(widths) if starts is None else np.ascontiguousarray(starts, dtype=np.int64)
+        if len(times_us) != n or len(starts) != n + 1 or starts[0] != 0 or starts[-1] != total:
+            raise ValueError("slots, times, starts and values do not fit together")
+        lengths = np.diff(starts)
+        if np.any(lengths > widths) or np.any(lengths < 0):
+            raise ValueError("a frame has more values than its machine has signals")
+
+        scores = Scores(
+            onset=np.empty(total),
+            state=np.empty(total),
+            component=np.empty(total, dtype=np.int8),
+            joint_onset=np.empty(n),
+            joint_state=np.empty(n),
+            share=np.empty(total),
+            starts=starts,
+            events=[],
+            skipped=0,
+        )
+        events = np.empty((total + n, kernel.EVENT_FIELDS))  # a value or a frame begins or ends at most one alarm
+        n_events, skipped = kernel.score_frames(
+            self._config, slots, times_us, starts, values, self._places, self._machines, self._series, self._joint,
+            scores.onset, scores.state, scores.component, scores.joint_onset, scores.joint_state, scores.share, events,
+        )  # fmt: skip
+        object.__setattr__(scores, "skipped", int(skipped))
+        scores.events.extend(_event(row) for row in events[:n_events].tolist())
+        return scores
+
+    def sensitivity(self, slot: int, signal: int, offset: float) -> float:
+        """Move one signal's threshold (-1: the machine's joint one) by feedback; bounded, saved with the state.
+
+        Positive is less sensitive.  Moves only the threshold, never what is learned.  Returns the offset in force.
+        """
+        row, width, _ = self._places[self._checked(slot)]
+        if not -1 <= signal < width:
+            raise ValueError(f"the machine has no signal {signal}")
+        bounded = float(min(max(offset, OFFSET_MIN), OFFSET_MAX))
+        if signal < 0:
+            self._machines[slot, kernel.MACHINE_OFFSET] = bounded
+        else:
+            self._series[row + signal, kernel.ROW_OFFSET] = bounded
+        return bounded
+
+    def last_time_us(self, slot: int) -> int | None:
+        """Time of the newest frame that was scored."""
+        machine = self._machines[self._checked(slot)]
+        return int(machine[kernel.MACHINE_LAST_US]) if machine[kernel.MACHINE_FRAMES] else None
+
+    def dump(self, slot: int) -> bytes:
+        """Everything known about one machine; `load` continues from it with equal bits."""
+        row, width, joint = (int(x) for x in self._places[self._checked(slot)])
+        size = kernel.joint_size(width)
+        header = _HEADER.pack(_MAGIC, STATE_VERSION, width, kernel.SERIES_FIELDS, size)
+        parts = (self._machines[slot], self._series[row : row + width], self._joint[joint : joint + size])
+        return header + b"".join(part.tobytes() for part in parts)
+
+    def load(self, slot: int, data: bytes) -> None:
+        """Replace a machine's state by a dumped one; the slot widens to the dump's width if it has fewer signals.
+
+        Raises StateError, and changes nothing, if the data are damaged, of another version or of a wider machine
+        than the slot may hold.
+        """
+        self._checked(slot)
+        if len(data) < _HEADER.size:
+            raise StateError("the saved state is cut short")
+        magic, version, width, fields, size = _HEADER.unpack_from(data)
+        if magic != _MAGIC or version != STATE_VERSION or fields != kernel.SERIES_FIELDS:
+            raise StateError(f"the saved state has version {version}, this detector reads {STATE_VERSION}")
+        expected = _HEADER.size + 8 * (kernel.MACHINE_FIELDS + width * kernel.SERIES_FIELDS + size)
+        if not 1 <= width <= WIDTH_MAX or size != kernel.joint_size(width) or len(data) != expected:
+            raise StateError("the saved state is damaged")
+        had = self.width(slot)
+        row, _, joint = (int(x) for x in self._places[slot])
+        if had != width:
+            self._release(row, joint, had)
+            row, joint = self._room(width)
+            self._places[slot] = row, width, joint
+        state = np.frombuffer(data, dtype=np.float64, offset=_HEADER.size)
+        machine, series, block = np.split(state, [kernel.MACHINE_FIELDS, len(state) - size])
+        self._machines[slot] = machine
+        self._series[row : row + width] = series.reshape(width, kernel.SERIES_FIELDS)
+        self._joint[joint : joint + size] = block
+        if had > width:
+            self.widen(slot, had)
+
+    def _checked(self, slot: int) -> int:
+        if not 0 <= slot < self._slots:
+            raise ValueError(f"slot {slot} was never added")
+        return slot
+
+    def _room(self, width: int) -> tuple[int, int]:
+        """Zeroed series rows and joint fields for `width` signals: (first row, first joint field)."""
+        size = kernel.joint_size(width)
+        for room in self._free:
+            if room.width == width:
+                self._free.remove(room)
+                self._series[room.row : room.row + width] = 0.0
+                self._joint[room.joint : room.joint + size] = 0.0
+                return room.row, room.joint
+        row, joint = self._rows, self._joint_fields
+        self._rows += width
+        self._joint_fields += size
+        self._series = _grown(self._series, self._rows)
+        self._joint = _grown(self._joint, self._joint_fields)
+        return row, joint
+
+    def _release(self, row: int, joint: int, width: int) -> None:
+        self._free.append(_Room(row, joint, width))
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Rows that a widened machine left behind."""
+
+    row: int
+    joint: int
+    width: int
+
+
+def _event(row: list[float]) -> Event:
+    frame, signal, raised, component, time_us, started_us, score, value, expected, spread, distance, samples = row[:12]
+    lead, lead_share, second, second_share = row[12:]
+    return Event(
+        int(frame), int(signal), bool(raised), int(component), int(time_us), int(started_us), score, value, expected,
+        spread, distance, int(samples), int(lead), lead_share, int(second), second_share,
+    )  # fmt: skip
+
+
+def _grown(array: NDArray[Scalar], rows: int) -> NDArray[Scalar]:
+    """The same array, or a copy of at least `rows` rows with half as many to spare; new rows are zero."""
+    if rows <= len(array):
+        return array
+    wider = np.zeros((rows + rows // 2, *array.shape[1:]), dtype=array.dtype)
+    wider[: len(array)] = array
+    return wider

@@ -1,0 +1,71 @@
+"""One plain-English sentence from an alarm event, made of the figures the component measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.anomaly import kernel
+from services.anomaly.detector import Event
+
+
+@dataclass(frozen=True)
+class Signal:
+    """How people call a signal: its name and its unit ("" where it has none)."""
+
+    name: str
+    unit: str = ""
+
+    def amount(self, value: float) -> str:
+        return f"{value:.4g} {self.unit}".rstrip()
+
+
+def explain(event: Event, signals: Sequence[Signal]) -> str:
+    """Say what fired; `signals` are those of the machine, by position."""
+    if event.signal < 0:
+        return _joint(event, signals)
+    signal = signals[event.signal]
+    if not event.raised:
+        return f"{signal.name} is back to its usual behaviour"
+    return f"{signal.name} {_single(event, signal)}"
+
+
+def _single(event: Event, signal: Signal) -> str:
+    value, expected = signal.amount(event.value), signal.amount(event.expected)
+    times = f"{event.distance:.1f} times"
+    match event.component:
+        case kernel.RECORD:
+            side = "above" if event.value > event.expected else "below"
+            share = f"{100 * event.distance:.0f} % of its range" if event.distance >= 0.005 else "just"
+            return f"{value} is {share} {side} anything in {event.samples:,} samples ({expected})"
+        case kernel.SHIFT_LONG | kernel.SHIFT_SHORT:
+            return (
+                f"{value}: the mean of the last {event.samples:,} samples is {times} its usual spread away from "
+                f"the long-run level {expected}"
+            )
+        case kernel.SEASON:
+            return f"{value} is {times} the usual spread away from {expected}, its usual value at this time of day"
+        case kernel.SPREAD:
+            much = "more" if event.expected > event.spread else "less"
+            return (
+                f"{value} varies much {much} than usual: by {signal.amount(event.expected)} in the last "
+                f"{event.samples:,} samples against {signal.amount(event.spread)}"
+            )
+        case kernel.STEP:
+            return f"{value} jumped from {expected}, {times} its usual spread at once"
+        case kernel.FLAT:
+            return f"{value} has not changed for {event.samples:,} samples; until now at most {event.spread:.0f}"
+        case kernel.DROPOUT:
+            return (
+                f"has sent no value for {event.samples:,} frames; it is usually there in {100 * event.expected:.0f} %"
+            )
+        case _:
+            return f"{value} is {times} its usual spread away from the long-run level {expected}"
+
+
+def _joint(event: Event, signals: Sequence[Signal]) -> str:
+    if not event.raised:
+        return "The machine's signals fit together again as usual"
+    lead, second = signals[event.lead].name, signals[event.next].name
+    return (
+        f"The machine's signals do not fit together as usual: distance {event.distance:.1f} times the expected one, "
+        f"most from {lead} ({100 * event.lead_share:.0f} %) and {second} ({100 * event.next_share:.0f} %)"
+    )

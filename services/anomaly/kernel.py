@@ -1,0 +1,586 @@
+"""The compiled inner loop of the detector: one causal pass over a batch of frames.
+
+Everything here works on plain arrays so that numba can compile it; `detector.py` owns the arrays and gives them
+names and a contract.  No `fastmath`: it may assume that NaN does not exist, and NaN is how an absent value looks.
+
+Indices below name the columns of the state arrays.  `ROW_*` and the bases after it address one series' row,
+`MACHINE_*` one machine's row, `JOINT_*` are offsets inside one block of a machine's joint state.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+Compiled = TypeVar("Compiled", bound=Callable[..., Any])
+
+
+def compiled(function: Compiled) -> Compiled:
+    """`numba.njit` with the function's own type kept; numba's types know only its dispatcher."""
+    return cast(Compiled, numba.njit(cache=True, error_model="numpy")(function))
+
+
+# --- components: what fired -------------------------------------------------------------------------------------
+RECORD, SHIFT_LONG, SHIFT_SHORT, LEVEL, SEASON, SPREAD, STEP, FLAT, DROPOUT, JOINT = range(10)
+N_STATISTICS = 7  # RECORD .. STEP have a tail model of their own
+COMPONENTS = (
+    "record", "shift_long", "shift_short", "level", "season", "spread", "step", "flat", "dropout", "joint",
+)  # fmt: skip
+
+# --- configuration vector ---------------------------------------------------------------------------------------
+(
+    C_RAISE, C_CLEAR, C_CALM_ROWS, C_HORIZON, C_CLIP, C_WARMUP, C_HOLD_ROWS, C_HOLD_RATIO, C_REST, C_TAIL_MEMORY,
+    C_LEVEL_U, C_PRIOR_RATE, C_PRIOR_ROWS, C_PRIOR_EXCESS, C_PRIOR_COUNT, C_JOINT_EW, C_JOINT_WARMUP, C_JOINT_GATE,
+    C_JOINT_SHRINK, C_JOINT_HORIZON, C_JOINT_LEAK, C_JOINT_DRIFT, C_RECORD_SCALE, C_WEIGHTS,
+) = range(24)  # fmt: skip
+N_CONFIG = C_WEIGHTS + N_STATISTICS
+
+# --- state of one machine ---------------------------------------------------------------------------------------
+MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET = range(6)
+MACHINE_FIELDS = 8
+
+# --- state of one series (a row of float64) ---------------------------------------------------------------------
+SHORT, LONG = 24, 64  # rows in the two moving means; LONG is also the length of the ring
+BINS = 48  # half hours of a day
+(
+    ROW_N, ROW_LAST, ROW_MIN, ROW_MAX, ROW_MEAN, ROW_VAR, ROW_FAST, ROW_FAST_VAR, ROW_SUM_SHORT, ROW_SUM_LONG,
+    ROW_REPEATS, ROW_REPEATS_USUAL, ROW_PRESENT, ROW_ABSENT_RUN, ROW_HELD, ROW_HELD_AGE, ROW_EXCESS_N,
+    ROW_EXCESS_SUM, ROW_PEAK, ROW_OFFSET, ROW_ALARM_US, ROW_CALM, ROW_DIFF_VAR, ROW_PROFILE_VAR, ROW_STATE,
+) = range(25)  # fmt: skip
+TAIL_BASE = 28  # two per statistic: 95 % quantile, mean log excess
+RING_BASE = TAIL_BASE + 2 * N_STATISTICS
+PROFILE_BASE = RING_BASE + LONG  # mean per bin
+PROFILE_N_BASE = PROFILE_BASE + BINS  # updates per bin
+SERIES_FIELDS = PROFILE_N_BASE + BINS
+
+# --- joint state: blocks of at most BLOCK signals ---------------------------------------------------------------
+BLOCK = 32
+JOINT_N, JOINT_SINCE_FACTOR, JOINT_Q, JOINT_G, JOINT_HELD, JOINT_HELD_AGE = range(6)
+JOINT_HEAD = 8
+JOINT_PER_SIGNAL = 6  # smoothed, mean, seen, raw mean of the current stretch, its variance between, within
+
+# --- events -----------------------------------------------------------------------------------------------------
+(
+    E_FRAME, E_SIGNAL, E_RAISED, E_COMPONENT, E_TIME_US, E_STARTED_US, E_SCORE, E_VALUE, E_EXPECTED, E_SPREAD,
+    E_DISTANCE, E_SAMPLES, E_LEAD, E_LEAD_SHARE, E_NEXT, E_NEXT_SHARE,
+) = range(16)  # fmt: skip
+EVENT_FIELDS = 16
+
+LN10 = math.log(10.0)
+US_PER_DAY = 86_400_000_000
+
+
+def joint_size(width: int) -> int:
+    """Float64 fields of joint state for a machine of `width` signals."""
+    full, rest = divmod(width, BLOCK)
+    return full * block_size(BLOCK) + (block_size(rest) if rest else 0)
+
+
+@compiled
+def block_size(k: int) -> int:
+    return JOINT_HEAD + k * JOINT_PER_SIGNAL + k * (k + 1)
+
+
+@compiled
+def tail(row: Floats, base: int, x: float, memory: float, learn: bool) -> float:
+    """-log10 of P(statistic > x) from the statistic's own tail, then learn from x.
+
+    A 95 % quantile followed by stochastic approximation and, above it, the mean log excess (Hill 1975): the tail is
+    a power law with index 1/g.  Both start at a prior and take ever smaller steps, so a young series is neither
+    mute nor noisy.
+    """
+    q = row[base]
+    g = row[base + 1]
+    p: float = 1.3 * x / q if x <= q else 1.3 + math.log(x / q) / (g * LN10)
+    if learn:
+        step = max(0.5 / (row[ROW_N] + 10.0), 1.0 / memory) * 4.0
+        if x > q:
+            row[base] = q * math.exp(0.95 * step)
+            row[base + 1] = g + max(20.0 / (row[ROW_N] + 400.0), 20.0 / memory) * (min(math.log(x / q), 2.0) - g)
+        else:
+            row[base] = q * math.exp(-0.05 * step)
+    return p
+
+
+@compiled
+def start_row(row: Floats, x: float) -> None:
+    """First value of a series: every level starts there, every tail at its prior."""
+    row[ROW_LAST] = row[ROW_MIN] = row[ROW_MAX] = row[ROW_MEAN] = row[ROW_FAST] = x
+    row[ROW_SUM_SHORT] = row[ROW_SUM_LONG] = 0.0
+    for i in range(N_STATISTICS):
+        row[TAIL_BASE + 2 * i] = 2.0
+        row[TAIL_BASE + 2 * i + 1] = 0.25
+
+
+@compiled
+def push_ring(row: Floats, x: float) -> None:
+    """Add x to the ring and keep the sums of the last SHORT and LONG values; rebuilt at each turn against drift."""
+    n = int(row[ROW_N])
+    at = n % LONG
+    if n >= LONG:
+        row[ROW_SUM_LONG] -= row[RING_BASE + at]
+    if n >= SHORT:
+        row[ROW_SUM_SHORT] -= row[RING_BASE + (n - SHORT) % LONG]
+    row[RING_BASE + at] = x
+    row[ROW_SUM_LONG] += x
+    row[ROW_SUM_SHORT] += x
+    if at == LONG - 1:
+        total = 0.0
+        short = 0.0
+        for i in range(LONG):
+            total += row[RING_BASE + i]
+            if i >= LONG - SHORT:
+                short += row[RING_BASE + i]
+        row[ROW_SUM_LONG] = total
+        row[ROW_SUM_SHORT] = short
+
+
+@compiled
+def calibrate(cfg: Floats, row: Floats, fused: float) -> float:
+    """-log10 of the expected number of excursions per row that reach `fused`.
+
+    Neighbouring rows are not independent, so runs above a level are counted, not rows; their rate and their mean
+    height (exponential) are shrunk toward a prior pooled over all series.
+    """
+    u = cfg[C_LEVEL_U]
+    rate = (cfg[C_PRIOR_RATE] * cfg[C_PRIOR_ROWS] + row[ROW_EXCESS_N]) / (cfg[C_PRIOR_ROWS] + row[ROW_N])
+    excess = (cfg[C_PRIOR_EXCESS] * cfg[C_PRIOR_COUNT] + row[ROW_EXCESS_SUM]) / (cfg[C_PRIOR_COUNT] + row[ROW_EXCESS_N])
+    at_u: float = -math.log10(rate)
+    if fused > u:
+        row[ROW_PEAK] = max(row[ROW_PEAK], fused - u)
+        above: float = (fused - u) / (excess * LN10)
+        return at_u + above
+    if row[ROW_PEAK] > 0.0:
+        row[ROW_EXCESS_N] += 1.0
+        row[ROW_EXCESS_SUM] += min(row[ROW_PEAK], 5.0 * excess)
+        row[ROW_PEAK] = 0.0
+    return at_u * fused / u
+
+
+@compiled
+def hold(cfg: Floats, state: Floats, held_at: int, score: float) -> float:
+    """The early alarm, then quiet: after an emitted score only one clearly higher passes for some rows."""
+    state[held_at + 1] += 1.0
+    if state[held_at + 1] > cfg[C_HOLD_ROWS]:
+        state[held_at] = 0.0
+    if score > cfg[C_HOLD_RATIO] * state[held_at]:
+        state[held_at] = score
+        state[held_at + 1] = 0.0
+        return score
+    return 0.0
+
+
+@compiled
+def series_step(
+    cfg: Floats, row: Floats, x: float, t_us: int, interval_us: float, figures: Floats
+) -> tuple[float, float, int]:
+    """Score one value against the state before it, then learn from it.  Returns (onset, state, component).
+
+    figures: float64[4] filled with what the explanation needs: expected, spread, distance, samples.
+    """
+    n = row[ROW_N]
+    if n == 0.0:
+        start_row(row, x)
+    sd = math.sqrt(row[ROW_VAR]) + 1e-9 * abs(row[ROW_MEAN]) + 1e-12
+    learn = n >= 4.0
+    memory = cfg[C_TAIL_MEMORY]
+    best = 0.0
+    total = 0.0
+    component = LEVEL
+    figures[0] = row[ROW_MEAN]
+    figures[1] = sd
+    figures[2] = abs(x - row[ROW_MEAN]) / sd
+    figures[3] = n
+
+    if n >= cfg[C_WARMUP]:
+        span = row[ROW_MAX] - row[ROW_MIN]
+        beyond = max(x - row[ROW_MAX], row[ROW_MIN] - x)
+        if beyond > 0.0:
+            share = min(beyond / span, 100.0) if span > 0.0 else 1.0
+            p = cfg[C_WEIGHTS + RECORD] * math.log10(n) * (1.0 + math.log10(1.0 + share / cfg[C_RECORD_SCALE]))
+            total += p
+            if p > best:
+                best = p
+                component = RECORD
+                figures[0] = row[ROW_MAX] if x > row[ROW_MAX] else row[ROW_MIN]
+                figures[1] = span
+                figures[2] = share
+
+    push_ring(row, x)
+    for statistic in range(SHIFT_LONG, N_STATISTICS):
+        value = 0.0
+        expected = row[ROW_MEAN]
+        spread = sd
+        samples = n
+        if statistic == SHIFT_LONG:
+            if n < LONG:
+                continue
+            value = abs(row[ROW_SUM_LONG] / LONG - expected) / sd
+            samples = LONG
+        elif statistic == SHIFT_SHORT:
+            if n < SHORT:
+                continue
+            value = abs(row[ROW_SUM_SHORT] / SHORT - expected) / sd
+            samples = SHORT
+        elif statistic == LEVEL:
+            value = abs(x - expected) / sd
+        elif statistic == SEASON:
+            at = int((t_us % US_PER_DAY) * BINS // US_PER_DAY)
+            count = row[PROFILE_N_BASE + at]
+            usual = row[PROFILE_BASE + at]
+            if count * interval_us > 1.5 * US_PER_DAY / BINS:
+                expected = usual
+                spread = math.sqrt(row[ROW_PROFILE_VAR]) + 1e-9 * abs(usual) + 1e-12
+                value = abs(x - usual) / spread
+            step = max(1.0 / (count + 1.0), min(0.2 * interval_us * BINS / US_PER_DAY, 0.2))
+            limit = cfg[C_CLIP] * sd if count > 0.0 else 1e300
+            deviation = min(max(x - usual, -limit), limit)
+            row[PROFILE_BASE + at] = usual + step * deviation
+            if count > 0.0:
+                row[ROW_PROFILE_VAR] += max(1.0 / (n + 1.0), 1.0 / cfg[C_HORIZON]) * (
+                    deviation * deviation - row[ROW_PROFILE_VAR]
+                )
+            row[PROFILE_N_BASE + at] = count + 1.0
+            if value == 0.0:
+                continue
+        elif statistic == SPREAD:
+            spread = math.sqrt(row[ROW_DIFF_VAR]) + 1e-9 * abs(expected) + 1e-12
+            local = math.sqrt(row[ROW_FAST_VAR]) + 1e-9 * abs(expected) + 1e-12
+            value = abs(math.log(local / spread)) * 2.0
+            expected = local
+            samples = SHORT
+        else:
+            expected = row[ROW_LAST]
+            value = abs(x - expected) / sd
+        value = min(value, 1e6)
+        p = cfg[C_WEIGHTS + statistic] * tail(row, TAIL_BASE + 2 * statistic, value, memory, learn)
+        total += p
+        if p > best:
+            best = p
+            component = statistic
+            figures[0] = expected
+            figures[1] = spread
+            figures[2] = value
+            figures[3] = samples
+
+    # learn
+    if x == row[ROW_LAST] and n > 0.0:
+        row[ROW_REPEATS] += 1.0
+    else:
+        row[ROW_REPEATS_USUAL] = max(row[ROW_REPEATS_USUAL], row[ROW_REPEATS])
+        row[ROW_REPEATS] = 0.0
+    run = row[ROW_REPEATS]
+    if n >= cfg[C_WARMUP] and run > 2.0 * row[ROW_REPEATS_USUAL] + 12.0:
+        p = math.log10(n) * min(run / (2.0 * row[ROW_REPEATS_USUAL] + 12.0), 3.0) * 0.7
+        total += p
+        if p > best:
+            best = p
+            component = FLAT
+            figures[0] = x
+            figures[1] = row[ROW_REPEATS_USUAL]
+            figures[2] = run
+            figures[3] = run
+    row[ROW_MIN] = min(row[ROW_MIN], x)
+    row[ROW_MAX] = max(row[ROW_MAX], x)
+    rate = max(1.0 / (n + 1.0), 1.0 / cfg[C_HORIZON])
+    limit = cfg[C_CLIP] * sd if n >= 8.0 else 1e300
+    deviation = min(max(x - row[ROW_MEAN], -limit), limit)
+    row[ROW_MEAN] += rate * deviation
+    row[ROW_VAR] += rate * (deviation * deviation - row[ROW_VAR])
+    local = x - row[ROW_FAST]
+    local = min(max(local, -limit), limit)
+    row[ROW_FAST] += 0.125 * local
+    row[ROW_FAST_VAR] += max(1.0 / (n + 1.0), 1.0 / 32.0) * (local * local - row[ROW_FAST_VAR])
+    row[ROW_DIFF_VAR] += rate * (local * local - row[ROW_DIFF_VAR])
+    row[ROW_LAST] = x
+    row[ROW_N] = n + 1.0
+    row[ROW_ABSENT_RUN] = 0.0
+    row[ROW_PRESENT] += max(1.0 / (n + 1.0), 0.01) * (1.0 - row[ROW_PRESENT])
+
+    score = 0.0
+    if n >= cfg[C_WARMUP]:
+        score = calibrate(cfg, row, best + cfg[C_REST] * (total - best))
+    row[ROW_STATE] = score
+    return hold(cfg, row, ROW_HELD, score), score, component
+
+
+@compiled
+def absent_step(cfg: Floats, row: Floats, figures: Floats) -> tuple[float, float, int]:
+    """A signal without a value in this frame: only the run of absences is counted, nothing is learned from it."""
+    row[ROW_ABSENT_RUN] += 1.0
+    usual = min(max(1.0 - row[ROW_PRESENT], 0.02), 0.98)
+    score = 0.0
+    if row[ROW_N] >= cfg[C_WARMUP]:
+        score = min(row[ROW_ABSENT_RUN] * -math.log10(usual) / 2.0, 12.0)
+        figures[0] = 1.0 - usual
+        figures[1] = 0.0
+        figures[2] = row[ROW_ABSENT_RUN]
+        figures[3] = row[ROW_ABSENT_RUN]
+        if score < row[ROW_STATE]:
+            score = row[ROW_STATE]  # what was abnormal stays so until a value says otherwise
+    row[ROW_PRESENT] += 0.01 * (0.0 - row[ROW_PRESENT]) if row[ROW_ABSENT_RUN] < 50.0 else 0.0
+    return hold(cfg, row, ROW_HELD, score), score, DROPOUT
+
+
+@compiled
+def joint_step(cfg: Floats, block: Floats, k: int, values: Floats, share: Floats) -> tuple[float, float, float]:
+    """Gated T-squared of one block of k signals (values: float64[k], NaN absent).  Returns (onset, state, distance).
+
+    Hotelling's T-squared of exponentially smoothed signals; mean and covariance are learned only while calm, with
+    a slow leak so that a permanent new regime is accepted at last.  The covariance is shrunk toward its diagonal
+    and its Cholesky factor renewed every few rows.  share: float64[k], `d_i (S^-1 d)_i / T2`, sums to one.
+    """
+    smooth = JOINT_HEAD
+    mean = smooth + k
+    seen = mean + k
+    cov = JOINT_HEAD + k * JOINT_PER_SIGNAL
+    factor = cov + k * (k + 1) // 2
+    n = block[JOINT_N]
+    for i in range(k):
+        share[i] = 0.0
+        x = values[i]
+        if math.isnan(x):
+            continue
+        if block[seen + i] == 0.0:
+            block[smooth + i] = x
+        else:
+            block[smooth + i] += cfg[C_JOINT_EW] * (x - block[smooth + i])
+        block[seen + i] += 1.0
+    warm = n >= cfg[C_JOINT_WARMUP]
+    t2 = 0.0
+    if warm:
+        t2 = mahalanobis(block, k, values, smooth, mean, factor, share)
+    usual = max(block[JOINT_Q], 1e-9)
+    calm = not warm or t2 < cfg[C_JOINT_GATE] * usual
+    rate = max(1.0 / (n + 1.0), 1.0 / cfg[C_JOINT_HORIZON])
+    if not calm:
+        rate = cfg[C_JOINT_LEAK]
+    for i in range(k):
+        if math.isnan(values[i]):
+            continue
+        di = block[smooth + i] - block[mean + i] if block[seen + i] > 1.0 else 0.0
+        for j in range(i + 1):
+            if math.isnan(values[j]):
+                continue
+            dj = block[smooth + j] - block[mean + j] if block[seen + j] > 1.0 else 0.0
+            at = cov + i * (i + 1) // 2 + j
+            block[at] += rate * (di * dj - block[at])
+    for i in range(k):
+        if math.isnan(values[i]):
+            continue
+        if block[seen + i] <= 1.0:
+            block[mean + i] = block[smooth + i]
+        block[mean + i] += rate * (block[smooth + i] - block[mean + i])
+    block[JOINT_N] = n + 1.0
+    block[JOINT_SINCE_FACTOR] += 1.0
+    if block[JOINT_SINCE_FACTOR] >= max(8.0, k) or n + 1.0 == math.ceil(cfg[C_JOINT_WARMUP]):
+        block[JOINT_SINCE_FACTOR] = 0.0
+        factorise(cfg, block, k, cov, factor)
+    score = 0.0
+    if warm:
+        distance = math.sqrt(t2 / k)
+        if block[JOINT_Q] == 0.0:
+            block[JOINT_Q] = 1.5
+            block[JOINT_G] = 0.2
+        q = block[JOINT_Q]
+        score = 1.3 * distance / q if distance <= q else 1.3 + math.log(distance / q) / (block[JOINT_G] * LN10)
+        score = min(score, 30.0)
+        if calm:
+            block[JOINT_Q] = q * math.exp(0.02 * (0.95 if distance > q else -0.05))
+            if distance > q:
+                block[JOINT_G] += 0.02 * (math.log(distance / q) - block[JOINT_G])
+    return hold(cfg, block, JOINT_HELD, score), score, math.sqrt(t2 / k)
+
+
+@compiled
+def factorise(cfg: Floats, block: Floats, k: int, cov: int, factor: int) -> None:
+    """Cholesky factor of the shrunk covariance, packed by rows like the covariance itself."""
+    keep = 1.0 - cfg[C_JOINT_SHRINK]
+    for i in range(k):
+        for j in range(i + 1):
+            at = i * (i + 1) // 2 + j
+            total = block[cov + at] * (keep if j < i else 1.0)
+            for m in range(j):
+                total -= block[factor + i * (i + 1) // 2 + m] * block[factor + j * (j + 1) // 2 + m]
+            if j < i:
+                block[factor + at] = total / block[factor + j * (j + 1) // 2 + j]
+            else:
+                floor = 1e-6 * block[cov + at] + 1e-18
+                block[factor + at] = math.sqrt(max(total, floor))
+
+
+@compiled
+def mahalanobis(block: Floats, k: int, values: Floats, smooth: int, mean: int, factor: int, share: Floats) -> float:
+    """d' S^-1 d by two triangular solves; `share` receives each signal's part of it."""
+    forward = np.empty(BLOCK)
+    t2 = 0.0
+    for i in range(k):
+        total = 0.0 if math.isnan(values[i]) else block[smooth + i] - block[mean + i]
+        share[i] = total
+        row = factor + i * (i + 1) // 2
+        for j in range(i):
+            total -= block[row + j] * forward[j]
+        forward[i] = total / block[row + i]
+        t2 += forward[i] * forward[i]
+    for i in range(k - 1, -1, -1):
+        total = forward[i]
+        for j in range(i + 1, k):
+            total -= block[factor + j * (j + 1) // 2 + i] * forward[j]
+        forward[i] = total / block[factor + i * (i + 1) // 2 + i]
+    if t2 > 0.0:
+        for i in range(k):
+            share[i] = share[i] * forward[i] / t2
+    return t2
+
+
+@compiled
+def alarm_step(
+    cfg: Floats, alarm: Floats, started_at: int, calm_at: int, offset: float, onset: float, state: float, t_us: float
+) -> int:
+    """The alarm of one series or machine: 1 raised now, 2 cleared now, 0 nothing new."""
+    if alarm[started_at] == 0.0:
+        if onset >= cfg[C_RAISE] + offset:
+            alarm[started_at] = t_us
+            alarm[calm_at] = 0.0
+            return 1
+        return 0
+    if state >= cfg[C_CLEAR] + offset:
+        alarm[calm_at] = 0.0
+        return 0
+    alarm[calm_at] += 1.0
+    return 2 if alarm[calm_at] >= cfg[C_CALM_ROWS] else 0
+
+
+@compiled
+def score_frames(
+    cfg: Floats, slots: NDArray[np.int32], times_us: Ints, starts: Ints, values: Floats,
+    places: Ints, machines: Floats, series: Floats, joint: Floats,
+    onset: Floats, state: Floats, component: NDArray[np.int8], joint_onset: Floats, joint_state: Floats,
+    share: Floats, events: Floats,
+) -> tuple[int, int]:  # fmt: skip
+    """Run every frame in order.  Returns (events written, frames skipped as not newer)."""
+    figures = np.empty(4)
+    n_events = 0
+    skipped = 0
+    for f in range(slots.shape[0]):
+        slot = slots[f]
+        machine = machines[slot]
+        first_row, width, joint_at = places[slot, 0], places[slot, 1], places[slot, 2]
+        begin = starts[f]
+        count = starts[f + 1] - begin
+        t_us = float(times_us[f])
+        joint_onset[f] = 0.0
+        joint_state[f] = 0.0
+        for i in range(begin, begin + count):
+            onset[i] = 0.0
+            state[i] = 0.0
+            component[i] = -1
+            share[i] = 0.0
+        if machine[MACHINE_FRAMES] > 0.0 and t_us <= machine[MACHINE_LAST_US]:
+            skipped += 1
+            continue
+        if machine[MACHINE_FRAMES] > 0.0:
+            step = min(t_us - machine[MACHINE_LAST_US], float(US_PER_DAY))
+            if machine[MACHINE_FRAMES] == 1.0:
+                machine[MACHINE_INTERVAL_US] = step
+            limited = min(step, 4.0 * machine[MACHINE_INTERVAL_US])
+            machine[MACHINE_INTERVAL_US] += max(1.0 / machine[MACHINE_FRAMES], 0.01) * (
+                limited - machine[MACHINE_INTERVAL_US]
+            )
+        machine[MACHINE_LAST_US] = t_us
+        machine[MACHINE_FRAMES] += 1.0
+        for i in range(min(count, width)):
+            row = series[first_row + i]
+            x = values[begin + i]
+            if math.isfinite(x):
+                o, s, c = series_step(cfg, row, x, times_us[f], machine[MACHINE_INTERVAL_US], figures)
+            else:
+                o, s, c = absent_step(cfg, row, figures)
+            onset[begin + i] = o
+            state[begin + i] = s
+            component[begin + i] = c
+            what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, row[ROW_OFFSET], o, s, t_us)
+            if what:
+                event = events[n_events]
+                event[:] = 0.0
+                event[E_FRAME] = f
+                event[E_SIGNAL] = i
+                event[E_RAISED] = 1.0 if what == 1 else 0.0
+                event[E_COMPONENT] = c
+                event[E_TIME_US] = t_us
+                event[E_STARTED_US] = row[ROW_ALARM_US]
+                event[E_SCORE] = s
+                event[E_VALUE] = x
+                event[E_EXPECTED] = figures[0]
+                event[E_SPREAD] = figures[1]
+                event[E_DISTANCE] = figures[2]
+                event[E_SAMPLES] = figures[3]
+                n_events += 1
+                if what == 2:
+                    row[ROW_ALARM_US] = 0.0
+        if width < 2 or count < 2:
+            continue
+        distance = 0.0
+        for lo in range(0, min(count, width), BLOCK):
+            k = min(BLOCK, width - lo)
+            if lo + k > count:
+                break
+            block = joint[joint_at + (lo // BLOCK) * block_size(BLOCK) :][: block_size(k)]
+            o, s, d = joint_step(cfg, block, k, values[begin + lo : begin + lo + k], share[begin + lo : begin + lo + k])
+            distance = max(distance, d)
+            joint_onset[f] = max(joint_onset[f], o)
+            joint_state[f] = max(joint_state[f], s)
+        what = alarm_step(
+            cfg, machine, MACHINE_ALARM_US, MACHINE_CALM, machine[MACHINE_OFFSET], joint_onset[f], joint_state[f], t_us
+        )
+        if what:
+            event = events[n_events]
+            event[:] = 0.0
+            event[E_FRAME] = f
+            event[E_SIGNAL] = -1.0
+            event[E_RAISED] = 1.0 if what == 1 else 0.0
+            event[E_COMPONENT] = JOINT
+            event[E_TIME_US] = t_us
+            event[E_STARTED_US] = machine[MACHINE_ALARM_US]
+            event[E_SCORE] = joint_state[f]
+            event[E_DISTANCE] = distance
+            event[E_SAMPLES] = machine[MACHINE_FRAMES]
+            lead = 0
+            for i in range(1, count):
+                if share[begin + i] > share[begin + lead]:
+                    lead = i
+            second = 1 if lead == 0 else 0
+            for i in range(count):
+                if i != lead and share[begin + i] > share[begin + second]:
+                    second = i
+            event[E_LEAD] = lead
+            event[E_LEAD_SHARE] = share[begin + lead]
+            event[E_NEXT] = second
+            event[E_NEXT_SHARE] = share[begin + second]
+            n_events += 1
+            if what == 2:
+                machine[MACHINE_ALARM_US] = 0.0
+    return n_events, skipped
+
+
+@compiled
+def widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
+    """Copy the joint state of old_k signals into the zeroed block of new_k; packed rows keep their order."""
+    new[:JOINT_HEAD] = old[:JOINT_HEAD]
+    for part in range(JOINT_PER_SIGNAL):
+        for i in range(old_k):
+            new[JOINT_HEAD + part * new_k + i] = old[JOINT_HEAD + part * old_k + i]
+    packed = old_k * (old_k + 1) // 2
+    for i in range(2 * packed):
+        half = i // packed
+        at = JOINT_HEAD + new_k * JOINT_PER_SIGNAL + half * (new_k * (new_k + 1) // 2) + i % packed
+        new[at] = old[JOINT_HEAD + old_k * JOINT_PER_SIGNAL + i]
+    if new_k > old_k:
+        new[JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
+        new[JOINT_SINCE_FACTOR] = 0.0

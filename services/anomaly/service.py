@@ -1,0 +1,290 @@
+"""What the worker and people do with alarms."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+
+from services.anomaly.detector import WIDTH_MAX
+from services.anomaly.domain import (
+    Alarm,
+    AlarmEvent,
+    Change,
+    HistoryEntry,
+    Return,
+    Share,
+    alarm_id,
+    event_id,
+    joint_position,
+    severity_at_start,
+)
+from services.anomaly.explain import Signal, explain
+from services.anomaly.scorer import Found, Frames
+from services.anomaly.store import Actor, AlarmFilter, AlarmStore
+from services.common.clock import Clock, from_us
+from services.common.database import Connection, Pool, transaction
+from services.common.directory import Directory
+from services.common.errors import Invalid, NotFound, SlowDown
+from services.common.identity import Caller, Role
+from services.common.logs import get_logger
+from smdih.anomaly.v1 import events_pb2 as events_pb
+from smdih.directory.v1 import directory_pb2 as directory_pb
+
+log = get_logger(__name__)
+
+PAGE_SIZE_DEFAULT = 100
+PAGE_SIZE_MAX = 1_000
+COMMENT_CHARACTERS_MAX = 2_000
+WATCHERS_MAX = 200
+# Changes that wait for one watcher; a watcher further behind is ended.
+WATCHER_QUEUE_MAX = 1_000
+# How long the worker waits for the names of a machine that has just been made.
+NAMES_TIMEOUT_S = 2.0
+
+_ALARM_ID = re.compile(r"[0-9a-f]{32}")
+_PAGE_TOKEN = re.compile(r"(-?\d{1,18})\.([0-9a-f]{32})")
+
+
+class AlarmRaiser:
+    """Turns what the detector found into alarms."""
+
+    def __init__(self, store: AlarmStore, pool: Pool, directory: Directory, clock: Clock) -> None:
+        self._store = store
+        self._pool = pool
+        self._directory = directory
+        self._clock = clock
+
+    async def store(self, found: Sequence[Found]) -> Sequence[AlarmEvent]:
+        """Store what is new, in order, in one transaction; returns that. Repeats are recognised. Raises TryAgain."""
+        changes = [await self._change_of(one) for one in found]
+        now_us = self._clock.now_us()
+        stored: list[AlarmEvent] = []
+        async with transaction(self._pool) as connection:
+            for change in changes:
+                if isinstance(change, Alarm):
+                    alarm = await self._store.raise_alarm(connection, change, now_us=now_us)
+                    kind = Change.RAISED
+                else:
+                    alarm = await self._store.end_alarm(connection, change, now_us=now_us)
+                    kind = Change.RETURNED
+                if alarm is not None:
+                    stored.append(
+                        AlarmEvent(event_id=event_id(alarm.id, kind), change=kind, changed_us=now_us, alarm=alarm)
+                    )
+        for event in stored:
+            log.info(
+                "alarm " + event.change,
+                alarm_id=event.alarm.id,
+                machine=event.alarm.machine_path,
+                severity=event.alarm.severity.name,
+                explanation=event.alarm.explanation,
+                correlation_id=event.alarm.correlation_id,
+            )
+        return stored
+
+    async def _change_of(self, found: Found) -> Alarm | Return:
+        frames, event = found.frames, found.event
+        base = frames.channel_group * WIDTH_MAX
+        position = base + event.signal if event.signal >= 0 else joint_position(frames.channel_group)
+        id_ = alarm_id(machine_id=frames.machine_id, position=position, started_us=event.started_us)
+        if not event.raised:
+            return Return(alarm_id=id_, ended_us=event.time_us, correlation_id=frames.correlation_id)
+        machine = await self._machine(frames)
+        signals = [_signal(machine, base + column) for column in range(frames.values.shape[1])]
+        named = [Signal(signal.name, signal.unit) for signal in signals]
+        shares: tuple[Share, ...] = ()
+        signal = directory_pb.Signal()
+        if event.signal >= 0:
+            signal = signals[event.signal]
+        else:
+            parts = ((event.lead, event.lead_share), (event.next, event.next_share))
+            shares = tuple(
+                Share(signal_id=signals[column].id, signal_name=signals[column].name, share=share)
+                for column, share in parts
+                if column >= 0
+            )
+        return Alarm(
+            id=id_,
+            firm_id=frames.firm_id,
+            machine_id=frames.machine_id,
+            position=position,
+            signal_id=signal.id,
+            machine_path=machine.path,
+            machine_kind=machine.kind,
+            signal_name=signal.name,
+            unit=signal.unit,
+            started_us=event.started_us,
+            ended_us=None,
+            severity=severity_at_start(event.score),
+            component=event.component_name,
+            explanation=explain(event, named),
+            value=event.value,
+            score=event.score,
+            shares=shares,
+            correlation_id=frames.correlation_id,
+            episode_id="",
+            lead_position=None if event.signal >= 0 else base + event.lead,
+        )
+
+    async def _machine(self, frames: Frames) -> directory_pb.Machine:
+        signals = frames.channel_group * WIDTH_MAX + frames.values.shape[1]
+        machine = self._directory.machines.get(frames.machine_id)
+        if machine is None or len(machine.signals) < signals:
+            await self._directory.wait_for_machine(frames.machine_id, signals=signals, timeout_s=NAMES_TIMEOUT_S)
+            machine = self._directory.machines.get(frames.machine_id)
+        # A machine that has been removed since: an alarm without its names is better than none.
+        return machine or directory_pb.Machine(id=frames.machine_id, path=f"machine {frames.machine_id}")
+
+
+class AlarmService:
+    """What people do with alarms."""
+
+    def __init__(self, store: AlarmStore, pool: Pool, clock: Clock) -> None:
+        self._store = store
+        self._pool = pool
+        self._clock = clock
+
+    async def list(
+        self, caller: Caller, asked: AlarmFilter, *, page_size: int, page_token: str
+    ) -> tuple[Sequence[Alarm], str]:
+        """A page and the token of the next one, empty after the last."""
+        _check_role(caller)
+        firm_id = caller.firm_or(asked.firm_id or 0)
+        if not 0 <= page_size <= PAGE_SIZE_MAX:
+            raise Invalid(f"page_size is 1 to {PAGE_SIZE_MAX}, or 0 for {PAGE_SIZE_DEFAULT}.")
+        for name, number in (("firm_id", asked.firm_id), ("machine_id", asked.machine_id)):
+            if number is not None and not 0 < number < 2**63:
+                raise Invalid(f"{name} is not an id; leave it out or give one from the registry.")
+        if asked.since_us is not None:
+            _check_time(asked.since_us, "since_us")
+        after = _after(page_token) if page_token else None
+        limit = page_size or PAGE_SIZE_DEFAULT
+        asked = AlarmFilter(
+            firm_id=firm_id or None,
+            machine_id=asked.machine_id,
+            active=asked.active,
+            unacknowledged=asked.unacknowledged,
+            since_us=asked.since_us,
+        )
+        async with transaction(self._pool) as connection:
+            alarms = await self._store.list(connection, asked, after=after, limit=limit + 1)
+        if len(alarms) <= limit:
+            return alarms, ""
+        last = alarms[limit - 1]
+        return alarms[:limit], f"{last.started_us}.{last.id}"
+
+    async def get(self, caller: Caller, alarm_id: str) -> tuple[Alarm, Sequence[HistoryEntry]]:
+        async with transaction(self._pool) as connection:
+            alarm = await self._seen(connection, caller, alarm_id)
+            return alarm, await self._store.history(connection, alarm_id)
+
+    async def acknowledge(self, caller: Caller, alarm_id: str, *, comment: str) -> Alarm:
+        _check_comment(comment)
+        async with transaction(self._pool) as connection:
+            before = await self._seen(connection, caller, alarm_id)
+            changed = await self._store.acknowledge(
+                connection, alarm_id, actor=_actor(caller), comment=comment, now_us=self._clock.now_us()
+            )
+        return changed or before
+
+    async def clear(self, caller: Caller, alarm_id: str, *, comment: str) -> Alarm:
+        _check_comment(comment)
+        if not comment.strip():
+            raise Invalid("Say in the comment what was found and done.", reason="COMMENT_MISSING")
+        async with transaction(self._pool) as connection:
+            before = await self._seen(connection, caller, alarm_id)
+            changed = await self._store.clear(
+                connection, alarm_id, actor=_actor(caller), comment=comment, now_us=self._clock.now_us()
+            )
+        return changed or before
+
+    async def _seen(self, connection: Connection, caller: Caller, alarm_id: str) -> Alarm:
+        _check_role(caller)
+        alarm = await self._store.get(connection, alarm_id) if _ALARM_ID.fullmatch(alarm_id) else None
+        if alarm is None:
+            raise NotFound("There is no such alarm, or this key may not see it.")
+        caller.check_sees_firm(alarm.firm_id)
+        return alarm
+
+
+class AlarmFeed:
+    """Passes changes on to those who watch; none is kept for later."""
+
+    def __init__(self) -> None:
+        self._watchers: set[_Watcher] = set()
+
+    def tell(self, event: events_pb.AlarmEvent) -> None:
+        for watcher in self._watchers:
+            watcher.tell(event)
+
+    @contextmanager
+    def watch(self, caller: Caller, *, firm_id: int) -> Iterator[AsyncIterator[events_pb.AlarmEvent]]:
+        """Changes from now on. The iterator raises SlowDown when its reader is too far behind."""
+        _check_role(caller)
+        firm_id = caller.firm_or(firm_id)
+        if len(self._watchers) >= WATCHERS_MAX:
+            raise SlowDown("Too many watch alarms here already; try again later.", retry_after_s=60)
+        watcher = _Watcher(firm_id)
+        self._watchers.add(watcher)
+        try:
+            yield watcher.events()
+        finally:
+            self._watchers.discard(watcher)
+
+
+class _Watcher:
+    def __init__(self, firm_id: int) -> None:
+        self._firm_id = firm_id  # 0: all
+        self._queue: asyncio.Queue[events_pb.AlarmEvent] = asyncio.Queue(WATCHER_QUEUE_MAX)
+        self._too_slow = False
+
+    def tell(self, event: events_pb.AlarmEvent) -> None:
+        if self._firm_id not in (0, event.alarm.firm_id) or self._too_slow:
+            return
+        try:
+            self._queue.put_nowait(event)
+        except asyncio.QueueFull:
+            self._too_slow = True
+
+    async def events(self) -> AsyncIterator[events_pb.AlarmEvent]:
+        while not (self._too_slow and self._queue.empty()):
+            yield await self._queue.get()
+        raise SlowDown(
+            "You read too slowly, so changes were left out; list the alarms, then watch again.", reason="TOO_SLOW"
+        )
+
+
+def _signal(machine: directory_pb.Machine, position: int) -> directory_pb.Signal:
+    if position < len(machine.signals):
+        return machine.signals[position]
+    return directory_pb.Signal(name=f"signal {position}")
+
+
+def _check_role(caller: Caller) -> None:
+    caller.require(Role.FIRM, Role.OPERATOR)
+
+
+def _actor(caller: Caller) -> Actor:
+    return Actor(name=caller.role, credential_id=caller.credential_id)
+
+
+def _check_comment(comment: str) -> None:
+    if len(comment) > COMMENT_CHARACTERS_MAX:
+        raise Invalid(f"A comment has at most {COMMENT_CHARACTERS_MAX} characters.")
+    if "\0" in comment:
+        raise Invalid("A comment may not hold a zero character.")
+
+
+def _check_time(time_us: int, name: str) -> None:
+    try:
+        from_us(time_us)
+    except (OverflowError, ValueError) as error:
+        raise Invalid(f"{name} is not a time: microseconds since 1970 UTC are expected.") from error
+
+
+def _after(page_token: str) -> tuple[int, str]:
+    match = _PAGE_TOKEN.fullmatch(page_token)
+    if match is None:
+        raise Invalid("page_token is not one from a page before.")
+    _check_time(int(match[1]), "page_token")
+    return int(match[1]), match[2]

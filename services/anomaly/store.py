@@ -1,0 +1,337 @@
+"""Alarms, their history, and what the detector knows, in the database."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+import asyncpg
+
+from services.anomaly.domain import (
+    EPISODE_GAP_US,
+    Alarm,
+    AlarmEvent,
+    Change,
+    HistoryEntry,
+    Return,
+    Severity,
+    Share,
+    event_id,
+    severity_at_end,
+)
+from services.anomaly.messages import event_message
+from services.common import outbox, topics
+from services.common.clock import from_us, to_us
+from services.common.database import CONNECT_TIMEOUT_S, Connection, Pool
+from services.common.kafka import Fenced
+from services.common.logs import correlated
+
+DETECTOR = "detector"
+STATES_PAGE = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actor:
+    """Who changes an alarm."""
+
+    name: str = DETECTOR
+    credential_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmFilter:
+    """None or False: not asked for."""
+
+    firm_id: int | None = None
+    machine_id: int | None = None
+    active: bool = False
+    unacknowledged: bool = False
+    since_us: int | None = None
+
+
+class AlarmStore:
+    """Every change writes the alarm, its history and the event that leaves with it in the caller's transaction.
+
+    Repeating a change does nothing, so the detector may see the same samples again.
+    """
+
+    async def raise_alarm(self, connection: Connection, alarm: Alarm, *, now_us: int) -> Alarm | None:
+        """Store a new alarm as part of its machine's episode; None when it is known already.
+
+        Several signals together raise no alarm of their own while the one that contributes most has one: it would say the same
+        twice. All conditions are in times of samples, so a replay decides alike whatever has happened since.
+        """
+        if alarm.lead_position is not None and await connection.fetchval(
+            "SELECT 1 FROM alarm WHERE machine_id = $1 AND position = $2 AND started <= $3 AND (ended IS NULL OR ended >= $3)",
+            alarm.machine_id,
+            alarm.lead_position,
+            from_us(alarm.started_us),
+        ):
+            return None
+        episode_id = await connection.fetchval(
+            "SELECT episode_id FROM alarm WHERE machine_id = $1 AND started <= $2 AND (ended IS NULL OR ended >= $3) "
+            "ORDER BY started DESC, id DESC LIMIT 1",
+            alarm.machine_id,
+            from_us(alarm.started_us),
+            from_us(alarm.started_us - EPISODE_GAP_US),
+        )
+        alarm = replace(alarm, episode_id=episode_id or alarm.id)
+        inserted = await connection.fetchval(
+            "INSERT INTO alarm (id, firm_id, machine_id, position, signal_id, machine_path, machine_kind, signal_name, unit, "
+            "started, severity, component, explanation, value, score, shares, correlation_id, episode_id, raised) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19) "
+            "ON CONFLICT (id) DO NOTHING RETURNING 1",
+            alarm.id,
+            alarm.firm_id,
+            alarm.machine_id,
+            alarm.position,
+            alarm.signal_id,
+            alarm.machine_path,
+            alarm.machine_kind,
+            alarm.signal_name,
+            alarm.unit,
+            from_us(alarm.started_us),
+            int(alarm.severity),
+            alarm.component,
+            alarm.explanation,
+            alarm.value,
+            alarm.score,
+            json.dumps([[share.signal_id, share.signal_name, share.share] for share in alarm.shares]),
+            alarm.correlation_id,
+            alarm.episode_id,
+            from_us(now_us),
+        )
+        if inserted is None:
+            return None
+        await self._changed(connection, alarm, Change.RAISED, now_us=now_us, actor=Actor(), comment="")
+        return alarm
+
+    async def end_alarm(self, connection: Connection, returned: Return, *, now_us: int) -> Alarm | None:
+        """Store that the condition has returned to normal; None when that is known already."""
+        row = await connection.fetchrow(
+            "UPDATE alarm SET ended = $2 WHERE id = $1 AND ended IS NULL RETURNING *",
+            returned.alarm_id,
+            from_us(returned.ended_us),
+        )
+        if row is None:
+            return None
+        alarm = _alarm(row)
+        severity = severity_at_end(alarm.severity, returned.ended_us - alarm.started_us)
+        if severity != alarm.severity:
+            await connection.execute("UPDATE alarm SET severity = $2 WHERE id = $1", alarm.id, int(severity))
+            alarm = replace(alarm, severity=severity)
+        await self._changed(connection, alarm, Change.RETURNED, now_us=now_us, actor=Actor(), comment="")
+        return alarm
+
+    async def acknowledge(
+        self, connection: Connection, alarm_id: str, *, actor: Actor, comment: str, now_us: int
+    ) -> Alarm | None:
+        """None when it was acknowledged before."""
+        row = await connection.fetchrow(
+            "UPDATE alarm SET acknowledged = true WHERE id = $1 AND NOT acknowledged RETURNING *", alarm_id
+        )
+        if row is None:
+            return None
+        await self._changed(connection, _alarm(row), Change.ACKNOWLEDGED, now_us=now_us, actor=actor, comment=comment)
+        return _alarm(row)
+
+    async def clear(
+        self, connection: Connection, alarm_id: str, *, actor: Actor, comment: str, now_us: int
+    ) -> Alarm | None:
+        """None when it was cleared before."""
+        row = await connection.fetchrow(
+            "UPDATE alarm SET acknowledged = true, cleared = true WHERE id = $1 AND NOT cleared RETURNING *", alarm_id
+        )
+        if row is None:
+            return None
+        await self._changed(connection, _alarm(row), Change.CLEARED, now_us=now_us, actor=actor, comment=comment)
+        return _alarm(row)
+
+    async def get(self, connection: Connection, alarm_id: str) -> Alarm | None:
+        row = await connection.fetchrow("SELECT * FROM alarm WHERE id = $1", alarm_id)
+        return None if row is None else _alarm(row)
+
+    async def history(self, connection: Connection, alarm_id: str) -> Sequence[HistoryEntry]:
+        rows = await connection.fetch(
+            "SELECT change, changed, actor, credential_id, comment FROM alarm_change WHERE alarm_id = $1 ORDER BY id",
+            alarm_id,
+        )
+        return [
+            HistoryEntry(
+                change=Change(row["change"]),
+                changed_us=to_us(row["changed"]),
+                actor=row["actor"],
+                credential_id=row["credential_id"],
+                comment=row["comment"],
+            )
+            for row in rows
+        ]
+
+    async def list(
+        self, connection: Connection, asked: AlarmFilter, *, after: tuple[int, str] | None, limit: int
+    ) -> Sequence[Alarm]:
+        """Newest first; `after` is the start and id of the last one of the page before."""
+        conditions: list[str] = []
+        arguments: list[object] = []
+
+        def condition(text: str, *values: object) -> None:
+            numbers = range(len(arguments) + 1, len(arguments) + len(values) + 1)
+            conditions.append(text.format(*(f"${number}" for number in numbers)))
+            arguments.extend(values)
+
+        if asked.firm_id is not None:
+            condition("firm_id = {}", asked.firm_id)
+        if asked.machine_id is not None:
+            condition("machine_id = {}", asked.machine_id)
+        if asked.active:
+            condition("ended IS NULL")
+        if asked.unacknowledged:
+            condition("NOT acknowledged")
+        if asked.since_us is not None:
+            condition("started >= {}", from_us(asked.since_us))
+        if after is not None:
+            condition("(started, id) < ({}, {})", from_us(after[0]), after[1])
+        where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
+        rows = await connection.fetch(
+            f"SELECT * FROM alarm {where}ORDER BY started DESC, id DESC LIMIT {int(limit)}",  # noqa: S608  # fixed texts
+            *arguments,
+        )
+        return [_alarm(row) for row in rows]
+
+    async def _changed(
+        self, connection: Connection, alarm: Alarm, change: Change, *, now_us: int, actor: Actor, comment: str
+    ) -> None:
+        event = AlarmEvent(event_id=event_id(alarm.id, change), change=change, changed_us=now_us, alarm=alarm)
+        await connection.execute(
+            "INSERT INTO alarm_change (event_id, alarm_id, change, changed, actor, credential_id, comment) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            event.event_id,
+            alarm.id,
+            change.value,
+            from_us(now_us),
+            actor.name,
+            actor.credential_id,
+            comment,
+        )
+        with correlated(alarm.correlation_id):
+            await outbox.write(
+                connection,
+                topics.ALARMS,
+                key=alarm.id,
+                value=event_message(event).SerializeToString(deterministic=True),
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What the detector knows of one machine's channel group from the records before `next_offset`."""
+
+    machine_id: int
+    channel_group: int
+    next_offset: int
+    state: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Some machines' states, and how far the partition has come: no machine lacks a record below `position`."""
+
+    partition: int
+    position: int
+    states: Sequence[SavedState]
+
+
+class StateStore:
+    """Detector states and positions of one topic."""
+
+    def __init__(self, pool: Pool, *, topic: str) -> None:
+        self._pool = pool
+        self._topic = topic
+
+    async def position(self, partition: int) -> int:
+        position: int = await self._pool.fetchval(
+            "INSERT INTO position AS p (topic, partition, next_offset) VALUES ($1, $2, 0) "
+            "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = p.next_offset RETURNING next_offset",
+            self._topic,
+            partition,
+        )
+        return position
+
+    async def states(self, partition: int) -> AsyncIterator[SavedState]:
+        after = (-1, -1)
+        while True:
+            rows = await self._pool.fetch(
+                "SELECT machine_id, channel_group, next_offset, state FROM detector_state "
+                "WHERE partition = $1 AND (machine_id, channel_group) > ($2, $3) "
+                "ORDER BY machine_id, channel_group LIMIT $4",
+                partition,
+                *after,
+                STATES_PAGE,
+            )
+            for row in rows:
+                yield SavedState(**row)
+            if len(rows) < STATES_PAGE:
+                return
+            after = rows[-1]["machine_id"], rows[-1]["channel_group"]
+
+    async def save(self, checkpoint: Checkpoint, *, expected: int) -> None:
+        """Store a checkpoint on top of position `expected`. May be repeated after an error that leaves the outcome open.
+
+        Raises Fenced when another process has moved the position: the partition is not ours any more.
+        """
+        async with self._pool.acquire(timeout=CONNECT_TIMEOUT_S) as connection, connection.transaction():
+            # First the fence: it also holds the row until the commit.
+            moved = await connection.fetchval(
+                "UPDATE position SET next_offset = $4 WHERE topic = $1 AND partition = $2 AND next_offset IN ($3, $4) "
+                "RETURNING 1",
+                self._topic,
+                checkpoint.partition,
+                expected,
+                checkpoint.position,
+            )
+            if moved is None:
+                raise Fenced(f"partition {checkpoint.partition} is not at {expected} any more")
+            if checkpoint.states:
+                await self._write(connection, checkpoint)
+
+    async def _write(self, connection: Connection, checkpoint: Checkpoint) -> None:
+        # A state never goes back: a process that lost the partition may still have an older one in hand.
+        await connection.execute(
+            "INSERT INTO detector_state AS s (partition, machine_id, channel_group, next_offset, state) "
+            "SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::bigint[], $5::bytea[]) "
+            "ON CONFLICT (partition, machine_id, channel_group) DO UPDATE "
+            "SET next_offset = excluded.next_offset, state = excluded.state WHERE s.next_offset <= excluded.next_offset",
+            checkpoint.partition,
+            [saved.machine_id for saved in checkpoint.states],
+            [saved.channel_group for saved in checkpoint.states],
+            [saved.next_offset for saved in checkpoint.states],
+            [saved.state for saved in checkpoint.states],
+        )
+
+
+def _alarm(row: asyncpg.Record) -> Alarm:
+    return Alarm(
+        id=row["id"],
+        firm_id=row["firm_id"],
+        machine_id=row["machine_id"],
+        position=row["position"],
+        signal_id=row["signal_id"],
+        machine_path=row["machine_path"],
+        machine_kind=row["machine_kind"],
+        signal_name=row["signal_name"],
+        unit=row["unit"],
+        started_us=to_us(row["started"]),
+        ended_us=None if row["ended"] is None else to_us(row["ended"]),
+        severity=Severity(row["severity"]),
+        component=row["component"],
+        explanation=row["explanation"],
+        value=row["value"],
+        score=row["score"],
+        shares=tuple(
+            Share(signal_id=signal_id, signal_name=name, share=share)
+            for signal_id, name, share in json.loads(row["shares"])
+        ),
+        correlation_id=row["correlation_id"],
+        episode_id=row["episode_id"],
+        acknowledged=row["acknowledged"],
+        cleared=row["cleared"],
+    )

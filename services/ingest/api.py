@@ -1,0 +1,380 @@
+"""HTTP edges of ingest."""
+
+import math
+from datetime import datetime
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from services.common.clock import to_us
+from services.common.errors import HubError, Invalid
+from services.common.http import Authenticated, authenticated, problem
+from services.common.identity import Role
+from services.common.logs import get_logger
+from services.ingest.domain import NewFirm, NewMachine, NewSignal, NewSite, Reason
+from services.ingest.door import Door
+from services.ingest.service import Queries, Registry
+from services.ingest.store import Bucket, Quarantined
+from smdih.ingest.v1 import telemetry_pb2
+
+log = get_logger(__name__)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class SignalBody(_Body):
+    name: str
+    unit: str = ""
+    range_min: float | None = None
+    range_max: float | None = None
+
+    def new(self) -> NewSignal:
+        return NewSignal(self.name, self.unit, self.range_min, self.range_max)
+
+
+class FirmBody(_Body):
+    name: str
+    slug: str
+    sic: str
+    region: str
+    size: str
+
+
+class PartnerBody(_Body):
+    name: str
+    region: str
+
+
+class SiteBody(_Body):
+    firm_id: int = 0
+    slug: str
+    name: str
+    timezone: str = "Europe/London"
+
+
+class MachineBody(_Body):
+    site_id: int
+    path: str
+    name: str
+    kind: str
+    signals: list[SignalBody] = Field(default_factory=list)
+
+
+class SignalsBody(_Body):
+    signals: list[SignalBody]
+
+
+class CredentialBody(_Body):
+    role: Role
+    firm_id: int = 0
+    partner_id: int = 0
+    label: str = ""
+    valid_from_us: int = 0
+    valid_to_us: int = 0
+
+
+class ReplayBody(_Body):
+    machine_id: int = 0
+
+
+def telemetry_router(door: Door) -> APIRouter:
+    """The JSON door."""
+    router = APIRouter(prefix="/v1", tags=["telemetry"])
+
+    @router.post("/telemetry")
+    async def send(request: Request, caller: Authenticated) -> Response:
+        """Send samples as JSON; the answer says of each batch what was stored and what was quarantined, and why.
+
+        Body: `{"source": "gateway-1", "batches": [{"machine": "acme/leeds/press-3", "sequence": 7, "frames":
+        [{"ts": 1764000000000, "values": {"temperature": 21.5}}]}]}`. `ts`: milliseconds since 1970 UTC or RFC 3339;
+        `machine`: path or id; a value that is missing or null is absent; `source` and `sequence` may be left out.
+        200: all or part is durable; 422: all of it went to quarantine; 503 and 429: send again after Retry-After seconds.
+        """
+        raw = await request.body()
+        sender = door.sender(caller, "", "http")
+        try:
+            document = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            detail = f"The body is not JSON: {error}"
+            await door.set_aside(sender, Reason.MALFORMED, detail, raw)
+            return problem(Invalid(detail, reason=Reason.MALFORMED))
+        try:
+            source, batches = _batches(document)
+            sender = door.sender(caller, source, "http")
+        except _NotTelemetry as error:
+            await door.set_aside(sender, error.reason, str(error), raw)
+            return problem(Invalid(str(error), reason=error.reason))
+        if not batches:
+            await door.set_aside(sender, Reason.EMPTY_BATCH, "The body holds no batches.", raw)
+            return problem(Invalid("The body holds no batches.", reason=Reason.EMPTY_BATCH))
+        results = await door.send(sender, batches)
+        return _answer(results)
+
+    return router
+
+
+def _answer(results: list[telemetry_pb2.BatchResult]) -> Response:
+    problems = [one for result in results for one in result.problems]
+    body: dict[str, Any] = {
+        "accepted": sum(result.accepted for result in results),
+        "quarantined": sum(result.quarantined for result in results),
+        "results": [
+            {
+                "sequence": result.sequence,
+                "accepted": result.accepted,
+                "quarantined": result.quarantined,
+                "problems": [{"reason": p.reason, "detail": p.detail, "samples": p.samples} for p in result.problems],
+            }
+            for result in results
+        ],
+    }
+    if problems and not body["accepted"]:
+        body |= {"status": 422, "reason": problems[0].reason, "detail": problems[0].detail}
+        return JSONResponse(body, status_code=422)
+    return JSONResponse(body)
+
+
+class _NotTelemetry(Exception):
+    """The body is JSON, but not telemetry."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        super().__init__(detail)
+
+
+def _batches(document: Any) -> tuple[str, list[telemetry_pb2.Batch]]:
+    if not isinstance(document, dict) or not isinstance(document.get("batches"), list):
+        raise _NotTelemetry(Reason.MALFORMED, 'The body should be {"batches": [...]}.')
+    source = document.get("source", "")
+    if not isinstance(source, str):
+        raise _NotTelemetry(Reason.WRONG_TYPE, "source: a text.")
+    return source, [_batch(number, batch) for number, batch in enumerate(document["batches"])]
+
+
+def _batch(number: int, batch: Any) -> telemetry_pb2.Batch:
+    where = f"batches.{number}"
+    if not isinstance(batch, dict):
+        raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}: an object.")
+    machine, sequence, frames = batch.get("machine"), batch.get("sequence", 0), batch.get("frames", [])
+    if (
+        not isinstance(machine, str | int)
+        or isinstance(machine, bool)
+        or (isinstance(machine, int) and not 0 < machine < 2**63)
+    ):
+        raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.machine: a path or an id.")
+    if not isinstance(sequence, int) or isinstance(sequence, bool) or not 0 <= sequence < 2**64:
+        raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.sequence: a number from 0 up.")
+    if not isinstance(frames, list):
+        raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.frames: a list.")
+    names: dict[str, int] = {}
+    times: list[int] = []
+    rows: list[dict[str, Any]] = []
+    for index, frame in enumerate(frames):
+        at = f"{where}.frames.{index}"
+        if not isinstance(frame, dict) or not isinstance(frame.get("values"), dict):
+            raise _NotTelemetry(Reason.WRONG_TYPE, f'{at}: {{"ts": ..., "values": {{...}}}}.')
+        times.append(_time_us(frame.get("ts"), at))
+        for name in frame["values"]:
+            names.setdefault(name, len(names))
+        rows.append(frame["values"])
+    values: list[float] = []
+    absent = bytearray((len(rows) * len(names) + 7) // 8)
+    for index, row in enumerate(rows):
+        for name in names:
+            value = row.get(name)
+            if value is None:
+                absent[len(values) >> 3] |= 1 << (len(values) & 7)
+                values.append(0.0)
+            elif isinstance(value, bool | int | float):
+                values.append(float(value))
+            else:
+                raise _NotTelemetry(
+                    Reason.WRONG_TYPE,
+                    f"{where}.frames.{index}.values.{name}: a number, true, false or null, not {value!r:.40}.",
+                )
+    path, machine_id = (machine, 0) if isinstance(machine, str) else ("", machine)
+    return telemetry_pb2.Batch(
+        sequence=sequence,
+        machine_path=path,
+        machine_id=machine_id,
+        times_us=times,
+        signals=list(names),
+        values=values,
+        absent=bytes(absent) if any(absent) else b"",
+    )
+
+
+def _time_us(ts: Any, where: str) -> int:
+    if isinstance(ts, int | float) and not isinstance(ts, bool) and math.isfinite(ts):
+        time_us = round(ts * 1000)
+        if -(2**63) <= time_us < 2**63:
+            return time_us
+    if isinstance(ts, str):
+        try:
+            parsed = datetime.fromisoformat(ts)
+            if parsed.tzinfo is not None:
+                return to_us(parsed)
+        except ValueError:
+            pass
+    raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.ts: milliseconds since 1970 UTC, or RFC 3339 with a zone.")
+
+
+def registry_router(registry: Registry) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["registry"])
+
+    @router.post("/firms", status_code=201)
+    async def create_firm(body: FirmBody, caller: Authenticated) -> dict[str, Any]:
+        return _dict(await registry.create_firm(caller, NewFirm(**body.model_dump())))
+
+    @router.post("/partners", status_code=201)
+    async def create_partner(body: PartnerBody, caller: Authenticated) -> dict[str, Any]:
+        return _dict(await registry.create_partner(caller, body.name, body.region))
+
+    @router.post("/sites", status_code=201)
+    async def create_site(body: SiteBody, caller: Authenticated) -> dict[str, Any]:
+        return _dict(await registry.create_site(caller, NewSite(**body.model_dump())))
+
+    @router.post("/machines", status_code=201)
+    async def create_machine(body: MachineBody, caller: Authenticated) -> dict[str, Any]:
+        signals = [signal.new() for signal in body.signals]
+        return _dict(
+            await registry.create_machine(caller, NewMachine(body.site_id, body.path, body.name, body.kind, signals))
+        )
+
+    @router.post("/machines/{machine_id}/signals", status_code=201)
+    async def add_signals(machine_id: int, body: SignalsBody, caller: Authenticated) -> dict[str, Any]:
+        return _dict(await registry.add_signals(caller, machine_id, [signal.new() for signal in body.signals]))
+
+    @router.get("/machines")
+    async def list_machines(
+        caller: Authenticated, firm_id: int = 0, page_size: int = 0, page_token: str = ""
+    ) -> dict[str, Any]:
+        machines, token = await registry.list_machines(caller, firm_id, page_size, page_token)
+        return {"machines": [_dict(machine) for machine in machines], "next_page_token": token}
+
+    @router.post("/credentials", status_code=201)
+    async def issue_credential(body: CredentialBody, caller: Authenticated) -> dict[str, Any]:
+        """The key is in this answer and nowhere else, ever."""
+        key, credential = await registry.issue_credential(
+            caller,
+            body.role,
+            firm_id=body.firm_id,
+            partner_id=body.partner_id,
+            label=body.label,
+            valid_from_us=body.valid_from_us,
+            valid_to_us=body.valid_to_us,
+        )
+        return {"key": key, "id": credential.id, "prefix": credential.prefix}
+
+    @router.delete("/credentials/{credential_id}", status_code=204)
+    async def revoke_credential(credential_id: int, caller: Authenticated) -> None:
+        await registry.revoke_credential(caller, credential_id)
+
+    return router
+
+
+def _dict(message: Any) -> dict[str, Any]:
+    # Not protobuf's own JSON: it writes 64-bit integers as text, which would make ids unlike those in every other answer.
+    found: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            found[field.name] = [_dict(one) for one in value] if field.is_repeated else _dict(value)
+        elif field.type != field.TYPE_BYTES:
+            found[field.name] = value
+    return found
+
+
+def query_router(queries: Queries) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["queries"])
+
+    @router.get("/machines/{machine_id}")
+    async def machine(machine_id: int, caller: Authenticated) -> dict[str, Any]:
+        return _dict(await queries.machine(caller, machine_id))
+
+    @router.get("/machines/{machine_id}/latest")
+    async def latest(machine_id: int, caller: Authenticated) -> dict[str, Any]:
+        values = await queries.latest(caller, machine_id)
+        return {
+            "values": [
+                {
+                    "signal_id": one.signal_id,
+                    "name": one.name,
+                    "unit": one.unit,
+                    "time_us": to_us(one.ts),
+                    "value": one.value,
+                }
+                for one in values
+            ]
+        }
+
+    @router.get("/signals/{signal_id}/history")
+    async def history(
+        signal_id: int,
+        caller: Authenticated,
+        from_us: int,
+        to_us: int,
+        resolution: str = "raw",
+        page_size: int = 0,
+        page_token: str = "",
+    ) -> dict[str, Any]:
+        found = await queries.history(caller, signal_id, from_us, to_us, resolution, page_size, page_token)
+        return {
+            "samples": [{"time_us": time_us, "value": value} for time_us, value in found.samples],
+            "buckets": [_bucket(bucket) for bucket in found.buckets],
+            "next_page_token": found.next_page_token,
+        }
+
+    @router.get("/quarantine")
+    async def quarantine(
+        caller: Authenticated, firm_id: int = 0, page_size: int = 0, page_token: str = ""
+    ) -> dict[str, Any]:
+        items, token = await queries.quarantine(caller, firm_id, page_size, page_token)
+        return {"items": [_item(item) for item in items], "next_page_token": token}
+
+    @router.post("/quarantine/{item_id}/replay")
+    async def replay(item_id: str, body: ReplayBody, caller: Authenticated) -> dict[str, Any]:
+        result = await queries.replay(caller, item_id, body.machine_id)
+        return {"accepted": result.accepted, "quarantined": result.quarantined}
+
+    return router
+
+
+def _bucket(bucket: Bucket) -> dict[str, Any]:
+    return {
+        "time_us": to_us(bucket.ts),
+        "count": bucket.count,
+        "sum": bucket.sum,
+        "min": bucket.min,
+        "max": bucket.max,
+        "last": bucket.last,
+    }
+
+
+def _item(item: Quarantined) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "firm_id": item.firm_id,
+        "source": item.source,
+        "door": item.door,
+        "reason": item.reason,
+        "detail": item.detail,
+        "samples": item.samples,
+        "received_us": to_us(item.received),
+        "replayed_us": to_us(item.replayed) if item.replayed else None,
+    }
+
+
+async def note_too_large(request: Request, size: int, *, door: Door) -> None:
+    """A telemetry body over the limit is refused unread; if its sender is known, quarantine says that it came."""
+    if request.url.path != "/v1/telemetry":
+        return
+    try:
+        sender = door.sender(await authenticated(request), "", "http")
+        await door.set_aside(sender, Reason.TOO_LARGE, f"A body of {size} bytes was refused unread.", b"")
+    except HubError as error:
+        log.info("too large, not noted", reason=error.reason)

@@ -1,0 +1,133 @@
+"""Words and rules of ingest: names, limits, reasons."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+
+# A machine's signals are stored in runs of this many positions, so that a frame stays below PostgreSQL's 2 kB
+# out-of-line limit.
+CHANNEL_GROUP: Final = 200
+SIGNALS_PER_MACHINE_MAX: Final = 10_000
+BATCHES_PER_REQUEST_MAX: Final = 10_000
+PAGE_SIZE_MAX: Final = 1_000
+HISTORY_PAGE_SIZE_MAX: Final = 10_000
+
+# Times outside would make chunks of their own; they go to quarantine.
+FUTURE_S_MAX: Final = 10 * 60
+PAST_DAYS_MAX: Final = 15 * 366
+
+REGIONS: Final = (
+    "North East",
+    "North West",
+    "Yorkshire and The Humber",
+    "East Midlands",
+    "West Midlands",
+    "East of England",
+    "London",
+    "South East",
+    "South West",
+    "Wales",
+    "Scotland",
+    "Northern Ireland",
+)
+SIZES: Final = ("micro", "small", "medium", "large")
+
+_SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_SIC = re.compile(r"\d\d\.\d\d?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class Reason:
+    """Why samples are in quarantine. Stable: dashboards and senders rely on the words."""
+
+    UNKNOWN_MACHINE = "UNKNOWN_MACHINE"
+    UNKNOWN_SIGNAL = "UNKNOWN_SIGNAL"
+    EMPTY_BATCH = "EMPTY_BATCH"
+    SHAPE_MISMATCH = "SHAPE_MISMATCH"
+    TIME_OUT_OF_WINDOW = "TIME_OUT_OF_WINDOW"
+    NOT_FINITE = "NOT_FINITE"
+    OUT_OF_RANGE = "OUT_OF_RANGE"
+    WRONG_TYPE = "WRONG_TYPE"
+    MALFORMED = "MALFORMED"
+    TOO_LARGE = "TOO_LARGE"
+
+
+@dataclass(frozen=True)
+class NewSignal:
+    name: str
+    unit: str = ""
+    range_min: float | None = None
+    range_max: float | None = None
+
+
+@dataclass(frozen=True)
+class NewFirm:
+    name: str
+    slug: str
+    sic: str
+    region: str
+    size: str
+
+
+@dataclass(frozen=True)
+class NewSite:
+    firm_id: int
+    slug: str
+    name: str
+    timezone: str = "Europe/London"
+
+
+@dataclass(frozen=True)
+class NewMachine:
+    site_id: int
+    path: str
+    name: str
+    kind: str
+    signals: list[NewSignal] = field(default_factory=list)
+
+
+class BadName(ValueError):
+    """A name breaks a rule; the message says which."""
+
+
+def check_slug(slug: str) -> str:
+    """One level of a path. Raises BadName."""
+    if not _SLUG.fullmatch(slug):
+        raise BadName(f"{slug!r}: use 1 to 63 lower case letters, digits and dashes, not first or last a dash")
+    return slug
+
+
+def check_path(path: str) -> str:
+    """Levels below a site: [area/[line/[cell/]]]machine. Raises BadName."""
+    levels = path.split("/")
+    if not 1 <= len(levels) <= 4:
+        raise BadName(f"{path!r}: one to four levels, such as line-1/press-3")
+    for level in levels:
+        check_slug(level)
+    return path
+
+
+def check_text(text: str, *, what: str, length_max: int = 200) -> str:
+    """A name for people: something to see, nothing that could break a log or a page. Raises BadName."""
+    stripped = text.strip()
+    if not stripped or len(stripped) > length_max or _CONTROL.search(stripped):
+        raise BadName(f"{what}: 1 to {length_max} characters, no control characters")
+    try:
+        stripped.encode()
+    except UnicodeEncodeError as error:
+        raise BadName(f"{what}: not valid Unicode") from error
+    return stripped
+
+
+def check_signal_name(name: str) -> str:
+    """Raises BadName for what could not stand in a topic or a path."""
+    check_text(name, what="signal name", length_max=100)
+    if any(character in name for character in "+#/$"):
+        raise BadName(f"{name!r}: a signal's name has none of + # / $")
+    return name.strip()
+
+
+def check_sic(sic: str) -> str:
+    if not _SIC.fullmatch(sic):
+        raise BadName(f"{sic!r}: a SIC 2007 code looks like 25.62")
+    return sic

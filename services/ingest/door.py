@@ -1,0 +1,117 @@
+"""The door: takes batches, answers only for what the message log holds."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client import Counter
+
+from services.common.clock import Clock
+from services.common.directory import Directory
+from services.common.errors import Invalid
+from services.common.identity import Caller, Role
+from services.common.logs import current_correlation_id, get_logger
+from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, check_text
+from services.ingest.frames import Checked, FrameCheck, Sender, quarantined
+from services.ingest.groupcommit import Commit, GroupCommit
+from smdih.ingest.v1 import telemetry_pb2
+
+log = get_logger(__name__)
+
+# What came in at the door, in samples, by what became of it. sent = accepted + quarantined + refused.
+samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
+# Quarantined samples by reason.
+quarantined_total = Counter("smdih_ingest_door_quarantined_samples_total", "Samples put into quarantine", ["reason"])
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A batch on its way; durable when every commit has succeeded."""
+
+    checked: Checked
+    commits: Sequence[Commit]
+
+    @property
+    def is_settled(self) -> bool:
+        return all(commit.is_settled for commit in self.commits)
+
+    async def durable(self) -> None:
+        """Raises what kept it from becoming durable."""
+        for commit in self.commits:
+            await commit.wait()
+
+    def result(self) -> telemetry_pb2.BatchResult:
+        problems = [
+            telemetry_pb2.Problem(reason=record.reason, detail=record.detail, samples=record.samples)
+            for record in self.checked.quarantine
+        ]
+        return telemetry_pb2.BatchResult(
+            sequence=self.checked.sequence,
+            accepted=self.checked.accepted,
+            quarantined=sum(record.samples for record in self.checked.quarantine),
+            problems=problems,
+        )
+
+
+class Door:
+    """Checks batches and commits them to the message log; every protocol's edge calls this one."""
+
+    def __init__(self, directory: Directory, group_commit: GroupCommit, clock: Clock) -> None:
+        self._check = FrameCheck(directory, clock)
+        self._group_commit = group_commit
+        self._clock = clock
+
+    def sender(self, caller: Caller, source: str, door: str) -> Sender:
+        """Who sends, after a check that it may. Raises Forbidden, Invalid."""
+        caller.require(Role.DEVICE, Role.FIRM)
+        try:
+            source = (
+                check_text(source, what="source", length_max=128) if source else f"credential-{caller.credential_id}"
+            )
+        except ValueError as error:
+            raise Invalid(str(error)) from error
+        return Sender(caller.firm_id, caller.credential_id, source, door, current_correlation_id())
+
+    def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[Taken]:
+        """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid."""
+        if len(batches) > BATCHES_PER_REQUEST_MAX:
+            raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
+        self._group_commit.check_room()
+        return [self._take(sender, batch) for batch in batches]
+
+    async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
+        """Take batches and wait until they are durable. Raises SlowDown, TryAgain, Invalid."""
+        taken = self.take(sender, batches)
+        await asyncio.gather(*(one.durable() for one in taken))
+        return [one.result() for one in taken]
+
+    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes) -> None:
+        """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
+        record = quarantined(sender, reason, detail, 0, self._clock.now_us(), raw=raw)
+        quarantined_total.labels(reason).inc(0)
+        log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
+        await self._group_commit.put_quarantine(record).wait()
+
+    async def note_malformed(self, caller: Caller, method: str, raw: bytes) -> None:
+        """A gRPC body that is no message: quarantine it if it was meant as telemetry."""
+        if "TelemetryService" in method and caller.firm_id:
+            sender = self.sender(caller, "", "grpc")
+            await self.set_aside(sender, Reason.MALFORMED, f"The body is not a message of {method}.", raw)
+
+    def _take(self, sender: Sender, batch: telemetry_pb2.Batch) -> Taken:
+        checked = self._check.check(sender, batch)
+        commits = [self._group_commit.put_frames(frames) for frames in checked.frames]
+        samples_total.labels(sender.door, "accepted").inc(checked.accepted)
+        for record in checked.quarantine:
+            commits.append(self._group_commit.put_quarantine(record))
+            samples_total.labels(sender.door, "quarantined").inc(record.samples)
+            quarantined_total.labels(record.reason).inc(record.samples)
+            log.info(
+                "samples quarantined",
+                reason=record.reason,
+                samples=record.samples,
+                firm_id=sender.firm_id,
+                source=sender.source,
+                quarantine_id=record.id,
+            )
+        return Taken(checked, commits)

@@ -1,0 +1,144 @@
+"""The processes of ingest: `python -m services.ingest.main door|historian`, and `... operator-key` to make the first key."""
+
+import asyncio
+import functools
+import sys
+
+from services.common import logs, topics
+from services.common.clock import SystemClock
+from services.common.database import can_write, create_pool, transaction
+from services.common.directory import Directory
+from services.common.http import application
+from services.common.http import serve as serve_http
+from services.common.identity import Role
+from services.common.kafka import Cluster, PositionedConsumer, Publisher
+from services.common.outbox import OutboxRelay
+from services.common.rpc import serve as serve_rpc
+from services.common.runtime import Runtime, run
+from services.common.settings import Settings
+from services.ingest import api, store
+from services.ingest.door import Door
+from services.ingest.groupcommit import GroupCommit
+from services.ingest.historian import Historian
+from services.ingest.rpc import QueryServicer, RegistryServicer, TelemetryServicer
+from services.ingest.service import Queries, Registry, make_credential
+from smdih.ingest.v1 import query_pb2_grpc, registry_pb2_grpc, telemetry_pb2_grpc
+
+SCHEMA = "ingest"
+USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
+
+HISTORIAN_RECORDS_MAX = 500
+# Room for the samples of a busy partition, few enough that a poll's arrays stay in the tens of megabytes.
+HISTORIAN_POLL_BYTES_MAX = 8 * 1024 * 1024
+
+
+async def start_door(runtime: Runtime, settings: Settings) -> None:
+    """Telemetry, registry and queries, by gRPC and HTTP."""
+    clock = SystemClock()
+    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    runtime.on_stop(pool.close)
+    publisher = await runtime.enter(Publisher(cluster))
+    directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"))
+    runtime.background("directory", directory.run())
+    relay = OutboxRelay(pool, publisher, schema=SCHEMA)
+    runtime.background("outbox", relay.run())
+    group_commit = GroupCommit(publisher, partitions=await publisher.partitions(topics.SAMPLES))
+    runtime.on_stop(group_commit.close)
+    door = Door(directory, group_commit, clock)
+    registry, queries = Registry(pool, relay, directory, clock), Queries(pool, directory, door)
+    await runtime.enter(
+        serve_rpc(
+            host=settings.grpc_host,
+            port=settings.grpc_port,
+            directory=directory,
+            register=[
+                (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
+                (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry)),
+                (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries)),
+            ],
+            service_names=[
+                "smdih.ingest.v1.TelemetryService",
+                "smdih.ingest.v1.RegistryService",
+                "smdih.ingest.v1.QueryService",
+            ],
+            on_malformed=door.note_malformed,
+        )
+    )
+    app = application(
+        "SMDIH ingest",
+        runtime=runtime,
+        directory=directory,
+        routers=[api.telemetry_router(door), api.registry_router(registry), api.query_router(queries)],
+        on_too_large=functools.partial(api.note_too_large, door=door),
+    )
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    # Not the database: telemetry is taken while it is away, and what needs it says so itself.
+    runtime.ready_when("kafka", publisher.answers)
+    runtime.ready_when("directory", directory.is_caught_up)
+
+
+async def start_historian(runtime: Runtime, settings: Settings) -> None:
+    """From the message log into the database."""
+    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    runtime.on_stop(pool.close)
+    publisher = await runtime.enter(Publisher(cluster))
+    historian = Historian()
+    samples = PositionedConsumer(
+        cluster,
+        pool,
+        publisher,
+        topic_names=[topics.SAMPLES],
+        group="smdih.ingest.historian",
+        handler=historian.store,
+        records_max=HISTORIAN_RECORDS_MAX,
+        poll_bytes_max=HISTORIAN_POLL_BYTES_MAX,
+        on_change=historian.forget,
+    )
+    quarantine = PositionedConsumer(
+        cluster,
+        pool,
+        publisher,
+        topic_names=[topics.QUARANTINE],
+        group="smdih.ingest.quarantine",
+        handler=historian.store_quarantine,
+    )
+    app = application("SMDIH historian", runtime=runtime, directory=None)
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    runtime.background("samples", samples.run())
+    runtime.background("quarantine", quarantine.run())
+    runtime.ready_when("kafka", publisher.answers)
+    runtime.ready_when("database", functools.partial(can_write, pool))
+    runtime.alive_when("samples", samples.is_turning)
+    runtime.alive_when("quarantine", quarantine.is_turning)
+
+
+async def operator_key(settings: Settings) -> str:
+    """Make an operator's key; needs the database only, so it is how the first one is had."""
+    now_us = SystemClock().now_us()
+    key, credential = make_credential(Role.OPERATOR, 0, 0, "made on the command line", now_us)
+    pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=1)
+    try:
+        async with transaction(pool) as connection:
+            await store.create_credential(connection, credential, Role.OPERATOR, now_us)
+    finally:
+        await pool.close()
+    return key
+
+
+def main(arguments: list[str]) -> None:
+    roles = {"door": start_door, "historian": start_historian}
+    if len(arguments) != 1 or arguments[0] not in (*roles, "operator-key"):
+        print(USAGE, file=sys.stderr)  # noqa: T201  a command line
+        sys.exit(2)
+    settings = Settings()
+    logs.configure(f"ingest-{arguments[0]}", settings.log_level)
+    if arguments[0] == "operator-key":
+        print(asyncio.run(operator_key(settings)))  # noqa: T201  a command line
+        return
+    run(functools.partial(roles[arguments[0]], settings=settings))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,336 @@
+"""SQL of the registry and of the queries: values in, directory messages and rows out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import asyncpg
+
+from services.common import topics
+from services.common.clock import from_us
+from services.common.database import Connection
+from services.common.directory import entity_key
+from services.common.errors import AlreadyExists, Invalid, NotFound
+from services.common.identity import Role
+from services.common.outbox import write
+from services.ingest.domain import CHANNEL_GROUP, NewFirm, NewMachine, NewSignal, NewSite
+from smdih.directory.v1 import directory_pb2 as pb
+
+ROLE_NUMBERS = {
+    Role.DEVICE: pb.ROLE_DEVICE,
+    Role.FIRM: pb.ROLE_FIRM,
+    Role.PARTNER: pb.ROLE_PARTNER,
+    Role.OPERATOR: pb.ROLE_OPERATOR,
+}
+
+
+@dataclass(frozen=True)
+class SignalPlace:
+    """Where the values of a signal stand."""
+
+    id: int
+    firm_id: int
+    machine_id: int
+    position: int
+    name: str
+    unit: str
+
+    @property
+    def first_position(self) -> int:
+        return self.position // CHANNEL_GROUP * CHANNEL_GROUP
+
+    @property
+    def index(self) -> int:
+        """Of the value in the stored array, from 1 as PostgreSQL counts."""
+        return self.position % CHANNEL_GROUP + 1
+
+
+@dataclass(frozen=True)
+class Latest:
+    signal_id: int
+    name: str
+    unit: str
+    ts: datetime
+    value: float
+
+
+@dataclass(frozen=True)
+class Bucket:
+    ts: datetime
+    count: int
+    sum: float
+    min: float
+    max: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    id: str
+    firm_id: int
+    credential_id: int
+    source: str
+    door: str
+    reason: str
+    detail: str
+    samples: int
+    received: datetime
+    replayed: datetime | None
+    batch: bytes | None
+    raw: bytes | None
+
+
+# Registry: a change and its directory entry in one transaction; asking twice for the same thing makes it once. ----------
+
+
+async def publish(connection: Connection, kind: str, entry: pb.DirectoryEntry, entity_id: int, changed_us: int) -> None:
+    entry.changed_us = changed_us
+    await write(connection, topics.DIRECTORY, key=entity_key(kind, entity_id), value=entry.SerializeToString())
+
+
+async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.Firm:
+    firm_id = await connection.fetchval(
+        "INSERT INTO firm (name, slug, sic, region, size) VALUES ($1, $2, $3, $4, $5) "
+        "ON CONFLICT ON CONSTRAINT firm_slug_key DO UPDATE SET slug = excluded.slug "
+        "WHERE (firm.name, firm.sic, firm.region, firm.size) = (excluded.name, excluded.sic, excluded.region, excluded.size) "
+        "RETURNING id",
+        *(new.name, new.slug, new.sic, new.region, new.size),
+    )
+    if firm_id is None:
+        raise AlreadyExists(f"There is another firm {new.slug!r} already; choose another slug.")
+    firm = pb.Firm(id=firm_id, name=new.name, slug=new.slug, sic=new.sic, region=new.region, size=new.size)
+    await publish(connection, "firm", pb.DirectoryEntry(firm=firm), firm_id, now_us)
+    return firm
+
+
+async def create_partner(connection: Connection, name: str, region: str, now_us: int) -> pb.Partner:
+    try:
+        partner_id = await connection.fetchval(
+            "INSERT INTO partner (name, region) VALUES ($1, $2) RETURNING id", name, region
+        )
+    except asyncpg.UniqueViolationError as error:
+        raise AlreadyExists(f"There is a partner {name!r} already.") from error
+    partner = pb.Partner(id=partner_id, name=name, region=region)
+    await publish(connection, "partner", pb.DirectoryEntry(partner=partner), partner_id, now_us)
+    return partner
+
+
+async def create_site(connection: Connection, new: NewSite, now_us: int) -> pb.Site:
+    try:
+        site_id = await connection.fetchval(
+            "INSERT INTO site (firm_id, slug, name, timezone) VALUES ($1, $2, $3, $4) "
+            "ON CONFLICT ON CONSTRAINT site_firm_id_slug_key DO UPDATE SET slug = excluded.slug "
+            "WHERE (site.name, site.timezone) = (excluded.name, excluded.timezone) RETURNING id",
+            *(new.firm_id, new.slug, new.name, new.timezone),
+        )
+    except asyncpg.ForeignKeyViolationError as error:
+        raise NotFound(f"There is no firm {new.firm_id}.") from error
+    if site_id is None:
+        raise AlreadyExists(f"This firm has another site {new.slug!r} already.")
+    site = pb.Site(id=site_id, firm_id=new.firm_id, slug=new.slug, name=new.name, timezone=new.timezone)
+    await publish(connection, "site", pb.DirectoryEntry(site=site), site_id, now_us)
+    return site
+
+
+async def firm_of_site(connection: Connection, site_id: int) -> tuple[int, str]:
+    """The firm's id and the path of the site. Raises NotFound."""
+    row = await connection.fetchrow(
+        "SELECT f.id, f.slug || '/' || s.slug AS path FROM site s JOIN firm f ON f.id = s.firm_id WHERE s.id = $1",
+        site_id,
+    )
+    if row is None:
+        raise NotFound(f"There is no site {site_id}.")
+    return row["id"], row["path"]
+
+
+async def create_machine(connection: Connection, new: NewMachine, firm_id: int, path: str, now_us: int) -> pb.Machine:
+    machine_id = await connection.fetchval(
+        "INSERT INTO machine (firm_id, site_id, path, name, kind) VALUES ($1, $2, $3, $4, $5) "
+        "ON CONFLICT ON CONSTRAINT machine_path_key DO NOTHING RETURNING id",
+        *(firm_id, new.site_id, path, new.name, new.kind),
+    )
+    if machine_id is None:
+        return await _same_machine(connection, new, path)
+    return await add_signals(connection, machine_id, new.signals, now_us)
+
+
+async def _same_machine(connection: Connection, new: NewMachine, path: str) -> pb.Machine:
+    """The machine of this path, if it is what `new` asks for: asking twice makes one. Raises AlreadyExists."""
+    machine = await machine_by_id(connection, await connection.fetchval("SELECT id FROM machine WHERE path = $1", path))
+    same = (machine.site_id, machine.name, machine.kind) == (new.site_id, new.name, new.kind)
+    if not same or [signal.name for signal in machine.signals] != [signal.name for signal in new.signals]:
+        raise AlreadyExists(f"There is another machine {path!r} already.")
+    return machine
+
+
+async def add_signals(connection: Connection, machine_id: int, signals: Sequence[NewSignal], now_us: int) -> pb.Machine:
+    """Append signals and return the machine as it then is. Raises NotFound, AlreadyExists, Invalid."""
+    row = await connection.fetchrow("SELECT firm_id FROM machine WHERE id = $1 FOR UPDATE", machine_id)
+    if row is None:
+        raise NotFound(f"There is no machine {machine_id}.")
+    have = await connection.fetchval("SELECT count(*) FROM signal WHERE machine_id = $1", machine_id)
+    try:
+        await connection.executemany(
+            "INSERT INTO signal (firm_id, machine_id, position, name, unit, range_min, range_max) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            [
+                (row["firm_id"], machine_id, have + number, new.name, new.unit, new.range_min, new.range_max)
+                for number, new in enumerate(signals)
+            ],
+        )
+    except asyncpg.UniqueViolationError as error:
+        raise AlreadyExists("The machine has a signal of one of these names already.") from error
+    except asyncpg.CheckViolationError as error:
+        raise Invalid("A signal's range_min must be below its range_max.") from error
+    machine = await machine_by_id(connection, machine_id)
+    await publish(connection, "machine", pb.DirectoryEntry(machine=machine), machine_id, now_us)
+    return machine
+
+
+async def machine_by_id(connection: Connection, machine_id: int) -> pb.Machine:
+    """Raises NotFound."""
+    row = await connection.fetchrow(
+        "SELECT id, firm_id, site_id, path, name, kind FROM machine WHERE id = $1", machine_id
+    )
+    if row is None:
+        raise NotFound(f"There is no machine {machine_id}.")
+    machine = pb.Machine(**dict(row))
+    for signal in await connection.fetch(
+        "SELECT id, name, unit, range_min, range_max FROM signal WHERE machine_id = $1 ORDER BY position", machine_id
+    ):
+        machine.signals.add(**dict(signal))
+    return machine
+
+
+async def create_credential(
+    connection: Connection, credential: pb.Credential, role: Role, now_us: int
+) -> pb.Credential:
+    """Store and publish a credential (its id is given here). Raises NotFound when its firm or partner does not exist."""
+    try:
+        credential.id = await connection.fetchval(
+            "INSERT INTO credential (prefix, sha256, role, firm_id, partner_id, label, valid_from, valid_to) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING id",
+            *(
+                credential.prefix,
+                credential.sha256,
+                role.value,
+                credential.firm_id or None,
+                credential.partner_id or None,
+            ),
+            *(credential.label, from_us(credential.valid_from_us)),
+            from_us(credential.valid_to_us) if credential.valid_to_us else None,
+        )
+    except asyncpg.ForeignKeyViolationError as error:
+        raise NotFound("There is no such firm or partner.") from error
+    await publish(connection, "credential", pb.DirectoryEntry(credential=credential), credential.id, now_us)
+    return credential
+
+
+async def revoke_credential(connection: Connection, credential_id: int) -> int:
+    """Revoke and publish; return the firm it belonged to (0: none). Raises NotFound."""
+    row = await connection.fetchrow(
+        "UPDATE credential SET revoked = coalesce(revoked, now()) WHERE id = $1 RETURNING firm_id", credential_id
+    )
+    if row is None:
+        raise NotFound(f"There is no credential {credential_id}.")
+    await write(connection, topics.DIRECTORY, key=entity_key("credential", credential_id), value=None)
+    return row["firm_id"] or 0
+
+
+# Queries ---------------------------------------------------------------------------------------------------------------
+
+
+async def signal_place(connection: Connection, signal_id: int) -> SignalPlace:
+    """Raises NotFound."""
+    row = await connection.fetchrow(
+        "SELECT id, firm_id, machine_id, position, name, unit FROM signal WHERE id = $1", signal_id
+    )
+    if row is None:
+        raise NotFound(f"There is no signal {signal_id}.")
+    return SignalPlace(**dict(row))
+
+
+async def latest(connection: Connection, machine: pb.Machine) -> list[Latest]:
+    """The newest stored value of each signal of the machine that has one in the newest 100 frames of its group."""
+    found: list[Latest] = []
+    for first in range(0, len(machine.signals), CHANNEL_GROUP):
+        rows = await connection.fetch(
+            "SELECT DISTINCT ON (u.i) u.i, f.ts, u.v FROM ("
+            "  SELECT ts, values FROM frame WHERE machine_id = $1 AND first_position = $2 ORDER BY ts DESC LIMIT 100"
+            ") f, unnest(f.values) WITH ORDINALITY AS u (v, i) WHERE u.v IS NOT NULL ORDER BY u.i, f.ts DESC",
+            *(machine.id, first),
+        )
+        for row in rows:
+            signal = machine.signals[first + row["i"] - 1]
+            found.append(Latest(signal.id, signal.name, signal.unit, row["ts"], row["v"]))
+    return found
+
+
+async def samples(
+    connection: Connection, place: SignalPlace, start: datetime, end: datetime, limit: int
+) -> list[tuple[datetime, float]]:
+    """Stored samples in [start, end), in order of time, at most `limit`."""
+    rows = await connection.fetch(
+        "SELECT ts, values[$3] AS value FROM frame WHERE machine_id = $1 AND first_position = $2 AND ts >= $4 AND ts < $5 "
+        "AND values[$3] IS NOT NULL ORDER BY ts LIMIT $6",
+        *(place.machine_id, place.first_position, place.index, start, end, limit),
+    )
+    return [(row["ts"], row["value"]) for row in rows]
+
+
+_BUCKETS_1M = """
+SELECT ts, counts[$3] AS count, sums[$3] AS sum, mins[$3] AS min, maxs[$3] AS max, lasts[$3] AS last
+FROM buckets_1m($1, $2, $4, $5) WHERE counts[$3] > 0 ORDER BY ts LIMIT $6
+"""
+_BUCKETS_1H = _BUCKETS_1M.replace("buckets_1m", "buckets_1h")
+
+
+async def buckets(
+    connection: Connection, place: SignalPlace, start: datetime, end: datetime, limit: int, *, hours: bool
+) -> list[Bucket]:
+    """Buckets that begin in [start, end) and hold a value, in order of time, at most `limit`."""
+    rows = await connection.fetch(
+        _BUCKETS_1H if hours else _BUCKETS_1M,
+        *(place.machine_id, place.first_position, place.index, start, end, limit),
+    )
+    return [Bucket(**dict(row)) for row in rows]
+
+
+_QUARANTINED = """
+SELECT id, firm_id, credential_id, source, door, reason, detail, samples, received, replayed, batch, raw FROM quarantine
+"""
+
+
+async def quarantine_page(
+    connection: Connection, firm_id: int, before: tuple[int, str] | None, limit: int
+) -> list[Quarantined]:
+    """Newest first; `before` is (received_us, id) of the last item of the page before. firm_id 0: all firms."""
+    at, item_id = (from_us(before[0]), before[1]) if before else (None, "")
+    rows = await connection.fetch(
+        _QUARANTINED + "WHERE ($1 = 0 OR firm_id = $1) AND ($2::timestamptz IS NULL OR (received, id) < ($2, $3)) "
+        "ORDER BY received DESC, id DESC LIMIT $4",
+        *(firm_id, at, item_id, limit),
+    )
+    return [Quarantined(**dict(row)) for row in rows]
+
+
+async def quarantined_item(connection: Connection, item_id: str) -> Quarantined:
+    """Raises NotFound."""
+    row = await connection.fetchrow(
+        _QUARANTINED + "WHERE id = $1",
+        item_id,
+    )
+    if row is None:
+        raise NotFound(f"There is no item {item_id!r} in quarantine (it may take a moment to arrive there).")
+    return Quarantined(**dict(row))
+
+
+async def mark_replayed(connection: Connection, item_id: str) -> None:
+    await connection.execute("UPDATE quarantine SET replayed = now() WHERE id = $1", item_id)
+
+
+async def list_machine_ids(connection: Connection, firm_id: int, after: int, limit: int) -> list[int]:
+    rows = await connection.fetch(
+        "SELECT id FROM machine WHERE firm_id = $1 AND id > $2 ORDER BY id LIMIT $3", firm_id, after, limit
+    )
+    return [row["id"] for row in rows]

@@ -1,0 +1,197 @@
+"""Sends telemetry over the gRPC stream and keeps what is not acknowledged yet, so that a lost connection loses nothing."""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from smdih.ingest.v1 import telemetry_pb2, telemetry_pb2_grpc
+
+UNACKNOWLEDGED_MAX = 1_000
+RECONNECT_DELAY_S = 0.2
+RECONNECT_DELAY_S_MAX = 5.0
+BATCHES_PER_MESSAGE_MAX = 200
+
+# What a new connection can mend; anything else is the caller's to see.
+_TRANSIENT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+)
+
+
+class Refused(Exception):
+    """The hub will not take this, however often it is sent: a wrong key, a wrong request. The message says why."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}: {detail}")
+
+
+@dataclass
+class Totals:
+    """Samples since the client was opened. sent = acknowledged + waiting; acknowledged = accepted + quarantined."""
+
+    sent: int = 0
+    acknowledged: int = 0
+    quarantined: int = 0
+    reconnects: int = 0
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    batch: telemetry_pb2.Batch
+    samples: int
+
+
+class TelemetryClient:
+    """One gateway's connection to the door.
+
+    `send` returns as soon as the batch is kept here (waiting while UNACKNOWLEDGED_MAX are); `flush` returns when everything is
+    durable in the hub. Connections that break are opened anew and what was not acknowledged is sent again, in order; the hub
+    recognises repeats by (source, sequence). Sequences begin at the present time in microseconds, so they grow over restarts.
+    """
+
+    def __init__(
+        self, target: str, key: str, *, source: str, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        self._target = target
+        self._metadata = (("authorization", f"Bearer {key}"),)
+        self._source = source
+        self._credentials = credentials
+        self._sequence = time.time_ns() // 1000
+        self._unacknowledged: deque[_Waiting] = deque()
+        self._next = 0  # index in _unacknowledged of what this connection sends next
+        self._changed = asyncio.Condition()
+        self._failure: BaseException | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.totals = Totals()
+        self.problems: dict[str, int] = {}
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                await self.flush()
+        finally:
+            assert self._task is not None
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def send(
+        self, machine: str | int, times_us: npt.ArrayLike, values: npt.ArrayLike, *, signals: Sequence[str] = ()
+    ) -> None:
+        """Send a times x signals matrix of one machine (path or id); NaN: no value. Raises Refused."""
+        matrix = np.asarray(values, dtype=np.float64)
+        absent = np.isnan(matrix)
+        self._sequence += 1
+        batch = telemetry_pb2.Batch(
+            sequence=self._sequence,
+            machine_id=machine if isinstance(machine, int) else 0,
+            machine_path=machine if isinstance(machine, str) else "",
+            times_us=np.asarray(times_us, dtype=np.int64).tolist(),
+            signals=signals,
+            values=np.where(absent, 0.0, matrix).ravel().tolist(),
+            absent=np.packbits(absent.ravel(), bitorder="little").tobytes() if absent.any() else b"",
+        )
+        samples = int(matrix.size - absent.sum())
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._failure is not None or len(self._unacknowledged) < UNACKNOWLEDGED_MAX
+            )
+            self._raise_failure()
+            self._unacknowledged.append(_Waiting(batch, samples))
+            self.totals.sent += samples
+            self._changed.notify_all()
+
+    async def flush(self) -> None:
+        """Return when everything sent is durable in the hub. Raises Refused."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure is not None or not self._unacknowledged)
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def _run(self) -> None:
+        delay_s = RECONNECT_DELAY_S
+        while True:
+            acknowledged = self.totals.acknowledged
+            try:
+                await self._connection()
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _TRANSIENT:
+                    metadata = dict(error.trailing_metadata() or ())
+                    await self._fail(Refused(str(metadata.get("reason", error.code().name)), error.details() or ""))
+                    return
+                if self.totals.acknowledged > acknowledged:
+                    delay_s = RECONNECT_DELAY_S
+                metadata = dict(error.trailing_metadata() or ())
+                with contextlib.suppress(ValueError, TypeError):
+                    delay_s = max(delay_s, float(str(metadata.get("retry-after", 0))))
+            except Exception as error:
+                await self._fail(error)
+                raise
+            self.totals.reconnects += 1
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, RECONNECT_DELAY_S_MAX)
+
+    async def _fail(self, error: BaseException) -> None:
+        async with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    async def _connection(self) -> None:
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(self._target)
+        else:
+            channel = grpc.aio.secure_channel(self._target, self._credentials)
+        async with channel:
+            stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
+            self._next = 0
+            batches = quarantined = 0
+            call = stub.StreamBatches(self._requests(), metadata=self._metadata)
+            async for answer in call:
+                async with self._changed:
+                    for _ in range(answer.acknowledged_batches - batches):
+                        self.totals.acknowledged += self._unacknowledged.popleft().samples
+                        self._next -= 1
+                    self.totals.quarantined += answer.quarantined - quarantined
+                    batches, quarantined = answer.acknowledged_batches, answer.quarantined
+                    for result in answer.problems:
+                        for problem in result.problems:
+                            self.problems[problem.reason] = self.problems.get(problem.reason, 0) + problem.samples
+                    self._changed.notify_all()
+            raise grpc.aio.AioRpcError(  # the hub closed the stream in good order, as it does when it stops
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.aio.Metadata(),
+                grpc.aio.Metadata(),
+                details="the hub closed the stream",
+            )
+
+    async def _requests(self) -> AsyncIterator[telemetry_pb2.StreamBatchesRequest]:
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._next < len(self._unacknowledged))
+                end = min(len(self._unacknowledged), self._next + BATCHES_PER_MESSAGE_MAX)
+                batches = [self._unacknowledged[index].batch for index in range(self._next, end)]
+                self._next = end
+            yield telemetry_pb2.StreamBatchesRequest(source=self._source, batches=batches)

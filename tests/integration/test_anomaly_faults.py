@@ -1,0 +1,173 @@
+"""Killing, moving and poisoning the worker: the alarms and the detector's state must be those of an undisturbed run."""
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from numpy.typing import NDArray
+
+from services.common import topics
+from services.common.kafka import DEAD_LETTERS_IN_A_ROW_MAX, Publisher
+from services.common.settings import Settings
+from tests import anomaly_plant as plant
+from tests.polling import eventually
+
+FIRM = 7
+ROUNDS = int(os.environ.get("SMDIH_TEST_KILLS", "5"))
+SEED = int(os.environ.get("SMDIH_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
+MACHINES = range(6)
+PARTITIONS = 4
+
+Database: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+
+@pytest_asyncio.fixture(scope="module")
+async def database(settings: Settings) -> AsyncIterator[Database]:
+    connection = await asyncpg.connect(settings.database_dsn, server_settings={"search_path": "anomaly"})
+    yield connection
+    await connection.close()
+
+
+class Run:
+    """The same six machines under other ids, so that two runs can be compared."""
+
+    def __init__(self, publisher: Publisher, database: Database, *, first_id: int) -> None:
+        self._publisher = publisher
+        self._database = database
+        self._first_id = first_id
+        self.ends: dict[int, int] = {}
+
+    def records(self) -> Sequence[tuple[int, bytes]]:
+        """In order, each with its partition."""
+        made: list[list[tuple[int, bytes]]] = []
+        for partition in range(PARTITIONS):
+            machines: dict[int, NDArray[Any]] = {
+                self._first_id + number: plant.with_fault(number, column=number % 3)
+                for number in MACHINES
+                if number % PARTITIONS == partition
+            }
+            made.append([(partition, record) for record in plant.records_of(machines, firm_id=FIRM, step=4)])
+        return [one for together in zip(*made, strict=True) for one in together]
+
+    async def announce(self) -> None:
+        for number in MACHINES:
+            await plant.publish_machine(self._publisher, machine_id=self._first_id + number, firm_id=FIRM)
+
+    async def send(self, records: Sequence[tuple[int, bytes]]) -> None:
+        for partition, record in records:
+            self.ends[partition] = 1 + await self._publisher.publish(topics.SAMPLES, record, partition=partition)
+
+    async def taken(self) -> bool:
+        rows = await self._database.fetch("SELECT partition, next_offset FROM position")
+        positions = {row["partition"]: row["next_offset"] for row in rows}
+        return all(positions.get(partition) == end for partition, end in self.ends.items())
+
+    async def alarms(self) -> list[tuple[Any, ...]]:
+        rows = await self._database.fetch(
+            "SELECT machine_id - $1 AS number, position, started, ended, severity, component, explanation, value, score, "
+            "(SELECT count(*) FROM alarm_change c WHERE c.alarm_id = a.id) AS changes, "
+            "(SELECT e.position FROM alarm e WHERE e.id = a.episode_id) AS episode "
+            "FROM alarm a WHERE machine_id BETWEEN $1 AND $1 + 99 ORDER BY machine_id, started, position",
+            self._first_id,
+        )
+        return [tuple(row) for row in rows]
+
+    async def events(self) -> int:
+        """Changes on their way out; no relay runs in these tests."""
+        count: int = await self._database.fetchval(
+            "SELECT count(*) FROM outbox o JOIN alarm a ON o.key = convert_to(a.id, 'UTF8') "
+            "WHERE machine_id BETWEEN $1 AND $1 + 99",
+            self._first_id,
+        )
+        return count
+
+    async def states(self) -> dict[int, bytes]:
+        rows = await self._database.fetch(
+            "SELECT machine_id - $1 AS number, state FROM detector_state WHERE machine_id BETWEEN $1 AND $1 + 99",
+            self._first_id,
+        )
+        return {row["number"]: row["state"] for row in rows}
+
+
+@pytest_asyncio.fixture(scope="module")
+async def undisturbed(
+    settings: Settings, publisher: Publisher, database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    run = Run(publisher, database, first_id=100)
+    await run.announce()
+    async with plant.running("worker", settings, tmp_path_factory.mktemp("logs") / "worker.log"):
+        await run.send(run.records())
+        await eventually(run.taken)
+    alarms = await run.alarms()
+    assert {(row[0], row[1]) for row in alarms} >= {(number, number % 3) for number in MACHINES}
+    return run
+
+
+async def assert_same(run: Run, undisturbed: Run) -> None:
+    assert await run.alarms() == await undisturbed.alarms()
+    assert await run.events() == await undisturbed.events()
+    assert await run.states() == await undisturbed.states()
+
+
+async def test_killing_the_worker_changes_nothing(
+    settings: Settings, publisher: Publisher, database: Database, undisturbed: Run, tmp_path: Path
+) -> None:
+    print(f"seed {SEED}")
+    dice = random.Random(SEED)
+    run = Run(publisher, database, first_id=200)
+    await run.announce()
+    records = run.records()
+    cuts = sorted(dice.sample(range(1, len(records)), ROUNDS - 1))
+    fast = {"SMDIH_ANOMALY_CHECKPOINT_INTERVAL_S": "0.02"}
+    for round_, (start, end) in enumerate(zip([0, *cuts], [*cuts, len(records)], strict=True)):
+        worker = await plant.start_process("worker", settings, tmp_path / f"worker-{round_}.log", **fast)
+        sending = asyncio.create_task(run.send(records[start:end]))
+        # A random moment of this round's work: what is not taken yet stays for the next.
+        await asyncio.wait([sending], timeout=dice.uniform(0.0, 0.8))
+        await worker.kill()
+        await sending
+    async with plant.running("worker", settings, tmp_path / "worker-last.log"):
+        await eventually(run.taken, deadline_s=60)
+    await assert_same(run, undisturbed)
+
+
+async def test_a_second_worker_that_comes_and_goes_changes_nothing(
+    settings: Settings, publisher: Publisher, database: Database, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(publisher, database, first_id=300)
+    await run.announce()
+    records = run.records()
+    third = len(records) // 3
+    async with plant.running("worker", settings, tmp_path / "first.log"):
+        await run.send(records[:third])
+        sending = asyncio.create_task(run.send(records[third : 2 * third]))
+        other = {"SMDIH_ANOMALY_INSTANCE": "other"}
+        async with plant.running("worker", settings, tmp_path / "second.log", **other):
+            await sending
+            await eventually(run.taken, deadline_s=60)
+        await run.send(records[2 * third :])
+        await eventually(run.taken, deadline_s=60)
+    await assert_same(run, undisturbed)
+
+
+async def test_a_topic_full_of_poison_stops_the_worker_and_is_not_emptied(
+    settings: Settings, publisher: Publisher, database: Database, undisturbed: Run, tmp_path: Path
+) -> None:
+    before = await database.fetchval("SELECT next_offset FROM position WHERE partition = 0")
+    poisoned = DEAD_LETTERS_IN_A_ROW_MAX * 3
+    for _ in range(poisoned):
+        await publisher.publish(topics.SAMPLES, b"\xff\xff\xff", partition=0)
+    log = tmp_path / "worker.log"
+    worker = asyncio.create_task(plant.start_process("worker", settings, log))
+    await asyncio.wait([worker])
+    if worker.exception() is None:  # it may have been ready for a moment
+        assert await worker.result().ended(deadline_s=30) == 1
+    assert "TooManyDeadLetters" in log.read_text()
+    after = await database.fetchval("SELECT next_offset FROM position WHERE partition = 0")
+    assert after - before <= DEAD_LETTERS_IN_A_ROW_MAX

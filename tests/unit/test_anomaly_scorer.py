@@ -1,0 +1,159 @@
+"""Scoring and saved states without servers: any grouping of records and any crash give the same alarms and the same bits."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from services.anomaly.detector import Event
+from services.anomaly.scorer import Scorer, decode
+from services.anomaly.store import Checkpoint, SavedState
+from services.common.kafka import Poison
+from smdih.ingest.v1 import records_pb2 as pb
+from tests import anomaly_plant as plant
+
+MACHINES = (11, 12, 13)
+
+
+@pytest.fixture(scope="module")
+def records() -> Sequence[bytes]:
+    """Three machines with a fault each; the last one gets a further signal half-way."""
+    values = {machine: plant.with_fault(machine, column=machine % 3) for machine in MACHINES}
+    made = []
+    for row in range(0, plant.ROWS, 5):
+        batches = [
+            plant.batch(machine, values[machine][row : row + 5], firm_id=1, first_row=row) for machine in MACHINES[:2]
+        ]
+        last = values[13][row : row + 5]
+        if row >= plant.ROWS // 2:
+            last = np.hstack([last, last[:, :1] * 2])
+        batches.append(plant.batch(13, last, firm_id=1, first_row=row))
+        made.append(pb.SamplesRecord(batches=batches).SerializeToString())
+    return made
+
+
+def events_of(scorer: Scorer, records: Sequence[tuple[int, bytes]]) -> list[tuple[int, Event]]:
+    taken = scorer.take([(offset, decode(value)) for offset, value in records])
+    return [(found.frames.machine_id, found.event._replace(frame=0)) for found in taken.found]
+
+
+def last_states(scorer: Scorer, database: "Database") -> dict[tuple[int, int], bytes]:
+    while (checkpoint := scorer.checkpoint(saved_position=database.position, bytes_max=None)) is not None:
+        database.save(checkpoint)
+    return {key: saved.state for key, saved in database.states.items()}
+
+
+class Database:
+    """What the state store does, in memory."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.states: dict[tuple[int, int], SavedState] = {}
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.position >= self.position
+        self.position = checkpoint.position
+        for saved in checkpoint.states:
+            self.states[saved.machine_id, saved.channel_group] = saved
+
+    def scorer(self) -> Scorer:
+        scorer = Scorer(0, position=self.position)
+        for saved in self.states.values():
+            scorer.load(saved)
+        return scorer
+
+
+def test_each_fault_is_found_whatever_the_grouping_of_records(records: Sequence[bytes]) -> None:
+    numbered = list(enumerate(records))
+    one_by_one, at_once = Scorer(0, position=0), Scorer(0, position=0)
+    events = [event for record in numbered for event in events_of(one_by_one, [record])]
+    assert events == events_of(at_once, numbered)
+    assert last_states(one_by_one, Database()) == last_states(at_once, Database())
+    found = {(machine, event.signal) for machine, event in events if event.raised}
+    assert {(11, 11 % 3), (12, 12 % 3), (13, 13 % 3)} <= found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_crash_at_any_point_changes_neither_events_nor_state(records: Sequence[bytes], seed: int) -> None:
+    dice = random.Random(seed)
+    undisturbed = Scorer(0, position=0)
+    expected = events_of(undisturbed, list(enumerate(records)))
+    database = Database()
+    seen: dict[tuple[int, int, int, bool], Event] = {}
+    scorer = database.scorer()
+    while scorer.next_offset < len(records):
+        if dice.random() < 0.2:
+            scorer = database.scorer()  # everything in memory is gone
+        end = min(len(records), scorer.next_offset + dice.randint(1, 20))
+        for machine, event in events_of(scorer, [(at, records[at]) for at in range(scorer.next_offset, end)]):
+            key = machine, event.signal, event.started_us, event.raised
+            assert seen.setdefault(key, event) == event, seed
+        if dice.random() < 0.5:
+            # Small slices: machines are saved at different records.
+            checkpoint = scorer.checkpoint(saved_position=database.position, bytes_max=dice.choice([1, 6000, None]))
+            if checkpoint is not None:
+                database.save(checkpoint)
+    assert list(seen.values()) == [event for _, event in expected], seed
+    assert last_states(scorer, database) == last_states(undisturbed, Database()), seed
+
+
+def test_position_stays_before_what_is_not_saved(records: Sequence[bytes]) -> None:
+    scorer = Scorer(0, position=0)
+    events_of(scorer, list(enumerate(records[:10])))
+    first = scorer.checkpoint(saved_position=0, bytes_max=1)
+    assert first is not None
+    assert len(first.states) == 1
+    assert first.position == 0
+    events_of(scorer, [(10, records[10])])
+    rest = scorer.checkpoint(saved_position=0, bytes_max=None)
+    assert rest is not None
+    assert len(rest.states) == 3
+    assert rest.position == 11
+    assert scorer.checkpoint(saved_position=11, bytes_max=None) is None
+
+
+def test_a_state_of_another_release_is_learnt_anew() -> None:
+    scorer = Scorer(0, position=5)
+    scorer.load(SavedState(machine_id=11, channel_group=0, next_offset=9, state=b"something else"))
+    record = pb.SamplesRecord(batches=[plant.batch(11, plant.calm(1), firm_id=1)]).SerializeToString()
+    assert scorer.take([(5, decode(record))]).samples == plant.calm(1).size
+
+
+GOOD = {"firm_id": 1, "machine_id": 1, "width": 1, "times_us": (1).to_bytes(8, "little"), "values": bytes(8)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"machine_id": 0}, "NO_MACHINE"),
+        ({"firm_id": 0}, "NO_MACHINE"),
+        ({"width": 0}, "WIDTH"),
+        ({"width": 201}, "WIDTH"),
+        ({"first_position": 200, "width": 200, "values": b""}, "SHAPE"),
+        ({"first_position": 399, "width": 2}, "WIDTH"),
+        ({"times_us": b"1234567"}, "SHAPE"),
+        ({"values": bytes(16)}, "SHAPE"),
+        ({"times_us": (2**62).to_bytes(8, "little")}, "TIME_OUT_OF_RANGE"),
+        ({"times_us": bytes(8)}, "TIME_OUT_OF_RANGE"),
+        ({"values": np.array([np.inf]).tobytes()}, "NOT_FINITE"),
+    ],
+)
+def test_a_record_that_the_door_never_writes_is_poison(changed: dict[str, object], reason: str) -> None:
+    record = pb.SamplesRecord(batches=[pb.FrameBatch(**(GOOD | changed))])  # type: ignore[arg-type]
+    with pytest.raises(Poison, match=reason):
+        decode(record.SerializeToString())
+
+
+@pytest.mark.parametrize("value", [None, b"", b"\xff\xff\xff"])
+def test_bytes_that_are_no_record_are_poison(value: bytes | None) -> None:
+    with pytest.raises(Poison):
+        decode(value)
+
+
+def test_columns_in_the_middle_of_a_channel_group_stay_in_their_places() -> None:
+    record = pb.SamplesRecord(batches=[pb.FrameBatch(**(GOOD | {"first_position": 402}))])  # type: ignore[arg-type]
+    frames = decode(record.SerializeToString())[0]
+    assert frames.channel_group == 2
+    assert frames.values.shape == (1, 3)
+    assert np.isnan(frames.values[0, :2]).all()
