@@ -76,7 +76,8 @@ class Hub:
             return bool(await connection.fetchval("SELECT count(*) FROM funding.match WHERE id = $1", match_id))
 
         try:
-            await eventually(known)
+            # Partitions of a killed process are given to the others after its session's 10 s.
+            await eventually(known, deadline_s=40)
         finally:
             await connection.close()
         return match_id
@@ -213,9 +214,13 @@ def credential(number: int, key: str, role: Role, firm_id: int = 0) -> directory
     return directory_pb2.DirectoryEntry(credential=made)
 
 
+def started(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "services.funding.main", "api"], env=environment)
+
+
 @contextmanager
 def process(environment: dict[str, str]) -> Iterator[None]:
-    running = subprocess.Popen([sys.executable, "-m", "services.funding.main", "api"], env=environment)
+    running = started(environment)
     try:
         yield
     finally:
@@ -385,6 +390,42 @@ async def test_the_same_decision_sent_many_times_at_once_is_one_award(hub: Hub) 
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.json()["award"]["id"] for answer in answers}) == 1
     assert (await hub.done("GET", f"/v1/calls/{call['id']}"))["committed_pence"] == 1_000_00
+
+
+async def test_a_process_killed_amid_its_decisions_leaves_each_made_wholly_or_not_at_all(hub: Hub) -> None:
+    call = await hub.call()
+    waiting = [await hub.submitted(call["id"], grant=100_00, cost=400_00, pledged=300_00) for _ in range(12)]
+    port = free_port()
+    doomed = started({**hub.environment, "SMDIH_HTTP_PORT": str(port)})
+    hub.urls.append(f"http://127.0.0.1:{port}")
+    try:
+
+        async def ready() -> bool:
+            try:
+                return (await hub.client.get(f"{hub.urls[-1]}/readyz")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await eventually(ready, deadline_s=40)
+        decisions = [asyncio.create_task(hub.decide(one, process=PROCESSES)) for one in waiting]
+        await asyncio.wait(decisions, return_when=asyncio.FIRST_COMPLETED)
+        doomed.kill()
+        outcomes = await asyncio.gather(*decisions, return_exceptions=True)
+    finally:
+        doomed.kill()
+        doomed.wait()
+        hub.urls.pop()
+    answered = {one.json()["id"]: one.json()["award"]["id"] for one in outcomes if isinstance(one, httpx.Response)}
+    assert answered
+    # Whoever got no answer asks again, elsewhere.
+    again = [(await hub.decide(one)).json() for one in waiting]
+    awards = {one["id"]: one["award"]["id"] for one in again}
+    assert awards | answered == awards
+    assert (await hub.done("GET", f"/v1/calls/{call['id']}"))["committed_pence"] == 12 * 100_00
+    for award_id in awards.values():
+        assert (await published_award(hub, award_id)).award.call_id == call["id"]
+    await hub.trial_balance()
+    await hub.assert_replay_agrees()
 
 
 async def test_two_calls_cannot_both_use_the_same_headroom_of_a_firm(hub: Hub) -> None:
