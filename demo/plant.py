@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = npt.NDArray[np.int64]
 
 SEED = 7
 DURATION_S = 2 * 60 * 60

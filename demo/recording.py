@@ -1,0 +1,108 @@
+"""A CSV file as a machine: first column a timestamp, the others numbers, a header line; the separator is found."""
+
+import csv
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from demo.plant import Floats, Ints, Signal
+
+ROWS_MAX = 5_000_000
+_TIME_FORMATS = ("%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%Y/%m/%d %H:%M:%S")
+
+
+class NotARecording(Exception):
+    """The file is not what it should be; the message says where and what to do."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file's content. times_us and values agree in length; NaN: the cell was empty."""
+
+    signals: tuple[Signal, ...]
+    times_us: Ints
+    values: Floats
+    # Cells that hold something that is no number, and those of rows whose time cannot be read.
+    refused: int
+
+
+def read(path: Path) -> Recording:
+    """Read a recording. Raises NotARecording."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise NotARecording(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise NotARecording(f"{path} is not text (UTF-8): export it as CSV") from error
+    lines = text.splitlines()
+    if len(lines) < 2:
+        raise NotARecording(f"{path}: needs a header line and at least one row")
+    separator = max(",;\t|", key=lines[0].count)
+    if separator not in lines[0]:
+        raise NotARecording(f"{path}: the header has one column; the first is a timestamp, the others are numbers")
+    rows = csv.reader(lines, delimiter=separator)
+    header = [name.strip() for name in next(rows)]
+    signals = tuple(Signal(name or f"column {number}", "") for number, name in enumerate(header[1:], 2))
+    if len({signal.name for signal in signals}) != len(signals):
+        raise NotARecording(f"{path}: two columns have the same name; give each its own")
+    times: list[int] = []
+    values: list[list[float]] = []
+    refused = 0
+    for row in rows:
+        if not row:
+            continue
+        if len(times) >= ROWS_MAX:
+            raise NotARecording(f"{path}: more than {ROWS_MAX} rows; split the file")
+        cells = (row[1:] + [""] * len(signals))[: len(signals)]
+        at = _time_us(row[0].strip())
+        if at is None:
+            refused += sum(1 for cell in cells if cell.strip())
+            continue
+        numbers = []
+        for cell in cells:
+            number = _number(cell.strip(), separator)
+            refused += number is None
+            numbers.append(np.nan if number is None else number)
+        times.append(at)
+        values.append(numbers)
+    if not times:
+        raise NotARecording(f"{path}: no row has a time that can be read, such as 2026-11-23 12:00:00")
+    return Recording(signals, np.array(times, dtype=np.int64), np.array(values), refused)
+
+
+def _time_us(text: str) -> int | None:
+    try:
+        number = float(text)
+    except ValueError:
+        pass
+    else:
+        # Seconds, milliseconds or microseconds since 1970, told apart by their size.
+        for limit, factor in ((1e11, 1e6), (1e14, 1e3), (1e17, 1.0)):
+            if 0 <= number < limit:
+                return round(number * factor)
+        return None
+    parsed: datetime | None = None
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError:
+        for form in _TIME_FORMATS:
+            try:
+                parsed = datetime.strptime(text, form)  # noqa: DTZ007  zone is set below
+                break
+            except ValueError:
+                continue
+    if parsed is None:
+        return None
+    return round((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp() * 1e6)
+
+
+def _number(text: str, separator: str) -> float | None:
+    """The number, NaN for an empty cell, None for anything else."""
+    if not text or text.lower() in ("nan", "null", "na"):
+        return np.nan
+    try:
+        return float(text.replace(",", ".") if separator == ";" else text)
+    except ValueError:
+        return None

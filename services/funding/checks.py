@@ -1,0 +1,267 @@
+"""An application against every rule, in order: firm, size, intensity, assistance, budget, match, programme ratio.
+
+The rules themselves are in `rules`; here their facts are gathered and their answers put side by side. Pure: the same facts,
+parameters and day give the same assessment, before an application, on submission and at the decision.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from fractions import Fraction
+from math import ceil
+
+from services.funding import domain
+from services.funding.domain import Assessment, Call, Declaration, Finding, Refused
+from services.funding.parameters import ParameterMissing, ParametersAt, ParameterTable
+from services.funding.rules import match as match_rules
+from services.funding.rules.assistance import Assistance, AssistanceCheck, AssistanceKind, mfa_check
+from services.funding.rules.eligibility import Eligibility, FirmFacts, eligibility
+from services.funding.rules.exact import InvalidFact, decimal, gbp, rate_text
+from services.funding.rules.intensity import CostFacts, GrantCap, Organisation, grant_cap, grant_request
+from services.funding.rules.size import Definition, Figures, Link, SizeDecision, companies_act_size, eu_size
+from services.funding.rules.transparency import Route, database_entry
+
+# The declaration speaks for the whole group, so all of it is one enterprise to the assistance rule.
+GROUP = "group"
+
+ELIGIBILITY = "ELIG-1"
+SIZE = "SME"
+INTENSITY = "INT-5"
+ASSISTANCE = "MFA-1"
+BUDGET = "BUDGET"
+MATCH = "MATCH-1"
+RATIO = "MATCH-2"
+TRANSPARENCY = "MFA-7"
+
+NOTHING_TO_GRANT = "NOTHING_TO_GRANT"
+BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
+FUND_RATIO = "FUND_RATIO"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """An award that the fund made to the same firm."""
+
+    on: date
+    amount_pence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is to be judged. `requested_pence` 0: the most that the rules allow. `pledges` None: not known yet, so match and
+    ratio are only told, not judged."""
+
+    sic: str
+    declaration: Declaration
+    eligible_pence: int
+    requested_pence: int = 0
+    other_public_pence: int = 0
+    pledges: Sequence[domain.Pledge] | None = None
+    given: Sequence[Given] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fund:
+    """What the ledger says: left in the call; committed in the whole fund."""
+
+    left_pence: int
+    public_committed_pence: int
+    business_committed_pence: int
+
+
+def assess(facts: Facts, call: Call, fund: Fund, table: ParameterTable, day: date) -> Assessment:
+    """Judge by the parameters of the day. Raises Refused when a fact cannot be read by a rule."""
+    try:
+        return _assess(facts, call, fund, table, day)
+    except (InvalidFact, ParameterMissing) as error:
+        raise Refused(f"{error}.".replace("..", "."), error.REASON) from error
+
+
+def counted_pence(pledge: domain.Pledge, call: Call) -> int:
+    """How much of a pledge is business money of this call once it is confirmed: all or nothing."""
+    return match_rules.match_check(
+        eligible_p=0, grant_p=0, pledges=[_pledge(pledge, confirmed=True)], in_kind_allowed=call.in_kind_allowed
+    ).counted_p
+
+
+def _assess(facts: Facts, call: Call, fund: Fund, table: ParameterTable, day: date) -> Assessment:
+    parameters = table.at(day)
+    firm = _firm(facts, parameters)
+    size = _size(facts.declaration, call, table, day)
+    costs, cap = _cap(facts, call, size, parameters)
+    wanted_p = facts.requested_pence or cap.max_grant_p
+    assistance = _assistance(facts, wanted_p, table, day)
+    max_p = min(cap.max_grant_p, assistance.headroom, fund.left_pence)
+    grant_p = facts.requested_pence or max_p
+    findings = [
+        _firm_finding(firm),
+        Finding(rule=SIZE, met=True, code="", text=" ".join(size.reasons)),
+        _cap_finding(facts, costs, cap, parameters),
+        _assistance_finding(facts, assistance),
+        _budget_finding(facts, fund, wanted_p),
+    ]
+    matched = match_rules.match_check(
+        eligible_p=facts.eligible_pence,
+        grant_p=grant_p,
+        pledges=[_pledge(pledge, confirmed=pledge.confirmed_us is not None) for pledge in facts.pledges or ()],
+        in_kind_allowed=call.in_kind_allowed,
+    )
+    findings += _business_findings(facts, fund, grant_p, matched, parameters)
+    entry = database_entry(
+        route=Route.MFA, scheme_in_database=False, amount_p=grant_p, decision_confirmed=day, parameters=parameters
+    )
+    findings.append(Finding(rule=TRANSPARENCY, met=True, code="", text=" ".join(entry.reasons)))
+    return Assessment(
+        size=size.size,
+        eligible_pence=facts.eligible_pence,
+        max_grant_pence=max_p if firm.eligible else 0,
+        grant_pence=grant_p,
+        match_required_pence=matched.required_p,
+        match_counted_pence=matched.counted_p,
+        findings=tuple(findings),
+        database_entry_due=entry.entry_due_by,
+    )
+
+
+def _firm(facts: Facts, parameters: ParametersAt) -> Eligibility:
+    stated = facts.declaration
+    return eligibility(
+        FirmFacts(
+            sic=facts.sic,
+            uk_registered=stated.uk_registered,
+            insolvent=stated.insolvent,
+            ailing=stated.ailing,
+            recovery_order_outstanding=stated.recovery_order_outstanding,
+            earlier_projects_finished=not stated.earlier_project_open,
+        ),
+        parameters,
+    )
+
+
+def _firm_finding(firm: Eligibility) -> Finding:
+    return Finding(rule=ELIGIBILITY, met=firm.eligible, code=firm.code or "", text=" ".join(firm.reasons))
+
+
+def _size(declaration: Declaration, call: Call, table: ParameterTable, day: date) -> SizeDecision:
+    stated = declaration.size
+    own = Figures(
+        headcount=decimal(stated.headcount),
+        turnover=_exact(stated.turnover_minor),
+        balance=_exact(stated.balance_minor),
+    )
+    if call.size_definition is Definition.EU:
+        links = [
+            Link(
+                percent=decimal(relation.percent),
+                upstream=relation.upstream,
+                investor=relation.investor,
+                dominant_influence=relation.dominant_influence,
+                figures=Figures(
+                    headcount=decimal(relation.headcount),
+                    turnover=_exact(relation.turnover_minor),
+                    balance=_exact(relation.balance_minor),
+                ),
+            )
+            for relation in stated.relations
+        ]
+        return eu_size(own, links, table.at(day))
+    if stated.relations:
+        raise InvalidFact("this call uses the Companies Act: state the figures of the whole group, and no relations")
+    if not stated.period_start:
+        raise InvalidFact(
+            "this call uses the Companies Act: state the first day of the accounting period (period_start)"
+        )
+    return companies_act_size(own, table.at(date.fromisoformat(stated.period_start)))
+
+
+def _cap(facts: Facts, call: Call, size: SizeDecision, parameters: ParametersAt) -> tuple[CostFacts, GrantCap]:
+    # A public body's pledge counts before it is confirmed: it may be paid all the same.
+    public_pledges_p = sum(pledge.amount_pence for pledge in facts.pledges or () if pledge.public_body)
+    costs = CostFacts(
+        organisation=Organisation.BUSINESS,
+        size=size.size,
+        category=call.category,
+        eligible_p=facts.eligible_pence,
+        other_public_same_costs_p=facts.other_public_pence + public_pledges_p,
+        call_rate=decimal(call.rate_max) if call.rate_max else None,
+    )
+    return costs, grant_cap(costs, parameters)
+
+
+def _cap_finding(facts: Facts, costs: CostFacts, cap: GrantCap, parameters: ParametersAt) -> Finding:
+    if facts.requested_pence:
+        asked = grant_request(costs, facts.requested_pence, parameters)
+        return Finding(rule=INTENSITY, met=asked.allowed, code=asked.code or "", text=" ".join(asked.reasons))
+    nothing = cap.max_grant_p == 0
+    code = NOTHING_TO_GRANT if nothing else ""
+    return Finding(rule=INTENSITY, met=not nothing, code=code, text=" ".join(cap.reasons))
+
+
+def _assistance(facts: Facts, wanted_p: int, table: ParameterTable, day: date) -> AssistanceCheck:
+    elsewhere = [
+        Assistance(
+            given_on=date.fromisoformat(item.given_on), amount=item.amount_pence, kind=item.kind, enterprise=GROUP
+        )
+        for item in facts.declaration.earlier_assistance
+    ]
+    here = [
+        Assistance(given_on=item.on, amount=item.amount_pence, kind=AssistanceKind.MFA, enterprise=GROUP)
+        for item in facts.given
+    ]
+    return mfa_check(
+        award_date=day, proposed_p=wanted_p, history=[*elsewhere, *here], enterprise_group={GROUP}, table=table
+    )
+
+
+def _assistance_finding(facts: Facts, check: AssistanceCheck) -> Finding:
+    # What was not asked for by amount is cut to the headroom, unless there is none.
+    met = check.allowed or (facts.requested_pence == 0 and check.headroom > 0)
+    return Finding(rule=ASSISTANCE, met=met, code="" if met else check.code or "", text=" ".join(check.reasons))
+
+
+def _budget_finding(facts: Facts, fund: Fund, wanted_p: int) -> Finding:
+    needed_p = facts.requested_pence or min(wanted_p, 1)
+    met = fund.left_pence >= needed_p
+    text = f"{gbp(fund.left_pence)} is left in the call."
+    if not met:
+        text += f" {gbp(needed_p)} is needed."
+    return Finding(rule=BUDGET, met=met, code="" if met else BUDGET_EXHAUSTED, text=text)
+
+
+def _business_findings(
+    facts: Facts, fund: Fund, grant_p: int, matched: match_rules.MatchCheck, parameters: ParametersAt
+) -> list[Finding]:
+    target = parameters.exact("programme.business_per_public")
+    if facts.pledges is None:
+        beside = f"{gbp(matched.required_p)} of confirmed private money would have to stand beside the grant."
+        programme = (
+            f"The programme asks for {rate_text(target)} pounds of business money per pound of grant over the whole fund: "
+            f"with {gbp(ceil(target * grant_p))} this project carries its part."
+        )
+        return [
+            Finding(rule=rule, met=True, code="", text=text) for rule, text in ((MATCH, beside), (RATIO, programme))
+        ]
+    ratio = match_rules.fund_ratio(
+        public_p=fund.public_committed_pence + grant_p,
+        business_p=fund.business_committed_pence + matched.counted_p,
+        target=target,
+    )
+    return [
+        Finding(rule=MATCH, met=matched.ok, code=matched.code or "", text=" ".join(matched.reasons)),
+        Finding(
+            rule=RATIO,
+            met=ratio.met,
+            code="" if ratio.met else FUND_RATIO,
+            text=f"The whole fund with this award: {' '.join(ratio.reasons)}",
+        ),
+    ]
+
+
+def _pledge(pledge: domain.Pledge, *, confirmed: bool) -> match_rules.Pledge:
+    return match_rules.Pledge(
+        kind=pledge.kind, public=pledge.public_body, amount_p=pledge.amount_pence, confirmed=confirmed
+    )
+
+
+def _exact(minor: int) -> Fraction:
+    return Fraction(minor)

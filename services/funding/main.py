@@ -1,0 +1,110 @@
+"""The processes of the fund: `python -m services.funding.main api`, and the checks `trial-balance` and `replay`."""
+
+import asyncio
+import functools
+import sys
+
+from smdih.funding.v1 import funding_pb2, funding_pb2_grpc
+
+from services.common import http, logs, rpc, topics
+from services.common.clock import SystemClock
+from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
+from services.common.directory import Directory
+from services.common.kafka import Cluster, PositionedConsumer, Publisher
+from services.common.outbox import OutboxRelay
+from services.common.runtime import Runtime, run
+from services.common.settings import Settings
+from services.funding import api, ledger
+from services.funding.parameters import load_parameters
+from services.funding.rpc import FundingRpc
+from services.funding.rules.exact import gbp
+from services.funding.service import FundingService, watch
+from services.funding.stream import keep_matches
+
+SCHEMA = "funding"
+USAGE = "usage: python -m services.funding.main api|trial-balance|replay"
+
+
+async def start_api(runtime: Runtime, settings: Settings) -> None:
+    """The fund by gRPC and HTTP; takes matches in and sends awards out."""
+    clock = SystemClock()
+    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    runtime.on_stop(pool.close)
+    publisher = await runtime.enter(Publisher(cluster))
+    directory = Directory(cluster, clock=clock, kinds=("firm",))
+    runtime.background("directory", directory.run())
+    relay = OutboxRelay(pool, publisher, schema=SCHEMA)
+    runtime.background("outbox", relay.run())
+    service = FundingService(pool, table=load_parameters(), directory=directory, clock=clock, kick=relay.kick)
+    matches = PositionedConsumer(
+        cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.funding.matches", handler=keep_matches
+    )
+    runtime.background("matches", matches.run())
+    runtime.background("watch", watch(service))
+    await runtime.enter(
+        rpc.serve(
+            host=settings.grpc_host,
+            port=settings.grpc_port,
+            directory=directory,
+            register=[(funding_pb2_grpc.add_FundingServiceServicer_to_server, FundingRpc(service))],
+            service_names=[funding_pb2.DESCRIPTOR.services_by_name["FundingService"].full_name],
+        )
+    )
+    app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=[api.router(service)])
+    await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+    runtime.ready_when("kafka", publisher.answers)
+    runtime.ready_when("database", functools.partial(can_write, pool))
+    runtime.ready_when("directory", directory.is_caught_up)
+    runtime.alive_when("matches", matches.is_turning)
+
+
+async def trial_balance(pool: Pool) -> int:
+    """Print every account; 0 when the ledger is in order, else 1."""
+    async with pool.acquire() as connection:
+        trial = await ledger.trial_balance(connection)
+    for account in trial.accounts:
+        wrong = "" if account.agrees else "  DIFFERS FROM ITS TRANSFERS"
+        _say(f"{account.call_id}  {account.kind:<24} {gbp(account.balance_pence):>24}{wrong}")
+    _say(f"total {trial.total_pence} pence, {trial.events} events, head {trial.head_hash}")
+    return 0 if trial.in_order else 1
+
+
+async def replay(pool: Pool) -> int:
+    """Rebuild hashes and balances from the rows and print what differs; 0 when nothing does, else 1."""
+    async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+        read = await ledger.replay(connection)
+    for fault in read.faults:
+        _say(fault)
+    _say(f"{len(read.faults)} faults in {read.events} events, {read.transfers} transfers, head {read.head_hash}")
+    return 1 if read.faults else 0
+
+
+CHECKS = {"trial-balance": trial_balance, "replay": replay}
+
+
+async def check(name: str, settings: Settings) -> int:
+    pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=1)
+    try:
+        return await CHECKS[name](pool)
+    finally:
+        await pool.close()
+
+
+def _say(line: str) -> None:
+    print(line)  # noqa: T201  a command line
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1 or arguments[0] not in ("api", *CHECKS):
+        print(USAGE, file=sys.stderr)  # noqa: T201  a command line
+        sys.exit(2)
+    settings = Settings()
+    logs.configure(f"funding-{arguments[0]}", settings.log_level)
+    if arguments[0] in CHECKS:
+        sys.exit(asyncio.run(check(arguments[0], settings)))
+    run(functools.partial(start_api, settings=settings))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

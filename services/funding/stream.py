@@ -1,0 +1,77 @@
+"""Matches come from the matching service: an accepted offer is one."""
+
+from collections.abc import Sequence
+
+from aiokafka import ConsumerRecord
+from google.protobuf.message import DecodeError
+from smdih.matching.v1 import events_pb2 as pb
+
+from services.common.clock import from_us
+from services.common.database import Connection
+from services.common.logs import accepted_correlation_id, correlated, get_logger
+from services.funding import store
+from services.funding.domain import TITLE_CHARACTERS_MAX, Match, is_id
+
+log = get_logger(__name__)
+
+
+class Unreadable(Exception):
+    """A record that says something else than an offer's change; the text says what."""
+
+
+async def keep_matches(
+    connection: Connection, records: Sequence[ConsumerRecord]
+) -> Sequence[tuple[ConsumerRecord, str]]:
+    """Store the match of every accepted offer. Returns the records that cannot be read."""
+    bad: list[tuple[ConsumerRecord, str]] = []
+    for record in records:
+        try:
+            match = _match(record.value)
+        except Unreadable as error:
+            bad.append((record, str(error)))
+            continue
+        if match is None:
+            continue
+        with correlated(match.correlation_id):
+            if await store.add_match(connection, match):
+                log.info("match known", match_id=match.id, firm_id=match.firm_id)
+    return bad
+
+
+def _match(value: bytes | None) -> Match | None:
+    """None for a change that makes no match. Raises Unreadable."""
+    try:
+        event = pb.OfferEvent.FromString(value or b"")
+    except DecodeError as error:
+        raise Unreadable("not an OfferEvent") from error
+    if event.change == pb.OFFER_CHANGE_UNSPECIFIED:
+        raise Unreadable("an OfferEvent without a change")
+    if event.change != pb.OFFER_CHANGE_ACCEPTED:
+        return None
+    offer = event.offer
+    ids = {
+        "event_id": event.event_id,
+        "match_id": offer.match_id,
+        "id": offer.id,
+        "need_id": offer.need_id,
+        "provider_id": offer.provider_id,
+    }
+    wrong = [name for name, text in ids.items() if not is_id(text)]
+    if wrong or offer.firm_id <= 0:
+        raise Unreadable(f"an accepted offer without a sensible {', '.join(wrong) or 'firm_id'}")
+    try:
+        from_us(event.changed_us)
+    except (OverflowError, ValueError, OSError) as error:
+        raise Unreadable("changed_us is not a time") from error
+    return Match(
+        id=offer.match_id,
+        event_id=event.event_id,
+        firm_id=offer.firm_id,
+        need_id=offer.need_id,
+        offer_id=offer.id,
+        provider_id=offer.provider_id,
+        # The one character that the database does not take.
+        provider_title=offer.provider_title.replace("\x00", "")[:TITLE_CHARACTERS_MAX],
+        accepted_us=event.changed_us,
+        correlation_id=accepted_correlation_id(offer.correlation_id),
+    )

@@ -1,0 +1,495 @@
+"""The HTTP edge: the same abilities as by gRPC, for the hub's pages."""
+
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from services.common.clock import from_us, to_us
+from services.common.errors import Invalid
+from services.common.http import Authenticated
+from services.matching.consents import Consent, NewConsent, Severity, SharedItem
+from services.matching.domain import Kind, Size, Source, Urgency
+from services.matching.needs import Match, Need, NeedState, Offer, OfferState
+from services.matching.providers import ProviderRecord
+from services.matching.service import Matching, NewNeed
+
+# Ids of the registry; 0: none named.
+RegistryId = Annotated[int, Field(ge=0, le=2**63 - 1)]
+TimeUs = Annotated[int, Field(ge=0, le=2**63 - 1)]
+PageSize = Annotated[int, Query(description="at most 500; 0 means 100")]
+PageToken = Annotated[str, Query(description="next_page_token of the page before")]
+
+_SEVERITIES = {severity.name.lower(): severity for severity in Severity}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ProviderBody(_Body):
+    kind: Kind
+    # A partner may leave it out: itself.
+    partner_id: RegistryId = 0
+    title: str
+    text: str
+    region: str = ""
+    region_bound: bool = False
+    regions_served: list[str] = []
+    sic_divisions: list[str] = []
+    sic_excluded: list[str] = []
+    sizes_served: list[Size] = []
+    skills: list[str] = []
+    # Left out for courses, which have no limit.
+    capacity_per_quarter: int | None = None
+    lead_days: int = 0
+    conflict_firm_ids: list[RegistryId] = []
+    # First day on which it is not offered any more.
+    expires_on: date | None = None
+
+    def record(self, provider_id: str) -> ProviderRecord:
+        capacity = self.capacity_per_quarter or 0
+        return ProviderRecord(
+            id=provider_id,
+            kind=self.kind,
+            partner_id=self.partner_id,
+            title=self.title,
+            text=self.text,
+            region=self.region,
+            region_bound=self.region_bound,
+            regions_served=tuple(self.regions_served),
+            sic_divisions=tuple(self.sic_divisions),
+            sic_excluded=tuple(self.sic_excluded),
+            sizes_served=tuple(self.sizes_served),
+            skills=tuple(self.skills),
+            capacity_per_quarter=None if self.kind is Kind.COURSE else capacity,
+            lead_days=self.lead_days,
+            conflict_firm_ids=tuple(self.conflict_firm_ids),
+            expires_on=self.expires_on,
+        )
+
+
+class ProviderView(ProviderBody):
+    id: str
+    active: bool
+    taken_this_quarter: int
+    changed_us: int | None
+
+
+class ProvidersPage(_Body):
+    providers: list[ProviderView]
+    next_page_token: str
+
+
+class ConsentBody(_Body):
+    request_id: str = ""
+    firm_id: RegistryId = 0
+    shared: list[SharedItem]
+    # Empty: all machines of the firm.
+    machine_ids: list[RegistryId] = []
+    severity_min: str = "any"
+    # Left out: from now, until revoked.
+    from_us: TimeUs | None = None
+    until_us: TimeUs | None = None
+    note: str = ""
+
+
+class FirmBody(_Body):
+    firm_id: RegistryId = 0
+
+
+class ConsentView(_Body):
+    id: str
+    firm_id: int
+    shared: list[SharedItem]
+    machine_ids: list[int]
+    severity_min: str
+    from_us: int
+    until_us: int | None
+    note: str
+    given_us: int
+    given_by: int
+    ended_us: int | None
+    ended_by: int
+    replaced: bool
+
+
+class ConsentsView(_Body):
+    # None: no alarm of the firm opens a need.
+    current: ConsentView | None
+    history: list[ConsentView]
+
+
+class RevokedView(_Body):
+    consent: ConsentView | None
+
+
+class NeedBody(_Body):
+    request_id: str = ""
+    firm_id: RegistryId = 0
+    text: str
+    urgency: Urgency = Urgency.NORMAL
+    machine_id: RegistryId = 0
+
+
+class NeedView(_Body):
+    id: str
+    firm_id: int
+    source: Source
+    state: NeedState
+    text: str
+    urgency: Urgency
+    sic: str
+    region: str
+    size: str
+    machine_id: int
+    alarm_ids: list[str]
+    consent_id: str
+    offers: int
+    no_offer_reason: str
+    match_id: str
+    opened_us: int
+    opened_by: int
+    ended_us: int | None
+    correlation_id: str
+
+
+class NeedsPage(_Body):
+    needs: list[NeedView]
+    next_page_token: str
+
+
+class OfferView(_Body):
+    id: str
+    need_id: str
+    # 0 for partners until the offer is accepted; so are machine and alarm.
+    firm_id: int
+    provider_id: str
+    partner_id: int
+    provider_title: str
+    provider_kind: Kind
+    state: OfferState
+    # 1 is the best.
+    rank: int
+    # The sum of the parts.
+    score: float
+    parts: Mapping[str, float]
+    reasons: list[str]
+    ranker_version: str
+    match_id: str
+    need_text: str
+    alarm_id: str
+    machine_id: int
+    made_us: int
+    expires_us: int
+    decided_us: int | None
+    decision_reason: str
+    correlation_id: str
+
+
+class OffersPage(_Body):
+    offers: list[OfferView]
+    next_page_token: str
+
+
+class OpenedView(_Body):
+    need: NeedView
+    offers: list[OfferView]
+
+
+class DeclineBody(_Body):
+    reason: str
+
+
+class MatchView(_Body):
+    id: str
+    need_id: str
+    offer_id: str
+    firm_id: int
+    provider_id: str
+    partner_id: int
+    # First day of the quarter whose capacity it takes.
+    quarter: date
+    accepted_us: int
+    correlation_id: str
+
+
+class AcceptedView(_Body):
+    match: MatchView
+    offer: OfferView
+
+
+def router(matching: Matching) -> APIRouter:
+    every = APIRouter(prefix="/v1")
+    every.include_router(_providers(matching))
+    every.include_router(_consents(matching))
+    every.include_router(_needs(matching))
+    every.include_router(_offers(matching))
+    return every
+
+
+def _providers(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/providers", tags=["providers"])
+
+    @routes.put("/{provider_id}")
+    async def put_provider(caller: Authenticated, provider_id: str, body: ProviderBody) -> ProviderView:
+        """Create a provider, or replace the one with this id."""
+        return _provider_view(await matching.put_provider(caller, body.record(provider_id)))
+
+    @routes.get("/{provider_id}")
+    async def get_provider(caller: Authenticated, provider_id: str) -> ProviderView:
+        return _provider_view(await matching.get_provider(caller, provider_id))
+
+    @routes.get("")
+    async def list_providers(
+        caller: Authenticated,
+        partner_id: RegistryId = 0,
+        kind: Kind | None = None,
+        page_size: PageSize = 0,
+        page_token: PageToken = "",
+    ) -> ProvidersPage:
+        """In order of id. Partners and operators see withdrawn and expired ones too."""
+        found, token = await matching.list_providers(
+            caller, partner_id=partner_id, kind=kind, page_size=page_size, page_token=page_token
+        )
+        return ProvidersPage(providers=[_provider_view(each) for each in found], next_page_token=token)
+
+    @routes.post("/{provider_id}/withdraw")
+    async def withdraw_provider(caller: Authenticated, provider_id: str) -> ProviderView:
+        """No new offers; those still open lapse; matches stay."""
+        return _provider_view(await matching.withdraw_provider(caller, provider_id))
+
+    return routes
+
+
+def _consents(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/consents", tags=["consents"])
+
+    @routes.post("")
+    async def give_consent(caller: Authenticated, body: ConsentBody) -> ConsentView:
+        """Agree that alarms of the firm's machines open needs; replaces the consent in force."""
+        new = NewConsent(
+            shared=body.shared,
+            machine_ids=body.machine_ids,
+            severity_min=_severity(body.severity_min),
+            valid_from=_time("from_us", body.from_us),
+            valid_until=_time("until_us", body.until_us),
+            note=body.note,
+        )
+        return _consent_view(await matching.give_consent(caller, body.firm_id, new, request_id=body.request_id))
+
+    @routes.post("/revoke")
+    async def revoke_consent(caller: Authenticated, body: FirmBody | None = None) -> RevokedView:
+        """From now on no alarm opens a need."""
+        ended = await matching.revoke_consent(caller, body.firm_id if body else 0)
+        return RevokedView(consent=None if ended is None else _consent_view(ended))
+
+    @routes.get("")
+    async def get_consent(caller: Authenticated, firm_id: RegistryId = 0) -> ConsentsView:
+        """The consent in force and those before it, newest first."""
+        found = await matching.get_consent(caller, firm_id)
+        return ConsentsView(
+            current=None if found.current is None else _consent_view(found.current),
+            history=[_consent_view(each) for each in found.ended],
+        )
+
+    return routes
+
+
+def _needs(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/needs", tags=["needs"])
+
+    @routes.post("", status_code=201)
+    async def open_need(caller: Authenticated, body: NeedBody) -> OpenedView:
+        """Open a need in the firm's own words and make offers for it."""
+        new = NewNeed(text=body.text, urgency=body.urgency, machine_id=body.machine_id)
+        opened = await matching.open_need(caller, body.firm_id, new, request_id=body.request_id)
+        return OpenedView(need=_need_view(opened.need), offers=_offer_views(opened.offers))
+
+    @routes.get("")
+    async def list_needs(
+        caller: Authenticated,
+        firm_id: RegistryId = 0,
+        state: NeedState | None = None,
+        machine_id: RegistryId = 0,
+        page_size: PageSize = 0,
+        page_token: PageToken = "",
+    ) -> NeedsPage:
+        """Newest first. Firm 0 for operators: all firms."""
+        found, token = await matching.list_needs(
+            caller, firm_id=firm_id, state=state, machine_id=machine_id, page_size=page_size, page_token=page_token
+        )
+        return NeedsPage(needs=[_need_view(each) for each in found], next_page_token=token)
+
+    @routes.get("/{need_id}")
+    async def get_need(caller: Authenticated, need_id: str) -> NeedView:
+        return _need_view(await matching.get_need(caller, need_id))
+
+    @routes.get("/{need_id}/offers")
+    async def offers_of_need(caller: Authenticated, need_id: str, state: OfferState | None = None) -> OffersPage:
+        """Best first, all on one page."""
+        found = await matching.offers_of_need(caller, need_id, state)
+        return OffersPage(offers=_offer_views(found), next_page_token="")
+
+    return routes
+
+
+def _offers(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/offers", tags=["offers"])
+
+    @routes.get("")
+    async def list_offers(
+        caller: Authenticated,
+        state: OfferState | None = None,
+        page_size: PageSize = 0,
+        page_token: PageToken = "",
+    ) -> OffersPage:
+        """All that the caller may see, newest first: a firm's own, those of a partner's providers."""
+        found, token = await matching.list_offers(caller, state=state, page_size=page_size, page_token=page_token)
+        return OffersPage(offers=_offer_views(found), next_page_token=token)
+
+    @routes.post("/{offer_id}/accept")
+    async def accept_offer(caller: Authenticated, offer_id: str) -> AcceptedView:
+        """Take a place of the provider and make the match. 409 with reason CAPACITY_FULL: no place is left this quarter."""
+        match, offer = await matching.accept_offer(caller, offer_id)
+        return AcceptedView(match=_match_view(match), offer=_offer_view(offer))
+
+    @routes.post("/{offer_id}/decline")
+    async def decline_offer(caller: Authenticated, offer_id: str, body: DeclineBody) -> OfferView:
+        """By the firm, or by the partner for its provider."""
+        return _offer_view(await matching.decline_offer(caller, offer_id, body.reason))
+
+    return routes
+
+
+# --- between bodies and values -------------------------------------------------------------------------------------
+
+
+def _severity(name: str) -> Severity:
+    if name not in _SEVERITIES:
+        raise Invalid("severity_min is any, low, medium or high.", reason="BAD_SEVERITY_MIN")
+    return _SEVERITIES[name]
+
+
+def _time(name: str, time_us: int | None) -> datetime | None:
+    try:
+        return from_us(time_us) if time_us else None
+    except (OverflowError, ValueError, OSError) as error:
+        raise Invalid(f"{name} {time_us} is not a time in the years 1 to 9999.", reason="BAD_TIME") from error
+
+
+def _us(time_: datetime | None) -> int | None:
+    return None if time_ is None else to_us(time_)
+
+
+def _provider_view(provider: ProviderRecord) -> ProviderView:
+    return ProviderView(
+        id=provider.id,
+        kind=provider.kind,
+        partner_id=provider.partner_id,
+        title=provider.title,
+        text=provider.text,
+        region=provider.region,
+        region_bound=provider.region_bound,
+        regions_served=list(provider.regions_served),
+        sic_divisions=list(provider.sic_divisions),
+        sic_excluded=list(provider.sic_excluded),
+        sizes_served=list(provider.sizes_served),
+        skills=list(provider.skills),
+        capacity_per_quarter=provider.capacity_per_quarter,
+        lead_days=provider.lead_days,
+        conflict_firm_ids=list(provider.conflict_firm_ids),
+        expires_on=provider.expires_on,
+        active=provider.active,
+        taken_this_quarter=provider.taken,
+        changed_us=_us(provider.changed),
+    )
+
+
+def _consent_view(consent: Consent) -> ConsentView:
+    return ConsentView(
+        id=consent.id,
+        firm_id=consent.firm_id,
+        shared=sorted(consent.shared),
+        machine_ids=sorted(consent.machine_ids),
+        severity_min=consent.severity_min.name.lower(),
+        from_us=to_us(consent.valid_from),
+        until_us=_us(consent.valid_until),
+        note=consent.note,
+        given_us=to_us(consent.given),
+        given_by=consent.given_by,
+        ended_us=_us(consent.ended),
+        ended_by=consent.ended_by,
+        replaced=consent.replaced,
+    )
+
+
+def _need_view(need: Need) -> NeedView:
+    return NeedView(
+        id=need.id,
+        firm_id=need.firm_id,
+        source=need.source,
+        state=need.state,
+        text=need.text,
+        urgency=need.urgency,
+        sic=need.sic,
+        region=need.region,
+        size=need.size,
+        machine_id=need.machine_id,
+        alarm_ids=list(need.alarm_ids),
+        consent_id=need.consent_id,
+        offers=need.offers,
+        no_offer_reason=need.no_offer_reason,
+        match_id=need.match_id,
+        opened_us=to_us(need.opened),
+        opened_by=need.opened_by,
+        ended_us=_us(need.ended),
+        correlation_id=need.correlation_id,
+    )
+
+
+def _offer_views(offers: Sequence[Offer]) -> list[OfferView]:
+    return [_offer_view(offer) for offer in offers]
+
+
+def _offer_view(offer: Offer) -> OfferView:
+    return OfferView(
+        id=offer.id,
+        need_id=offer.need_id,
+        firm_id=offer.firm_id,
+        provider_id=offer.provider_id,
+        partner_id=offer.partner_id,
+        provider_title=offer.provider_title,
+        provider_kind=offer.provider_kind,
+        state=offer.state,
+        rank=offer.rank,
+        score=offer.score,
+        parts=offer.parts,
+        reasons=list(offer.reasons),
+        ranker_version=offer.ranker_version,
+        match_id=offer.match_id,
+        need_text=offer.need_text,
+        alarm_id=offer.alarm_id,
+        machine_id=offer.machine_id,
+        made_us=to_us(offer.made),
+        expires_us=to_us(offer.expires),
+        decided_us=_us(offer.decided),
+        decision_reason=offer.decision_reason,
+        correlation_id=offer.correlation_id,
+    )
+
+
+def _match_view(match: Match) -> MatchView:
+    return MatchView(
+        id=match.id,
+        need_id=match.need_id,
+        offer_id=match.offer_id,
+        firm_id=match.firm_id,
+        provider_id=match.provider_id,
+        partner_id=match.partner_id,
+        quarter=match.quarter,
+        accepted_us=to_us(match.accepted),
+        correlation_id=match.correlation_id,
+    )

@@ -1,0 +1,206 @@
+"""All providers in memory, column by column, so that a rule runs once per distinct value and not once per provider."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from datetime import date
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.matching.domain import (
+    LEAD_DAYS_MAX,
+    FilterCode,
+    Kind,
+    MatchingError,
+    Need,
+    Provider,
+    Size,
+    canonical_region,
+    serves_region,
+)
+
+Mask = NDArray[np.bool_]
+Column = NDArray[np.float64]
+Value = TypeVar("Value", bound=Hashable)
+
+SLOTS_FIRST = 64
+
+
+class UnknownProviderError(MatchingError):
+    """No provider has this id."""
+
+    REASON = "NOT_FOUND"
+
+
+class Directory:
+    """Providers in numbered slots; freed slots are used again. Every array it returns has length `size`."""
+
+    def __init__(self) -> None:
+        self.slots: dict[str, int] = {}
+        self.size = 0
+        self.kinds: _Field[Kind] = _Field()
+        self.divisions: _Field[frozenset[str]] = _Field()
+        self.regions: _Field[tuple[str, ...]] = _Field()
+        self.skills: _Field[frozenset[str]] = _Field()
+        self._excluded: _Field[frozenset[str]] = _Field()
+        self._sizes: _Field[frozenset[Size]] = _Field()
+        self._reach: _Field[tuple[bool, tuple[str, ...]]] = _Field()
+        self._lead_days: _Field[int] = _Field()
+        self._expiry: _Field[date] = _Field()
+        self._active: _Field[bool] = _Field()
+        self._places: _Field[tuple[int, int]] = _Field()
+        self._providers: list[Provider | None] = []
+        self._free_slots: list[int] = []
+        self._conflicts: dict[str, set[int]] = {}
+
+    def find(self, provider_id: str) -> Provider | None:
+        slot = self.slots.get(provider_id)
+        return None if slot is None else self._providers[slot]
+
+    def at(self, slot: int) -> Provider:
+        provider = self._providers[slot]
+        if provider is None:
+            raise UnknownProviderError(f"no provider in slot {slot}")
+        return provider
+
+    def put(self, provider: Provider) -> int:
+        """Store under the provider's slot, a freed one or a new one; returns it."""
+        slot = self.slots.get(provider.id)
+        if slot is None:
+            slot = self._free_slots.pop() if self._free_slots else self._grow()
+        else:
+            self._forget_conflicts(slot)
+        self.slots[provider.id] = slot
+        self._providers[slot] = provider
+        for firm_id in provider.conflicts:
+            self._conflicts.setdefault(firm_id, set()).add(slot)
+        places = provider_places(provider)
+        self.kinds.put(slot, provider.kind)
+        self.divisions.put(slot, provider.sic_divisions)
+        self.regions.put(slot, places)
+        self.skills.put(slot, provider.skills)
+        self._excluded.put(slot, provider.sic_excluded)
+        self._sizes.put(slot, provider.sizes_served)
+        self._reach.put(slot, (provider.region_bound, places))
+        self._lead_days.put(slot, provider.lead_days)
+        self._expiry.put(slot, provider.expires_on or date.max)
+        self._active.put(slot, provider.active)
+        self._places.put(slot, (provider.places_left, provider.capacity_per_quarter))
+        return slot
+
+    def set_places(self, provider_id: str, left: int) -> None:
+        slot = self.slots.get(provider_id)
+        if slot is None:
+            raise UnknownProviderError(f"no provider {provider_id}")
+        self._providers[slot] = provider = replace(self.at(slot), capacity_left=left)
+        self._places.put(slot, (left, provider.capacity_per_quarter))
+
+    def drop(self, provider_id: str) -> int | None:
+        slot = self.slots.pop(provider_id, None)
+        if slot is not None:
+            self._forget_conflicts(slot)
+            self._providers[slot] = None
+            self._free_slots.append(slot)
+        return slot
+
+    @property
+    def occupied(self) -> Mask:
+        mask = np.zeros(self.size, dtype=np.bool_)
+        mask[list(self.slots.values())] = True
+        return mask
+
+    @property
+    def free_share(self) -> Column:
+        """Places left over places per quarter, 0..1."""
+        return self._places.map(lambda places: min(places[0] / places[1], 1.0) if places[1] else 0.0)
+
+    def blocked(self, need: Need, today: date) -> dict[FilterCode, Mask]:
+        """For each filter the slots it takes out, in the order of the codes."""
+        occupied = self.occupied
+        division, wait = need.division, LEAD_DAYS_MAX[need.urgency]
+        fields: dict[FilterCode, Mask] = {
+            FilterCode.INACTIVE: self._active.test(lambda active: not active),
+            FilterCode.EXPIRED: self._expiry.test(lambda expiry: expiry <= today),
+            FilterCode.CONFLICT_OF_INTEREST: self._in_conflict(need.firm_id),
+            FilterCode.SECTOR_EXCLUDED: self._excluded.test(lambda excluded: division in excluded),
+            FilterCode.SIZE_NOT_SERVED: self._sizes.test(lambda sizes: bool(sizes) and need.size not in sizes),
+            FilterCode.OUT_OF_REGION: self._reach.test(
+                lambda reach: not serves_region(need.region, home=reach[1][0], served=reach[1][1:], bound=reach[0])
+            ),
+            FilterCode.LEAD_TIME_TOO_LONG: self._lead_days.test(lambda days: days > wait),
+            FilterCode.NO_CAPACITY: self._places.test(lambda places: places[0] <= 0),
+        }
+        return {code: mask & occupied for code, mask in fields.items()}
+
+    def best(self, scores: Column, limit: int) -> list[int]:
+        """Slots of the best `limit` scores above -inf, best first; equal scores by provider id."""
+        limit = min(limit, int((scores > -np.inf).sum()))
+        if limit <= 0:
+            return []
+        threshold = np.partition(scores, len(scores) - limit)[len(scores) - limit]
+        slots = np.flatnonzero(scores >= threshold)  # may be more than limit when scores are equal
+        order = sorted(slots.tolist(), key=lambda slot: (-scores[slot], self.at(slot).id))
+        return order[:limit]
+
+    def _grow(self) -> int:
+        self._providers.append(None)
+        self.size += 1
+        return self.size - 1
+
+    def _in_conflict(self, firm_id: str) -> Mask:
+        mask = np.zeros(self.size, dtype=np.bool_)
+        if firm_id:
+            mask[list(self._conflicts.get(firm_id, ()))] = True
+        return mask
+
+    def _forget_conflicts(self, slot: int) -> None:
+        for firm_id in self.at(slot).conflicts:
+            self._conflicts[firm_id].discard(slot)
+            if not self._conflicts[firm_id]:
+                del self._conflicts[firm_id]
+
+
+class _Field(Generic[Value]):
+    """One field of all providers: a table of distinct values and a code per slot."""
+
+    def __init__(self) -> None:
+        self._codes = np.zeros(SLOTS_FIRST, dtype=np.int32)
+        self._used = 0
+        self._values: list[Value] = []
+        self._code_of: dict[Value, int] = {}
+
+    def put(self, slot: int, value: Value) -> None:
+        if slot >= len(self._codes):
+            self._codes = np.concatenate([self._codes, np.zeros(len(self._codes), dtype=np.int32)])
+        code = self._code_of.setdefault(value, len(self._values))
+        if code == len(self._values):
+            self._values.append(value)
+        self._codes[slot] = code
+        self._used = max(self._used, slot + 1)
+
+    def map(self, rule: Callable[[Value], float]) -> Column:
+        return np.array([rule(value) for value in self._values], dtype=np.float64)[self._codes[: self._used]]
+
+    def test(self, rule: Callable[[Value], bool]) -> Mask:
+        return np.array([rule(value) for value in self._values], dtype=np.bool_)[self._codes[: self._used]]
+
+
+def any_of(blocked: Mapping[FilterCode, Mask], size: int) -> Mask:
+    """Slots that at least one filter takes out."""
+    mask = np.zeros(size, dtype=np.bool_)
+    for each in blocked.values():
+        mask |= each
+    return mask
+
+
+def filter_key(need: Need) -> Hashable:
+    """Needs with equal keys meet the same filters."""
+    return need.firm_id, need.division, need.size, canonical_region(need.region), need.urgency
+
+
+def provider_places(provider: Provider) -> tuple[str, ...]:
+    """Regions a provider serves in canonical form, its own first."""
+    others = {canonical_region(name) for name in provider.regions_served}
+    home = canonical_region(provider.region)
+    return (home, *sorted(others - {home}))

@@ -1,0 +1,143 @@
+"""The ranker's copy of the providers, kept up to date from the database."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import asyncpg
+import numpy as np
+from prometheus_client import Gauge, Histogram
+
+from services.common.database import AWAY, Pool, transaction
+from services.common.errors import TryAgain
+from services.common.logs import get_logger
+from services.matching import store
+from services.matching.domain import Need
+from services.matching.ranking import Ranker, Ranking
+from services.matching.store import ChangedProvider
+from services.matching.text import Embedder
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+# A change made through another process shows here after this time at the latest, and the time to embed it.
+POLL_INTERVAL_S = 0.5
+RETRY_DELAY_S = 1.0
+CHANGES_MAX = 500
+# Ranking computes; two at a time leave the loop free to answer on a small machine.
+THREADS = 2
+
+# Providers that can be ranked, withdrawn and expired ones not counted.
+providers_known = Gauge("smdih_matching_providers", "Providers in the index")
+# Time to rank all providers for one need, without waiting for a thread.
+rank_seconds = Histogram(
+    "smdih_matching_rank_seconds",
+    "Time to rank the providers for a need",
+    buckets=(0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1),
+)
+
+
+class ProviderIndex:
+    """Ranks the providers of the database, as they were at the last refresh."""
+
+    def __init__(self, pool: Pool, ranker: Ranker, embedder: Embedder | None) -> None:
+        self._pool = pool
+        self._ranker = ranker
+        self._embedder = embedder
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rank")
+        self._refreshing = asyncio.Lock()
+        self._loaded = asyncio.Event()
+        self._waiting = 0
+        # Number of the last change that is in the index.
+        self.change = 0
+
+    @property
+    def version(self) -> str:
+        """Of whatever decides about an order, beside the providers: weights and model."""
+        return f"{self._ranker.weights_version}/{self._ranker.model_id}"
+
+    @property
+    def waiting(self) -> int:
+        """Rankings asked for and not yet answered."""
+        return self._waiting
+
+    def __len__(self) -> int:
+        return len(self._ranker)
+
+    async def is_loaded(self) -> bool:
+        """Readiness: every provider that stood in the database at the start can be ranked."""
+        return self._loaded.is_set()
+
+    async def wait_loaded(self) -> None:
+        await self._loaded.wait()
+
+    async def rank(self, need: Need, limit: int) -> Ranking:
+        """The best providers for the need; see Ranker.rank. The loop goes on meanwhile."""
+        self._waiting += 1
+        try:
+            return await self._in_thread(lambda: self._timed(need, limit))
+        finally:
+            self._waiting -= 1
+
+    async def refresh(self) -> None:
+        """Take in every change of providers that is committed by now. Raises TryAgain when the database is away."""
+        async with self._refreshing:
+            while True:
+                async with transaction(self._pool) as connection:
+                    changed = await store.changed_providers(
+                        connection, after=self.change, vector_model=self._ranker.model_id, limit=CHANGES_MAX
+                    )
+                computed = await self._in_thread(lambda changed=changed: self._take_in(changed))  # type: ignore[misc]
+                if computed:
+                    async with transaction(self._pool) as connection:
+                        await store.keep_vectors(connection, computed, vector_model=self._ranker.model_id)
+                if changed:
+                    self.change = changed[-1].provider.change
+                    providers_known.set(len(self._ranker))
+                    log.info(
+                        "providers taken in", changed=len(changed), change=self.change, providers=len(self._ranker)
+                    )
+                if len(changed) < CHANGES_MAX:
+                    self._loaded.set()
+                    return
+
+    async def run(self) -> None:
+        """Follow the changes until cancelled."""
+        while True:
+            try:
+                await self.refresh()
+                await asyncio.sleep(POLL_INTERVAL_S)
+            except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
+                log.warning("providers cannot be read now", error=repr(error))
+                await asyncio.sleep(RETRY_DELAY_S)
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _timed(self, need: Need, limit: int) -> Ranking:
+        started = time.perf_counter()
+        ranking = self._ranker.rank(need, limit)
+        rank_seconds.observe(time.perf_counter() - started)
+        return ranking
+
+    def _take_in(self, changed: list[ChangedProvider]) -> dict[tuple[str, int], bytes]:
+        """Put the changes into the ranker; returns the vectors that had to be computed, by provider and change."""
+        computed: dict[tuple[str, int], bytes] = {}
+        for each in changed:
+            provider = each.provider
+            if not provider.active:
+                self._ranker.remove(provider.id)
+                continue
+            ranked = provider.for_ranking()
+            vector = None if each.vector is None else np.frombuffer(each.vector, dtype="<f4").astype(np.float32)
+            if vector is None and self._embedder is not None:
+                vector = self._embedder.embed([ranked.profile])[0]
+                computed[(provider.id, provider.change)] = vector.astype("<f4").tobytes()
+            self._ranker.upsert(ranked, vector)
+        return computed

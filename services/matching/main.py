@@ -1,0 +1,113 @@
+"""The process of matching: `python -m services.matching.main api`."""
+
+import asyncio
+import functools
+import sys
+from datetime import timedelta
+
+from pydantic import Field
+
+from services.common import logs
+from services.common.clock import SystemClock, today
+from services.common.database import can_write, create_pool_when_it_answers
+from services.common.directory import Directory
+from services.common.http import application
+from services.common.http import serve as serve_http
+from services.common.kafka import Cluster, Publisher
+from services.common.outbox import OutboxRelay
+from services.common.rpc import serve as serve_rpc
+from services.common.runtime import Runtime, run
+from services.common.settings import Settings
+from services.matching import api, upkeep
+from services.matching.index import ProviderIndex
+from services.matching.needs import Limits
+from services.matching.ranking import Ranker
+from services.matching.rpc import MatchingServicer
+from services.matching.service import Matching
+from services.matching.stream import alarm_consumer
+from services.matching.text import Embedder
+from smdih.matching.v1 import matching_pb2, matching_pb2_grpc
+
+SCHEMA = "matching"
+USAGE = "usage: python -m services.matching.main api"
+
+
+class MatchingSettings(Settings):
+    matching_offers_max: int = Field(5, ge=1, le=50, description="offers made for a need")
+    matching_offer_lifetime_s: int = Field(
+        14 * 24 * 3600, ge=1, le=366 * 24 * 3600, description="an open offer lapses after it"
+    )
+    matching_episode_gap_s: int = Field(
+        24 * 3600, ge=0, le=366 * 24 * 3600, description="alarms of a machine closer than this belong to one fault"
+    )
+
+
+async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
+    """gRPC, HTTP, alarms into needs, the outbox and the upkeep."""
+    clock = SystemClock()
+    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    runtime.on_stop(pool.close)
+    publisher = Publisher(cluster)
+    runtime.on_stop(functools.partial(publisher.__aexit__, None, None, None))
+    directory = Directory(cluster, clock=clock, kinds=("firm", "machine", "partner"))
+    runtime.background("directory", directory.run())
+    relay = OutboxRelay(pool, publisher, schema=SCHEMA)
+    runtime.background("outbox", relay.run())
+    # Reading the model's weights takes a moment of pure computing.
+    embedder = await asyncio.to_thread(Embedder.installed)
+    index = ProviderIndex(pool, Ranker(embedder, today=functools.partial(today, clock)), embedder)
+    runtime.on_stop(index.close)
+    limits = Limits(
+        offers_max=settings.matching_offers_max,
+        offer_lifetime=timedelta(seconds=settings.matching_offer_lifetime_s),
+        episode_gap=timedelta(seconds=settings.matching_episode_gap_s),
+    )
+    matching = Matching(pool, index, relay, directory, clock=clock, limits=limits)
+    runtime.ready_when("kafka", publisher.answers)
+    runtime.ready_when("database", functools.partial(can_write, pool))
+    runtime.ready_when("directory", directory.is_caught_up)
+    runtime.ready_when("providers", index.is_loaded)
+    await runtime.enter(
+        serve_rpc(
+            host=settings.grpc_host,
+            port=settings.grpc_port,
+            directory=directory,
+            register=[(matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching))],
+            service_names=[matching_pb2.DESCRIPTOR.services_by_name["MatchingService"].full_name],
+        )
+    )
+    app = application("SMDIH matching", runtime=runtime, directory=directory, routers=[api.router(matching)])
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    runtime.background("providers", index.run())
+
+    async def alarms_into_needs() -> None:
+        # Profiles of firms and providers first, so that the first needs are as good as the later ones.
+        await directory.wait_caught_up()
+        await index.wait_loaded()
+        consumer = alarm_consumer(cluster, pool, publisher, matching)
+        runtime.alive_when("alarms", consumer.is_turning)
+        await consumer.run()
+
+    async def keep_up() -> None:
+        await index.wait_loaded()
+        await upkeep.run(matching)
+
+    runtime.background("alarms", alarms_into_needs())
+    runtime.background("upkeep", keep_up())
+
+
+ROLES = {"api": start_api}
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1 or arguments[0] not in ROLES:
+        print(USAGE, file=sys.stderr)  # noqa: T201  a command line
+        sys.exit(2)
+    settings = MatchingSettings()
+    logs.configure(f"matching-{arguments[0]}", settings.log_level)
+    run(functools.partial(ROLES[arguments[0]], settings=settings))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

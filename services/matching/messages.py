@@ -1,0 +1,90 @@
+"""Offers as they are published and answered."""
+
+from google.protobuf.message import DecodeError
+
+from services.common.clock import from_us, to_us
+from services.common.logs import accepted_correlation_id
+from services.matching.alarms import Alarm
+from services.matching.consents import Severity
+from services.matching.domain import Kind
+from services.matching.needs import Offer, OfferState, event_id
+from smdih.anomaly.v1 import events_pb2 as anomaly_pb
+from smdih.matching.v1 import events_pb2 as pb
+
+KINDS = {
+    Kind.EXPERT: pb.PROVIDER_KIND_EXPERT,
+    Kind.FACILITY: pb.PROVIDER_KIND_FACILITY,
+    Kind.WORKSHOP: pb.PROVIDER_KIND_WORKSHOP,
+    Kind.COURSE: pb.PROVIDER_KIND_COURSE,
+}
+_CHANGES = {
+    OfferState.MADE: pb.OFFER_CHANGE_MADE,
+    OfferState.ACCEPTED: pb.OFFER_CHANGE_ACCEPTED,
+    OfferState.DECLINED: pb.OFFER_CHANGE_DECLINED,
+    OfferState.LAPSED: pb.OFFER_CHANGE_LAPSED,
+}
+
+
+def offer_message(offer: Offer) -> pb.Offer:
+    return pb.Offer(
+        id=offer.id,
+        need_id=offer.need_id,
+        firm_id=offer.firm_id,
+        provider_id=offer.provider_id,
+        partner_id=offer.partner_id,
+        provider_title=offer.provider_title,
+        provider_kind=KINDS[offer.provider_kind],
+        rank=offer.rank,
+        score=offer.score,
+        reasons=offer.reasons,
+        match_id=offer.match_id,
+        need_text=offer.need_text,
+        alarm_id=offer.alarm_id,
+        machine_id=offer.machine_id,
+        correlation_id=offer.correlation_id,
+    )
+
+
+def offer_event(offer: Offer) -> bytes:
+    """The event of the change that brought the offer into its state."""
+    return pb.OfferEvent(
+        event_id=event_id(offer.id, offer.state),
+        change=_CHANGES[offer.state],
+        changed_us=to_us(offer.decided or offer.made),
+        offer=offer_message(offer),
+    ).SerializeToString()
+
+
+def raised_alarm(value: bytes | None) -> Alarm | None:
+    """The alarm, if the event says that one was raised. Raises ValueError when it cannot be read."""
+    if value is None:
+        raise ValueError("a tombstone; alarms are never removed")
+    try:
+        event = anomaly_pb.AlarmEvent.FromString(value)
+    except DecodeError as error:
+        raise ValueError(f"not an AlarmEvent: {error}") from error
+    if event.change != anomaly_pb.ALARM_CHANGE_RAISED:
+        return None
+    alarm = event.alarm
+    if not alarm.id or alarm.firm_id <= 0 or alarm.machine_id <= 0:
+        raise ValueError("an alarm without id, firm or machine")
+    try:
+        raised = from_us(event.changed_us)
+    except (OverflowError, ValueError, OSError) as error:
+        raise ValueError(f"time {event.changed_us} is out of range") from error
+    return Alarm(
+        id=alarm.id,
+        firm_id=alarm.firm_id,
+        machine_id=alarm.machine_id,
+        machine_kind=alarm.machine_kind,
+        signal_name=alarm.signal_name if alarm.signal_id else "",
+        component=alarm.component,
+        explanation=alarm.explanation,
+        severity=Severity(alarm.severity) if alarm.severity in _SEVERITIES else Severity.MEDIUM,
+        raised=raised,
+        correlation_id=accepted_correlation_id(alarm.correlation_id),
+        shares=tuple(share.signal_name for share in alarm.shares),
+    )
+
+
+_SEVERITIES = frozenset({anomaly_pb.SEVERITY_LOW, anomaly_pb.SEVERITY_MEDIUM, anomaly_pb.SEVERITY_HIGH})

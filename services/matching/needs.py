@@ -1,0 +1,146 @@
+"""Needs, offers and matches: what is stored of them, their states and their derived ids."""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from enum import StrEnum
+
+from services.matching.domain import Kind, Source, Urgency
+
+# Names derived ids; never change it.
+_NAMESPACE = uuid.UUID("5b1c3f0e-5c68-4d0e-9a42-6f6d1d0c9b7e")
+
+
+class NeedState(StrEnum):
+    OPEN = "open"
+    MATCHED = "matched"
+    CLOSED = "closed"
+
+
+class OfferState(StrEnum):
+    MADE = "made"
+    ACCEPTED = "accepted"
+    DECLINED = "declined"
+    LAPSED = "lapsed"
+
+
+class Lapse(StrEnum):
+    """Why an offer lapsed."""
+
+    EXPIRED = "EXPIRED"
+    OTHER_ACCEPTED = "OTHER_ACCEPTED"
+    PROVIDER_GONE = "PROVIDER_GONE"
+
+
+class NoOffer(StrEnum):
+    """Why a need has no offers."""
+
+    NO_PROVIDER = "NO_PROVIDER"
+    NONE_FITS = "NONE_FITS"
+    ALL_FULL = "ALL_FULL"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """A need as stored; the ranker sees what of it bears on the order."""
+
+    id: str
+    firm_id: int
+    source: Source
+    text: str
+    urgency: Urgency
+    sic: str
+    region: str
+    size: str
+    machine_id: int
+    opened: datetime
+    opened_by: int
+    correlation_id: str
+    state: NeedState = NeedState.OPEN
+    alarm_ids: tuple[str, ...] = ()
+    consent_id: str = ""
+    offers: int = 0
+    no_offer_reason: str = ""
+    match_id: str = ""
+    ended: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    id: str
+    need_id: str
+    firm_id: int
+    provider_id: str
+    partner_id: int
+    provider_title: str
+    provider_kind: Kind
+    rank: int
+    score: float
+    parts: Mapping[str, float]
+    reasons: tuple[str, ...]
+    ranker_version: str
+    made: datetime
+    expires: datetime
+    # Of its need.
+    need_text: str
+    machine_id: int
+    alarm_id: str
+    correlation_id: str
+    state: OfferState = OfferState.MADE
+    decided: datetime | None = None
+    decision_reason: str = ""
+    match_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    id: str
+    need_id: str
+    offer_id: str
+    firm_id: int
+    provider_id: str
+    partner_id: int
+    quarter: date
+    accepted: datetime
+    accepted_by: int
+    correlation_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How many offers a need gets, for how long they stand, and which alarms belong to one fault."""
+
+    offers_max: int = 5
+    # Providers looked at before giving up on finding one with a free place.
+    candidates_max: int = 5_000
+    offer_lifetime: timedelta = field(default=timedelta(days=14))
+    # Alarms of a machine with less than this between them belong to one fault, also after its need has ended.
+    episode_gap: timedelta = field(default=timedelta(hours=24))
+
+
+def alarm_need_id(alarm_id: str) -> str:
+    """The same alarm always opens the same need."""
+    return _derived("need", alarm_id)
+
+
+def offer_id(need_id: str, provider_id: str) -> str:
+    return _derived("offer", need_id, provider_id)
+
+
+def match_id(offer_id: str) -> str:
+    return _derived("match", offer_id)
+
+
+def event_id(offer_id: str, change: str) -> str:
+    """An offer goes through each change once at most."""
+    return _derived("event", offer_id, change)
+
+
+def quarter_of(day: date) -> date:
+    """First day of the calendar quarter."""
+    return date(day.year, day.month - (day.month - 1) % 3, 1)
+
+
+def _derived(*names: str) -> str:
+    return uuid.uuid5(_NAMESPACE, "/".join(names)).hex

@@ -1,0 +1,66 @@
+"""A provider as its partner has described it, with what the hub keeps beside it."""
+
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+
+from services.matching.domain import Kind, Provider, Size
+
+UNLIMITED = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderRecord:
+    """What a partner puts, and what the hub sets: `active`, `change`, `changed`, `taken`."""
+
+    id: str
+    kind: Kind
+    partner_id: int
+    title: str
+    text: str
+    region: str
+    region_bound: bool = False
+    regions_served: tuple[str, ...] = ()
+    sic_divisions: tuple[str, ...] = ()
+    sic_excluded: tuple[str, ...] = ()
+    sizes_served: tuple[Size, ...] = ()
+    skills: tuple[str, ...] = ()
+    # None: no limit, for courses.
+    capacity_per_quarter: int | None
+    lead_days: int = 0
+    conflict_firm_ids: tuple[int, ...] = ()
+    expires_on: date | None = None
+    active: bool = True
+    change: int = 0
+    changed: datetime | None = None
+    # Places taken in the quarter that was asked about.
+    taken: int = 0
+
+    def is_live(self, day: date) -> bool:
+        """May be offered and accepted on that day."""
+        return self.active and (self.expires_on is None or day < self.expires_on)
+
+    def for_ranking(self) -> Provider:
+        """What the ranker looks at. Free places are counted in the database when offers are made, not here."""
+        return Provider(
+            id=self.id,
+            kind=self.kind,
+            title=self.title,
+            text=self.text,
+            owner=str(self.partner_id),
+            region=self.region,
+            region_bound=self.region_bound,
+            regions_served=frozenset(self.regions_served),
+            sic_divisions=frozenset(self.sic_divisions or ("any",)),
+            sic_excluded=frozenset(self.sic_excluded),
+            sizes_served=frozenset(self.sizes_served),
+            skills=frozenset(self.skills),
+            capacity_per_quarter=UNLIMITED if self.capacity_per_quarter is None else self.capacity_per_quarter,
+            lead_days=self.lead_days,
+            active=self.active,
+            expires_on=self.expires_on,
+            conflicts=frozenset(str(firm_id) for firm_id in self.conflict_firm_ids),
+        )
+
+    def without_conflicts(self) -> "ProviderRecord":
+        """As others than its partner may see it."""
+        return replace(self, conflict_firm_ids=())

@@ -1,0 +1,96 @@
+"""One searchable set of passages: sentence vectors and stemmed words side by side, changed one passage at a time."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.matching.text import (
+    DIMENSIONS,
+    NO_MODEL_ID,
+    ROUTING_TOKENS_MAX,
+    Embedder,
+    LexicalIndex,
+    Vectors,
+    is_name,
+    plain_name,
+)
+
+Scores = NDArray[np.float32]
+
+
+class PassageIndex:
+    """Passages in numbered slots. Without an embedder it is degraded: `meaning` is zero, words alone decide.
+
+    Not for use from several threads at once.
+    """
+
+    def __init__(self, embedder: Embedder | None) -> None:
+        self._embedder = embedder
+        self._vectors: Vectors = np.zeros((64, DIMENSIONS), dtype=np.float32)
+        self._lexical = LexicalIndex()
+        self.size = 0
+        """One more than the highest slot ever used: the length of every score array."""
+
+    @property
+    def degraded(self) -> bool:
+        return self._embedder is None
+
+    @property
+    def model_id(self) -> str:
+        """Of the vectors; "none" when degraded."""
+        return NO_MODEL_ID if self._embedder is None else self._embedder.model_id
+
+    def put(self, slot: int, text: str, vector: NDArray[np.float32] | None = None) -> None:
+        """Store a passage; `vector` is its stored unit vector, shape (384,), made by the same `model_id`."""
+        if vector is None and self._embedder is not None:
+            vector = self._embedder.embed([text])[0]
+        if slot >= len(self._vectors):
+            grown = np.zeros((max(slot + 1, 2 * len(self._vectors)), DIMENSIONS), dtype=np.float32)
+            grown[: self.size] = self._vectors[: self.size]
+            self._vectors = grown
+        self._vectors[slot] = 0.0 if vector is None or self.degraded else vector
+        self._lexical.put(slot, text)
+        self.size = max(self.size, slot + 1)
+
+    def drop(self, slot: int) -> None:
+        self._lexical.drop(slot)
+        self._vectors[slot] = 0.0
+
+    def question(self, text: str) -> NDArray[np.float32]:
+        """The unit vector a text is searched with, shape (384,); zeros when degraded.
+
+        A short label is searched as catalogues write it (`plain_name`), a sentence as it stands.
+        """
+        if self._embedder is None:
+            return np.zeros(DIMENSIONS, dtype=np.float32)
+        forms: Sequence[str] = [plain_name(text)] if is_name(text) else [text]
+        mean = self._embedder.embed(forms, tokens_max=ROUTING_TOKENS_MAX).mean(axis=0)
+        return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
+
+    def meaning(self, questions: NDArray[np.float32]) -> Scores:
+        """Cosine of each question with each slot, negative ones as 0; (384,) -> (size,), (n, 384) -> (n, size)."""
+        cosines: Scores = questions @ self._vectors[: self.size].T
+        return np.maximum(cosines, np.float32(0.0), out=cosines)
+
+    def words(self, text: str) -> Scores:
+        """Share 0..1 of the text's words (weighted by rarity) that each slot has, shape (size,)."""
+        return self._lexical.scores(text, self.size)
+
+    def words_of_many(self, texts: Sequence[str]) -> Scores:
+        """`words` for many texts at once, shape (n, size): each posting list is read once for all of them."""
+        table = np.zeros((len(texts), self.size), dtype=np.float32)
+        users: dict[str, list[tuple[int, float]]] = {}
+        for row, text in enumerate(texts):
+            for term, weight in self._lexical.query_weights(text).items():
+                users.setdefault(term, []).append((row, weight))
+        for term in users:  # the order of first use, so that sums are made in the same order as for one text
+            rows = np.array([row for row, _ in users[term]])
+            weights = np.array([weight for _, weight in users[term]], dtype=np.float32)
+            slots, shares = self._lexical.term_shares(term)
+            table[rows[:, None], slots[None, :]] += weights[:, None] * shares[None, :]
+        return table
+
+    def matched_words(self, text: str, slot: int) -> tuple[str, ...]:
+        """Words of the text that the passage has too, the rarest first, at most 8."""
+        return self._lexical.matched_words(text, slot)

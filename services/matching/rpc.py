@@ -1,0 +1,314 @@
+"""The gRPC edge: messages in, use cases, messages out."""
+
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from typing import Any, TypeVar
+
+from services.common.clock import from_us, to_us
+from services.common.errors import Invalid
+from services.common.rpc import current_caller
+from services.matching.consents import Consent, NewConsent, Severity, SharedItem
+from services.matching.domain import Kind, Size, Source, Urgency
+from services.matching.messages import KINDS, offer_message
+from services.matching.needs import Match, Need, NeedState, Offer, OfferState
+from services.matching.providers import ProviderRecord
+from services.matching.service import Matching, NewNeed
+from smdih.matching.v1 import matching_pb2 as pb
+from smdih.matching.v1 import matching_pb2_grpc
+
+T = TypeVar("T")
+
+_KINDS: Mapping[int, Kind] = {number: kind for kind, number in KINDS.items()}
+_SHARED: Mapping[int, SharedItem] = {
+    pb.SHARED_ITEM_FAULT: SharedItem.FAULT,
+    pb.SHARED_ITEM_FIGURES: SharedItem.FIGURES,
+    pb.SHARED_ITEM_PROFILE: SharedItem.PROFILE,
+}
+_SEVERITIES: Mapping[int, Severity] = {
+    pb.ALARM_SEVERITY_UNSPECIFIED: Severity.ANY,
+    pb.ALARM_SEVERITY_LOW: Severity.LOW,
+    pb.ALARM_SEVERITY_MEDIUM: Severity.MEDIUM,
+    pb.ALARM_SEVERITY_HIGH: Severity.HIGH,
+}
+_URGENCIES: Mapping[int, Urgency] = {
+    pb.URGENCY_UNSPECIFIED: Urgency.NORMAL,
+    pb.URGENCY_LOW: Urgency.LOW,
+    pb.URGENCY_NORMAL: Urgency.NORMAL,
+    pb.URGENCY_HIGH: Urgency.HIGH,
+}
+_NEED_STATES: Mapping[int, NeedState] = {
+    pb.NEED_STATE_OPEN: NeedState.OPEN,
+    pb.NEED_STATE_MATCHED: NeedState.MATCHED,
+    pb.NEED_STATE_CLOSED: NeedState.CLOSED,
+}
+_OFFER_STATES: Mapping[int, OfferState] = {
+    pb.OFFER_STATE_MADE: OfferState.MADE,
+    pb.OFFER_STATE_ACCEPTED: OfferState.ACCEPTED,
+    pb.OFFER_STATE_DECLINED: OfferState.DECLINED,
+    pb.OFFER_STATE_LAPSED: OfferState.LAPSED,
+}
+_SHARED_NUMBERS = {
+    SharedItem.FAULT: pb.SHARED_ITEM_FAULT,
+    SharedItem.FIGURES: pb.SHARED_ITEM_FIGURES,
+    SharedItem.PROFILE: pb.SHARED_ITEM_PROFILE,
+}
+_SOURCES = {Source.FIRM: pb.NEED_SOURCE_FIRM, Source.ANOMALY: pb.NEED_SOURCE_ANOMALY}
+_URGENCY_NUMBERS = {
+    Urgency.LOW: pb.URGENCY_LOW,
+    Urgency.NORMAL: pb.URGENCY_NORMAL,
+    Urgency.HIGH: pb.URGENCY_HIGH,
+}
+
+
+class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
+    def __init__(self, matching: Matching) -> None:
+        self._matching = matching
+
+    async def PutProvider(self, request: pb.PutProviderRequest, context: Any) -> pb.PutProviderResponse:
+        put = await self._matching.put_provider(current_caller(), _provider(request.provider))
+        return pb.PutProviderResponse(provider=_provider_message(put))
+
+    async def GetProvider(self, request: pb.GetProviderRequest, context: Any) -> pb.GetProviderResponse:
+        found = await self._matching.get_provider(current_caller(), request.provider_id)
+        return pb.GetProviderResponse(provider=_provider_message(found))
+
+    async def ListProviders(self, request: pb.ListProvidersRequest, context: Any) -> pb.ListProvidersResponse:
+        found, token = await self._matching.list_providers(
+            current_caller(),
+            partner_id=request.partner_id,
+            kind=_filter("kind", _KINDS, request.kind),
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return pb.ListProvidersResponse(providers=map(_provider_message, found), next_page_token=token)
+
+    async def WithdrawProvider(self, request: pb.WithdrawProviderRequest, context: Any) -> pb.WithdrawProviderResponse:
+        withdrawn = await self._matching.withdraw_provider(current_caller(), request.provider_id)
+        return pb.WithdrawProviderResponse(provider=_provider_message(withdrawn))
+
+    async def GiveConsent(self, request: pb.GiveConsentRequest, context: Any) -> pb.GiveConsentResponse:
+        new = NewConsent(
+            shared=[_member("shared", _SHARED, item) for item in request.shared],
+            machine_ids=list(request.machine_ids),
+            severity_min=_member("severity_min", _SEVERITIES, request.severity_min),
+            valid_from=_time("from_us", request.from_us),
+            valid_until=_time("until_us", request.until_us),
+            note=request.note,
+        )
+        given = await self._matching.give_consent(current_caller(), request.firm_id, new, request_id=request.request_id)
+        return pb.GiveConsentResponse(consent=_consent_message(given))
+
+    async def RevokeConsent(self, request: pb.RevokeConsentRequest, context: Any) -> pb.RevokeConsentResponse:
+        ended = await self._matching.revoke_consent(current_caller(), request.firm_id)
+        return pb.RevokeConsentResponse(consent=None if ended is None else _consent_message(ended))
+
+    async def GetConsent(self, request: pb.GetConsentRequest, context: Any) -> pb.GetConsentResponse:
+        found = await self._matching.get_consent(current_caller(), request.firm_id)
+        return pb.GetConsentResponse(
+            current=None if found.current is None else _consent_message(found.current),
+            history=map(_consent_message, found.ended),
+        )
+
+    async def OpenNeed(self, request: pb.OpenNeedRequest, context: Any) -> pb.OpenNeedResponse:
+        new = NewNeed(
+            text=request.text,
+            urgency=_member("urgency", _URGENCIES, request.urgency),
+            machine_id=request.machine_id,
+        )
+        opened = await self._matching.open_need(current_caller(), request.firm_id, new, request_id=request.request_id)
+        return pb.OpenNeedResponse(need=_need_message(opened.need), offers=map(_offer_details, opened.offers))
+
+    async def GetNeed(self, request: pb.GetNeedRequest, context: Any) -> pb.GetNeedResponse:
+        return pb.GetNeedResponse(need=_need_message(await self._matching.get_need(current_caller(), request.need_id)))
+
+    async def ListNeeds(self, request: pb.ListNeedsRequest, context: Any) -> pb.ListNeedsResponse:
+        found, token = await self._matching.list_needs(
+            current_caller(),
+            firm_id=request.firm_id,
+            state=_filter("state", _NEED_STATES, request.state),
+            machine_id=request.machine_id,
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return pb.ListNeedsResponse(needs=map(_need_message, found), next_page_token=token)
+
+    async def ListOffers(self, request: pb.ListOffersRequest, context: Any) -> pb.ListOffersResponse:
+        state = _filter("state", _OFFER_STATES, request.state)
+        token = ""
+        found: Sequence[Offer]
+        if request.need_id:
+            found = await self._matching.offers_of_need(current_caller(), request.need_id, state)
+        else:
+            found, token = await self._matching.list_offers(
+                current_caller(), state=state, page_size=request.page_size, page_token=request.page_token
+            )
+        return pb.ListOffersResponse(offers=map(_offer_details, found), next_page_token=token)
+
+    async def AcceptOffer(self, request: pb.AcceptOfferRequest, context: Any) -> pb.AcceptOfferResponse:
+        match, offer = await self._matching.accept_offer(current_caller(), request.offer_id)
+        return pb.AcceptOfferResponse(match=_match_message(match), offer=_offer_details(offer))
+
+    async def DeclineOffer(self, request: pb.DeclineOfferRequest, context: Any) -> pb.DeclineOfferResponse:
+        declined = await self._matching.decline_offer(current_caller(), request.offer_id, request.reason)
+        return pb.DeclineOfferResponse(offer=_offer_details(declined))
+
+
+# --- messages to values --------------------------------------------------------------------------------------------
+
+
+def _member(name: str, members: Mapping[int, T], number: int) -> T:
+    if number not in members:
+        raise Invalid(f"{name} {number} is not one of the contract's.", reason=f"BAD_{name.upper()}")
+    return members[number]
+
+
+def _filter(name: str, members: Mapping[int, T], number: int) -> T | None:
+    """0 filters nothing."""
+    return None if number == 0 else _member(name, members, number)
+
+
+def _time(name: str, time_us: int) -> datetime | None:
+    try:
+        return from_us(time_us) if time_us else None
+    except (OverflowError, ValueError, OSError) as error:
+        raise Invalid(f"{name} {time_us} is not a time in the years 1 to 9999.", reason="BAD_TIME") from error
+
+
+def _date(name: str, text: str) -> date | None:
+    try:
+        return date.fromisoformat(text) if text else None
+    except ValueError as error:
+        raise Invalid(f'{name} is not a date such as "2027-03-31".', reason="BAD_DATE") from error
+
+
+def _size(text: str) -> Size:
+    try:
+        return Size(text)
+    except ValueError as error:
+        raise Invalid("A size is micro, small, medium or large.", reason="BAD_SIZE") from error
+
+
+def _provider(message: pb.Provider) -> ProviderRecord:
+    kind = _member("kind", _KINDS, message.kind)
+    return ProviderRecord(
+        id=message.id,
+        kind=kind,
+        partner_id=message.partner_id,
+        title=message.title,
+        text=message.text,
+        region=message.region,
+        region_bound=message.region_bound,
+        regions_served=tuple(message.regions_served),
+        sic_divisions=tuple(message.sic_divisions),
+        sic_excluded=tuple(message.sic_excluded),
+        sizes_served=tuple(_size(size) for size in message.sizes_served),
+        skills=tuple(message.skills),
+        capacity_per_quarter=None if kind is Kind.COURSE else message.capacity_per_quarter,
+        lead_days=message.lead_days,
+        conflict_firm_ids=tuple(message.conflict_firm_ids),
+        expires_on=_date("expires_on", message.expires_on),
+    )
+
+
+# --- values to messages --------------------------------------------------------------------------------------------
+
+
+def _provider_message(provider: ProviderRecord) -> pb.Provider:
+    return pb.Provider(
+        id=provider.id,
+        kind=KINDS[provider.kind],
+        partner_id=provider.partner_id,
+        title=provider.title,
+        text=provider.text,
+        region=provider.region,
+        sic_divisions=provider.sic_divisions,
+        skills=provider.skills,
+        capacity_per_quarter=provider.capacity_per_quarter or 0,
+        expires_on="" if provider.expires_on is None else provider.expires_on.isoformat(),
+        active=provider.active,
+        taken_this_quarter=provider.taken,
+        changed_us=_us(provider.changed),
+        region_bound=provider.region_bound,
+        regions_served=provider.regions_served,
+        sic_excluded=provider.sic_excluded,
+        sizes_served=provider.sizes_served,
+        lead_days=provider.lead_days,
+        conflict_firm_ids=provider.conflict_firm_ids,
+    )
+
+
+def _consent_message(consent: Consent) -> pb.Consent:
+    return pb.Consent(
+        id=consent.id,
+        firm_id=consent.firm_id,
+        shared=[number for item, number in _SHARED_NUMBERS.items() if item in consent.shared],
+        machine_ids=sorted(consent.machine_ids),
+        severity_min=int(consent.severity_min),  # type: ignore[arg-type]
+        from_us=_us(consent.valid_from),
+        until_us=_us(consent.valid_until),
+        note=consent.note,
+        given_us=_us(consent.given),
+        given_by=consent.given_by,
+        ended_us=_us(consent.ended),
+        ended_by=consent.ended_by,
+        replaced=consent.replaced,
+    )
+
+
+def _need_message(need: Need) -> pb.Need:
+    return pb.Need(
+        id=need.id,
+        firm_id=need.firm_id,
+        source=_SOURCES[need.source],
+        state=_number(_NEED_STATES, need.state),  # type: ignore[arg-type]
+        text=need.text,
+        urgency=_URGENCY_NUMBERS[need.urgency],
+        sic=need.sic,
+        region=need.region,
+        size=need.size,
+        machine_id=need.machine_id,
+        alarm_ids=need.alarm_ids,
+        consent_id=need.consent_id,
+        offers=need.offers,
+        no_offer_reason=need.no_offer_reason,
+        match_id=need.match_id,
+        opened_us=_us(need.opened),
+        opened_by=need.opened_by,
+        ended_us=_us(need.ended),
+        correlation_id=need.correlation_id,
+    )
+
+
+def _offer_details(offer: Offer) -> pb.OfferDetails:
+    return pb.OfferDetails(
+        offer=offer_message(offer),
+        state=_number(_OFFER_STATES, offer.state),  # type: ignore[arg-type]
+        parts=[pb.ScorePart(name=name, points=points) for name, points in offer.parts.items()],
+        made_us=_us(offer.made),
+        expires_us=_us(offer.expires),
+        decided_us=_us(offer.decided),
+        decision_reason=offer.decision_reason,
+        ranker_version=offer.ranker_version,
+    )
+
+
+def _match_message(match: Match) -> pb.Match:
+    return pb.Match(
+        id=match.id,
+        need_id=match.need_id,
+        offer_id=match.offer_id,
+        firm_id=match.firm_id,
+        provider_id=match.provider_id,
+        partner_id=match.partner_id,
+        quarter=match.quarter.isoformat(),
+        accepted_us=_us(match.accepted),
+        correlation_id=match.correlation_id,
+    )
+
+
+def _number(members: Mapping[int, T], member: T) -> int:
+    return next(number for number, each in members.items() if each == member)
+
+
+def _us(time_: datetime | None) -> int:
+    return 0 if time_ is None else to_us(time_)

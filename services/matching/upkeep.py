@@ -1,0 +1,26 @@
+"""What happens by itself: offers lapse, and needs without offers are tried again."""
+
+import asyncio
+
+import asyncpg
+
+from services.common.errors import TryAgain
+from services.common.logs import get_logger
+from services.matching.service import LAPSES_AT_ONCE_MAX, RETRIES_AT_ONCE_MAX, Matching
+
+log = get_logger(__name__)
+
+INTERVAL_S = 1.0
+
+
+async def run(matching: Matching) -> None:
+    """Until cancelled. Several processes may run it: each thing is done by whoever locks it first."""
+    while True:
+        try:
+            while await matching.lapse_due_offers() >= LAPSES_AT_ONCE_MAX:
+                pass
+            while await matching.offer_again() >= RETRIES_AT_ONCE_MAX:
+                pass
+        except (asyncpg.PostgresError, TryAgain) as error:
+            log.warning("upkeep waits", error=repr(error))
+        await asyncio.sleep(INTERVAL_S)
