@@ -17,12 +17,14 @@ import numpy as np
 import orjson
 from rich.console import Console
 
-from demo import plant, recording, report
+from demo import plant, report
 from demo.journey import Journey, JourneyError, Observer, repeated_cells
 from demo.story import Source, Step, Story
 from demo.view import View, print_summary
 from localstack.hub import Hub, HubError
 from localstack.servers import LOCAL, LocalServers, Servers, ServersError, named_in_environment
+from services.common import logs
+from smdih_client import recording
 
 FOLDER = LOCAL / "demo"
 
@@ -40,7 +42,8 @@ def told(input_path: Path | None) -> Story:
         story = Story("built-in plant, two hours at one frame a second", sources)
     else:
         found = recording.read(input_path)
-        source = Source("machine-1", input_path.stem, "machine", found.signals, found.times_us, found.values, None)
+        signals = tuple(plant.Signal(name, "") for name in found.names)
+        source = Source("machine-1", input_path.stem, "machine", signals, found.times_us, found.values, None)
         story = Story(str(input_path), [source])
         story.counts.refused = story.counts.sent = found.refused
     story.total_samples = sum(int((~np.isnan(source.values)).sum()) for source in story.sources)
@@ -102,7 +105,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="The whole journey on real servers.")
     parser.add_argument("--input", type=Path, help="a CSV file to stream in place of the built-in plant")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+    logs.configure("demo", "ERROR")  # the processes have logs of their own; the view is for people
     try:
         story = told(arguments.input)
         asyncio.run(run(story, console))

@@ -364,9 +364,7 @@ class Observer:
                 story, now = self._story, time.monotonic()
                 story.rate = (story.counts.stored - last_stored) / max(now - last_at, 1e-3)
                 last_stored, last_at = story.counts.stored, now
-                story.lag = 0
-                for name in ("historian", "anomaly-worker"):
-                    story.lag += await self._lag(client, name)
+                story.lag = sum([await self._lag(client, name) for name in ("historian", "anomaly-worker")])
                 story.restarts = sum(max(0, running.starts - 1) for running in self._hub.processes.values())
                 await asyncio.sleep(0.5)
 
@@ -384,9 +382,12 @@ class Observer:
             self._story.first_sample_s = self._story.elapsed_s
 
     async def _lag(self, client: httpx.AsyncClient, name: str) -> int:
-        """Records that a process has still to take in; 1 when it does not answer."""
+        """Records that a process has still to take in; 1 when it does not answer or does not know yet."""
+        base = self._hub.processes[name].http
         try:
-            text = (await client.get(f"{self._hub.processes[name].http}/metrics")).text
+            if (await client.get(f"{base}/readyz")).status_code != 200:
+                return 1
+            text = (await client.get(f"{base}/metrics")).text
         except httpx.HTTPError:
             return 1
         return int(

@@ -13,6 +13,7 @@ import psutil
 
 from localstack.hub import Hub, HubError, write_endpoints
 from localstack.servers import LOCAL, ROOT, LocalServers, ServersError, named_in_environment
+from services.common import logs
 
 NAME = "up"
 ENDPOINTS = LOCAL / "endpoints.json"
@@ -100,6 +101,7 @@ def down() -> int:
 
 async def supervise() -> None:
     """Run the stack and the services until told to stop."""
+    logs.configure("supervisor", "WARNING")
     STATE.parent.mkdir(parents=True, exist_ok=True)
     me = psutil.Process()
     STATE.write_text(json.dumps({"pid": me.pid, "started": me.create_time()}))

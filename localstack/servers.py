@@ -97,8 +97,12 @@ class LocalServers:
         self._write(state)
 
     async def remove(self) -> None:
-        """Stop and delete the data."""
-        await self.stop()
+        """Delete the data; the servers are ended at once, since nothing of theirs is wanted any more."""
+        state = self._read()
+        if state is not None:
+            self._kill("kafka")
+            if self._running(state["postgres"]) is not None:
+                await self.stop_postgres_at_once()
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(PG_ROOT / self._pg_data.lstrip("/"), ignore_errors=True)
 

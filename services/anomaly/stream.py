@@ -184,6 +184,7 @@ class Worker:
 
     async def run(self) -> None:
         """Wait, until cancelled, for what the worker cannot go on from, and raise it."""
+        lag_records.labels(topic=topics.SAMPLES).set_function(lambda: self.lag)
         while True:
             parts = [self._failed, self._checkpointing]
             done, _ = await asyncio.wait(parts, timeout=CRASH_POLL_S, return_when=asyncio.FIRST_COMPLETED)
@@ -205,12 +206,12 @@ class Worker:
 
     @property
     def lag(self) -> int:
-        """Records that stand in the topic and have not been taken."""
+        """Records that stand in the topic and have not been taken; a partition whose end is not known counts 1."""
         ends = (
             (self._app.consumer.highwater(TP(self._topic_name, number)), partition.scorer.next_offset)
             for number, partition in self._partitions.items()
         )
-        return sum(max(0, end - taken) for end, taken in ends if end is not None)
+        return sum(1 if end is None else max(0, end - taken) for end, taken in ends)
 
     # -- taking records --
 
@@ -339,7 +340,6 @@ class Worker:
                     await self._stopping.wait()
             for number in list(self._partitions):
                 await self._checkpoint(number, bytes_max=CHECKPOINT_BYTES_MAX)
-            lag_records.labels(topic=topics.SAMPLES).set(self.lag)
             machines_held.set(sum(len(partition.scorer) for partition in self._partitions.values()))
             state_bytes.set(sum(partition.scorer.nbytes for partition in self._partitions.values()))
 

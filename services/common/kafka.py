@@ -302,6 +302,8 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         )
         await _start_when_it_answers(consumer)
         self._consumer = consumer
+        for name in self._topics.values():
+            lag_records.labels(topic=name).set_function(lambda: self.lag)
         try:
             consumer.subscribe(list(self._topics), listener=self)
             while True:
@@ -316,18 +318,21 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             return 0.0
         return time.monotonic() - self._last_progress
 
+    async def is_assigned(self) -> bool:
+        """Readiness: it is known which partitions are ours, and where they stand."""
+        return self._assigned.is_set() and self._broken is None
+
     async def is_turning(self) -> bool:
         """Liveness: the loop makes progress, or has nothing to do."""
         return self._broken is None and self.stalled_s < STALLED_S_MAX
 
     @property
     def lag(self) -> int:
-        """Records between the stored positions and the ends of the partitions, as far as known."""
-        assert self._consumer is None or isinstance(self._consumer, AIOKafkaConsumer)
+        """Records between the stored positions and the ends of the partitions; a partition whose end is not known counts 1."""
         if self._consumer is None:
             return 0
         ends = ((self._consumer.highwater(partition), position) for partition, position in self._positions.items())
-        return sum(max(0, end - position) for end, position in ends if end is not None)
+        return sum(1 if end is None else max(0, end - position) for end, position in ends)
 
     async def on_partitions_revoked(self, revoked: Sequence[TopicPartition]) -> None:
         self._assigned.clear()
@@ -373,8 +378,6 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             if records:
                 await self._store(records)
                 self._last_progress = time.monotonic()
-            for name in self._topics.values():
-                lag_records.labels(topic=name).set(self.lag)
         await self._tell_broker(consumer)
 
     async def _store(self, records: Sequence[ConsumerRecord]) -> None:

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(document: Any, table: ParameterTable) -> tuple[int, int]:
     """Add ``actual`` to every check of the document, in place; answer how many agree, and how many there are.
 
+    A check that cannot be answered does not agree, whatever it expects.
+
     The event date of an operation without a date of its own is the document's ``as_of``, else the day on which the
     parameters were last checked: never today's.
 
@@ -63,6 +65,7 @@ def evaluate(document: Any, table: ParameterTable) -> tuple[int, int]:
             check["actual"] = run_operation(check.get("operation"), check.get("input"), table=table, as_of=as_of)
         except (UnknownOperation, InvalidFact, ParameterMissing) as error:
             check["actual"] = {"error": f"{error.REASON}: {error}"}
+            continue
         agreeing += agrees(check.get("expected"), check["actual"])
     return agreeing, len(checks)
 

@@ -172,12 +172,15 @@ async def open_accounts(connection: Connection, call_id: str) -> None:
     )
 
 
-async def lock(connection: Connection) -> None:
-    """Wait for the turn: until the transaction ends nobody else posts, so what is read after this is what a post will meet.
+async def lock(connection: Connection) -> Posted:
+    """Wait for the turn, and return the newest event: until the transaction ends nobody else posts, so what is read after this
+    is what a post will meet.
 
     Always the last lock that is waited for: who holds it waits for no row of a call or application.
     """
-    await connection.execute("SELECT 1 FROM ledger_head FOR UPDATE")
+    row = await connection.fetchrow("SELECT sequence, hash FROM ledger_head FOR UPDATE")
+    assert row is not None, "the migration makes the head"
+    return Posted(sequence=row["sequence"], hash=row["hash"])
 
 
 async def post(connection: Connection, clock: Clock, *events: Event) -> list[Posted]:
@@ -188,9 +191,9 @@ async def post(connection: Connection, clock: Clock, *events: Event) -> list[Pos
     transaction is then to be given up), Invalid for an amount that is not in 1 to AMOUNT_PENCE_MAX.
     """
     _check(events)
-    await lock(connection)
+    newest = await lock(connection)
+    sequence, previous = newest.sequence, newest.hash
     known = await _known(connection, events)
-    sequence, previous = await connection.fetchrow("SELECT sequence, hash FROM ledger_head")  # type: ignore[misc]
     recorded_us, correlation_id = clock.now_us(), current_correlation_id()
     answers: list[Posted] = []
     fresh: list[tuple[Event, bytes, bytes, Posted]] = []

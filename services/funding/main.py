@@ -4,8 +4,6 @@ import asyncio
 import functools
 import sys
 
-from smdih.funding.v1 import funding_pb2, funding_pb2_grpc
-
 from services.common import http, logs, rpc, topics
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
@@ -20,6 +18,7 @@ from services.funding.rpc import FundingRpc
 from services.funding.rules.exact import gbp
 from services.funding.service import FundingService, watch
 from services.funding.stream import keep_matches
+from smdih.funding.v1 import funding_pb2, funding_pb2_grpc
 
 SCHEMA = "funding"
 USAGE = "usage: python -m services.funding.main api|trial-balance|replay"

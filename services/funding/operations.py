@@ -186,9 +186,21 @@ def _sme_status_series(facts: Facts, context: Context) -> Answer:
             classes = tuple(size.eu_size(_own_figures(each), _links(each), parameters).size for each in seen)
         changed_hands = taken_over or period.flag("taken_over", default=False)
         periods.append(size.PeriodClasses(classes=classes, taken_over=changed_hands))
-    starting = facts.word("starting_status", size.Size) if facts.has("starting_status") else None
-    status, reasons = size.settled_size(starting, periods, context.parameters)
+    status, reasons = size.settled_size(_starting_size(facts, periods), periods, context.parameters)
     return _size_answer(status, reasons)
+
+
+def _starting_size(facts: Facts, periods: Sequence[size.PeriodClasses]) -> size.Size | None:
+    """A class; or only that the firm was an SME: then the class nearest to the first period's. Left out: a new firm."""
+    if not facts.has("starting_status"):
+        return None
+    word = facts.text("starting_status").lower()
+    if word in ("not_sme", "non_sme"):
+        return size.Size.LARGE
+    if word == "sme":
+        first = periods[0].classes[-1] if periods else size.Size.MEDIUM
+        return first if first.is_sme else size.Size.MEDIUM
+    return facts.word("starting_status", size.Size)
 
 
 def _size_answer(found: size.Size, reasons: Sequence[str]) -> Answer:

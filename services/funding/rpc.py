@@ -4,9 +4,6 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from smdih.funding.v1 import funding_pb2 as pb
-from smdih.funding.v1.funding_pb2_grpc import FundingServiceServicer
-
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from services.funding import domain
@@ -15,6 +12,8 @@ from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition, Investor
 from services.funding.service import FundingService, View
+from smdih.funding.v1 import funding_pb2 as pb
+from smdih.funding.v1.funding_pb2_grpc import FundingServiceServicer
 
 Word = TypeVar("Word", bound=StrEnum)
 

@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import asyncpg
 from prometheus_client import Counter, Gauge
-from smdih.funding.v1 import events_pb2
 
 from services.common import outbox, topics
 from services.common.clock import Clock, from_us
@@ -53,6 +52,7 @@ from services.funding.parameters import ParameterTable
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition
+from smdih.funding.v1 import events_pb2
 
 log = get_logger(__name__)
 

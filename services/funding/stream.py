@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
-from smdih.matching.v1 import events_pb2 as pb
 
 from services.common.clock import from_us
 from services.common.database import Connection
 from services.common.logs import accepted_correlation_id, correlated, get_logger
 from services.funding import store
 from services.funding.domain import TITLE_CHARACTERS_MAX, Match, is_id
+from smdih.matching.v1 import events_pb2 as pb
 
 log = get_logger(__name__)
 

@@ -110,6 +110,7 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
     runtime.background("quarantine", quarantine.run())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
+    runtime.ready_when("partitions", samples.is_assigned)
     runtime.alive_when("samples", samples.is_turning)
     runtime.alive_when("quarantine", quarantine.is_turning)
 

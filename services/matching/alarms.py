@@ -63,9 +63,7 @@ def urgency_of(severity: Severity) -> Urgency:
 def _what_changed(alarm: Alarm) -> str:
     if not alarm.signal_name:
         named = [_words(name) for name in alarm.shares[:SIGNALS_NAMED_MAX]]
-        if not named:
-            return "its signals do not move together as usual"
-        return f"{_listed(named)} do not move together as usual"
+        return f"its signals do not move together as usual{': above all ' + _listed(named) if named else ''}"
     return f"{_words(alarm.signal_name)} {_CHANGES.get(alarm.component, _CHANGE_UNKNOWN)}"
 
 

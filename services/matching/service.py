@@ -41,6 +41,7 @@ from services.matching.needs import (
     quarter_of,
 )
 from services.matching.providers import ProviderRecord
+from services.matching.ranking import Ranking
 
 log = get_logger(__name__)
 
@@ -58,6 +59,8 @@ PAGE_SIZE_MAX = 500
 CONSENT_HISTORY_MAX = 100
 # Rankings that may wait for a thread before new needs are asked to come later.
 RANKS_WAITING_MAX = 200
+# What was registered a moment ago may still be on its way here.
+KNOWN_TIMEOUT_S = 0.5
 # First look: more than the offers of a need, for those that are full.
 CANDIDATES_FIRST = 20
 WIDEN_BY = 10
@@ -139,7 +142,7 @@ class Matching:
             if partner_id not in (0, caller.partner_id):
                 raise Forbidden("This key does not belong to that partner.")
             partner_id = caller.partner_id
-        if partner_id not in self._directory.partners:
+        if not await self._directory.wait_for("partner", partner_id, timeout_s=KNOWN_TIMEOUT_S):
             raise NotFound(f"There is no partner {partner_id}; name one that is registered.", reason="UNKNOWN_PARTNER")
         async with transaction(self._pool) as connection:
             change = await store.next_provider_change(connection)
@@ -212,9 +215,9 @@ class Matching:
     async def give_consent(self, caller: Caller, firm_id: int, new: NewConsent, *, request_id: str) -> Consent:
         """Record the firm's agreement; the one before it, if any, ends as replaced."""
         caller.require(Role.FIRM, Role.OPERATOR)
-        firm_id = self._known_firm(caller.firm_or(firm_id))
+        firm_id = await self._known_firm(caller.firm_or(firm_id))
         now = self._now()
-        self._check_consent(caller, firm_id, new, now)
+        await self._check_consent(caller, firm_id, new, now)
         sha256 = _digest(
             shared=sorted(set(new.shared)),
             machine_ids=sorted(set(new.machine_ids)),
@@ -255,7 +258,7 @@ class Matching:
     async def revoke_consent(self, caller: Caller, firm_id: int) -> Consent | None:
         """From now on no alarm opens a need. Returns the consent that ended last, None where there never was one."""
         caller.require(Role.FIRM, Role.OPERATOR)
-        firm_id = self._known_firm(caller.firm_or(firm_id))
+        firm_id = await self._known_firm(caller.firm_or(firm_id))
         async with transaction(self._pool) as connection:
             await store.lock_firm_consents(connection, firm_id)
             ended = await store.end_consent(
@@ -268,12 +271,12 @@ class Matching:
 
     async def get_consent(self, caller: Caller, firm_id: int) -> ConsentHistory:
         caller.require(Role.FIRM, Role.OPERATOR)
-        firm_id = self._known_firm(caller.firm_or(firm_id))
+        firm_id = await self._known_firm(caller.firm_or(firm_id))
         async with transaction(self._pool) as connection:
             current = await store.current_consent(connection, firm_id)
             return ConsentHistory(current, await store.ended_consents(connection, firm_id, limit=CONSENT_HISTORY_MAX))
 
-    def _check_consent(self, caller: Caller, firm_id: int, new: NewConsent, now: datetime) -> None:
+    async def _check_consent(self, caller: Caller, firm_id: int, new: NewConsent, now: datetime) -> None:
         if SharedItem.FAULT not in new.shared:
             raise Invalid(
                 "Without sharing the fault itself no need can be written; name 'fault' among what is shared.",
@@ -284,7 +287,7 @@ class Matching:
                 f"At most {MACHINES_MAX} machines can be named; leave them out to cover all.", reason="TOO_MANY"
             )
         for machine_id in new.machine_ids:
-            self._check_machine(firm_id, machine_id)
+            await self._check_machine(firm_id, machine_id)
         if new.valid_until is not None and new.valid_until <= (new.valid_from or now):
             raise Invalid("The consent would end before it begins; set a later end.", reason="EMPTY_PERIOD")
         _check_text("note", new.note, NOTE_CHARACTERS_MAX)
@@ -296,12 +299,12 @@ class Matching:
     async def open_need(self, caller: Caller, firm_id: int, new: NewNeed, *, request_id: str) -> OpenedNeed:
         """Record a need in the firm's words and make offers for it."""
         caller.require(Role.FIRM, Role.OPERATOR)
-        firm_id = self._known_firm(caller.firm_or(firm_id))
+        firm_id = await self._known_firm(caller.firm_or(firm_id))
         if not new.text.strip():
             raise Invalid("A need has a text; say what you want help with.", reason="TEXT_MISSING")
         _check_text("text", new.text, TEXT_CHARACTERS_MAX)
         if new.machine_id:
-            self._check_machine(firm_id, new.machine_id)
+            await self._check_machine(firm_id, new.machine_id)
         if not await self._index.is_loaded():
             raise TryAgain(
                 "The hub has just started and still reads its providers.", reason="STARTING", retry_after_s=2
@@ -309,29 +312,32 @@ class Matching:
         if self._index.waiting >= RANKS_WAITING_MAX:
             raise SlowDown("Too many needs wait to be ranked; send again in a moment.", retry_after_s=1)
         sha256 = _digest(text=new.text, urgency=new.urgency, machine_id=new.machine_id)
+        repeatable = _checked_request_id(request_id)
+        firm = self._directory.firms[firm_id]
+        need = Need(
+            id=uuid.uuid4().hex,
+            firm_id=firm_id,
+            source=Source.FIRM,
+            text=new.text.strip(),
+            urgency=new.urgency,
+            sic=firm.sic,
+            region=firm.region,
+            size=firm.size,
+            machine_id=new.machine_id,
+            opened=self._now(),
+            opened_by=caller.credential_id,
+            correlation_id=current_correlation_id(),
+        )
+        # Before the transaction: a connection is not held while a thread computes.
+        ranking = await self._rank(need)
         async with transaction(self._pool) as connection:
-            if _checked_request_id(request_id):
+            if repeatable:
                 await store.lock_requests(connection, firm_id, request_id)
                 repeated = await store.need_by_request(connection, firm_id, request_id)
                 if repeated is not None:
                     need = _first_answer(*repeated, sha256)
                     return OpenedNeed(need, await store.offers_of_need(connection, need.id))
-            firm = self._directory.firms[firm_id]
-            need = Need(
-                id=uuid.uuid4().hex,
-                firm_id=firm_id,
-                source=Source.FIRM,
-                text=new.text.strip(),
-                urgency=new.urgency,
-                sic=firm.sic,
-                region=firm.region,
-                size=firm.size,
-                machine_id=new.machine_id,
-                opened=self._now(),
-                opened_by=caller.credential_id,
-                correlation_id=current_correlation_id(),
-            )
-            opened = await self._open(connection, need, request_id=request_id, request_sha256=sha256)
+            opened = await self._open(connection, need, ranking, request_id=request_id, request_sha256=sha256)
         self._relay.kick()
         return opened
 
@@ -415,19 +421,20 @@ class Matching:
             alarm_ids=(alarm.id,),
             consent_id=consent.id,
         )
-        await self._open(connection, need, raised=alarm.raised)
+        await self._open(connection, need, await self._rank(need), raised=alarm.raised)
         return "opened"
 
     async def _open(
         self,
         connection: Connection,
         need: Need,
+        ranking: Ranking,
         *,
         request_id: str = "",
         request_sha256: bytes = b"",
         raised: datetime | None = None,
     ) -> OpenedNeed:
-        offers, why = await self._choose(connection, need)
+        offers, why = await self._choose(connection, need, ranking)
         need = replace(need, offers=len(offers), no_offer_reason=why)
         await store.add_need(connection, need, request_id=request_id, request_sha256=request_sha256)
         for alarm_id in need.alarm_ids:
@@ -439,8 +446,7 @@ class Matching:
         log.info("need opened", need=need.id, firm=need.firm_id, source=need.source, offers=len(offers), reason=why)
         return OpenedNeed(need, offers)
 
-    async def _choose(self, connection: Connection, need: Need) -> tuple[list[Offer], str]:
-        """The best providers with a free place, or why there is none. Looks further down the ranking while places are short."""
+    async def _rank(self, need: Need, limit: int = CANDIDATES_FIRST) -> Ranking:
         asked = domain.Need(
             id=need.id,
             text=need.text,
@@ -451,10 +457,13 @@ class Matching:
             source=need.source,
             firm_id=str(need.firm_id),
         )
+        return await self._index.rank(asked, limit)
+
+    async def _choose(self, connection: Connection, need: Need, ranking: Ranking) -> tuple[list[Offer], str]:
+        """The best providers with a free place, or why there is none. Looks further down than `ranking` while places are short."""
         now = self._now()
         limit = CANDIDATES_FIRST
         while True:
-            ranking = await self._index.rank(asked, limit)
             bookable = await store.bookable_providers(
                 connection,
                 [each.provider_id for each in ranking.ranked],
@@ -466,8 +475,11 @@ class Matching:
             if len(chosen) == self._limits.offers_max or whole:
                 break
             limit = min(limit * WIDEN_BY, self._limits.candidates_max)
+            ranking = await self._rank(need, limit)
         if not chosen:
-            return [], _why_none(len(self._index), len(ranking.ranked))
+            why = _why_none(len(self._index), len(ranking.ranked))
+            log.info("no offers", need=need.id, reason=why, filtered_out=dict(ranking.excluded_counts))
+            return [], why
         return [
             Offer(
                 id=offer_id(need.id, each.provider_id),
@@ -493,9 +505,9 @@ class Matching:
         ], ""
 
     async def _make(self, connection: Connection, offers: Sequence[Offer]) -> None:
-        await store.add_offers(connection, offers)
-        for offer in offers:
-            await self._publish(connection, offer)
+        if offers:
+            await store.add_offers(connection, offers)
+            await self._publish(connection, offers)
 
     async def _need_seen_by(self, connection: Connection, caller: Caller, need_id: str) -> Need:
         need = await store.need(connection, _known_form(need_id))
@@ -587,7 +599,7 @@ class Matching:
         by = caller.credential_id
         await store.decide_offer(connection, offer.id, OfferState.ACCEPTED, decided=now, by=by, reason="")
         accepted = replace(offer, state=OfferState.ACCEPTED, decided=now, match_id=match.id)
-        await self._publish(connection, accepted)
+        await self._publish(connection, [accepted])
         return match
 
     async def _accepted(self, connection: Connection, offer: Offer) -> tuple[Match, Offer]:
@@ -617,7 +629,7 @@ class Matching:
                         by=caller.credential_id,
                         reason=offer.decision_reason,
                     )
-                    await self._publish(connection, offer)
+                    await self._publish(connection, [offer])
                     await self._close_if_done(connection, need)
         self._relay.kick()
         return _offer_as_seen_by(caller, offer)
@@ -633,9 +645,10 @@ class Matching:
         assert current is not None
         return current, need
 
-    async def _publish(self, connection: Connection, offer: Offer) -> None:
-        await outbox.write(connection, topics.OFFERS, key=offer.need_id, value=offer_event(offer))
-        offers_total.labels(offer.state).inc()
+    async def _publish(self, connection: Connection, offers: Sequence[Offer]) -> None:
+        await outbox.write_all(connection, topics.OFFERS, [(offer.need_id, offer_event(offer)) for offer in offers])
+        for offer in offers:
+            offers_total.labels(offer.state).inc()
 
     # --- upkeep ----------------------------------------------------------------------------------------------------
 
@@ -668,29 +681,37 @@ class Matching:
         against = (self._index.change, quarter_of(today(self._clock)))
         if against == self._tried:
             return 0
-        offered, seen = 0, RETRIES_AT_ONCE_MAX
-        async with transaction(self._pool) as connection:
-            needs = await store.lock_needs_without_offers(connection, limit=RETRIES_AT_ONCE_MAX)
-            seen = len(needs)
-            for need in needs:
-                with correlated(need.correlation_id):
-                    offers, why = await self._choose(connection, need)
-                    await store.set_need_offers(connection, need.id, len(offers), no_offer_reason=why)
-                    await self._make(connection, offers)
-                    offered += bool(offers)
+        offered = 0
+        after: tuple[datetime, str] | None = None
+        while True:
+            async with transaction(self._pool) as connection:
+                needs = await store.lock_needs_without_offers(connection, after=after, limit=RETRIES_AT_ONCE_MAX)
+                for need in needs:
+                    offered += await self._offer_again(connection, need)
+            if len(needs) < RETRIES_AT_ONCE_MAX:
+                break
+            after = (needs[-1].opened, needs[-1].id)
+        self._tried = against
         if offered:
             self._relay.kick()
             log.info("offers made for needs that had none", needs=offered)
-        if offered < seen or seen < RETRIES_AT_ONCE_MAX:
-            self._tried = against
         return offered
+
+    async def _offer_again(self, connection: Connection, need: Need) -> bool:
+        with correlated(need.correlation_id):
+            offers, why = await self._choose(connection, need, await self._rank(need))
+            await store.set_need_offers(connection, need.id, len(offers), no_offer_reason=why)
+            await self._make(connection, offers)
+        return bool(offers)
 
     async def _lapse(self, connection: Connection, offers: Sequence[Offer], why: Lapse) -> None:
         now = self._now()
         for offer in offers:
             await store.decide_offer(connection, offer.id, OfferState.LAPSED, decided=now, by=None, reason=why)
-            lapsed = replace(offer, state=OfferState.LAPSED, decided=now, decision_reason=why)
-            await self._publish(connection, lapsed)
+        await self._publish(
+            connection,
+            [replace(offer, state=OfferState.LAPSED, decided=now, decision_reason=why) for offer in offers],
+        )
 
     async def _close_if_done(self, connection: Connection, need: Need) -> None:
         if need.state is not NeedState.OPEN:
@@ -705,16 +726,16 @@ class Matching:
     def _now(self) -> datetime:
         return from_us(self._clock.now_us())
 
-    def _known_firm(self, firm_id: int) -> int:
-        if firm_id not in self._directory.firms:
-            if not firm_id:
-                raise Invalid("Say which firm it is about.", reason="FIRM_MISSING")
+    async def _known_firm(self, firm_id: int) -> int:
+        if not firm_id:
+            raise Invalid("Say which firm it is about.", reason="FIRM_MISSING")
+        if not await self._directory.wait_for("firm", firm_id, timeout_s=KNOWN_TIMEOUT_S):
             raise NotFound(f"There is no firm {firm_id}.", reason="UNKNOWN_FIRM")
         return firm_id
 
-    def _check_machine(self, firm_id: int, machine_id: int) -> None:
-        machine = self._directory.machines.get(machine_id)
-        if machine is None or machine.firm_id != firm_id:
+    async def _check_machine(self, firm_id: int, machine_id: int) -> None:
+        known = await self._directory.wait_for("machine", machine_id, timeout_s=KNOWN_TIMEOUT_S)
+        if not known or self._directory.machines[machine_id].firm_id != firm_id:
             raise NotFound(f"The firm has no machine {machine_id}.", reason="UNKNOWN_MACHINE")
 
 

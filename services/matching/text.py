@@ -115,16 +115,13 @@ def _tokenizer_file() -> Path | None:
 # --- words ------------------------------------------------------------------------------------------------------
 
 _WORD = re.compile(r"[a-z0-9]+")
-_STOP_WORDS = frozenset(
-    # fmt: off
-    """
-    a about all also an and any are as at be because been before but by can could did do does for from had has have he
-    her his how i if in into is it its just like may me more most much my need needs no not of on one only or our out
-    over per she should since so some such than that the their them then there these they this those to too under up us
-    very want wants was we were what when where which while who why will with would you your
-    """.split()
-    # fmt: on
-)
+_STOP_TEXT = """
+a about all also an and any are as at be because been before but by can could did do does for from had has have he her
+his how i if in into is it its just like may me more most much my need needs no not of on one only or our out over per
+she should since so some such than that the their them then there these they this those to too under up us very want
+wants was we were what when where which while who why will with would you your
+"""
+_STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 
 class Words:

@@ -6,7 +6,7 @@ import asyncpg
 
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
-from services.matching.service import LAPSES_AT_ONCE_MAX, RETRIES_AT_ONCE_MAX, Matching
+from services.matching.service import LAPSES_AT_ONCE_MAX, Matching
 
 log = get_logger(__name__)
 
@@ -19,8 +19,7 @@ async def run(matching: Matching) -> None:
         try:
             while await matching.lapse_due_offers() >= LAPSES_AT_ONCE_MAX:
                 pass
-            while await matching.offer_again() >= RETRIES_AT_ONCE_MAX:
-                pass
+            await matching.offer_again()
         except (asyncpg.PostgresError, TryAgain) as error:
             log.warning("upkeep waits", error=repr(error))
         await asyncio.sleep(INTERVAL_S)

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from math import ceil, floor
 
-_DECIMAL = re.compile(r"\d+(\.\d+)?", re.ASCII)
+_DECIMAL = re.compile(r"\d{1,30}(\.\d{1,30})?", re.ASCII)
 
 
 class InvalidFact(ValueError):

@@ -69,12 +69,13 @@ class GrantRequest:
 class Consortium:
     """Research share of a project, as a rate rounded up, and the sum of the partners' caps.
 
+    ``max_grant_p`` None: a business among the partners states no size or category, so that its cap is not known.
     ``code`` is RESEARCH_SHARE_EXCEEDED when the rounded share passes the call's limit.
     """
 
     research_share: str
     allowed: bool
-    max_grant_p: int
+    max_grant_p: int | None
     code: str | None
     reasons: tuple[str, ...]
 
@@ -140,12 +141,15 @@ def consortium(partners: Sequence[CostFacts], research_share_max: Fraction, para
     unit = 100 if research_share_max > 1 else 1
     rounded = fixed_up(Fraction(research_p * unit, total_p) if total_p else Fraction(0))
     allowed = Fraction(rounded) <= research_share_max
-    caps = [grant_cap(partner, parameters) for partner in partners]
+    known = all(
+        partner.organisation is not Organisation.BUSINESS or (partner.size and partner.category) for partner in partners
+    )
+    caps = [grant_cap(partner, parameters) for partner in partners] if known else []
     limit = percent(research_share_max / unit)
     return Consortium(
         research_share=rounded,
         allowed=allowed,
-        max_grant_p=sum(cap.max_grant_p for cap in caps),
+        max_grant_p=sum(cap.max_grant_p for cap in caps) if known else None,
         code=None if allowed else "RESEARCH_SHARE_EXCEEDED",
         reasons=(
             f"Research partners hold {gbp(research_p)} of {gbp(total_p)}: {percent(Fraction(rounded) / unit)}, "

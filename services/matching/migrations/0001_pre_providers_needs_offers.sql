@@ -122,7 +122,7 @@ CREATE TABLE offer (
     provider_kind text NOT NULL,
     rank int NOT NULL,
     score float8 NOT NULL,
-    parts jsonb NOT NULL,
+    parts json NOT NULL,               -- not jsonb: their order is kept
     reasons text[] NOT NULL,
     ranker_version text NOT NULL,
     state text NOT NULL CONSTRAINT offer_state_check CHECK (state IN ('made', 'accepted', 'declined', 'lapsed')),

@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-
-from demo.plant import Floats, Ints, Signal
+import numpy.typing as npt
 
 ROWS_MAX = 5_000_000
 _TIME_FORMATS = ("%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%Y/%m/%d %H:%M:%S")
@@ -21,9 +20,9 @@ class NotARecording(Exception):
 class Recording:
     """A file's content. times_us and values agree in length; NaN: the cell was empty."""
 
-    signals: tuple[Signal, ...]
-    times_us: Ints
-    values: Floats
+    names: tuple[str, ...]
+    times_us: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64]
     # Cells that hold something that is no number, and those of rows whose time cannot be read.
     refused: int
 
@@ -44,8 +43,8 @@ def read(path: Path) -> Recording:
         raise NotARecording(f"{path}: the header has one column; the first is a timestamp, the others are numbers")
     rows = csv.reader(lines, delimiter=separator)
     header = [name.strip() for name in next(rows)]
-    signals = tuple(Signal(name or f"column {number}", "") for number, name in enumerate(header[1:], 2))
-    if len({signal.name for signal in signals}) != len(signals):
+    names = tuple(name or f"column {number}" for number, name in enumerate(header[1:], 2))
+    if len(set(names)) != len(names):
         raise NotARecording(f"{path}: two columns have the same name; give each its own")
     times: list[int] = []
     values: list[list[float]] = []
@@ -55,7 +54,7 @@ def read(path: Path) -> Recording:
             continue
         if len(times) >= ROWS_MAX:
             raise NotARecording(f"{path}: more than {ROWS_MAX} rows; split the file")
-        cells = (row[1:] + [""] * len(signals))[: len(signals)]
+        cells = (row[1:] + [""] * len(names))[: len(names)]
         at = _time_us(row[0].strip())
         if at is None:
             refused += sum(1 for cell in cells if cell.strip())
@@ -69,7 +68,7 @@ def read(path: Path) -> Recording:
         values.append(numbers)
     if not times:
         raise NotARecording(f"{path}: no row has a time that can be read, such as 2026-11-23 12:00:00")
-    return Recording(signals, np.array(times, dtype=np.int64), np.array(values), refused)
+    return Recording(names, np.array(times, dtype=np.int64), np.array(values), refused)
 
 
 def _time_us(text: str) -> int | None:

@@ -1,0 +1,93 @@
+"""The whole journey on real servers: from a sample to an award, undisturbed and with every process killed once on the way."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from demo import plant, report
+from demo.journey import Journey, Observer, repeated_cells
+from demo.story import Source, Story
+from localstack.hub import ROLES, Hub
+from localstack.servers import Servers
+from services.common.settings import Settings
+
+
+def story_of_the_plant() -> Story:
+    start_us = time.time_ns() // 1000 - plant.DURATION_S * 1_000_000
+    sources = [
+        Source(
+            machine.path,
+            machine.name,
+            machine.kind,
+            machine.signals,
+            start_us + np.arange(len(machine.values)) * 1_000_000,
+            machine.values,
+            machine.faults,
+        )
+        for machine in plant.build()
+    ]
+    story = Story("the plant", sources)
+    story.total_samples = sum(int((~np.isnan(source.values)).sum()) for source in sources)
+    story.counts.repeated = sum(repeated_cells(source) for source in sources)
+    return story
+
+
+async def kill_every_process_once(hub: Hub, story: Story) -> None:
+    """One after the other, while telemetry flows."""
+    while story.counts.acknowledged < story.total_samples * 0.05:
+        await asyncio.sleep(0.05)
+    for role in ROLES:
+        hub.kill(role.name)
+        await asyncio.sleep(0.8)
+
+
+@pytest.mark.parametrize("disturbed", [False, True], ids=["undisturbed", "every process killed once"])
+async def test_telemetry_becomes_an_award_and_nothing_is_lost(
+    servers: Servers, settings: Settings, tmp_path: Path, disturbed: bool
+) -> None:
+    hub = Hub(
+        Servers(settings.kafka_bootstrap, settings.database_dsn), tmp_path, topic_prefix=settings.kafka_topic_prefix
+    )
+    story = story_of_the_plant()
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        await hub.start()
+        tasks.append(asyncio.create_task(Observer(hub, story).run()))
+        if disturbed:
+            tasks.append(asyncio.create_task(kill_every_process_once(hub, story)))
+        await Journey(hub, story).walk()
+        summary = story.summary()
+        assert summary["samples"]["sent"] == summary["samples"]["acknowledged"] == story.total_samples
+        assert summary["samples"]["stored"] == story.total_samples
+        assert (summary["samples"]["lost"], summary["samples"]["duplicated"]) == (0, 0)
+        assert summary["alarms"]["faults_known"] == 5
+        assert summary["alarms"]["faults_found"] >= 4
+        assert story.need is not None
+        assert story.need["source"] == "anomaly"
+        assert summary["offers"] >= 1
+        assert summary["award"]["grant_pence"] == 19_200_00
+        assert summary["award"]["co_investment_pence"] == 28_800_00
+        assert summary["trial_balance_pence"] == 0
+        assert all(alarm["explanation"] for alarm in story.alarms)
+        # One thread from the samples to the ledger.
+        assert story.application is not None
+        alarm = next(alarm for alarm in story.alarms if alarm["id"] in story.need["alarm_ids"])
+        ids = {alarm["correlation_id"], story.need["correlation_id"], story.application["correlation_id"]}
+        assert len(ids) == 1
+        page = report.page(story)
+        assert page.count("<svg") == 15
+        if disturbed:
+            assert story.restarts >= len(ROLES)
+        async with httpx.AsyncClient(timeout=5) as client:
+            for running in hub.processes.values():
+                for probe in ("livez", "readyz", "metrics"):
+                    assert (await client.get(f"{running.http}/{probe}")).status_code == 200
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await hub.stop()

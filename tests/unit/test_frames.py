@@ -1,0 +1,105 @@
+"""What the door makes of a batch: every sample is accepted or quarantined, and the two add up."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.common.directory import Directory
+from services.common.kafka import Cluster
+from services.ingest.frames import FrameCheck, Sender
+from smdih.directory.v1 import directory_pb2
+from smdih.ingest.v1 import telemetry_pb2
+
+NOW_US = 1_764_000_000_000_000
+SENDER = Sender(firm_id=1, credential_id=1, source="test", door="grpc", correlation_id="c")
+
+
+class FixedClock:
+    def now_us(self) -> int:
+        return NOW_US
+
+
+def check_with(*signals: directory_pb2.Signal) -> FrameCheck:
+    directory = Directory(Cluster("nowhere"), clock=FixedClock(), kinds=("machine",))
+    directory.machines[5] = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
+    directory.machine_versions[5] = 1
+    return FrameCheck(directory, FixedClock())
+
+
+CHECK = check_with(
+    directory_pb2.Signal(id=1, name="a", range_min=-10, range_max=10), directory_pb2.Signal(id=2, name="b")
+)
+
+
+def reasons(batch: telemetry_pb2.Batch) -> dict[str, int]:
+    return {record.reason: record.samples for record in CHECK.check(SENDER, batch).quarantine}
+
+
+def batch(**fields: object) -> telemetry_pb2.Batch:
+    return telemetry_pb2.Batch(**({"machine_id": 5, "times_us": [NOW_US], "values": [1.0, 2.0]} | fields))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, {}),
+        ({"machine_id": 6}, {"UNKNOWN_MACHINE": 2}),
+        ({"machine_id": 0, "machine_path": "other/works/press"}, {"UNKNOWN_MACHINE": 2}),
+        ({"values": []}, {"EMPTY_BATCH": 0}),
+        ({"times_us": []}, {"EMPTY_BATCH": 2}),
+        ({"times_us": [NOW_US, NOW_US + 1], "values": [1.0, 2.0, 3.0]}, {"SHAPE_MISMATCH": 3}),
+        ({"signals": ["a"]}, {"SHAPE_MISMATCH": 2}),
+        ({"signals": ["a", "a"]}, {"SHAPE_MISMATCH": 2}),
+        ({"signals": ["a", "c"]}, {"UNKNOWN_SIGNAL": 1}),
+        ({"positions": [0, 7]}, {"UNKNOWN_SIGNAL": 1}),
+        ({"values": [1.0, 2.0, 3.0]}, {"UNKNOWN_SIGNAL": 1}),
+        ({"absent": b"\x01\x00"}, {"SHAPE_MISMATCH": 2}),
+        ({"values": [float("nan"), 2.0]}, {"NOT_FINITE": 1}),
+        ({"values": [1.0, float("-inf")]}, {"NOT_FINITE": 1}),
+        ({"values": [11.0, 11.0]}, {"OUT_OF_RANGE": 1}),
+        ({"values": [float("nan"), 2.0], "absent": b"\x01"}, {}),
+        ({"times_us": [0]}, {"TIME_OUT_OF_WINDOW": 2}),
+        ({"times_us": [253_402_300_799_000_000]}, {"TIME_OUT_OF_WINDOW": 2}),
+        ({"times_us": [2**63 - 1]}, {"TIME_OUT_OF_WINDOW": 2}),
+        ({"times_us": [-(2**63)]}, {"TIME_OUT_OF_WINDOW": 2}),
+    ],
+)
+def test_each_kind_of_bad_sample_has_its_reason(changed: dict[str, object], expected: dict[str, int]) -> None:
+    assert reasons(batch(**changed)) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(0, 4),
+    values=st.lists(st.floats(width=64), max_size=12),
+    times=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(NOW_US - 10**9, NOW_US), max_size=4),
+    absent=st.binary(max_size=2),
+    positions=st.lists(st.integers(0, 4), max_size=4),
+)
+def test_accepted_and_quarantined_add_up_to_what_was_sent(
+    rows: int, values: list[float], times: list[int], absent: bytes, positions: list[int]
+) -> None:
+    sent = batch(times_us=times[:rows], values=values, absent=absent, positions=positions)
+    checked = CHECK.check(SENDER, sent)
+    cells = len(values)
+    fits = absent and len(absent) == (cells + 7) // 8
+    gone = int(np.unpackbits(np.frombuffer(absent, np.uint8), count=cells, bitorder="little").sum()) if fits else 0
+    assert checked.accepted + sum(record.samples for record in checked.quarantine) == cells - gone
+    stored = [np.frombuffer(frames.values, "<f8") for frames in checked.frames]
+    assert sum(int(np.isfinite(one).sum()) for one in stored) == checked.accepted
+
+
+def test_a_quarantined_part_holds_exactly_its_samples_and_can_be_sent_again() -> None:
+    sent = batch(times_us=[NOW_US, 0, NOW_US + 1], values=[1.0, 2.0, 3.0, 4.0, 50.0, 6.0])
+    checked = CHECK.check(SENDER, sent)
+    by_reason = {record.reason: telemetry_pb2.Batch.FromString(record.batch) for record in checked.quarantine}
+    late = by_reason["TIME_OUT_OF_WINDOW"]
+    assert (list(late.times_us), list(late.values)) == ([0], [3.0, 4.0])
+    outside = CHECK.check(SENDER, by_reason["OUT_OF_RANGE"])
+    assert (outside.accepted, [record.samples for record in outside.quarantine]) == (0, [1])
+
+
+def test_the_same_content_is_the_same_quarantine_record() -> None:
+    one, other = CHECK.check(SENDER, batch(machine_id=6)), CHECK.check(SENDER, batch(machine_id=6))
+    assert one.quarantine[0].id == other.quarantine[0].id
