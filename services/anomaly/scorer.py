@@ -80,12 +80,17 @@ def decode(value: bytes | None) -> Sequence[Frames]:
         group, before = divmod(batch.first_position, WIDTH_MAX)
         if before:
             matrix = np.pad(matrix, ((0, 0), (before, 0)), constant_values=np.nan)
+        times = times_us[row : row + rows]
+        if rows > 1 and not (times[1:] > times[:-1]).all():
+            # A sender may give its rows in any order; the detector's clock only goes forward.
+            order = np.argsort(times, kind="stable")
+            times, matrix = times[order], matrix[order]
         frames.append(
             Frames(
                 batch.firm_id,
                 batch.machine_id,
                 group,
-                times_us[row : row + rows],
+                times,
                 matrix,
                 batch.received_us,
                 batch.correlation_id,

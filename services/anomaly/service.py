@@ -39,7 +39,7 @@ WATCHERS_MAX = 200
 # Changes that wait for one watcher; a watcher further behind is ended.
 WATCHER_QUEUE_MAX = 1_000
 # How long the worker waits for the names of a machine that has just been made.
-NAMES_TIMEOUT_S = 2.0
+NAMES_TIMEOUT_S = 0.5
 
 _ALARM_ID = re.compile(r"[0-9a-f]{32}")
 _PAGE_TOKEN = re.compile(r"(-?\d{1,18})\.([0-9a-f]{32})")
@@ -53,6 +53,7 @@ class AlarmRaiser:
         self._pool = pool
         self._directory = directory
         self._clock = clock
+        self._nameless: set[int] = set()
 
     async def store(self, found: Sequence[Found]) -> Sequence[AlarmEvent]:
         """Store what is new, in order, in one transaction; returns that. Repeats are recognised. Raises TryAgain."""
@@ -129,7 +130,9 @@ class AlarmRaiser:
     async def _machine(self, frames: Frames) -> directory_pb.Machine:
         signals = frames.channel_group * WIDTH_MAX + frames.values.shape[1]
         machine = self._directory.machines.get(frames.machine_id)
-        if machine is None or len(machine.signals) < signals:
+        if (machine is None or len(machine.signals) < signals) and frames.machine_id not in self._nameless:
+            # Once a machine: one that has been removed must not hold up the others at each of its alarms.
+            self._nameless.add(frames.machine_id)
             await self._directory.wait_for_machine(frames.machine_id, signals=signals, timeout_s=NAMES_TIMEOUT_S)
             machine = self._directory.machines.get(frames.machine_id)
         # A machine that has been removed since: an alarm without its names is better than none.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -83,6 +84,8 @@ records_lost_total = Counter("smdih_anomaly_records_lost_total", "Records gone b
 
 
 class _App(faust.App):
+    logger = logging.getLogger("faust.app")  # else its routine messages come in our name
+
     def _create_directories(self) -> None:
         """There are no tables, so nothing is written: the file system may be read-only."""
 

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import random
+import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import asyncpg
+import httpx
 import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
@@ -154,6 +156,66 @@ async def test_a_second_worker_that_comes_and_goes_changes_nothing(
         await run.send(records[2 * third :])
         await eventually(run.taken, deadline_s=60)
     await assert_same(run, undisturbed)
+
+
+async def test_losing_the_database_again_and_again_changes_nothing(
+    settings: Settings, publisher: Publisher, database: Database, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(publisher, database, first_id=400)
+    await run.announce()
+    async with plant.running("worker", settings, tmp_path / "worker.log"):
+        sending = asyncio.create_task(run.send(run.records()))
+        lost = 0
+        while not sending.done():
+            lost += await database.fetchval(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+                "WHERE application_name = 'smdih-anomaly' AND datname = current_database()"
+            )
+            await asyncio.wait([sending], timeout=0.2)
+        await sending
+        await eventually(run.taken, deadline_s=60)
+    assert lost > 1
+    await assert_same(run, undisturbed)
+
+
+async def test_a_worker_that_was_thought_dead_stores_nothing(
+    settings: Settings, publisher: Publisher, database: Database, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = Run(publisher, database, first_id=500)
+    await run.announce()
+    records = run.records()
+    half = len(records) // 2
+    # It never saves by itself, so all that it has taken is unsaved when it falls asleep.
+    zombie = await plant.start_process(
+        "worker",
+        settings,
+        tmp_path / "zombie.log",
+        SMDIH_ANOMALY_INSTANCE="zombie",
+        SMDIH_ANOMALY_CHECKPOINT_INTERVAL_S="3600",
+    )
+    await run.send(records[:half])
+
+    async def has_taken() -> bool:
+        async with httpx.AsyncClient(base_url=zombie.http) as client:
+            text = (await client.get("/metrics")).text
+        samples = half // PARTITIONS * 4 * len(MACHINES) * len(plant.SIGNALS)
+        return f"smdih_anomaly_samples_scored_total {float(samples)}" in text
+
+    await eventually(has_taken)
+    zombie.process.send_signal(signal.SIGSTOP)
+    async with plant.running("worker", settings, tmp_path / "heir.log"):
+        await run.send(records[half:])
+        await eventually(run.taken, deadline_s=60)
+        zombie.process.send_signal(signal.SIGCONT)
+
+        async def was_refused() -> bool:
+            return "is not at" in zombie.log.read_text()
+
+        await eventually(was_refused, deadline_s=30)
+        await assert_same(run, undisturbed)
+        if zombie.process.returncode is None:
+            zombie.process.terminate()
+        await zombie.ended(deadline_s=30)
 
 
 async def test_a_topic_full_of_poison_stops_the_worker_and_is_not_emptied(

@@ -157,3 +157,11 @@ def test_columns_in_the_middle_of_a_channel_group_stay_in_their_places() -> None
     assert frames.channel_group == 2
     assert frames.values.shape == (1, 3)
     assert np.isnan(frames.values[0, :2]).all()
+
+
+def test_rows_in_any_order_within_a_batch_are_put_in_order() -> None:
+    batch = plant.batch(11, plant.calm(1), firm_id=1)
+    times_us, values = (np.frombuffer(data, dtype="<i8") for data in (batch.times_us, batch.values))
+    batch.times_us, batch.values = times_us[::-1].tobytes(), values.reshape(-1, 3)[::-1].tobytes()
+    taken = Scorer(0, position=0).take([(0, decode(pb.SamplesRecord(batches=[batch]).SerializeToString()))])
+    assert taken.frames_skipped == 0

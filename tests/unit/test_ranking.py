@@ -383,6 +383,7 @@ class TestText:
         assert plain_name("Waiters, Except Bar Staff") == "Waiter"
         assert plain_name("Women in Glass Processes, Physics") == "Woman in Glass Process, Physics"
         assert plain_name("All Other") == "All Other"
+        assert plain_name("Press Tools and Dies for Time Series") == "Press Tool and Die for Time Series"
 
     def test_long_documents_are_split_at_sentences(self) -> None:
         text = " ".join(f"Sentence {number} has exactly six words." for number in range(40))
