@@ -1,7 +1,7 @@
 """Now, as something that can be given: event times never come from here, only times of what the hub itself does."""
 
 import time
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Protocol
 
 
@@ -18,7 +18,7 @@ class SystemClock:
 
 def from_us(time_us: int) -> datetime:
     """The time as an aware datetime, exact to the microsecond. Raises OverflowError outside the years 1 to 9999."""
-    return datetime.fromtimestamp(time_us // 1_000_000, UTC).replace(microsecond=time_us % 1_000_000)
+    return _EPOCH + timedelta(microseconds=time_us)
 
 
 def to_us(time_: datetime) -> int:

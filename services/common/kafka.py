@@ -88,6 +88,17 @@ async def create_topics(cluster: Cluster, *, partitions: int, replication: int, 
             await admin.close()
 
 
+@dataclass(frozen=True)
+class Message:
+    """A record to publish. A value of None is a tombstone; a partition of None is found from the key."""
+
+    topic: str
+    value: bytes | None
+    key: bytes | None = None
+    partition: int | None = None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
 class Publisher:
     """Publishes records; returns only when every in-sync replica holds them."""
 
@@ -129,19 +140,34 @@ class Publisher:
         Raises TryAgain when it was not acknowledged in PUBLISH_TIMEOUT_S. It may then still arrive: what is sent again must carry
         the id by which a repeat is recognised.
         """
+        (offset,) = await self.publish_all([Message(topic, value, key, partition, tuple(headers))])
+        return offset
+
+    async def publish_all(self, messages: Sequence[Message]) -> list[int]:
+        """Publish records together and return their offsets; on each partition they stand in the order given.
+
+        Raises as `publish` does; then some may have arrived, and all are to be sent again, in the same order.
+        """
         producer = await self._started()
         try:
             async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                metadata = await producer.send_and_wait(
-                    self._cluster.name(topic), value, key=key, partition=partition, headers=list(headers)
-                )
+                sent = [
+                    await producer.send(
+                        self._cluster.name(message.topic),
+                        message.value,
+                        key=message.key,
+                        partition=message.partition,
+                        headers=list(message.headers),
+                    )
+                    for message in messages
+                ]
+                return [int((await future).offset) for future in sent]
         except MessageSizeTooLargeError as error:
             raise TooLarge() from error
         except (KafkaError, OSError, TimeoutError) as error:
-            log.warning("publish failed", topic=topic, error=repr(error))
+            log.warning("publish failed", topics=sorted({message.topic for message in messages}), error=repr(error))
             self._forget(producer)
             raise self._away() from error
-        return int(metadata.offset)
 
     async def answers(self) -> bool:
         """Readiness: a broker answers."""

@@ -304,5 +304,5 @@ def _part(batch: telemetry_pb2.Batch, matrix: Floats, cells: Bools) -> bytes:
 def _when(time_us: int) -> str:
     try:
         return from_us(time_us).isoformat(timespec="seconds")
-    except (OverflowError, ValueError):
+    except OverflowError:
         return f"{time_us} us after 1970"

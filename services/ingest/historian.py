@@ -169,7 +169,7 @@ class Historian:
             try:
                 item = records_pb2.QuarantineRecord.FromString(record.value)
                 received = from_us(item.received_us)
-            except (DecodeError, OverflowError, ValueError):
+            except (DecodeError, OverflowError):
                 bad.append((record, "UNREADABLE"))
                 continue
             rows.append(

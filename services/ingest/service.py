@@ -85,7 +85,7 @@ class Registry:
             new = replace(new, slug=check_slug(new.slug), name=check_text(new.name, what="name"))
         try:
             ZoneInfo(new.timezone)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise Invalid(f"{new.timezone!r} is no time zone; use a name such as Europe/London.") from error
         async with transaction(self._pool) as connection:
             site = await store.create_site(connection, new, self._clock.now_us())
@@ -152,6 +152,9 @@ class Registry:
             if role not in (Role.DEVICE, Role.FIRM):
                 caller.require(Role.OPERATOR)
             firm_id = caller.firm_or(firm_id)
+        for number, what in ((firm_id, "firm_id"), (partner_id, "partner_id")):
+            if number:
+                _id(number, what)
         with _names():
             label = check_text(label or role.value, what="label")
         belongs = {Role.DEVICE: bool(firm_id), Role.FIRM: bool(firm_id), Role.PARTNER: bool(partner_id)}
@@ -357,5 +360,5 @@ def _int_token(token: str) -> int:
 def _time(time_us: int, what: str) -> datetime:
     try:
         return from_us(time_us)
-    except (OverflowError, ValueError) as error:
+    except OverflowError as error:
         raise Invalid(f"{what}: microseconds since 1970, in the years 1 to 9999.") from error

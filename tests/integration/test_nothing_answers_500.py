@@ -1,0 +1,146 @@
+"""Every route of every service, with values that nobody expects: refused with a reason, never a 500."""
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from localstack.hub import Hub
+from localstack.servers import Servers
+from services.common.settings import Settings
+
+NASTY: tuple[Any, ...] = (
+    *(
+        -1,
+        0,
+        2**31,
+        2**63 - 1,
+        2**63,
+        2**70,
+        1e308,
+        "",
+        "x" * 5000,
+        "\x00",
+        "nul\x00inside",
+        "🙂",
+        "../..",
+        "%00",
+        "'; --",
+    ),
+    *("NaN", "9999-12-31", "99999999999999999999999.x", None, True, [], {}, [None], {"a": 1}),
+)
+AT_ONCE = 8
+
+
+@pytest_asyncio.fixture(scope="module")
+async def hub(servers: Servers, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hub]:
+    own = Servers(settings.kafka_bootstrap, settings.database_dsn)
+    made = Hub(
+        own,
+        Path(tmp_path_factory.mktemp("hub")),
+        topic_prefix=settings.kafka_topic_prefix,
+        roles=("door", "anomaly", "matching", "funding"),
+    )
+    try:
+        await made.start()
+        yield made
+    finally:
+        await made.stop()
+
+
+def _resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def _example(schema: dict[str, Any], document: dict[str, Any]) -> Any:
+    """A value that the schema allows, as far as it says."""
+    schema = _resolved(schema, document)
+    for key in ("anyOf", "oneOf", "allOf"):
+        if key in schema:
+            return _example(schema[key][0], document)
+    if "enum" in schema:
+        return schema["enum"][0]
+    kind = schema.get("type")
+    if kind == "object":
+        return {name: _example(field, document) for name, field in schema.get("properties", {}).items()}
+    if kind == "array":
+        return [_example(schema["items"], document)]
+    return {"integer": 1, "number": 1.5, "boolean": True}.get(str(kind), "text")
+
+
+def _mutations(value: Any) -> Iterator[Any]:
+    """The value with each of its parts replaced by each nasty value."""
+    yield from NASTY
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        for nasty in _mutations(part):
+            changed = copy.deepcopy(value)
+            changed[key] = nasty
+            yield changed
+
+
+def _requests(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            # One answers for as long as one listens, the other would revoke the key that this test uses.
+            if path.endswith("/watch") or (method, path) == ("delete", "/v1/credentials/{credential_id}"):
+                continue
+            parameters = operation.get("parameters", [])
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            body = _example(content["schema"], document) if content else None
+            in_path = {p["name"]: "1" for p in parameters if p["in"] == "path"}
+            queries = {
+                p["name"]: _example(p["schema"], document)
+                for p in parameters
+                if p["in"] == "query" and p.get("required")
+            }
+            plain = {"params": queries} | ({"json": body} if content else {})
+            yield method, path.format(**in_path), plain
+            for name in in_path:
+                for nasty in NASTY:
+                    quoted = httpx.QueryParams({"v": str(nasty)[:200]}).__str__()[2:] or "%20"
+                    yield method, path.format(**(in_path | {name: quoted})), plain
+            for parameter in parameters:
+                if parameter["in"] == "query":
+                    for nasty in NASTY:
+                        yield (
+                            method,
+                            path.format(**in_path),
+                            plain | {"params": queries | {parameter["name"]: str(nasty)}},
+                        )
+            if content:
+                for changed in _mutations(body):
+                    yield method, path.format(**in_path), plain | {"json": changed}
+
+
+@pytest.mark.parametrize("service", ["ingest", "anomaly", "matching", "funding"])
+async def test_no_request_is_answered_with_500(hub: Hub, service: str) -> None:
+    base = hub.endpoints()[service]["http"]
+    answered: dict[int, int] = {}
+    broken: list[str] = []
+    async with httpx.AsyncClient(
+        base_url=base, headers={"Authorization": f"Bearer {hub.operator_key}"}, timeout=30
+    ) as client:
+        document = (await client.get("/openapi.json")).json()
+        requests = _requests(document)
+
+        async def ask() -> None:
+            for method, path, given in requests:
+                answer = await client.request(method, path, **given)
+                answered[answer.status_code] = answered.get(answer.status_code, 0) + 1
+                if answer.status_code >= 500:
+                    broken.append(f"{method} {path} {given!r:.300}: {answer.text:.200}")
+                elif answer.status_code >= 400:
+                    assert answer.json()["reason"], f"{method} {path}: no reason"
+
+        await asyncio.gather(*(ask() for _ in range(AT_ONCE)))
+    print(service, answered)
+    assert not broken, "\n".join(broken[:20])
+    assert sum(answered.values()) > 100
