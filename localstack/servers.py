@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -45,10 +46,16 @@ def named_in_environment() -> Servers | None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, below the range from which the system takes ports for outgoing connections."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class LocalServers:

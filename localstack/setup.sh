@@ -44,6 +44,8 @@ environment() {
     .venv/bin/uv pip install -q --require-hashes --no-deps --python .venv/bin/python -r requirements/model.txt
     echo "$want" >.venv/.stamp
   fi
+  # So that `.venv/bin/python -m services...` finds the code and what is generated from the contracts.
+  printf '%s\n' "$PWD" "$PWD/gen" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/smdih.pth"
   want=$(find proto -name '*.proto' -print0 | sort -z | xargs -0 cat localstack/generate.sh | sha256sum | cut -d' ' -f1)
   if ! fresh gen/.stamp "$want"; then
     say "setup: generated code"

@@ -4,7 +4,7 @@ Every service holds one, so no request waits for another service, and the teleme
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
@@ -55,6 +55,12 @@ class Directory:
         self.sites: dict[int, pb.Site] = {}
         self.partners: dict[int, pb.Partner] = {}
         self.machines: dict[int, pb.Machine] = {}
+        self._known: dict[str, Mapping[int, object]] = {
+            "firm": self.firms,
+            "site": self.sites,
+            "partner": self.partners,
+            "machine": self.machines,
+        }
         # Counts up whenever a machine changes: what is derived from machines can tell that it is stale.
         self.machine_versions: dict[int, int] = {}
 
@@ -96,6 +102,11 @@ class Directory:
             return machine is not None and len(machine.signals) >= signals
 
         return await self._wait_for(known, timeout_s)
+
+    async def wait_for(self, kind: str, entity_id: int, *, timeout_s: float) -> bool:
+        """Wait until a firm, site, machine or partner that may just have been made is known here; False when it takes too long."""
+        known = self._known[kind]
+        return entity_id in known or await self._wait_for(lambda: entity_id in known, timeout_s)
 
     async def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         try:

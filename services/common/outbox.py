@@ -1,6 +1,7 @@
 """Events leave with the change that caused them: written in its transaction, published afterwards, at least once."""
 
 import asyncio
+from collections.abc import Sequence
 
 import asyncpg
 
@@ -18,12 +19,19 @@ RETRY_DELAY_S = 1.0
 
 async def write(connection: Connection, topic: str, *, key: str, value: bytes | None) -> None:
     """Put an event into the outbox, in the caller's transaction. Consumers keep the event's own id: it may arrive twice."""
+    await write_all(connection, topic, [(key, value)])
+
+
+async def write_all(connection: Connection, topic: str, events: Sequence[tuple[str, bytes | None]]) -> None:
+    """The same for several events, each with its key, in one round trip; they leave in this order."""
     await connection.execute(
-        "INSERT INTO outbox (topic, key, value, correlation_id) VALUES ($1, $2, $3, $4)",
+        "INSERT INTO outbox (topic, key, value, correlation_id) "
+        "SELECT $1, key, value, $2 FROM unnest($3::bytea[], $4::bytea[]) WITH ORDINALITY AS event (key, value, number) "
+        "ORDER BY number",
         topic,
-        key.encode(),
-        value,
         current_correlation_id(),
+        [key.encode() for key, _ in events],
+        [value for _, value in events],
     )
 
 

@@ -22,8 +22,8 @@ class Verdict:
     """Outcome of a check: every contradiction found, none if the certificate holds.
 
     ``proof`` says how good the selection was shown to be without the solver: ``ranking`` (it follows from the order),
-    ``exhaustion`` (no selection is better) or ``bound`` (none is better by more than ``gap``, as a share of the
-    objective).
+    ``exhaustion`` (no selection is better), ``none`` (the documents contradict themselves) or ``bound`` (none is
+    better by more than ``gap``, as a share of the objective).
     """
 
     problems: tuple[str, ...]

@@ -7,11 +7,12 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.common.clock import from_us, to_us
+from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.http import Authenticated
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
 from services.matching.domain import Kind, Size, Source, Urgency
+from services.matching.messages import asked_time
 from services.matching.needs import Match, Need, NeedState, Offer, OfferState
 from services.matching.providers import ProviderRecord
 from services.matching.service import Matching, NewNeed
@@ -274,8 +275,8 @@ def _consents(matching: Matching) -> APIRouter:
             shared=body.shared,
             machine_ids=body.machine_ids,
             severity_min=_severity(body.severity_min),
-            valid_from=_time("from_us", body.from_us),
-            valid_until=_time("until_us", body.until_us),
+            valid_from=asked_time("from_us", body.from_us),
+            valid_until=asked_time("until_us", body.until_us),
             note=body.note,
         )
         return _consent_view(await matching.give_consent(caller, body.firm_id, new, request_id=body.request_id))
@@ -371,13 +372,6 @@ def _severity(name: str) -> Severity:
     if name not in _SEVERITIES:
         raise Invalid("severity_min is any, low, medium or high.", reason="BAD_SEVERITY_MIN")
     return _SEVERITIES[name]
-
-
-def _time(name: str, time_us: int | None) -> datetime | None:
-    try:
-        return from_us(time_us) if time_us else None
-    except (OverflowError, ValueError, OSError) as error:
-        raise Invalid(f"{name} {time_us} is not a time in the years 1 to 9999.", reason="BAD_TIME") from error
 
 
 def _us(time_: datetime | None) -> int | None:

@@ -32,6 +32,7 @@ PAIRS_MAX = 200_000_000
 BLOCK_NEEDS = 256
 FIRST_CANDIDATES = 50
 WIDER_CANDIDATES = 200
+GROUP_PROVIDERS = 10
 _NOBODY, _ANYBODY = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 
 
@@ -226,17 +227,14 @@ class _Matcher:
         Returns the needs that got any; nobody can take the others any more.
         """
         points = self._round.points[needs]
-        to_beat = np.array(self._to_beat, dtype=np.int64)
-        least = np.maximum(to_beat // max(self._needs, 1), int(self._round.floor_points))
-        least = np.minimum(least, np.iinfo(np.int32).max).astype(np.int32)
-        if wanted < points.shape[1]:
-            hopeful = np.where(points >= least, points, NOT_FEASIBLE)
-            last = np.partition(hopeful, points.shape[1] - wanted, axis=1)[:, points.shape[1] - wanted]
-            least = np.maximum(least, last[:, None])
+        last_points, last_place = np.divmod(np.array(self._to_beat, dtype=np.int64), self._needs)
+        limits = np.iinfo(np.int32)
+        last_points = np.clip(last_points, int(self._round.floor_points) - 1, limits.max - 1).astype(np.int32)
+        behind = (self._needs - 1 - needs)[:, None] <= last_place  # would lose against equal points
+        least = np.maximum(last_points + behind, self._round.floor_points)
+        least = np.maximum(least, _threshold(np.where(points >= least, points, NOT_FEASIBLE), wanted))
         rows, providers = np.nonzero(points >= least)
-        found = points[rows, providers].astype(np.int64)
-        beats = found * self._needs + (self._needs - 1 - needs[rows]) > to_beat[providers]
-        rows, providers, found = rows[beats], providers[beats], found[beats]
+        found = points[rows, providers]
         order = np.lexsort((-providers, found, rows))
         rows, providers, found = rows[order], providers[order], found[order]
         bounds = np.searchsorted(rows, np.arange(len(needs) + 1))
@@ -280,6 +278,20 @@ class _Matcher:
             else:
                 left.append(need)
         return np.array(sorted(left), dtype=np.intp)
+
+
+def _threshold(points: Points, wanted: int) -> Points:
+    """For each row a number that at least `wanted` entries reach, and not many more; shape (rows, 1).
+
+    The `wanted` best of the maxima of disjoint groups are that many entries, so the least of them will do. It costs a
+    fifth of sorting out the exact `wanted` best.
+    """
+    groups = max(wanted, points.shape[1] // GROUP_PROVIDERS)
+    size = points.shape[1] // groups
+    if size < 1:
+        return np.full((len(points), 1), NOT_FEASIBLE, dtype=np.int32)
+    maxima = points[:, : groups * size].reshape(len(points), size, groups).max(axis=1)
+    return np.partition(maxima, groups - wanted, axis=1)[:, groups - wanted : groups - wanted + 1]
 
 
 # --- proof and bound --------------------------------------------------------------------------------------------
@@ -356,13 +368,10 @@ def optimal_quality(round_: Round, assignment: Assignment, candidates: int = FIR
 
 def _edges(round_: Round, assignment: Assignment, candidates: int) -> tuple[Indices, Indices, Points]:
     """Needs, providers and points of the best candidates and the matches made; positive, at or above the floor."""
-    least = np.full((len(round_.need_ids), 1), max(int(round_.floor_points), 1), dtype=np.int32)
-    if candidates < len(round_.provider_ids):
-        position = len(round_.provider_ids) - candidates
-        for start in range(0, len(least), BLOCK_NEEDS):
-            block = slice(start, start + BLOCK_NEEDS)
-            last = np.partition(round_.points[block], position, axis=1)[:, position : position + 1]
-            least[block] = np.maximum(least[block], last)
+    least = np.empty((len(round_.need_ids), 1), dtype=np.int32)
+    for start in range(0, len(least), BLOCK_NEEDS):
+        block = slice(start, start + BLOCK_NEEDS)
+        least[block] = np.maximum(_threshold(round_.points[block], candidates), max(int(round_.floor_points), 1))
     chosen = round_.points >= least
     for need, provider, offer in _indexed(round_, assignment):
         if not offer.from_safety_net and round_.points[need, provider] > 0:

@@ -49,6 +49,7 @@ class Directory:
         self._lead_days: _Field[int] = _Field()
         self._expiry: _Field[date] = _Field()
         self._active: _Field[bool] = _Field()
+        self._occupied: _Field[bool] = _Field()
         self._places: _Field[tuple[int, int]] = _Field()
         self._providers: list[Provider | None] = []
         self._free_slots: list[int] = []
@@ -86,6 +87,7 @@ class Directory:
         self._lead_days.put(slot, provider.lead_days)
         self._expiry.put(slot, provider.expires_on or date.max)
         self._active.put(slot, provider.active)
+        self._occupied.put(slot, True)
         self._places.put(slot, (provider.places_left, provider.capacity_per_quarter))
         return slot
 
@@ -102,13 +104,12 @@ class Directory:
             self._forget_conflicts(slot)
             self._providers[slot] = None
             self._free_slots.append(slot)
+            self._occupied.put(slot, False)
         return slot
 
     @property
     def occupied(self) -> Mask:
-        mask = np.zeros(self.size, dtype=np.bool_)
-        mask[list(self.slots.values())] = True
-        return mask
+        return self._occupied.test(bool)
 
     @property
     def free_share(self) -> Column:

@@ -12,12 +12,11 @@ one line on standard error and exit code 2.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
-
+from services.matching.catalogue import Catalogue
 from services.matching.domain import (
     ANY_DIVISION,
     Kind,
@@ -28,11 +27,13 @@ from services.matching.domain import (
     Source,
     Urgency,
 )
-from services.matching.ranking import Ranker, Weights
-from services.matching.retrieval import PassageIndex
-from services.matching.text import Embedder, mean_of_best
+from services.matching.ranking import Ranker
+from services.matching.text import Embedder
 
 PER_QUERY_MAX = 100
+TEXT_PASSAGES_MAX = 32
+EMBEDDED_PASSAGES_MAX = 20_000
+"""Of a whole corpus, some ten minutes: the more texts, the fewer passages of each, but one of each at least."""
 Line = tuple[str, str, float]
 Item = TypeVar("Item")
 
@@ -72,27 +73,16 @@ def rank_needs(needs: Iterable[Need], providers: Iterable[Provider], embedder: E
 
 
 def rank_texts(
-    queries: Iterable[tuple[str, str]], corpus: Iterable[tuple[str, str]], embedder: Embedder | None
+    queries: Iterable[tuple[str, str]], corpus: Sequence[tuple[str, str]], embedder: Embedder | None
 ) -> Iterator[Line]:
-    """The top 100 of each query by the text parts of the score; ties by id."""
-    index, weights = PassageIndex(embedder), Weights()
-    slots_of: dict[str, list[int]] = {}
-    first_with: dict[str, int] = {}
-    for text_id, text in corpus:  # equal texts share a slot: catalogues repeat names
-        slot = first_with.setdefault(text, len(first_with))
-        if slot == index.size:
-            index.put(slot, text)
-        slots_of.setdefault(text_id, []).append(slot)
-    ids = sorted(slots_of)
-    several = {row: slots_of[each] for row, each in enumerate(ids) if len(slots_of[each]) > 1}
-    single = np.array([slots_of[each][0] for each in ids])
+    """The top 100 of each query by text alone; ties by id."""
+    affordable = EMBEDDED_PASSAGES_MAX // max(len(corpus), 1)
+    catalogue = Catalogue(embedder, passages_max=min(max(affordable, 1), TEXT_PASSAGES_MAX))
+    for text_id, text in corpus:
+        catalogue.add(text_id, text)
     for query_id, text in queries:
-        passages = weights.meaning * index.meaning(index.question(text)) + weights.words * index.words(text)
-        scores = passages[single]
-        for row, slots in several.items():
-            scores[row] = mean_of_best(passages[slots].tolist())
-        best = np.argsort(-scores, kind="stable")[:PER_QUERY_MAX]
-        yield from ((query_id, ids[row], float(scores[row])) for row in best)
+        for found, score in catalogue.search(text, PER_QUERY_MAX):
+            yield query_id, found, score
 
 
 def need_from_json(fields: Mapping[str, Any]) -> Need:
@@ -129,6 +119,8 @@ def _text(fields: Mapping[str, Any], name: str, default: str | None = None) -> s
     value = fields.get(name, default)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {'missing' if value is None else 'not a text'}")
+    if not value.isascii():
+        value.encode("utf-8")  # half a surrogate pair, as JSON can spell it, is refused here with a ValueError
     return value
 
 
@@ -156,6 +148,8 @@ def _json_lines(path: Path, build: Callable[[Mapping[str, Any]], Item]) -> list[
             item = build(fields)
         except (ValueError, RecursionError, MatchingError) as error:
             raise BadInputError(f"{place}: {' '.join(str(error).split())}") from error
+        if len(str(fields["id"]).splitlines()) > 1 or "\t" in fields["id"]:
+            raise BadInputError(f"{place}: the id holds a tab or a line end")
         if fields["id"] in seen:
             raise BadInputError(f"{place}: id {fields['id']} comes twice")
         seen.add(fields["id"])

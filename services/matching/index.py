@@ -1,20 +1,25 @@
 """The ranker's copy of the providers, kept up to date from the database."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from typing import TypeVar
 
 import asyncpg
 import numpy as np
 from prometheus_client import Gauge, Histogram
 
+from services.common.clock import Clock, today
 from services.common.database import AWAY, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
 from services.matching import store
 from services.matching.domain import Need
+from services.matching.needs import quarter_of
+from services.matching.providers import ProviderRecord
 from services.matching.ranking import Ranker, Ranking
 from services.matching.store import ChangedProvider
 from services.matching.text import Embedder
@@ -43,14 +48,19 @@ rank_seconds = Histogram(
 class ProviderIndex:
     """Ranks the providers of the database, as they were at the last refresh."""
 
-    def __init__(self, pool: Pool, ranker: Ranker, embedder: Embedder | None) -> None:
+    def __init__(self, pool: Pool, ranker: Ranker, embedder: Embedder | None, *, clock: Clock) -> None:
         self._pool = pool
         self._ranker = ranker
         self._embedder = embedder
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rank")
         self._refreshing = asyncio.Lock()
         self._loaded = asyncio.Event()
+        self._clock = clock
+        self._kicked = asyncio.Event()
         self._waiting = 0
+        self._quarter = date.min
+        # Title and text that the ranker holds, by provider: what is unchanged needs no vector.
+        self._texts: dict[str, tuple[str, str]] = {}
         # Number of the last change that is in the index.
         self.change = 0
 
@@ -82,37 +92,50 @@ class ProviderIndex:
         finally:
             self._waiting -= 1
 
+    def kick(self) -> None:
+        """Look now rather than at the next poll."""
+        self._kicked.set()
+
     async def refresh(self) -> None:
         """Take in every change of providers that is committed by now. Raises TryAgain when the database is away."""
         async with self._refreshing:
-            while True:
-                async with transaction(self._pool) as connection:
-                    changed = await store.changed_providers(
-                        connection, after=self.change, vector_model=self._ranker.model_id, limit=CHANGES_MAX
-                    )
-                computed = await self._in_thread(lambda changed=changed: self._take_in(changed))  # type: ignore[misc]
-                if computed:
-                    async with transaction(self._pool) as connection:
-                        await store.keep_vectors(connection, computed, vector_model=self._ranker.model_id)
-                if changed:
-                    self.change = changed[-1].provider.change
-                    providers_known.set(len(self._ranker))
-                    log.info(
-                        "providers taken in", changed=len(changed), change=self.change, providers=len(self._ranker)
-                    )
-                if len(changed) < CHANGES_MAX:
-                    self._loaded.set()
-                    return
+            quarter = quarter_of(today(self._clock))
+            if quarter != self._quarter:
+                # All places are free again: every provider is read anew, its vector kept.
+                self._quarter, self.change = quarter, 0
+            while await self._refresh_some() == CHANGES_MAX:
+                pass
+            self._loaded.set()
+
+    async def _refresh_some(self) -> int:
+        model = self._ranker.model_id
+        async with transaction(self._pool) as connection:
+            changed = await store.changed_providers(
+                connection, after=self.change, quarter=self._quarter, vector_model=model, limit=CHANGES_MAX
+            )
+        if not changed:
+            return 0
+        computed = await self._in_thread(lambda: self._take_in(changed))
+        if computed:
+            async with transaction(self._pool) as connection:
+                await store.keep_vectors(connection, computed, vector_model=model)
+        self.change = changed[-1].provider.change
+        providers_known.set(len(self._ranker))
+        log.info("providers taken in", changed=len(changed), change=self.change, providers=len(self._ranker))
+        return len(changed)
 
     async def run(self) -> None:
         """Follow the changes until cancelled."""
         while True:
+            self._kicked.clear()
             try:
                 await self.refresh()
-                await asyncio.sleep(POLL_INTERVAL_S)
             except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
                 log.warning("providers cannot be read now", error=repr(error))
                 await asyncio.sleep(RETRY_DELAY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_INTERVAL_S):
+                    await self._kicked.wait()
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -126,18 +149,22 @@ class ProviderIndex:
         rank_seconds.observe(time.perf_counter() - started)
         return ranking
 
-    def _take_in(self, changed: list[ChangedProvider]) -> dict[tuple[str, int], bytes]:
-        """Put the changes into the ranker; returns the vectors that had to be computed, by provider and change."""
-        computed: dict[tuple[str, int], bytes] = {}
+    def _take_in(self, changed: list[ChangedProvider]) -> list[tuple[ProviderRecord, bytes]]:
+        """Put the changes into the ranker; returns the vectors that had to be computed."""
+        computed: list[tuple[ProviderRecord, bytes]] = []
         for each in changed:
             provider = each.provider
             if not provider.active:
                 self._ranker.remove(provider.id)
+                self._texts.pop(provider.id, None)
                 continue
-            ranked = provider.for_ranking()
-            vector = None if each.vector is None else np.frombuffer(each.vector, dtype="<f4").astype(np.float32)
-            if vector is None and self._embedder is not None:
+            ranked, text = provider.for_ranking(), (provider.title, provider.text)
+            vector = None
+            if self._texts.get(provider.id) != text and each.vector is not None:
+                vector = np.frombuffer(each.vector, dtype="<f4").astype(np.float32)
+            elif self._texts.get(provider.id) != text and self._embedder is not None:
                 vector = self._embedder.embed([ranked.profile])[0]
-                computed[(provider.id, provider.change)] = vector.astype("<f4").tobytes()
+                computed.append((provider, vector.astype("<f4").tobytes()))
             self._ranker.upsert(ranked, vector)
+            self._texts[provider.id] = text
         return computed

@@ -56,7 +56,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     runtime.background("outbox", relay.run())
     # Reading the model's weights takes a moment of pure computing.
     embedder = await asyncio.to_thread(Embedder.installed)
-    index = ProviderIndex(pool, Ranker(embedder, today=functools.partial(today, clock)), embedder)
+    index = ProviderIndex(pool, Ranker(embedder, today=functools.partial(today, clock)), embedder, clock=clock)
     runtime.on_stop(index.close)
     limits = Limits(
         offers_max=settings.matching_offers_max,

@@ -1,8 +1,11 @@
-"""Offers as they are published and answered."""
+"""Between messages and values: what both edges and the stream need."""
+
+from datetime import datetime
 
 from google.protobuf.message import DecodeError
 
 from services.common.clock import from_us, to_us
+from services.common.errors import Invalid
 from services.common.logs import accepted_correlation_id
 from services.matching.alarms import Alarm
 from services.matching.consents import Severity
@@ -17,12 +20,22 @@ KINDS = {
     Kind.WORKSHOP: pb.PROVIDER_KIND_WORKSHOP,
     Kind.COURSE: pb.PROVIDER_KIND_COURSE,
 }
+# What from_us raises for a number that is no time.
+_NO_TIME = (OverflowError, ValueError, OSError)
 _CHANGES = {
     OfferState.MADE: pb.OFFER_CHANGE_MADE,
     OfferState.ACCEPTED: pb.OFFER_CHANGE_ACCEPTED,
     OfferState.DECLINED: pb.OFFER_CHANGE_DECLINED,
     OfferState.LAPSED: pb.OFFER_CHANGE_LAPSED,
 }
+
+
+def asked_time(name: str, time_us: int | None) -> datetime | None:
+    """A time in a request; 0 or nothing: none. Raises Invalid."""
+    try:
+        return from_us(time_us) if time_us else None
+    except _NO_TIME as error:
+        raise Invalid(f"{name} {time_us} is not a time in the years 1 to 9999.", reason="BAD_TIME") from error
 
 
 def offer_message(offer: Offer) -> pb.Offer:
@@ -70,7 +83,7 @@ def raised_alarm(value: bytes | None) -> Alarm | None:
         raise ValueError("an alarm without id, firm or machine")
     try:
         raised = from_us(event.changed_us)
-    except (OverflowError, ValueError, OSError) as error:
+    except _NO_TIME as error:
         raise ValueError(f"time {event.changed_us} is out of range") from error
     return Alarm(
         id=alarm.id,

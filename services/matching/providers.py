@@ -40,7 +40,8 @@ class ProviderRecord:
         return self.active and (self.expires_on is None or day < self.expires_on)
 
     def for_ranking(self) -> Provider:
-        """What the ranker looks at. Free places are counted in the database when offers are made, not here."""
+        """What the ranker looks at, with the places that were free in the quarter of `taken`."""
+        capacity = UNLIMITED if self.capacity_per_quarter is None else self.capacity_per_quarter
         return Provider(
             id=self.id,
             kind=self.kind,
@@ -54,7 +55,8 @@ class ProviderRecord:
             sic_excluded=frozenset(self.sic_excluded),
             sizes_served=frozenset(self.sizes_served),
             skills=frozenset(self.skills),
-            capacity_per_quarter=UNLIMITED if self.capacity_per_quarter is None else self.capacity_per_quarter,
+            capacity_per_quarter=capacity,
+            capacity_left=max(0, capacity - self.taken),
             lead_days=self.lead_days,
             active=self.active,
             expires_on=self.expires_on,

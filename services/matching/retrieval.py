@@ -41,15 +41,19 @@ class PassageIndex:
         """Of the vectors; "none" when degraded."""
         return NO_MODEL_ID if self._embedder is None else self._embedder.model_id
 
-    def put(self, slot: int, text: str, vector: NDArray[np.float32] | None = None) -> None:
-        """Store a passage; `vector` is its stored unit vector, shape (384,), made by the same `model_id`."""
-        if vector is None and self._embedder is not None:
-            vector = self._embedder.embed([text])[0]
+    def embed(self, text: str) -> NDArray[np.float32]:
+        """The unit vector a passage is stored with, shape (384,); zeros when degraded."""
+        if self._embedder is None:
+            return np.zeros(DIMENSIONS, dtype=np.float32)
+        return np.asarray(self._embedder.embed([text])[0])
+
+    def put(self, slot: int, text: str, vector: NDArray[np.float32]) -> None:
+        """Store a passage; `vector` is its unit vector, shape (384,), made by the same `model_id`."""
         if slot >= len(self._vectors):
             grown = np.zeros((max(slot + 1, 2 * len(self._vectors)), DIMENSIONS), dtype=np.float32)
             grown[: self.size] = self._vectors[: self.size]
             self._vectors = grown
-        self._vectors[slot] = 0.0 if vector is None or self.degraded else vector
+        self._vectors[slot] = 0.0 if self.degraded else vector
         self._lexical.put(slot, text)
         self.size = max(self.size, slot + 1)
 
@@ -72,6 +76,12 @@ class PassageIndex:
         """Cosine of each question with each slot, negative ones as 0; (384,) -> (size,), (n, 384) -> (n, size)."""
         cosines: Scores = questions @ self._vectors[: self.size].T
         return np.maximum(cosines, np.float32(0.0), out=cosines)
+
+    def likeness(self, slots: NDArray[np.intp]) -> Scores:
+        """Cosines of these passages with each other, shape (n, n)."""
+        chosen = self._vectors[slots]
+        cosines: Scores = chosen @ chosen.T
+        return cosines
 
     def words(self, text: str) -> Scores:
         """Share 0..1 of the text's words (weighted by rarity) that each slot has, shape (size,)."""

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from typing import Any, TypeVar
 
-from services.common.clock import from_us, to_us
+from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
 from services.matching.domain import Kind, Size, Source, Urgency
-from services.matching.messages import KINDS, offer_message
+from services.matching.messages import KINDS, asked_time, offer_message
 from services.matching.needs import Match, Need, NeedState, Offer, OfferState
 from services.matching.providers import ProviderRecord
 from services.matching.service import Matching, NewNeed
@@ -91,8 +91,8 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
             shared=[_member("shared", _SHARED, item) for item in request.shared],
             machine_ids=list(request.machine_ids),
             severity_min=_member("severity_min", _SEVERITIES, request.severity_min),
-            valid_from=_time("from_us", request.from_us),
-            valid_until=_time("until_us", request.until_us),
+            valid_from=asked_time("from_us", request.from_us),
+            valid_until=asked_time("until_us", request.until_us),
             note=request.note,
         )
         given = await self._matching.give_consent(current_caller(), request.firm_id, new, request_id=request.request_id)
@@ -165,13 +165,6 @@ def _member(name: str, members: Mapping[int, T], number: int) -> T:
 def _filter(name: str, members: Mapping[int, T], number: int) -> T | None:
     """0 filters nothing."""
     return None if number == 0 else _member(name, members, number)
-
-
-def _time(name: str, time_us: int) -> datetime | None:
-    try:
-        return from_us(time_us) if time_us else None
-    except (OverflowError, ValueError, OSError) as error:
-        raise Invalid(f"{name} {time_us} is not a time in the years 1 to 9999.", reason="BAD_TIME") from error
 
 
 def _date(name: str, text: str) -> date | None:

@@ -23,7 +23,7 @@ from services.common.outbox import OutboxRelay
 from services.matching import domain, store
 from services.matching.alarms import Alarm, need_text, urgency_of
 from services.matching.consents import Consent, Coverage, NewConsent, SharedItem
-from services.matching.domain import Kind, Size, Source, Urgency
+from services.matching.domain import FilterCode, Kind, Size, Source, Urgency
 from services.matching.index import ProviderIndex
 from services.matching.messages import offer_event
 from services.matching.needs import (
@@ -477,7 +477,7 @@ class Matching:
             limit = min(limit * WIDEN_BY, self._limits.candidates_max)
             ranking = await self._rank(need, limit)
         if not chosen:
-            why = _why_none(len(self._index), len(ranking.ranked))
+            why = _why_none(len(self._index), ranking)
             log.info("no offers", need=need.id, reason=why, filtered_out=dict(ranking.excluded_counts))
             return [], why
         return [
@@ -566,18 +566,21 @@ class Matching:
                 await store.end_need(connection, need.id, NeedState.MATCHED, ended=match.accepted)
                 accepted = await self._accepted(connection, offer)
         self._relay.kick()
+        self._index.kick()
         log.info("offer accepted", offer=offer.id, need=need.id, match=match.id, provider=offer.provider_id)
         return accepted
 
     async def _match(self, connection: Connection, caller: Caller, offer: Offer) -> Match:
         now = self._now()
-        provider = await store.share_provider(connection, offer.provider_id)
+        change = await store.next_provider_change(connection)
+        provider = await store.lock_provider(connection, offer.provider_id)
+        assert provider is not None  # by foreign key
         if not provider.is_live(now.date()):
             raise Conflict(
                 "This provider is not to be had any more; accept another offer of the need.", reason="PROVIDER_GONE"
             )
         quarter = quarter_of(now.date())
-        if not await store.take_place(connection, offer.provider_id, quarter=quarter):
+        if not await store.take_place(connection, offer.provider_id, quarter=quarter, change=change):
             capacity_refused_total.inc()
             raise Conflict(
                 "The provider has no place left in this quarter; accept another offer of the need.",
@@ -705,6 +708,8 @@ class Matching:
         return bool(offers)
 
     async def _lapse(self, connection: Connection, offers: Sequence[Offer], why: Lapse) -> None:
+        if not offers:
+            return
         now = self._now()
         for offer in offers:
             await store.decide_offer(connection, offer.id, OfferState.LAPSED, decided=now, by=None, reason=why)
@@ -748,10 +753,11 @@ def _coverage(consent: Consent | None, alarm: Alarm) -> Coverage:
     return consent.coverage(machine_id=alarm.machine_id, severity=alarm.severity, raised=alarm.raised)
 
 
-def _why_none(providers: int, ranked: int) -> NoOffer:
+def _why_none(providers: int, ranking: Ranking) -> NoOffer:
     if not providers:
         return NoOffer.NO_PROVIDER
-    return NoOffer.ALL_FULL if ranked else NoOffer.NONE_FITS
+    full = ranking.ranked or any(each.codes == (FilterCode.NO_CAPACITY,) for each in ranking.excluded)
+    return NoOffer.ALL_FULL if full else NoOffer.NONE_FITS
 
 
 def _check_open(offer: Offer) -> None:

@@ -1,7 +1,7 @@
 """SQL of matching. Every function works inside the caller's transaction."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
@@ -20,8 +20,11 @@ Row = asyncpg.Record
 
 
 async def next_provider_change(connection: Connection) -> int:
-    """Number of the change that this transaction makes. Providers change one after the other, so that numbers become visible
-    in their order and whoever reads "all after N" misses none."""
+    """Number of the change that this transaction makes; to be had before a provider is locked.
+
+    Providers change one after the other, so that numbers become visible in their order and whoever reads "all after N" misses
+    none.
+    """
     number: int = await connection.fetchval("UPDATE provider_change SET number = number + 1 WHERE one RETURNING number")
     return number
 
@@ -122,24 +125,28 @@ class ChangedProvider:
 
 
 async def changed_providers(
-    connection: Connection, *, after: int, vector_model: str, limit: int
+    connection: Connection, *, after: int, quarter: date, vector_model: str, limit: int
 ) -> list[ChangedProvider]:
-    """Those whose last change has a number above `after`, in order of change."""
+    """Those whose last change has a number above `after`, in order of change; `taken` is that of the quarter."""
     rows = await connection.fetch(
-        "SELECT *, 0 AS taken, CASE WHEN vector_model = $2 THEN vector END AS usable_vector "
-        "FROM provider WHERE change > $1 ORDER BY change LIMIT $3",
+        "SELECT p.*, coalesce(q.taken, 0) AS taken, CASE WHEN p.vector_model = $2 THEN p.vector END AS usable_vector "
+        "FROM provider p LEFT JOIN provider_quarter q ON q.provider_id = p.id AND q.quarter = $4 "
+        "WHERE p.change > $1 ORDER BY p.change LIMIT $3",
         after,
         vector_model,
         limit,
+        quarter,
     )
     return [ChangedProvider(_provider(row), row["usable_vector"]) for row in rows]
 
 
-async def keep_vectors(connection: Connection, vectors: Mapping[tuple[str, int], bytes], *, vector_model: str) -> None:
-    """Store vectors by (provider, number of the change they were computed from); one that has changed since keeps none."""
+async def keep_vectors(
+    connection: Connection, vectors: Sequence[tuple[ProviderRecord, bytes]], *, vector_model: str
+) -> None:
+    """Store what was computed from the providers' texts; one whose text has changed since keeps none."""
     await connection.executemany(
-        "UPDATE provider SET vector = $3, vector_model = $4 WHERE id = $1 AND change = $2",
-        [(provider_id, change, vector, vector_model) for (provider_id, change), vector in vectors.items()],
+        "UPDATE provider SET vector = $4, vector_model = $5 WHERE id = $1 AND title = $2 AND text = $3",
+        [(provider.id, provider.title, provider.text, vector, vector_model) for provider, vector in vectors],
     )
 
 
@@ -157,8 +164,10 @@ async def bookable_providers(
     return {row["id"]: _provider(row) for row in rows}
 
 
-async def take_place(connection: Connection, provider_id: str, *, quarter: date) -> bool:
-    """Take one place of the quarter; False when none is left. Waits for others who are taking one of the same provider."""
+async def take_place(connection: Connection, provider_id: str, *, quarter: date, change: int) -> bool:
+    """Take one place of the quarter; False when none is left. Waits for others who are taking one of the same provider.
+
+    `change` is the number by which the indexes learn of it."""
     await connection.execute(
         "INSERT INTO provider_quarter (provider_id, quarter, capacity, taken) "
         "SELECT id, $2, capacity_per_quarter, 0 FROM provider WHERE id = $1 ON CONFLICT DO NOTHING",
@@ -171,14 +180,10 @@ async def take_place(connection: Connection, provider_id: str, *, quarter: date)
         provider_id,
         quarter,
     )
-    return taken is not None
-
-
-async def share_provider(connection: Connection, provider_id: str) -> ProviderRecord:
-    """The provider, held as it is until the transaction ends; others may hold it too."""
-    row = await connection.fetchrow("SELECT *, 0 AS taken FROM provider WHERE id = $1 FOR SHARE", provider_id)
-    assert row is not None  # offers refer to it
-    return _provider(row)
+    if taken is None:
+        return False
+    await connection.execute("UPDATE provider SET change = $2 WHERE id = $1", provider_id, change)
+    return True
 
 
 _PROVIDERS = (

@@ -241,6 +241,7 @@ NAME_WORDS_MAX = 14
 _EXCEPTION = re.compile(
     r"[,;(]?\s*\b(except|excluding|other than|not elsewhere classified|all other)\b.*$", re.IGNORECASE
 )
+_NOT_PLURAL = frozenset({"series", "species", "news", "lens", "means", "bias", "canvas", "diabetes", "always"})
 _IRREGULAR = {"men": "man", "women": "woman", "people": "person", "children": "child", "feet": "foot", "teeth": "tooth"}
 
 
@@ -263,11 +264,11 @@ def _singular(word: str) -> str:
     for plural, single in _IRREGULAR.items():
         if lower.endswith(plural) and (lower == plural or plural == "men"):
             return word[: -len(plural)] + single
-    if len(lower) <= 3 or lower.endswith(("ss", "us", "is", "ics")) or not lower.endswith("s"):
+    if len(lower) <= 3 or lower in _NOT_PLURAL or lower.endswith(("ss", "us", "is", "ics")) or not lower.endswith("s"):
         return word
-    if lower.endswith("ies"):
+    if lower.endswith("ies") and len(lower) > 4:  # not dies, ties
         return f"{word[:-3]}y"
-    if lower.endswith(("ches", "shes", "sses", "xes", "zes")):
+    if lower.endswith(("ches", "shes", "sses", "xes")):
         return word[:-2]
     return word[:-1]
 

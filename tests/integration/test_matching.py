@@ -1,0 +1,571 @@
+"""Matching on real servers: from an alarm or a firm's words to offers and a match."""
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import grpc
+import pytest
+import pytest_asyncio
+
+from services.common import topics
+from services.common.kafka import Cluster, Publisher
+from services.common.settings import Settings
+from services.matching.messages import raised_alarm
+from smdih.matching.v1 import events_pb2, matching_pb2
+from tests.integration.matching_hub import (
+    FIRM,
+    KEYS,
+    OTHER_FIRM,
+    PROVIDERS,
+    Hub,
+    alarm_event,
+    machine_id,
+    offer_events,
+    publish_world,
+    running_hub,
+)
+from tests.polling import eventually
+
+SHARE_ALL = ["fault", "figures", "profile"]
+
+
+@pytest_asyncio.fixture(scope="module")
+async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub]:
+    await publish_world(publisher)
+    async with running_hub(settings) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
+    """Without live providers, places taken or consent."""
+    await one_hub.withdraw_all()
+    await one_hub.pool.execute("DELETE FROM provider_quarter")
+    await one_hub.index.refresh()
+    await one_hub.ok("firm", "POST", "/v1/consents/revoke")
+    yield one_hub
+    one_hub.clock.shift = timedelta(0)
+
+
+async def give_consent(hub: Hub, **fields: Any) -> dict[str, Any]:
+    # From an hour ago: the clocks of the tests' alarms and of the hub need not agree to the microsecond.
+    from_us = hub.clock.now_us() - 3_600_000_000
+    given: dict[str, Any] = await hub.ok(
+        "firm", "POST", "/v1/consents", {"shared": SHARE_ALL, "from_us": from_us, **fields}
+    )
+    return given
+
+
+async def opened_need(hub: Hub, machine: int) -> dict[str, Any]:
+    async def is_open() -> bool:
+        return bool(await hub.needs_of(machine))
+
+    await eventually(is_open)
+    return (await hub.needs_of(machine))[0]
+
+
+async def offers_of(hub: Hub, need_id: str, who: str = "firm") -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await hub.ok(who, "GET", f"/v1/needs/{need_id}/offers"))["offers"]
+    return found
+
+
+async def open_need(hub: Hub, text: str = "Our gears whine and the oil is full of debris.", **fields: Any) -> Any:
+    return await hub.ok("firm", "POST", "/v1/needs", {"text": text, **fields})
+
+
+async def events_of(cluster: Cluster, need_id: str) -> list[events_pb2.OfferEvent]:
+    return [event for event in await offer_events(cluster) if event.offer.need_id == need_id]
+
+
+async def all_taken_in(hub: Hub, cluster: Cluster) -> None:
+    await eventually(functools.partial(hub.alarms_taken_in, cluster))
+
+
+async def test_an_alarm_under_consent_becomes_a_need_with_offers_and_an_accepted_one_a_match(
+    hub: Hub, cluster: Cluster
+) -> None:
+    await hub.put_providers()
+    consent = await give_consent(hub)
+    await hub.raise_alarm("journey", machine_id(FIRM, 0))
+    need = await opened_need(hub, machine_id(FIRM, 0))
+    assert need["source"] == "anomaly"
+    assert need["text"].startswith("Anomaly on gearbox test stand: oil iron particles jumps suddenly.")
+    assert "secret" not in need["text"]
+    assert (need["sic"], need["region"], need["size"], need["urgency"]) == ("28.15", "East Midlands", "small", "high")
+    assert (need["alarm_ids"], need["consent_id"]) == (["journey"], consent["id"])
+    offers = await offers_of(hub, need["id"])
+    assert [offer["rank"] for offer in offers] == [1, 2, 3, 4]
+    assert offers[0]["provider_id"] == "gear-rigs"
+    assert offers[0]["reasons"]
+    assert "It has 3 of 3 places free this quarter." in offers[0]["reasons"]
+    assert all(offer["score"] == pytest.approx(sum(offer["parts"].values())) for offer in offers)
+
+    accepted = await hub.ok("firm", "POST", f"/v1/offers/{offers[0]['id']}/accept")
+    assert accepted["match"]["provider_id"] == "gear-rigs"
+    assert accepted["offer"]["match_id"] == accepted["match"]["id"]
+    assert await hub.ok("firm", "POST", f"/v1/offers/{offers[0]['id']}/accept") == accepted
+    need = await hub.ok("firm", "GET", f"/v1/needs/{need['id']}")
+    assert (need["state"], need["match_id"]) == ("matched", accepted["match"]["id"])
+    assert [offer["state"] for offer in await offers_of(hub, need["id"])] == ["accepted", "lapsed", "lapsed", "lapsed"]
+    assert (await hub.ok("partner", "GET", "/v1/providers/gear-rigs"))["taken_this_quarter"] == 1
+
+    async def published() -> bool:
+        return len(await events_of(cluster, need["id"])) >= 8
+
+    await eventually(published)
+    events = await events_of(cluster, need["id"])
+    assert len({event.event_id for event in events}) == 8
+    assert [event.change for event in events[:4]] == [events_pb2.OFFER_CHANGE_MADE] * 4
+    assert events[4].change == events_pb2.OFFER_CHANGE_ACCEPTED
+    assert events[4].offer.match_id == accepted["match"]["id"]
+    assert [event.change for event in events[5:]] == [events_pb2.OFFER_CHANGE_LAPSED] * 3
+    # One thread from the samples to the match.
+    assert {event.offer.correlation_id for event in events} == {"samples-journey"}
+    assert {event.offer.alarm_id for event in events} == {"journey"}
+    assert accepted["match"]["correlation_id"] == "samples-journey"
+
+
+async def test_without_consent_nothing_of_an_alarm_is_kept(hub: Hub, cluster: Cluster) -> None:
+    await hub.put_providers("gear-rigs")
+    await hub.raise_alarm("never-agreed", machine_id(FIRM, 1))
+    await all_taken_in(hub, cluster)
+    await give_consent(hub, machine_ids=[machine_id(FIRM, 2)])
+    await hub.raise_alarm("other-machine", machine_id(FIRM, 1))
+    await all_taken_in(hub, cluster)
+    await give_consent(hub, severity_min="high")
+    await hub.raise_alarm("too-mild", machine_id(FIRM, 1), severity=1)
+    await all_taken_in(hub, cluster)
+    await give_consent(hub, until_us=hub.clock.now_us() - 60_000_000)
+    await hub.raise_alarm("too-late", machine_id(FIRM, 1))
+    await all_taken_in(hub, cluster)
+    await give_consent(hub)
+    await hub.ok("firm", "POST", "/v1/consents/revoke")
+    await hub.raise_alarm("revoked", machine_id(FIRM, 1))
+    await all_taken_in(hub, cluster)
+    assert await hub.needs_of(machine_id(FIRM, 1)) == []
+    assert await hub.pool.fetchval("SELECT count(*) FROM need_alarm WHERE alarm_id = 'revoked'") == 0
+    history = await hub.ok("firm", "GET", "/v1/consents")
+    assert history["current"] is None
+    assert [consent["replaced"] for consent in history["history"]][:4] == [False, True, True, True]
+
+
+async def test_what_the_firm_does_not_share_is_not_in_the_need(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs")
+    await give_consent(hub, shared=["fault"])
+    await hub.raise_alarm("private", machine_id(FIRM, 3))
+    need = await opened_need(hub, machine_id(FIRM, 3))
+    assert need["text"] == "Anomaly on gearbox test stand: oil iron particles jumps suddenly."
+    assert (need["sic"], need["region"], need["size"]) == ("", "", "")
+
+
+async def test_a_repeated_event_and_more_alarms_of_the_machine_open_no_second_need(hub: Hub, cluster: Cluster) -> None:
+    await hub.put_providers("gear-rigs", "iot-basics")
+    await give_consent(hub)
+    machine = machine_id(FIRM, 4)
+    repeated = alarm_event("ten-0", machine)
+    for _ in range(3):
+        await hub.publisher.publish(topics.ALARMS, repeated, key=b"ten-0")
+    for number in range(1, 10):
+        await hub.raise_alarm(f"ten-{number}", machine)
+    await all_taken_in(hub, cluster)
+    needs = await hub.needs_of(machine)
+    assert len(needs) == 1
+    assert sorted(needs[0]["alarm_ids"]) == [f"ten-{number}" for number in range(10)]
+    assert len(await offers_of(hub, needs[0]["id"])) == 2
+
+
+async def test_alarms_of_one_machine_taken_in_by_two_processes_at_once_open_one_need(hub: Hub) -> None:
+    await hub.put_providers("iot-basics")
+    await give_consent(hub)
+    machines = [machine_id(FIRM, number) for number in range(20, 30)]
+
+    async def take(process: int, machines: list[int]) -> None:
+        events = [alarm_event(f"process-{process}-{machine}", machine) for machine in machines]
+        alarms = [alarm for alarm in map(raised_alarm, events) if alarm is not None]
+        async with hub.pool.acquire() as connection, connection.transaction():
+            await hub.matching.take_alarms(connection, alarms)
+
+    await asyncio.gather(take(1, machines), take(2, machines[::-1]), take(3, machines))
+    for machine in machines:
+        assert [len(need["alarm_ids"]) for need in await hub.needs_of(machine)] == [3]
+
+
+async def test_a_place_taken_is_told_in_the_next_offers(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs")
+    first = await open_need(hub)
+    await hub.ok("firm", "POST", f"/v1/offers/{first['offers'][0]['id']}/accept")
+
+    async def told() -> bool:
+        return "It has 2 of 3 places free this quarter." in (await open_need(hub))["offers"][0]["reasons"]
+
+    await eventually(told, deadline_s=5)
+    # A new quarter: all places are free again.
+    hub.clock.shift = timedelta(days=95)
+
+    async def free_again() -> bool:
+        return "It has 3 of 3 places free this quarter." in (await open_need(hub))["offers"][0]["reasons"]
+
+    await eventually(free_again, deadline_s=5)
+
+
+async def test_after_a_match_the_same_fault_opens_no_need_but_a_later_one_does(hub: Hub, cluster: Cluster) -> None:
+    await hub.put_providers("iot-basics")
+    await give_consent(hub)
+    machine, day_us = machine_id(FIRM, 5), 86_400_000_000
+    now_us = hub.clock.now_us()
+    await give_consent(hub, from_us=now_us - 10 * day_us)
+    await hub.raise_alarm("fault-1", machine, raised_us=now_us - 3 * day_us)
+    need = await opened_need(hub, machine)
+    [offer] = await offers_of(hub, need["id"])
+    await hub.ok("firm", "POST", f"/v1/offers/{offer['id']}/accept")
+    await hub.raise_alarm("fault-1-again", machine, raised_us=now_us - 3 * day_us + 1_000_000)
+    await all_taken_in(hub, cluster)
+    assert [need["alarm_ids"] for need in await hub.needs_of(machine)] == [["fault-1", "fault-1-again"]]
+    await hub.raise_alarm("fault-2", machine, raised_us=now_us)
+    await all_taken_in(hub, cluster)
+    assert [need["alarm_ids"] for need in await hub.needs_of(machine)] == [["fault-2"], ["fault-1", "fault-1-again"]]
+
+
+async def test_twenty_at_once_never_take_more_than_three_places(hub: Hub) -> None:
+    await hub.put_providers("forming")
+    opened = [await open_need(hub, f"Pressings split at the corner, order {number}.") for number in range(20)]
+    offers = [each["offers"][0]["id"] for each in opened]
+    # Each twice, so that repeats race as well.
+    calls = [hub.call("firm", "POST", f"/v1/offers/{offer}/accept") for offer in (*offers, *offers)]
+    answers = await asyncio.gather(*calls)
+    won = [answer.json()["match"]["id"] for answer in answers if answer.status_code == 200]
+    lost = [answer.json() for answer in answers if answer.status_code != 200]
+    assert len(set(won)) == 3
+    assert len(won) == 6
+    assert {(answer["status"], answer["reason"]) for answer in lost} == {(409, "CAPACITY_FULL")}
+    row = await hub.pool.fetchrow("SELECT taken, capacity FROM provider_quarter WHERE provider_id = 'forming'")
+    assert row is not None
+    assert (row["taken"], row["capacity"]) == (3, 3)
+    assert await hub.pool.fetchval("SELECT count(*) FROM match WHERE provider_id = 'forming'") == 3
+    with pytest.raises(asyncpg.CheckViolationError, match="provider_quarter_capacity_check"):
+        await hub.pool.execute("UPDATE provider_quarter SET taken = taken + 1 WHERE provider_id = 'forming'")
+    # A smaller capacity keeps what is promised and gives no more; a larger one gives places again.
+    await hub.put_providers("forming", capacity_per_quarter=1)
+    full = next(offer for offer, answer in zip(offers, answers, strict=False) if answer.status_code == 409)
+    assert (await hub.call("firm", "POST", f"/v1/offers/{full}/accept")).json()["reason"] == "CAPACITY_FULL"
+    await hub.put_providers("forming", capacity_per_quarter=4)
+    await hub.ok("firm", "POST", f"/v1/offers/{full}/accept")
+
+
+async def test_a_need_is_matched_once_whichever_offers_are_accepted_together(hub: Hub) -> None:
+    await hub.put_providers()
+    offers = (await open_need(hub))["offers"]
+    assert len(offers) >= 2
+    answers = await asyncio.gather(*(hub.call("firm", "POST", f"/v1/offers/{each['id']}/accept") for each in offers))
+    assert sorted(answer.status_code for answer in answers) == [200] + [409] * (len(offers) - 1)
+    assert {answer.json()["reason"] for answer in answers if answer.status_code == 409} == {"OFFER_LAPSED"}
+
+
+async def test_a_full_provider_is_not_offered_and_a_course_is_the_safety_net(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", capacity_per_quarter=1)
+    taken = (await hub.ok("partner", "GET", "/v1/providers/gear-rigs"))["taken_this_quarter"]
+    await hub.put_providers("gear-rigs", capacity_per_quarter=taken + 1)
+    first = await open_need(hub)
+    await hub.ok("firm", "POST", f"/v1/offers/{first['offers'][0]['id']}/accept")
+    nobody = await open_need(hub)
+    assert (nobody["offers"], nobody["need"]["no_offer_reason"]) == ([], "ALL_FULL")
+    await hub.put_providers("iot-basics")
+    assert [offer["provider_id"] for offer in (await open_need(hub))["offers"]] == ["iot-basics"]
+
+    async def offered_afterwards() -> bool:
+        return bool(await offers_of(hub, nobody["need"]["id"]))
+
+    await eventually(offered_afterwards)
+    need = await hub.ok("firm", "GET", f"/v1/needs/{nobody['need']['id']}")
+    assert (need["offers"], need["no_offer_reason"]) == (1, "")
+
+
+async def test_a_need_without_any_provider_says_so_and_gets_offers_once_there_is_one(hub: Hub) -> None:
+    # More than are tried again at once, so that none waits behind the others.
+    needs = [
+        await open_need(hub, f"Gears whine, case {number}.", machine_id=machine_id(FIRM, 9)) for number in range(25)
+    ]
+    assert {(each["need"]["offers"], each["need"]["no_offer_reason"]) for each in needs} == {(0, "NO_PROVIDER")}
+    await hub.put_providers("gear-rigs", region_bound=True, region="Scotland", regions_served=[])
+    opened = await open_need(hub)
+    assert (opened["offers"], opened["need"]["no_offer_reason"]) == ([], "NONE_FITS")
+    await hub.put_providers("gear-rigs")
+
+    async def all_offered() -> bool:
+        return all(need["offers"] == 1 for need in await hub.needs_of(machine_id(FIRM, 9)))
+
+    await eventually(all_offered)
+
+
+async def test_offers_lapse_by_the_upkeep_and_the_need_closes(hub: Hub, cluster: Cluster) -> None:
+    await hub.put_providers("gear-rigs", "iot-basics")
+    opened = await open_need(hub)
+    need_id, (first, second) = opened["need"]["id"], opened["offers"]
+    await hub.ok("partner", "POST", f"/v1/providers/{first['provider_id']}/withdraw")
+
+    async def states(*expected: tuple[str, str]) -> bool:
+        found = [(offer["state"], offer["decision_reason"]) for offer in await offers_of(hub, need_id)]
+        return found == list(expected)
+
+    await eventually(functools.partial(states, ("lapsed", "PROVIDER_GONE"), ("made", "")))
+    hub.clock.shift = timedelta(days=14, seconds=1)
+    await eventually(functools.partial(states, ("lapsed", "PROVIDER_GONE"), ("lapsed", "EXPIRED")))
+    refused = await hub.call("firm", "POST", f"/v1/offers/{second['id']}/accept")
+    assert (refused.status_code, refused.json()["reason"]) == (409, "OFFER_LAPSED")
+    assert (await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["state"] == "closed"
+
+    async def published() -> bool:
+        changes = [event.change for event in await events_of(cluster, need_id)]
+        return changes.count(events_pb2.OFFER_CHANGE_LAPSED) == 2
+
+    await eventually(published)
+
+
+async def test_a_declined_offer_keeps_its_reason_and_the_last_one_closes_the_need(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", "iot-basics")
+    opened = await open_need(hub)
+    first, second = opened["offers"]
+    assert (await hub.call("firm", "POST", f"/v1/offers/{first['id']}/decline", {"reason": " "})).status_code == 400
+    declined = await hub.ok("firm", "POST", f"/v1/offers/{first['id']}/decline", {"reason": "too far away"})
+    assert (declined["state"], declined["decision_reason"]) == ("declined", "too far away")
+    repeated = await hub.ok("firm", "POST", f"/v1/offers/{first['id']}/decline", {"reason": "again"})
+    assert repeated["decision_reason"] == "too far away"
+    assert (await hub.call("firm", "POST", f"/v1/offers/{first['id']}/accept")).json()["reason"] == "OFFER_DECLINED"
+    assert (await hub.ok("firm", "GET", f"/v1/needs/{opened['need']['id']}"))["state"] == "open"
+    # The partner says no for its provider, without learning who asked.
+    by_partner = await hub.ok("partner", "POST", f"/v1/offers/{second['id']}/decline", {"reason": "no time"})
+    assert (by_partner["state"], by_partner["firm_id"]) == ("declined", 0)
+    assert (await hub.ok("firm", "GET", f"/v1/needs/{opened['need']['id']}"))["state"] == "closed"
+
+
+async def test_a_repeated_request_opens_no_second_need(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs")
+    body = {"text": "Our gears whine.", "request_id": "order-66"}
+    answers = await asyncio.gather(*(hub.ok("firm", "POST", "/v1/needs", body) for _ in range(5)))
+    assert len({answer["need"]["id"] for answer in answers}) == 1
+    assert len({answer["offers"][0]["id"] for answer in answers}) == 1
+    other = await hub.call("firm", "POST", "/v1/needs", {**body, "text": "Something else."})
+    assert (other.status_code, other.json()["reason"]) == (409, "REQUEST_ID_REUSED")
+    # Another firm's request of the same id is another request.
+    await hub.ok("other_firm", "POST", "/v1/needs", {**body, "text": "Something else."})
+    consent = {"shared": ["fault"], "request_id": "agreed-1"}
+    first, again = [await hub.ok("firm", "POST", "/v1/consents", consent) for _ in range(2)]
+    assert first == again
+    other = await hub.call("firm", "POST", "/v1/consents", {**consent, "shared": SHARE_ALL})
+    assert (other.status_code, other.json()["reason"]) == (409, "REQUEST_ID_REUSED")
+
+
+async def test_things_of_other_firms_and_partners_are_not_there(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs")
+    opened = await open_need(hub, machine_id=machine_id(FIRM, 6))
+    need_id, offer_id = opened["need"]["id"], opened["offers"][0]["id"]
+    absent: list[tuple[str, str, str, Any]] = [
+        ("other_firm", "GET", f"/v1/needs/{need_id}", None),
+        ("other_firm", "GET", f"/v1/needs/{need_id}/offers", None),
+        ("other_firm", "POST", f"/v1/offers/{offer_id}/accept", None),
+        ("other_firm", "POST", f"/v1/offers/{offer_id}/decline", {"reason": "spite"}),
+        ("other_partner", "GET", f"/v1/needs/{need_id}/offers", None),
+        ("other_partner", "POST", f"/v1/offers/{offer_id}/decline", {"reason": "spite"}),
+        ("other_partner", "POST", "/v1/providers/gear-rigs/withdraw", None),
+        ("firm", "GET", "/v1/needs/" + "0" * 32, None),
+        ("firm", "POST", "/v1/offers/nonsense/accept", None),
+        ("firm", "GET", "/v1/needs/%00", None),
+        ("firm", "GET", "/v1/providers/%F0%9F%92%A9", None),
+        ("firm", "POST", "/v1/needs", {"text": "x", "machine_id": machine_id(OTHER_FIRM, 0)}),
+        ("firm", "POST", "/v1/consents", {"shared": ["fault"], "machine_ids": [machine_id(OTHER_FIRM, 0)]}),
+        ("operator", "POST", "/v1/needs", {"text": "x", "firm_id": 999}),
+    ]
+    for who, method, path, body in absent:
+        response = await hub.call(who, method, path, body)
+        assert response.status_code == 404, (who, method, path, response.text)
+    forbidden: list[tuple[str, str, str, Any]] = [
+        ("device", "GET", "/v1/needs", None),
+        ("partner", "POST", f"/v1/offers/{offer_id}/accept", None),
+        ("partner", "GET", f"/v1/needs/{need_id}", None),
+        ("firm", "PUT", "/v1/providers/mine", PROVIDERS["forming"]),
+        ("firm", "GET", f"/v1/needs?firm_id={OTHER_FIRM}", None),
+        ("other_partner", "PUT", "/v1/providers/gear-rigs", PROVIDERS["gear-rigs"]),
+        ("partner", "PUT", "/v1/providers/theirs", {**PROVIDERS["forming"], "partner_id": 2}),
+    ]
+    for who, method, path, body in forbidden:
+        response = await hub.call(who, method, path, body)
+        assert response.status_code == 403, (who, method, path, response.text)
+    assert (await hub.call("", "GET", "/v1/needs")).status_code == 401
+    # A partner sees what is asked of its provider, and by whom only once it is a match.
+    mine = next(each for each in (await hub.ok("partner", "GET", "/v1/offers"))["offers"] if each["id"] == offer_id)
+    assert (mine["firm_id"], mine["machine_id"], mine["need_text"]) == (0, 0, opened["need"]["text"])
+    await hub.ok("firm", "POST", f"/v1/offers/{offer_id}/accept")
+    [mine] = await offers_of(hub, need_id, who="partner")
+    assert (mine["firm_id"], mine["machine_id"]) == (FIRM, machine_id(FIRM, 6))
+    assert need_id not in {each["id"] for each in (await hub.ok("other_firm", "GET", "/v1/needs"))["needs"]}
+
+
+@pytest.mark.parametrize(
+    ("who", "method", "path", "body", "reason"),
+    [
+        ("firm", "POST", "/v1/needs", {"text": ""}, "TEXT_MISSING"),
+        ("firm", "POST", "/v1/needs", {"text": "x" * 4001}, "TEXT_TOO_LONG"),
+        ("firm", "POST", "/v1/needs", {"text": "a\x00b"}, "NOT_TEXT"),
+        ("firm", "POST", "/v1/needs", {"text": "x", "urgency": "panic"}, "INVALID"),
+        ("firm", "POST", "/v1/needs", {"text": "x", "surprise": 1}, "INVALID"),
+        ("firm", "POST", "/v1/needs", {"text": "x", "machine_id": 2**63}, "INVALID"),
+        ("firm", "POST", "/v1/needs", {"text": "x", "request_id": "a b"}, "BAD_REQUEST_ID"),
+        ("operator", "POST", "/v1/needs", {"text": "x"}, "FIRM_MISSING"),
+        ("firm", "GET", "/v1/needs?page_size=501", None, "BAD_PAGE_SIZE"),
+        ("firm", "GET", "/v1/needs?page_token=nonsense", None, "BAD_PAGE_TOKEN"),
+        ("firm", "GET", "/v1/offers?page_token=1.2", None, "BAD_PAGE_TOKEN"),
+        ("firm", "GET", "/v1/providers?page_token=%00", None, "BAD_PAGE_TOKEN"),
+        ("firm", "GET", "/v1/needs?state=lost", None, "INVALID"),
+        ("firm", "POST", "/v1/consents", {"shared": []}, "FAULT_NOT_SHARED"),
+        ("firm", "POST", "/v1/consents", {"shared": ["everything"]}, "INVALID"),
+        ("firm", "POST", "/v1/consents", {"shared": ["fault"], "severity_min": "x"}, "BAD_SEVERITY_MIN"),
+        ("firm", "POST", "/v1/consents", {"shared": ["fault"], "from_us": 2**62}, "BAD_TIME"),
+        ("firm", "POST", "/v1/consents", {"shared": ["fault"], "from_us": 5, "until_us": 5}, "EMPTY_PERIOD"),
+        ("operator", "POST", "/v1/consents", {"shared": ["fault"], "firm_id": 1}, "NOTE_MISSING"),
+        ("partner", "PUT", "/v1/providers/a%20b", PROVIDERS["forming"], "BAD_ID"),
+        ("partner", "PUT", "/v1/providers/x", {**PROVIDERS["forming"], "title": " "}, "TITLE_MISSING"),
+        ("partner", "PUT", "/v1/providers/x", {**PROVIDERS["forming"], "kind": "oracle"}, "INVALID"),
+        ("partner", "PUT", "/v1/providers/x", {**PROVIDERS["forming"], "capacity_per_quarter": 0}, "BAD_CAPACITY"),
+        ("partner", "PUT", "/v1/providers/x", {**PROVIDERS["forming"], "sic_divisions": ["abc"]}, "BAD_SIC_DIVISION"),
+        ("partner", "PUT", "/v1/providers/x", {**PROVIDERS["forming"], "skills": ["s"] * 51}, "TOO_MANY"),
+        ("partner", "PUT", "/v1/providers/x", {**PROVIDERS["forming"], "lead_days": -1}, "BAD_LEAD_DAYS"),
+        ("partner", "PUT", "/v1/providers/x", {**PROVIDERS["forming"], "expires_on": "soon"}, "INVALID"),
+    ],
+)
+async def test_bad_input_is_refused_with_its_reason(
+    one_hub: Hub, who: str, method: str, path: str, body: Any, reason: str
+) -> None:
+    response = await one_hub.call(who, method, path, body)
+    assert (response.status_code, response.json()["reason"]) == (400, reason), response.text
+
+
+async def test_lists_go_page_by_page(hub: Hub) -> None:
+    await hub.put_providers()
+    for number in range(5):
+        await open_need(hub, f"Gears whine, case {number}.", machine_id=machine_id(FIRM, 7))
+    texts, token, pages = [], "", 0
+    while True:
+        page = await hub.ok("firm", "GET", f"/v1/needs?machine_id={machine_id(FIRM, 7)}&page_size=2&page_token={token}")
+        texts += [need["text"] for need in page["needs"]]
+        token, pages = page["next_page_token"], pages + 1
+        if not token:
+            break
+    assert pages == 3
+    assert texts == [f"Gears whine, case {number}." for number in (4, 3, 2, 1, 0)]
+    first = await hub.ok("firm", "GET", "/v1/providers?page_size=3")
+    rest = await hub.ok("firm", "GET", f"/v1/providers?page_size=3&page_token={first['next_page_token']}")
+    assert [each["id"] for each in first["providers"] + rest["providers"]] == sorted(PROVIDERS)
+    offers = await hub.ok("firm", "GET", "/v1/offers?state=made&page_size=7")
+    more = await hub.ok("firm", "GET", f"/v1/offers?state=made&page_token={offers['next_page_token']}")
+    assert not {each["id"] for each in offers["offers"]} & {each["id"] for each in more["offers"]}
+
+
+async def test_the_same_by_grpc(hub: Hub) -> None:
+    pb = matching_pb2
+
+    def key(who: str) -> Any:
+        return (("authorization", f"Bearer {KEYS[who]}"), ("x-correlation-id", "by-grpc"))
+
+    provider = pb.Provider(
+        id="vibration",
+        kind=events_pb2.PROVIDER_KIND_EXPERT,
+        title="Vibration analyst",
+        text="Finds worn bearings and gears by their vibration.",
+        region="Wales",
+        capacity_per_quarter=1,
+    )
+    put = await hub.stub.PutProvider(pb.PutProviderRequest(provider=provider), metadata=key("partner"))
+    assert put.provider.active
+    assert put.provider.partner_id == 1
+    given = await hub.stub.GiveConsent(
+        pb.GiveConsentRequest(shared=[pb.SHARED_ITEM_FAULT, pb.SHARED_ITEM_PROFILE]), metadata=key("firm")
+    )
+    assert list(given.consent.shared) == [pb.SHARED_ITEM_FAULT, pb.SHARED_ITEM_PROFILE]
+    found = await hub.stub.GetConsent(pb.GetConsentRequest(), metadata=key("firm"))
+    assert found.current == given.consent
+    revoked = await hub.stub.RevokeConsent(pb.RevokeConsentRequest(), metadata=key("firm"))
+    assert revoked.consent.ended_us
+    opened = await hub.stub.OpenNeed(
+        pb.OpenNeedRequest(text="The spindle shakes.", urgency=pb.URGENCY_HIGH), metadata=key("firm")
+    )
+    assert opened.need.correlation_id == "by-grpc"
+    assert opened.need.state == pb.NEED_STATE_OPEN
+    [offer] = opened.offers
+    assert offer.offer.provider_id == "vibration"
+    listed = await hub.stub.ListOffers(pb.ListOffersRequest(need_id=opened.need.id), metadata=key("firm"))
+    assert listed.offers[0] == offer
+    accepted = await hub.stub.AcceptOffer(pb.AcceptOfferRequest(offer_id=offer.offer.id), metadata=key("firm"))
+    assert accepted.offer.state == pb.OFFER_STATE_ACCEPTED
+    assert accepted.match.need_id == opened.need.id
+    needs = await hub.stub.ListNeeds(pb.ListNeedsRequest(state=pb.NEED_STATE_MATCHED), metadata=key("firm"))
+    assert opened.need.id in {need.id for need in needs.needs}
+    got = await hub.stub.GetNeed(pb.GetNeedRequest(need_id=opened.need.id), metadata=key("firm"))
+    assert got.need.match_id == accepted.match.id
+    second = await hub.stub.OpenNeed(pb.OpenNeedRequest(text="It shakes again."), metadata=key("firm"))
+    assert (len(second.offers), second.need.no_offer_reason) == (0, "ALL_FULL")
+    provider.capacity_per_quarter = 2
+    await hub.stub.PutProvider(pb.PutProviderRequest(provider=provider), metadata=key("partner"))
+    third = await hub.stub.OpenNeed(pb.OpenNeedRequest(text="And again."), metadata=key("firm"))
+    declined = await hub.stub.DeclineOffer(
+        pb.DeclineOfferRequest(offer_id=third.offers[0].offer.id, reason="solved it"), metadata=key("firm")
+    )
+    assert (declined.offer.state, declined.offer.decision_reason) == (pb.OFFER_STATE_DECLINED, "solved it")
+    providers = await hub.stub.ListProviders(pb.ListProvidersRequest(), metadata=key("firm"))
+    assert [each.id for each in providers.providers] == ["vibration"]
+    assert providers.providers[0].taken_this_quarter == 1
+    withdrawn = await hub.stub.WithdrawProvider(
+        pb.WithdrawProviderRequest(provider_id="vibration"), metadata=key("partner")
+    )
+    assert not withdrawn.provider.active
+    known = await hub.stub.GetProvider(pb.GetProviderRequest(provider_id="vibration"), metadata=key("partner"))
+    assert known.provider == withdrawn.provider
+    for call, request, code, reason in [
+        (hub.stub.GetNeed, pb.GetNeedRequest(need_id=opened.need.id), grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+        (hub.stub.OpenNeed, pb.OpenNeedRequest(), grpc.StatusCode.INVALID_ARGUMENT, "TEXT_MISSING"),
+        (hub.stub.OpenNeed, pb.OpenNeedRequest(text="x", urgency=9), grpc.StatusCode.INVALID_ARGUMENT, "BAD_URGENCY"),  # type: ignore[arg-type]
+        (hub.stub.ListNeeds, pb.ListNeedsRequest(firm_id=-1), grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN"),
+        (hub.stub.ListNeeds, pb.ListNeedsRequest(page_size=-1), grpc.StatusCode.INVALID_ARGUMENT, "BAD_PAGE_SIZE"),
+        (
+            hub.stub.GiveConsent,
+            pb.GiveConsentRequest(shared=[pb.SHARED_ITEM_FAULT], until_us=-(2**62)),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "BAD_TIME",
+        ),
+        (
+            hub.stub.PutProvider,
+            pb.PutProviderRequest(provider=provider),
+            grpc.StatusCode.PERMISSION_DENIED,
+            "FORBIDDEN",
+        ),
+    ]:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(request, metadata=key("other_firm"))  # type: ignore[operator]
+        assert refused.value.code() is code
+        assert dict(refused.value.trailing_metadata() or ())["reason"] == reason
+
+
+async def test_another_replica_sees_a_changed_provider_within_a_second(hub: Hub, settings: Settings) -> None:
+    async with running_hub(settings, publishing=False, taking_alarms=False, upkeep_runs=False) as replica:
+        await hub.put_providers("gear-rigs")
+        deadline = asyncio.get_running_loop().time() + 1
+
+        async def seen() -> bool:
+            return replica.index.change == hub.index.change
+
+        await eventually(seen, deadline_s=1)
+        assert asyncio.get_running_loop().time() < deadline
+        offers = (await open_need(replica))["offers"]
+        assert [offer["provider_id"] for offer in offers] == ["gear-rigs"]
+
+
+async def test_an_unreadable_alarm_goes_to_the_dead_letters_and_holds_nothing_up(hub: Hub, cluster: Cluster) -> None:
+    await hub.put_providers("gear-rigs")
+    await give_consent(hub)
+    await hub.publisher.publish(topics.ALARMS, b"\xff\xff\xff", key=b"bad")
+    await hub.raise_alarm("after-the-bad-one", machine_id(FIRM, 8))
+    assert (await opened_need(hub, machine_id(FIRM, 8)))["alarm_ids"] == ["after-the-bad-one"]
+    await all_taken_in(hub, cluster)
