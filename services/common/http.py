@@ -26,6 +26,9 @@ log = get_logger(__name__)
 BODY_BYTES_MAX = 4 * 1024 * 1024
 PROBLEM_JSON = "application/problem+json"
 START_TIMEOUT_S = 10
+# Longer than clients (5 s) and load balancers (60 s) keep an idle connection: the side that sends must be the one that closes, or
+# a request now and then meets a connection that is just being closed.
+KEEP_ALIVE_S = 75
 
 # Answered requests by route (not path: paths hold ids) and status.
 requests_total = Counter("smdih_http_requests_total", "HTTP requests answered", ["method", "route", "status"])
@@ -213,6 +216,7 @@ async def serve(app: Any, *, host: str, port: int) -> AsyncIterator[int]:
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=64 * 1024,
         limit_concurrency=1_000,
     )
