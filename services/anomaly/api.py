@@ -120,18 +120,18 @@ def router(service: AlarmService, feed: AlarmFeed) -> APIRouter:
     @routes.get("/watch", response_class=StreamingResponse)
     async def watch_alarms(caller: Authenticated, firm_id: int = 0) -> StreamingResponse:
         """Every change from now on, as server-sent events. A reader that is too slow gets an event "problem" and the end."""
-        watching = feed.watch(caller, firm_id=firm_id)
-        events = watching.__enter__()  # refusals come before the answer starts
+        feed.admit(caller, firm_id=firm_id)  # refusals come before the answer starts
 
         async def lines() -> AsyncIterator[str]:
             try:
-                yield ": watching\n\n"
-                async for event in _with_pauses(events):
-                    yield ": \n\n" if event is None else f"event: alarm\ndata: {_event(event).model_dump_json()}\n\n"
+                with feed.watch(caller, firm_id=firm_id) as events:
+                    yield ": watching\n\n"
+                    async for event in _with_pauses(events):
+                        yield (
+                            ": \n\n" if event is None else f"event: alarm\ndata: {_event(event).model_dump_json()}\n\n"
+                        )
             except SlowDown as error:
                 yield f"event: problem\ndata: {error.reason}: {error.detail}\n\n"
-            finally:
-                watching.__exit__(None, None, None)
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 

@@ -160,7 +160,8 @@ def calibrate(cfg: Floats, row: Floats, fused: float) -> float:
         row[ROW_EXCESS_N] += 1.0
         row[ROW_EXCESS_SUM] += min(row[ROW_PEAK], 5.0 * excess)
         row[ROW_PEAK] = 0.0
-    return at_u * fused / u
+    below: float = at_u * fused / u
+    return below
 
 
 @compiled

@@ -220,14 +220,18 @@ class AlarmFeed:
         for watcher in self._watchers:
             watcher.tell(event)
 
-    @contextmanager
-    def watch(self, caller: Caller, *, firm_id: int) -> Iterator[AsyncIterator[events_pb.AlarmEvent]]:
-        """Changes from now on. The iterator raises SlowDown when its reader is too far behind."""
+    def admit(self, caller: Caller, *, firm_id: int) -> int:
+        """Whose alarms the caller may watch (0: all firms'). Raises Forbidden, and SlowDown when too many watch already."""
         _check_role(caller)
         firm_id = caller.firm_or(firm_id)
         if len(self._watchers) >= WATCHERS_MAX:
             raise SlowDown("Too many watch alarms here already; try again later.", retry_after_s=60)
-        watcher = _Watcher(firm_id)
+        return firm_id
+
+    @contextmanager
+    def watch(self, caller: Caller, *, firm_id: int) -> Iterator[AsyncIterator[events_pb.AlarmEvent]]:
+        """Changes from now on. The iterator raises SlowDown when its reader is too far behind."""
+        watcher = _Watcher(self.admit(caller, firm_id=firm_id))
         self._watchers.add(watcher)
         try:
             yield watcher.events()

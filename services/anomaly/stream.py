@@ -44,8 +44,10 @@ GROUP = "smdih.anomaly.worker"
 # Records scored together, at most; what is there is taken at once, nothing waits for more.
 RECORDS_MAX = 256
 RECORDS_BYTES_MAX = 2 * 1024 * 1024
-# Records that Faust holds ready for us.
-BUFFER_RECORDS_MAX = 1_024
+# Records that Faust asks the broker for at a time, and holds ready for us: few, since one may have megabytes. (More is not
+# faster: 4,400 records/s with 1,024 as with 128.)
+FETCH_RECORDS_MAX = 64
+BUFFER_RECORDS_MAX = 128
 CHECKPOINT_INTERVAL_S = 2.0
 # Of one partition in one go: bounds the pause, and what the worker writes, to this much an interval.
 CHECKPOINT_BYTES_MAX = 16 * 1024 * 1024
@@ -156,7 +158,7 @@ class Worker:
             consumer_auto_offset_reset="earliest",
             consumer_max_fetch_size=REQUEST_BYTES_MAX,
             consumer_group_instance_id=instance or None,
-            broker_max_poll_records=RECORDS_MAX,
+            broker_max_poll_records=FETCH_RECORDS_MAX,
             broker_session_timeout=SESSION_TIMEOUT_S,
             broker_heartbeat_interval=SESSION_TIMEOUT_S / 4,
             broker_commit_interval=OFFSET_COMMIT_INTERVAL_S,
