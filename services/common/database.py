@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import asyncpg
 
-from services.common.errors import TryAgain
+from services.common.errors import Invalid, TryAgain
 from services.common.logs import get_logger
 
 log = get_logger(__name__)
@@ -65,7 +65,7 @@ async def create_pool_when_it_answers(dsn: str, *, schema: str, size_max: int) -
 
 @asynccontextmanager
 async def transaction(pool: Pool) -> AsyncIterator[Connection]:
-    """A transaction for one request. Raises TryAgain when the database is away.
+    """A transaction for one request. Raises TryAgain when the database is away, Invalid for a value that no column can hold.
 
     A lost connection during COMMIT leaves the outcome open: only work that may safely be repeated goes inside.
     """
@@ -75,6 +75,9 @@ async def transaction(pool: Pool) -> AsyncIterator[Connection]:
     except AWAY as error:
         await pool.expire_connections()
         raise TryAgain("The database does not answer; send again.", retry_after_s=RETRY_AFTER_S) from error
+    except asyncpg.DataError as error:  # a NUL in a text, a number beyond its column: the sender's, not ours
+        log.warning("value refused by the database", error=repr(error))
+        raise Invalid("A value is one that cannot be stored: a number too large, or a text with a NUL.") from error
 
 
 async def can_write(pool: Pool) -> bool:

@@ -105,7 +105,7 @@ async def list_providers(
 ) -> list[ProviderRecord]:
     """In order of id. `live_on`: only those that may be offered on that day."""
     rows = await connection.fetch(
-        f"{_PROVIDERS} WHERE p.id > $2 AND ($3 = 0 OR p.partner_id = $3) AND ($4::text IS NULL OR p.kind = $4) "
+        f"{_PROVIDERS} WHERE p.id > $2 AND ($3::bigint = 0 OR p.partner_id = $3) AND ($4::text IS NULL OR p.kind = $4) "
         "AND ($5::date IS NULL OR (p.active AND (p.expires_on IS NULL OR p.expires_on > $5))) ORDER BY p.id LIMIT $6",
         quarter,
         after,
@@ -373,8 +373,8 @@ async def list_needs(
     """Newest first; `before`: those after this one in that order. Firm 0: all firms."""
     opened, need_id = before or (None, "")
     rows = await connection.fetch(
-        f"{_NEEDS} WHERE ($1 = 0 OR n.firm_id = $1) AND ($2::text IS NULL OR n.state = $2) "
-        "AND ($3 = 0 OR n.machine_id = $3) AND ($4::timestamptz IS NULL OR (n.opened, n.id) < ($4, $5)) "
+        f"{_NEEDS} WHERE ($1::bigint = 0 OR n.firm_id = $1) AND ($2::text IS NULL OR n.state = $2) "
+        "AND ($3::bigint = 0 OR n.machine_id = $3) AND ($4::timestamptz IS NULL OR (n.opened, n.id) < ($4, $5)) "
         "ORDER BY n.opened DESC, n.id DESC LIMIT $6",
         firm_id,
         state,
@@ -534,7 +534,7 @@ async def list_offers(
     """Newest first. 0: of all firms, of all partners."""
     made, offer_id = before or (None, "")
     rows = await connection.fetch(
-        f"{_OFFERS} WHERE ($1 = 0 OR o.firm_id = $1) AND ($2 = 0 OR o.partner_id = $2) "
+        f"{_OFFERS} WHERE ($1::bigint = 0 OR o.firm_id = $1) AND ($2::bigint = 0 OR o.partner_id = $2) "
         "AND ($3::text IS NULL OR o.state = $3) AND ($4::timestamptz IS NULL OR (o.made, o.id) < ($4, $5)) "
         "ORDER BY o.made DESC, o.id DESC LIMIT $6",
         firm_id,
