@@ -307,7 +307,8 @@ async def quarantine_page(
     """Newest first; `before` is (received_us, id) of the last item of the page before. firm_id 0: all firms."""
     at, item_id = (from_us(before[0]), before[1]) if before else (None, "")
     rows = await connection.fetch(
-        _QUARANTINED + "WHERE ($1::bigint = 0 OR firm_id = $1) AND ($2::timestamptz IS NULL OR (received, id) < ($2, $3)) "
+        _QUARANTINED
+        + "WHERE ($1::bigint = 0 OR firm_id = $1) AND ($2::timestamptz IS NULL OR (received, id) < ($2, $3)) "
         "ORDER BY received DESC, id DESC LIMIT $4",
         *(firm_id, at, item_id, limit),
     )
