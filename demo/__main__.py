@@ -18,7 +18,7 @@ import orjson
 from rich.console import Console
 
 from demo import plant, report
-from demo.journey import Journey, JourneyError, Observer, repeated_cells
+from demo.journey import Journey, JourneyError, Observer
 from demo.story import Source, Step, Story
 from demo.view import View, print_summary
 from localstack.hub import Hub, HubError
@@ -47,7 +47,6 @@ def told(input_path: Path | None) -> Story:
         story = Story(str(input_path), [source])
         story.counts.refused = story.counts.sent = found.refused
     story.total_samples = sum(int((~np.isnan(source.values)).sum()) for source in story.sources)
-    story.counts.repeated = sum(repeated_cells(source) for source in story.sources)
     return story
 
 

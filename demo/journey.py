@@ -12,7 +12,6 @@ from typing import Any
 
 import asyncpg
 import httpx
-import numpy as np
 import orjson
 
 from demo.story import Source, Step, Story
@@ -408,12 +407,3 @@ def _rounds(sources: list[Source]) -> list[list[tuple[Source, slice]]]:
 
 def _pounds(pence: int) -> str:
     return f"£{pence // 100:,}.{pence % 100:02d}"
-
-
-def repeated_cells(source: Source) -> int:
-    """Values that a later row of the same time replaces."""
-    order = np.argsort(source.times_us, kind="stable")
-    times, present = source.times_us[order], ~np.isnan(source.values[order])
-    _, starts = np.unique(times, return_index=True)
-    distinct = int((np.add.reduceat(present, starts, axis=0) > 0).sum())
-    return int(present.sum()) - distinct

@@ -52,13 +52,11 @@ class Counts:
     stored: int = 0
     quarantined: int = 0
     refused: int = 0
-    # Cells sent more than once for the same time: the later one replaces the earlier.
-    repeated: int = 0
     duplicated: int = 0
 
     @property
     def lost(self) -> int:
-        return self.acknowledged - self.quarantined - self.repeated - self.stored
+        return self.acknowledged - self.quarantined - self.stored
 
 
 @dataclass

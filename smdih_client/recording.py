@@ -18,12 +18,12 @@ class NotARecording(Exception):
 
 @dataclass(frozen=True)
 class Recording:
-    """A file's content. times_us and values agree in length; NaN: the cell was empty."""
+    """A file's content, in order of time; times_us and values agree in length; NaN: the cell was empty."""
 
     names: tuple[str, ...]
     times_us: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
-    # Cells that hold something that is no number, and those of rows whose time cannot be read.
+    # Cells left out: what is no number, rows whose time cannot be read, and values that a later row of the same time replaces.
     refused: int
 
 
@@ -68,7 +68,24 @@ def read(path: Path) -> Recording:
         values.append(numbers)
     if not times:
         raise NotARecording(f"{path}: no row has a time that can be read, such as 2026-11-23 12:00:00")
-    return Recording(names, np.array(times, dtype=np.int64), np.array(values), refused)
+    merged_times, merged_values = _merged(np.array(times, dtype=np.int64), np.array(values))
+    replaced = int(np.count_nonzero(~np.isnan(values))) - int(np.count_nonzero(~np.isnan(merged_values)))
+    return Recording(names, merged_times, merged_values, refused + replaced)
+
+
+def _merged(
+    times: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Rows in order of time, those of the same time made one: the later row wins where it has a value."""
+    order = np.argsort(times, kind="stable")
+    times, values = times[order], values[order]
+    distinct, starts = np.unique(times, return_index=True)
+    if len(distinct) == len(times):
+        return times, values
+    row = np.where(np.isnan(values), -1, np.arange(len(values))[:, None])
+    newest = np.maximum.reduceat(row, starts, axis=0)
+    taken = np.take_along_axis(values, np.maximum(newest, 0), axis=0)
+    return distinct, np.where(newest >= 0, taken, np.nan)
 
 
 def _time_us(text: str) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from demo import plant, report
-from demo.journey import Journey, Observer, repeated_cells
+from demo.journey import Journey, Observer
 from demo.story import Source, Story
 from localstack.hub import ROLES, Hub
 from localstack.servers import Servers
@@ -32,7 +32,6 @@ def story_of_the_plant() -> Story:
     ]
     story = Story("the plant", sources)
     story.total_samples = sum(int((~np.isnan(source.values)).sum()) for source in sources)
-    story.counts.repeated = sum(repeated_cells(source) for source in sources)
     return story
 
 

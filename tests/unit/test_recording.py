@@ -38,6 +38,12 @@ def test_cells_that_are_no_numbers_are_refused_and_counted(tmp_path: Path) -> No
     assert recording.refused == 3
 
 
+def test_of_rows_with_the_same_time_the_later_wins_where_it_has_a_value(tmp_path: Path) -> None:
+    recording = read(_file(tmp_path, "t,a,b\n2026-01-02,9,9\n2026-01-01,1,2\n2026-01-01,,3\n"))
+    np.testing.assert_array_equal(recording.values, [[1, 3], [9, 9]])
+    assert recording.refused == 1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
