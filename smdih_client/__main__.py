@@ -25,7 +25,7 @@ async def replay(recording: Recording, *, machine: str, target: str, key: str, s
         totals = client.totals
         print(
             f"{totals.sent:,} samples sent, {totals.acknowledged:,} acknowledged, of these {totals.quarantined:,} in quarantine; "
-            f"{recording.refused:,} cells of the file were left out (no number, no time, or replaced by a later row of the same time)"
+            f"{recording.refused:,} cells of the file were left out: no number, no time, or replaced by a later row of that time"
         )
         for reason, samples in sorted(client.problems.items()):
             print(f"  {reason}: {samples:,} samples", file=sys.stderr)
