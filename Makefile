@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR):$(CURDIR)/gen
 
-.PHONY: help setup demo test test-unit check format up down lock clean
+.PHONY: help setup demo test test-unit bench check format up down lock clean
 
 help: ## list the targets
 	@awk -F ":.*## " '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: setup ## unit, integration and end-to-end tests against real servers
 
 test-unit: setup ## only the tests that need no server
 	@$(PY) -m pytest tests/unit
+
+bench: setup ## how fast it is, as ratios to limits of the same run (JSON lines)
+	@$(PY) -m bench
 
 check: setup ## what CI runs before the tests: style, types, import rules, contracts, docs
 	@.venv/bin/ruff check .

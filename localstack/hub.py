@@ -117,6 +117,21 @@ class Hub:
         if process is not None and process.returncode is None:
             process.kill()
 
+    async def pause(self, name: str) -> None:
+        """Stop one process politely and do not start it again until `resume`."""
+        running = self.processes[name]
+        if running.watcher is not None:
+            running.watcher.cancel()
+            await asyncio.gather(running.watcher, return_exceptions=True)
+        if running.process is not None and running.process.returncode is None:
+            running.process.terminate()
+            await running.process.wait()
+
+    def resume(self, name: str) -> None:
+        """Start a paused process again."""
+        running = self.processes[name]
+        running.watcher = asyncio.create_task(self._watch(running))
+
     async def stop(self) -> None:
         """Stop all processes politely, in reverse order of starting."""
         self._stopping = True
