@@ -28,8 +28,9 @@ SCHEMA = "ingest"
 USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
 
 HISTORIAN_RECORDS_MAX = 500
-# Room for the samples of a busy partition, few enough that a poll's arrays stay in the tens of megabytes.
-HISTORIAN_POLL_BYTES_MAX = 8 * 1024 * 1024
+# A partition's share of a poll. Small polls let fetching and storing overlap and stay in the processor's caches: from a full
+# topic 2 MiB stored 3.7-4.0 million samples a second, 8 MiB 2.2-2.8 million, 0.5 MiB 1.8-3.0 million.
+HISTORIAN_POLL_BYTES_MAX = 2 * 1024 * 1024
 
 
 async def start_door(runtime: Runtime, settings: Settings) -> None:
