@@ -36,34 +36,33 @@ class StateError(ValueError):
 class Config:
     """One configuration for all series.  Rows are values of one series, scores are -log10 as in the module's text."""
 
-    raise_at: float = 4.0
+    raise_at: float = 3.6
     clear_below: float = 2.5
     calm_rows: float = 30.0  # an alarm ends after so many rows below `clear_below`
     horizon_rows: float = 2000.0
     clip_sd: float = 4.0  # learners see no value further out than this
     warmup_rows: float = 30.0
-    hold_rows: float = 200.0
+    hold_us: float = 12 * 3600e6  # after an onset only a clearly higher one passes for this time, within ...
+    hold_rows_min: float = 20.0
+    hold_rows_max: float = 300.0
     hold_ratio: float = 1.5
-    rest: float = 0.2  # what the components beside the strongest add
+    forget: float = 1e-4  # share of the distance to the present value that a range gives up per row ...
+    forget_us: float = 7 * 86400e6  # ... and at most one part in this time
+    record_cap: float = 1.0
+    share_unit: float = 0.01  # this and the next: rate of excursions by height, fitted once to all series pooled
+    score_base: float = 2.4
+    season_ratio: float = 0.4  # a periodic profile counts when it leaves less than this part of the variance
+    season_step: float = 0.3
     tail_rows: float = 2000.0
-    excursion_level: float = 2.0
-    prior_rate: float = 0.01
-    prior_rows: float = 500.0
-    prior_excess: float = 0.8
-    prior_excursions: float = 5.0
     joint_smoothing: float = 0.1
     joint_warmup_rows: float = 300.0
     joint_gate: float = 2.0
     joint_shrinkage: float = 0.1
     joint_horizon_rows: float = 5000.0
     joint_leak: float = 0.00005
-    joint_drift: float = 0.5
-    record_scale: float = 0.1
-    weights: tuple[float, ...] = (1.0,) * kernel.N_STATISTICS
 
     def vector(self) -> Floats:
-        *scalars, weights = astuple(self)
-        return np.array([*scalars, *weights], dtype=np.float64)
+        return np.array(astuple(self), dtype=np.float64)
 
 
 class Event(NamedTuple):
