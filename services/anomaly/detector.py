@@ -55,11 +55,13 @@ class Config:
     season_step: float = 0.3
     tail_rows: float = 2000.0
     joint_smoothing: float = 0.1
-    joint_warmup_rows: float = 300.0
-    joint_gate: float = 2.0
+    joint_warmup_rows: float = 350.0
+    joint_gate: float = 3.28  # as normal deviate: learn only below it
     joint_shrinkage: float = 0.1
     joint_horizon_rows: float = 5000.0
-    joint_leak: float = 0.00005
+    joint_leak: float = 0.00005  # learning rate while not calm: a new regime is accepted after hours at 1 Hz
+    joint_unit: float = 1.1  # score per normal deviate
+    joint_raise_at: float = 4.5  # smoothed rows depend on each other, so an alarm needs more than one value's does
 
     def vector(self) -> Floats:
         return np.array(astuple(self), dtype=np.float64)

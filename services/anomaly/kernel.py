@@ -39,7 +39,8 @@ SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
     C_RAISE, C_CLEAR, C_CALM_ROWS, C_HORIZON, C_CLIP, C_WARMUP, C_HOLD_US, C_HOLD_ROWS_MIN, C_HOLD_ROWS_MAX,
     C_HOLD_RATIO, C_FORGET, C_FORGET_US, C_RECORD_CAP, C_SHARE_UNIT, C_SCORE_BASE, C_SEASON_RATIO, C_SEASON_STEP,
     C_TAIL_MEMORY, C_JOINT_EW, C_JOINT_WARMUP, C_JOINT_GATE, C_JOINT_SHRINK, C_JOINT_HORIZON, C_JOINT_LEAK,
-) = range(24)  # fmt: skip
+    C_JOINT_UNIT, C_JOINT_RAISE,
+) = range(26)  # fmt: skip
 
 # --- state of one machine ---------------------------------------------------------------------------------------
 MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET = range(6)
@@ -64,9 +65,9 @@ SERIES_FIELDS = WEEK_BASE + SEASON_HEAD + WEEK_BINS
 
 # --- joint state: blocks of at most BLOCK signals ---------------------------------------------------------------
 BLOCK = 32
-JOINT_N, JOINT_SINCE_FACTOR, JOINT_Q, JOINT_G, JOINT_HELD, JOINT_HELD_AGE = range(6)
-JOINT_HEAD = 8
-JOINT_PER_SIGNAL = 6  # smoothed, mean, seen, raw mean of the current stretch, its variance between, within
+JOINT_N, JOINT_SINCE_FACTOR, JOINT_HELD, JOINT_HELD_AGE = range(4)
+JOINT_HEAD = 4
+JOINT_PER_SIGNAL = 3  # smoothed, mean, values seen
 
 # --- events -----------------------------------------------------------------------------------------------------
 (
@@ -376,14 +377,17 @@ def joint_step(
         if block[seen + i] == 0.0:
             block[smooth + i] = x
         else:
-            block[smooth + i] += cfg[C_JOINT_EW] * (x - block[smooth + i])
+            block[smooth + i] += max(1.0 / (block[seen + i] + 1.0), cfg[C_JOINT_EW]) * (x - block[smooth + i])
         block[seen + i] += 1.0
     warm = n >= cfg[C_JOINT_WARMUP]
     t2 = 0.0
     if warm:
         t2 = mahalanobis(block, k, values, smooth, mean, factor, share)
-    usual = max(block[JOINT_Q], 1e-9)
-    calm = not warm or t2 < cfg[C_JOINT_GATE] * usual
+    normal = 0.0
+    if warm:
+        # Wilson and Hilferty (1931): the cube root of chi-squared over k is nearly normal, whatever k is.
+        normal = ((t2 / k) ** (1.0 / 3.0) - (1.0 - 2.0 / (9.0 * k))) / math.sqrt(2.0 / (9.0 * k))
+    calm = not warm or normal < cfg[C_JOINT_GATE]
     rate = max(1.0 / (n + 1.0), 1.0 / cfg[C_JOINT_HORIZON])
     if not calm:
         rate = cfg[C_JOINT_LEAK]
@@ -408,19 +412,7 @@ def joint_step(
     if block[JOINT_SINCE_FACTOR] >= max(8.0, k) or n + 1.0 == math.ceil(cfg[C_JOINT_WARMUP]):
         block[JOINT_SINCE_FACTOR] = 0.0
         factorise(cfg, block, k, cov, factor)
-    score = 0.0
-    if warm:
-        distance = math.sqrt(t2 / k)
-        if block[JOINT_Q] == 0.0:
-            block[JOINT_Q] = 1.5
-            block[JOINT_G] = 0.2
-        q = block[JOINT_Q]
-        score = 1.3 * distance / q if distance <= q else 1.3 + math.log(distance / q) / (block[JOINT_G] * LN10)
-        score = min(score, 30.0)
-        if calm:
-            block[JOINT_Q] = q * math.exp(0.02 * (0.95 if distance > q else -0.05))
-            if distance > q:
-                block[JOINT_G] += 0.02 * (math.log(distance / q) - block[JOINT_G])
+    score = min(max(cfg[C_JOINT_UNIT] * normal, 0.0), 30.0)
     return hold(cfg, block, JOINT_HELD, score, rows_held), score, math.sqrt(t2 / k)
 
 
@@ -467,11 +459,19 @@ def mahalanobis(block: Floats, k: int, values: Floats, smooth: int, mean: int, f
 
 @compiled
 def alarm_step(
-    cfg: Floats, alarm: Floats, started_at: int, calm_at: int, offset: float, onset: float, state: float, t_us: float
+    cfg: Floats,
+    alarm: Floats,
+    started_at: int,
+    calm_at: int,
+    raise_at: float,
+    offset: float,
+    onset: float,
+    state: float,
+    t_us: float,
 ) -> int:
     """The alarm of one series or machine: 1 raised now, 2 cleared now, 0 nothing new."""
     if alarm[started_at] == 0.0:
-        if onset >= cfg[C_RAISE] + offset:
+        if onset >= raise_at + offset:
             alarm[started_at] = t_us
             alarm[calm_at] = 0.0
             return 1
@@ -532,7 +532,7 @@ def score_frames(
             state[begin + i] = s
             component[begin + i] = c
             lasting = s if c in (FLAT, DROPOUT) else o  # these two have no onset: being long is what is wrong
-            what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, row[ROW_OFFSET], max(o, lasting), s, t_us)
+            what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, cfg[C_RAISE], row[ROW_OFFSET], max(o, lasting), s, t_us)
             if what:
                 event = events[n_events]
                 event[:] = 0.0
@@ -571,7 +571,15 @@ def score_frames(
             joint_onset[f] = max(joint_onset[f], o)
             joint_state[f] = max(joint_state[f], s)
         what = alarm_step(
-            cfg, machine, MACHINE_ALARM_US, MACHINE_CALM, machine[MACHINE_OFFSET], joint_onset[f], joint_state[f], t_us
+            cfg,
+            machine,
+            MACHINE_ALARM_US,
+            MACHINE_CALM,
+            cfg[C_JOINT_RAISE],
+            machine[MACHINE_OFFSET],
+            joint_state[f],
+            joint_state[f],
+            t_us,
         )
         if what:
             event = events[n_events]
