@@ -166,7 +166,7 @@ class Detector:
         for block in range(0, had, kernel.BLOCK):
             old_k, new_k = min(kernel.BLOCK, had - block), min(kernel.BLOCK, width - block)
             offset = block // kernel.BLOCK * int(kernel.block_size(kernel.BLOCK))
-            kernel.widen_block(self._joint[joint + offset :], old_k, self._joint[new_joint + offset :], new_k)
+            _widen_block(self._joint[joint + offset :], old_k, self._joint[new_joint + offset :], new_k)
         self._places[slot] = new_row, width, new_joint
         self._release(row, joint, had)
 
@@ -310,6 +310,22 @@ class _Room:
     row: int
     joint: int
     width: int
+
+
+def _widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
+    """Copy the joint state of old_k signals into the zeroed block of new_k; packed rows keep their order."""
+    head, per_signal = kernel.JOINT_HEAD, kernel.JOINT_PER_SIGNAL
+    new[:head] = old[:head]
+    for part in range(per_signal):
+        at, was = head + part * new_k, head + part * old_k
+        new[at : at + old_k] = old[was : was + old_k]
+    packed = old_k * (old_k + 1) // 2
+    for half in range(2):  # the covariance, then its factor
+        at = head + per_signal * new_k + half * (new_k * (new_k + 1) // 2)
+        was = head + per_signal * old_k + half * packed
+        new[at : at + packed] = old[was : was + packed]
+    if new_k > old_k:
+        new[kernel.JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
 
 
 def _event(row: list[float]) -> Event:

@@ -484,6 +484,38 @@ def alarm_step(
 
 
 @compiled
+def write_event(
+    event: Floats, frame: int, signal: int, what: int, component: int, t_us: float, started_us: float, score: float
+) -> None:
+    """Begin a row of `events`; the figures follow."""
+    event[:] = 0.0
+    event[E_FRAME] = frame
+    event[E_SIGNAL] = signal
+    event[E_RAISED] = 1.0 if what == 1 else 0.0
+    event[E_COMPONENT] = component
+    event[E_TIME_US] = t_us
+    event[E_STARTED_US] = started_us
+    event[E_SCORE] = score
+
+
+@compiled
+def write_leads(event: Floats, share: Floats) -> None:
+    """The two signals with the largest share of the joint distance; share: float64[k], k >= 2."""
+    lead = 0
+    for i in range(1, share.shape[0]):
+        if share[i] > share[lead]:
+            lead = i
+    second = 1 if lead == 0 else 0
+    for i in range(share.shape[0]):
+        if i != lead and share[i] > share[second]:
+            second = i
+    event[E_LEAD] = lead
+    event[E_LEAD_SHARE] = share[lead]
+    event[E_NEXT] = second
+    event[E_NEXT_SHARE] = share[second]
+
+
+@compiled
 def score_frames(
     cfg: Floats, slots: NDArray[np.int32], times_us: Ints, starts: Ints, values: Floats,
     places: Ints, machines: Floats, series: Floats, joint: Floats,
@@ -535,14 +567,7 @@ def score_frames(
             what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, cfg[C_RAISE], row[ROW_OFFSET], max(o, lasting), s, t_us)
             if what:
                 event = events[n_events]
-                event[:] = 0.0
-                event[E_FRAME] = f
-                event[E_SIGNAL] = i
-                event[E_RAISED] = 1.0 if what == 1 else 0.0
-                event[E_COMPONENT] = c
-                event[E_TIME_US] = t_us
-                event[E_STARTED_US] = row[ROW_ALARM_US]
-                event[E_SCORE] = s
+                write_event(event, f, i, what, c, t_us, row[ROW_ALARM_US], s)
                 event[E_VALUE] = x
                 event[E_EXPECTED] = figures[0]
                 event[E_SPREAD] = figures[1]
@@ -583,46 +608,11 @@ def score_frames(
         )
         if what:
             event = events[n_events]
-            event[:] = 0.0
-            event[E_FRAME] = f
-            event[E_SIGNAL] = -1.0
-            event[E_RAISED] = 1.0 if what == 1 else 0.0
-            event[E_COMPONENT] = JOINT
-            event[E_TIME_US] = t_us
-            event[E_STARTED_US] = machine[MACHINE_ALARM_US]
-            event[E_SCORE] = joint_state[f]
+            write_event(event, f, -1, what, JOINT, t_us, machine[MACHINE_ALARM_US], joint_state[f])
             event[E_DISTANCE] = distance
             event[E_SAMPLES] = machine[MACHINE_FRAMES]
-            lead = 0
-            for i in range(1, count):
-                if share[begin + i] > share[begin + lead]:
-                    lead = i
-            second = 1 if lead == 0 else 0
-            for i in range(count):
-                if i != lead and share[begin + i] > share[begin + second]:
-                    second = i
-            event[E_LEAD] = lead
-            event[E_LEAD_SHARE] = share[begin + lead]
-            event[E_NEXT] = second
-            event[E_NEXT_SHARE] = share[begin + second]
+            write_leads(event, share[begin : begin + count])
             n_events += 1
             if what == 2:
                 machine[MACHINE_ALARM_US] = 0.0
     return n_events, skipped
-
-
-@compiled
-def widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
-    """Copy the joint state of old_k signals into the zeroed block of new_k; packed rows keep their order."""
-    new[:JOINT_HEAD] = old[:JOINT_HEAD]
-    for part in range(JOINT_PER_SIGNAL):
-        for i in range(old_k):
-            new[JOINT_HEAD + part * new_k + i] = old[JOINT_HEAD + part * old_k + i]
-    packed = old_k * (old_k + 1) // 2
-    for i in range(2 * packed):
-        half = i // packed
-        at = JOINT_HEAD + new_k * JOINT_PER_SIGNAL + half * (new_k * (new_k + 1) // 2) + i % packed
-        new[at] = old[JOINT_HEAD + old_k * JOINT_PER_SIGNAL + i]
-    if new_k > old_k:
-        new[JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
-        new[JOINT_SINCE_FACTOR] = 0.0
