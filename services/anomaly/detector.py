@@ -36,34 +36,35 @@ class StateError(ValueError):
 class Config:
     """One configuration for all series.  Rows are values of one series, scores are -log10 as in the module's text."""
 
-    raise_at: float = 4.0
+    raise_at: float = 3.6
     clear_below: float = 2.5
     calm_rows: float = 30.0  # an alarm ends after so many rows below `clear_below`
     horizon_rows: float = 2000.0
     clip_sd: float = 4.0  # learners see no value further out than this
     warmup_rows: float = 30.0
-    hold_rows: float = 200.0
+    hold_us: float = 12 * 3600e6  # after an onset only a clearly higher one passes for this time, within ...
+    hold_rows_min: float = 20.0
+    hold_rows_max: float = 300.0
     hold_ratio: float = 1.5
-    rest: float = 0.2  # what the components beside the strongest add
+    forget: float = 1e-4  # share of the distance to the present value that a range gives up per row ...
+    forget_us: float = 7 * 86400e6  # ... and at most one part in this time
+    record_cap: float = 1.0
+    share_unit: float = 0.01  # this and the next: rate of excursions by height, fitted once to all series pooled
+    score_base: float = 2.4
+    season_ratio: float = 0.4  # a periodic profile counts when it leaves less than this part of the variance
+    season_step: float = 0.3
     tail_rows: float = 2000.0
-    excursion_level: float = 2.0
-    prior_rate: float = 0.01
-    prior_rows: float = 500.0
-    prior_excess: float = 0.8
-    prior_excursions: float = 5.0
     joint_smoothing: float = 0.1
-    joint_warmup_rows: float = 300.0
-    joint_gate: float = 2.0
+    joint_warmup_rows: float = 350.0
+    joint_gate: float = 3.28  # as normal deviate: learn only below it
     joint_shrinkage: float = 0.1
     joint_horizon_rows: float = 5000.0
-    joint_leak: float = 0.00005
-    joint_drift: float = 0.5
-    record_scale: float = 0.1
-    weights: tuple[float, ...] = (1.0,) * kernel.N_STATISTICS
+    joint_leak: float = 0.00005  # learning rate while not calm: a new regime is accepted after hours at 1 Hz
+    joint_unit: float = 1.1  # score per normal deviate
+    joint_raise_at: float = 4.5  # smoothed rows depend on each other, so an alarm needs more than one value's does
 
     def vector(self) -> Floats:
-        *scalars, weights = astuple(self)
-        return np.array([*scalars, *weights], dtype=np.float64)
+        return np.array(astuple(self), dtype=np.float64)
 
 
 class Event(NamedTuple):
@@ -165,7 +166,7 @@ class Detector:
         for block in range(0, had, kernel.BLOCK):
             old_k, new_k = min(kernel.BLOCK, had - block), min(kernel.BLOCK, width - block)
             offset = block // kernel.BLOCK * int(kernel.block_size(kernel.BLOCK))
-            kernel.widen_block(self._joint[joint + offset :], old_k, self._joint[new_joint + offset :], new_k)
+            _widen_block(self._joint[joint + offset :], old_k, self._joint[new_joint + offset :], new_k)
         self._places[slot] = new_row, width, new_joint
         self._release(row, joint, had)
 
@@ -309,6 +310,22 @@ class _Room:
     row: int
     joint: int
     width: int
+
+
+def _widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
+    """Copy the joint state of old_k signals into the zeroed block of new_k; packed rows keep their order."""
+    head, per_signal = kernel.JOINT_HEAD, kernel.JOINT_PER_SIGNAL
+    new[:head] = old[:head]
+    for part in range(per_signal):
+        at, was = head + part * new_k, head + part * old_k
+        new[at : at + old_k] = old[was : was + old_k]
+    packed = old_k * (old_k + 1) // 2
+    for half in range(2):  # the covariance, then its factor
+        at = head + per_signal * new_k + half * (new_k * (new_k + 1) // 2)
+        was = head + per_signal * old_k + half * packed
+        new[at : at + packed] = old[was : was + packed]
+    if new_k > old_k:
+        new[kernel.JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
 
 
 def _event(row: list[float]) -> Event:

@@ -36,21 +36,13 @@ def _single(event: Event, signal: Signal) -> str:
             side = "above" if event.value > event.expected else "below"
             share = f"{100 * event.distance:.0f} % of its range" if event.distance >= 0.005 else "just"
             return f"{value} is {share} {side} anything in {event.samples:,} samples ({expected})"
-        case kernel.SHIFT_LONG | kernel.SHIFT_SHORT:
+        case kernel.SHIFT_SHORT | kernel.SHIFT | kernel.SHIFT_LONG | kernel.LEVEL_LONG:
             return (
-                f"{value}: the mean of the last {event.samples:,} samples is {times} its usual spread away from "
+                f"{value}: the mean of about the last {event.samples:,} samples is {times} its usual spread away from "
                 f"the long-run level {expected}"
             )
         case kernel.SEASON:
-            return f"{value} is {times} the usual spread away from {expected}, its usual value at this time of day"
-        case kernel.SPREAD:
-            much = "more" if event.expected > event.spread else "less"
-            return (
-                f"{value} varies much {much} than usual: by {signal.amount(event.expected)} in the last "
-                f"{event.samples:,} samples against {signal.amount(event.spread)}"
-            )
-        case kernel.STEP:
-            return f"{value} jumped from {expected}, {times} its usual spread at once"
+            return f"{value} is {times} the usual spread away from {expected}, what is usual at this time"
         case kernel.FLAT:
             return f"{value} has not changed for {event.samples:,} samples; until now at most {event.spread:.0f}"
         case kernel.DROPOUT:

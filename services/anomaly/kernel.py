@@ -27,43 +27,47 @@ def compiled(function: Compiled) -> Compiled:
 
 
 # --- components: what fired -------------------------------------------------------------------------------------
-RECORD, SHIFT_LONG, SHIFT_SHORT, LEVEL, SEASON, SPREAD, STEP, FLAT, DROPOUT, JOINT = range(10)
-N_STATISTICS = 7  # RECORD .. STEP have a tail model of their own
+RECORD, SHIFT_SHORT, SHIFT, SHIFT_LONG, LEVEL_LONG, SEASON, UNUSUAL, FLAT, DROPOUT, JOINT = range(10)
 COMPONENTS = (
-    "record", "shift_long", "shift_short", "level", "season", "spread", "step", "flat", "dropout", "joint",
+    "record", "shift_short", "shift", "shift_long", "level_long", "season", "unusual", "flat", "dropout", "joint",
 )  # fmt: skip
+SCALES = 5  # octave pairs: the value itself and exponential means over 3, 12, 48 and 192 rows
+SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
 
 # --- configuration vector ---------------------------------------------------------------------------------------
 (
-    C_RAISE, C_CLEAR, C_CALM_ROWS, C_HORIZON, C_CLIP, C_WARMUP, C_HOLD_ROWS, C_HOLD_RATIO, C_REST, C_TAIL_MEMORY,
-    C_LEVEL_U, C_PRIOR_RATE, C_PRIOR_ROWS, C_PRIOR_EXCESS, C_PRIOR_COUNT, C_JOINT_EW, C_JOINT_WARMUP, C_JOINT_GATE,
-    C_JOINT_SHRINK, C_JOINT_HORIZON, C_JOINT_LEAK, C_JOINT_DRIFT, C_RECORD_SCALE, C_WEIGHTS,
-) = range(24)  # fmt: skip
-N_CONFIG = C_WEIGHTS + N_STATISTICS
+    C_RAISE, C_CLEAR, C_CALM_ROWS, C_HORIZON, C_CLIP, C_WARMUP, C_HOLD_US, C_HOLD_ROWS_MIN, C_HOLD_ROWS_MAX,
+    C_HOLD_RATIO, C_FORGET, C_FORGET_US, C_RECORD_CAP, C_SHARE_UNIT, C_SCORE_BASE, C_SEASON_RATIO, C_SEASON_STEP,
+    C_TAIL_MEMORY, C_JOINT_EW, C_JOINT_WARMUP, C_JOINT_GATE, C_JOINT_SHRINK, C_JOINT_HORIZON, C_JOINT_LEAK,
+    C_JOINT_UNIT, C_JOINT_RAISE,
+) = range(26)  # fmt: skip
 
 # --- state of one machine ---------------------------------------------------------------------------------------
 MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET = range(6)
 MACHINE_FIELDS = 8
 
 # --- state of one series (a row of float64) ---------------------------------------------------------------------
-SHORT, LONG = 24, 64  # rows in the two moving means; LONG is also the length of the ring
-BINS = 48  # half hours of a day
+DAY_BINS, WEEK_BINS = 24, 84
 (
-    ROW_N, ROW_LAST, ROW_MIN, ROW_MAX, ROW_MEAN, ROW_VAR, ROW_FAST, ROW_FAST_VAR, ROW_SUM_SHORT, ROW_SUM_LONG,
-    ROW_REPEATS, ROW_REPEATS_USUAL, ROW_PRESENT, ROW_ABSENT_RUN, ROW_HELD, ROW_HELD_AGE, ROW_EXCESS_N,
-    ROW_EXCESS_SUM, ROW_PEAK, ROW_OFFSET, ROW_ALARM_US, ROW_CALM, ROW_DIFF_VAR, ROW_PROFILE_VAR, ROW_STATE,
-) = range(25)  # fmt: skip
-TAIL_BASE = 28  # two per statistic: 95 % quantile, mean log excess
-RING_BASE = TAIL_BASE + 2 * N_STATISTICS
-PROFILE_BASE = RING_BASE + LONG  # mean per bin
-PROFILE_N_BASE = PROFILE_BASE + BINS  # updates per bin
-SERIES_FIELDS = PROFILE_N_BASE + BINS
+    ROW_N, ROW_LAST, ROW_MEAN, ROW_VAR, ROW_REPEATS, ROW_REPEATS_USUAL, ROW_PRESENT, ROW_ABSENT_RUN, ROW_HELD,
+    ROW_HELD_AGE, ROW_OFFSET, ROW_ALARM_US, ROW_CALM, ROW_STATE, ROW_SHORT_TAIL, ROW_SHORT_TAIL_G, ROW_LONG_TAIL,
+    ROW_LONG_TAIL_G,
+) = range(18)  # fmt: skip
+SCALE_BASE = 20  # mean, least, greatest for each scale
+SEASON_BASE = SCALE_BASE + 3 * SCALES  # two profiles: of the day, then of the week
+(
+    SEASON_BIN, SEASON_SUM, SEASON_COUNT, SEASON_ERROR, SEASON_TOTAL, SEASON_N, SEASON_MEAN, SEASON_LEAST,
+    SEASON_GREATEST,
+) = range(9)  # fmt: skip
+SEASON_HEAD = 10
+WEEK_BASE = SEASON_BASE + SEASON_HEAD + DAY_BINS
+SERIES_FIELDS = WEEK_BASE + SEASON_HEAD + WEEK_BINS
 
 # --- joint state: blocks of at most BLOCK signals ---------------------------------------------------------------
 BLOCK = 32
-JOINT_N, JOINT_SINCE_FACTOR, JOINT_Q, JOINT_G, JOINT_HELD, JOINT_HELD_AGE = range(6)
-JOINT_HEAD = 8
-JOINT_PER_SIGNAL = 6  # smoothed, mean, seen, raw mean of the current stretch, its variance between, within
+JOINT_N, JOINT_SINCE_FACTOR, JOINT_HELD, JOINT_HELD_AGE = range(4)
+JOINT_HEAD = 4
+JOINT_PER_SIGNAL = 3  # smoothed, mean, values seen
 
 # --- events -----------------------------------------------------------------------------------------------------
 (
@@ -110,65 +114,112 @@ def tail(row: Floats, base: int, x: float, memory: float, learn: bool) -> float:
 
 @compiled
 def start_row(row: Floats, x: float) -> None:
-    """First value of a series: every level starts there, every tail at its prior."""
-    row[ROW_LAST] = row[ROW_MIN] = row[ROW_MAX] = row[ROW_MEAN] = row[ROW_FAST] = x
-    row[ROW_SUM_SHORT] = row[ROW_SUM_LONG] = 0.0
-    for i in range(N_STATISTICS):
-        row[TAIL_BASE + 2 * i] = 2.0
-        row[TAIL_BASE + 2 * i + 1] = 0.25
+    """First value of a series: every level starts there, every tail at its prior, every profile unknown."""
+    row[ROW_LAST] = row[ROW_MEAN] = x
+    row[ROW_SHORT_TAIL] = row[ROW_LONG_TAIL] = 1.5
+    row[ROW_SHORT_TAIL_G] = row[ROW_LONG_TAIL_G] = 0.25
+    for scale in range(3 * SCALES):
+        row[SCALE_BASE + scale] = x
+    for base, bins in ((SEASON_BASE, DAY_BINS), (WEEK_BASE, WEEK_BINS)):
+        row[base + SEASON_BIN] = -1.0
+        for at in range(bins):
+            row[base + SEASON_HEAD + at] = math.nan
 
 
 @compiled
-def push_ring(row: Floats, x: float) -> None:
-    """Add x to the ring and keep the sums of the last SHORT and LONG values; rebuilt at each turn against drift."""
-    n = int(row[ROW_N])
-    at = n % LONG
-    if n >= LONG:
-        row[ROW_SUM_LONG] -= row[RING_BASE + at]
-    if n >= SHORT:
-        row[ROW_SUM_SHORT] -= row[RING_BASE + (n - SHORT) % LONG]
-    row[RING_BASE + at] = x
-    row[ROW_SUM_LONG] += x
-    row[ROW_SUM_SHORT] += x
-    if at == LONG - 1:
-        total = 0.0
-        short = 0.0
-        for i in range(LONG):
-            total += row[RING_BASE + i]
-            if i >= LONG - SHORT:
-                short += row[RING_BASE + i]
-        row[ROW_SUM_LONG] = total
-        row[ROW_SUM_SHORT] = short
+def record(cfg: Floats, row: Floats, at: int, x: float, counted: bool, forget: float) -> float:
+    """How far x lies beyond the range [row[at], row[at + 1]] as a share of that range; then the range learns x.
 
-
-@compiled
-def calibrate(cfg: Floats, row: Floats, fused: float) -> float:
-    """-log10 of the expected number of excursions per row that reach `fused`.
-
-    Neighbouring rows are not independent, so runs above a level are counted, not rows; their rate and their mean
-    height (exponential) are shrunk toward a prior pooled over all series.
+    The range follows a record by at most C_RECORD_CAP times its own width, so that one wild value does not blind
+    it, and creeps toward the values by `forget` a row, so that the level of long ago is forgotten.
     """
-    u = cfg[C_LEVEL_U]
-    rate = (cfg[C_PRIOR_RATE] * cfg[C_PRIOR_ROWS] + row[ROW_EXCESS_N]) / (cfg[C_PRIOR_ROWS] + row[ROW_N])
-    excess = (cfg[C_PRIOR_EXCESS] * cfg[C_PRIOR_COUNT] + row[ROW_EXCESS_SUM]) / (cfg[C_PRIOR_COUNT] + row[ROW_EXCESS_N])
-    at_u: float = -math.log10(rate)
-    if fused > u:
-        row[ROW_PEAK] = max(row[ROW_PEAK], fused - u)
-        above: float = (fused - u) / (excess * LN10)
-        return at_u + above
-    if row[ROW_PEAK] > 0.0:
-        row[ROW_EXCESS_N] += 1.0
-        row[ROW_EXCESS_SUM] += min(row[ROW_PEAK], 5.0 * excess)
-        row[ROW_PEAK] = 0.0
-    below: float = at_u * fused / u
-    return below
+    least, greatest = row[at], row[at + 1]
+    span = greatest - least
+    beyond = max(x - greatest, least - x)
+    share = 0.0
+    if beyond > 0.0 and counted:
+        share = min(beyond / span, 100.0) if span > 0.0 else 1.0
+    limit = cfg[C_RECORD_CAP] * span if counted and span > 0.0 else 1e300
+    row[at] = least - min(least - x, limit) if x < least else least + (x - least) * forget
+    row[at + 1] = greatest + min(x - greatest, limit) if x > greatest else greatest + (x - greatest) * forget
+    return share
 
 
 @compiled
-def hold(cfg: Floats, state: Floats, held_at: int, score: float) -> float:
+def predict(row: Floats, base: int, bins: int, phase: float) -> float:
+    """The profile's value at a phase in [0, 1), linear between the middles of its bins; NaN where unknown."""
+    place = phase * bins - 0.5
+    low = math.floor(place)
+    weight = place - low
+    a = row[base + SEASON_HEAD + low % bins]
+    b = row[base + SEASON_HEAD + (low + 1) % bins]
+    value: float = (1.0 - weight) * a + weight * b
+    if math.isnan(a):
+        value = b if weight >= 0.5 else math.nan
+    elif math.isnan(b):
+        value = a if weight <= 0.5 else math.nan
+    return value
+
+
+@compiled
+def season_step(
+    cfg: Floats, row: Floats, base: int, bins: int, period_us: int, x: float, t_us: int, deviation: float, limit: float,
+    forget: float, figures: Floats,
+) -> float:  # fmt: skip
+    """Share by which the residual to a periodic profile breaks its own record; 0 unless the profile explains a lot.
+
+    figures[4:7]: what the profile expected, the residual's usual spread, its distance in spreads.
+    """
+    phase = (t_us % period_us) / period_us
+    at = int(phase * bins)
+    current = int(row[base + SEASON_BIN])
+    if at != current:
+        if current >= 0:
+            seen = row[base + SEASON_SUM] / row[base + SEASON_COUNT]
+            known = row[base + SEASON_HEAD + current]
+            row[base + SEASON_HEAD + current] = (
+                seen if math.isnan(known) else known + cfg[C_SEASON_STEP] * (seen - known)
+            )
+        row[base + SEASON_BIN] = at
+        row[base + SEASON_SUM] = 0.0
+        row[base + SEASON_COUNT] = 0.0
+    row[base + SEASON_SUM] += row[ROW_MEAN] + deviation
+    row[base + SEASON_COUNT] += 1.0
+    expected = predict(row, base, bins, phase)
+    if math.isnan(expected):
+        return 0.0
+    n = row[base + SEASON_N]
+    total = row[base + SEASON_TOTAL]
+    useful = n > 20.0 and total > 0.0 and row[base + SEASON_ERROR] < cfg[C_SEASON_RATIO] * total
+    residual = x - expected
+    row[base + SEASON_MEAN] += max(1.0 / (n + 1.0), 0.25) * (residual - row[base + SEASON_MEAN])
+    mean = row[base + SEASON_MEAN]
+    if n == 0.0:
+        row[base + SEASON_LEAST] = row[base + SEASON_GREATEST] = mean
+    share = record(cfg, row, base + SEASON_LEAST, mean, n >= 60.0, forget)
+    figures[4] = expected
+    figures[5] = math.sqrt(row[base + SEASON_ERROR])
+    figures[6] = abs(residual) / (figures[5] + 1e-12)
+    error = min(max(residual, -limit), limit)
+    rate = max(1.0 / (n + 1.0), 2.0 / cfg[C_HORIZON])
+    row[base + SEASON_ERROR] += rate * (error * error - row[base + SEASON_ERROR])
+    row[base + SEASON_TOTAL] += rate * (deviation * deviation - total)
+    row[base + SEASON_N] = n + 1.0
+    return share if useful else 0.0
+
+
+@compiled
+def as_score(cfg: Floats, share: float) -> float:
+    """-log10 of how often an excursion beyond the range by so much begins, pooled over all series."""
+    score: float = cfg[C_SCORE_BASE] + math.log10(1.0 + share / cfg[C_SHARE_UNIT]) if share > 0.0 else 0.0
+    return score
+
+
+@compiled
+def hold(cfg: Floats, state: Floats, held_at: int, score: float, rows: float) -> float:
     """The early alarm, then quiet: after an emitted score only one clearly higher passes for some rows."""
     state[held_at + 1] += 1.0
-    if state[held_at + 1] > cfg[C_HOLD_ROWS]:
+    if state[held_at + 1] > rows:
         state[held_at] = 0.0
     if score > cfg[C_HOLD_RATIO] * state[held_at]:
         state[held_at] = score
@@ -178,137 +229,110 @@ def hold(cfg: Floats, state: Floats, held_at: int, score: float) -> float:
 
 
 @compiled
+def hold_rows(cfg: Floats, interval_us: float) -> float:
+    """Rows for which an alarm is held: a time, within bounds in rows."""
+    rows: float = min(max(cfg[C_HOLD_US] / max(interval_us, 1.0), cfg[C_HOLD_ROWS_MIN]), cfg[C_HOLD_ROWS_MAX])
+    return rows
+
+
+@compiled
 def series_step(
     cfg: Floats, row: Floats, x: float, t_us: int, interval_us: float, figures: Floats
 ) -> tuple[float, float, int]:
     """Score one value against the state before it, then learn from it.  Returns (onset, state, component).
 
-    figures: float64[4] filled with what the explanation needs: expected, spread, distance, samples.
+    Onset is the sum over scales of how far each mean breaks its own slowly forgotten record: a share of a range has
+    no unit and needs no scale, so it carries over between series.  State is how unusual the level still is, by the
+    tail of its own distance from the long-run mean.
+    figures: float64[8], the first four filled with what the explanation needs: expected, spread, distance, samples.
     """
     n = row[ROW_N]
     if n == 0.0:
         start_row(row, x)
     sd = math.sqrt(row[ROW_VAR]) + 1e-9 * abs(row[ROW_MEAN]) + 1e-12
-    learn = n >= 4.0
-    memory = cfg[C_TAIL_MEMORY]
-    best = 0.0
-    total = 0.0
-    component = LEVEL
+    limit = cfg[C_CLIP] * sd if n >= 8.0 and row[ROW_VAR] > 0.0 else 1e300
+    deviation = min(max(x - row[ROW_MEAN], -limit), limit)
+    forget = min(cfg[C_FORGET], interval_us / cfg[C_FORGET_US])
+    component = UNUSUAL
     figures[0] = row[ROW_MEAN]
     figures[1] = sd
     figures[2] = abs(x - row[ROW_MEAN]) / sd
     figures[3] = n
+    share = 0.0
+    best = 0.0
+    for scale in range(SCALES):
+        at = SCALE_BASE + 3 * scale
+        rows = SCALE_ROWS[scale]
+        row[at] += max(1.0 / (n + 1.0), 1.0 / rows) * (x - row[at])
+        least, greatest = row[at + 1], row[at + 2]
+        beyond = record(cfg, row, at + 1, row[at], n >= max(20.0, 2.0 * rows), forget)
+        share += beyond
+        if beyond > best:
+            best = beyond
+            component = RECORD + scale
+            figures[0] = greatest if row[at] > greatest else least
+            figures[1] = greatest - least
+            figures[2] = beyond
+            figures[3] = n
+            if scale > 0:
+                figures[0] = row[ROW_MEAN]
+                figures[1] = sd
+                figures[2] = abs(row[at] - row[ROW_MEAN]) / sd
+                figures[3] = rows
+    seasonal = 0.0
+    for which in range(2):
+        base = SEASON_BASE if which == 0 else WEEK_BASE
+        bins = DAY_BINS if which == 0 else WEEK_BINS
+        period_us = US_PER_DAY if which == 0 else 7 * US_PER_DAY
+        beyond = season_step(cfg, row, base, bins, period_us, x, t_us, deviation, limit, forget, figures)
+        if beyond > max(seasonal, best):
+            component = SEASON
+            figures[0] = figures[4]
+            figures[1] = figures[5]
+            figures[2] = figures[6]
+            figures[3] = n
+        seasonal = max(seasonal, beyond)
+    share += seasonal
 
+    learn = n >= 30.0
+    memory = cfg[C_TAIL_MEMORY]
+    state = 0.0
     if n >= cfg[C_WARMUP]:
-        span = row[ROW_MAX] - row[ROW_MIN]
-        beyond = max(x - row[ROW_MAX], row[ROW_MIN] - x)
-        if beyond > 0.0:
-            share = min(beyond / span, 100.0) if span > 0.0 else 1.0
-            p = cfg[C_WEIGHTS + RECORD] * math.log10(n) * (1.0 + math.log10(1.0 + share / cfg[C_RECORD_SCALE]))
-            total += p
-            if p > best:
-                best = p
-                component = RECORD
-                figures[0] = row[ROW_MAX] if x > row[ROW_MAX] else row[ROW_MIN]
-                figures[1] = span
-                figures[2] = share
+        short = abs(row[SCALE_BASE + 6] - row[ROW_MEAN]) / sd
+        long = abs(row[SCALE_BASE + 9] - row[ROW_MEAN]) / sd
+        state = max(
+            tail(row, ROW_SHORT_TAIL, min(short, 1e6), memory, learn),
+            tail(row, ROW_LONG_TAIL, min(long, 1e6), memory, learn),
+        )
+        state = min(state, 12.0)
 
-    push_ring(row, x)
-    for statistic in range(SHIFT_LONG, N_STATISTICS):
-        value = 0.0
-        expected = row[ROW_MEAN]
-        spread = sd
-        samples = n
-        if statistic == SHIFT_LONG:
-            if n < LONG:
-                continue
-            value = abs(row[ROW_SUM_LONG] / LONG - expected) / sd
-            samples = LONG
-        elif statistic == SHIFT_SHORT:
-            if n < SHORT:
-                continue
-            value = abs(row[ROW_SUM_SHORT] / SHORT - expected) / sd
-            samples = SHORT
-        elif statistic == LEVEL:
-            value = abs(x - expected) / sd
-        elif statistic == SEASON:
-            at = int((t_us % US_PER_DAY) * BINS // US_PER_DAY)
-            count = row[PROFILE_N_BASE + at]
-            usual = row[PROFILE_BASE + at]
-            if count * interval_us > 1.5 * US_PER_DAY / BINS:
-                expected = usual
-                spread = math.sqrt(row[ROW_PROFILE_VAR]) + 1e-9 * abs(usual) + 1e-12
-                value = abs(x - usual) / spread
-            step = max(1.0 / (count + 1.0), min(0.2 * interval_us * BINS / US_PER_DAY, 0.2))
-            limit = cfg[C_CLIP] * sd if count > 0.0 else 1e300
-            deviation = min(max(x - usual, -limit), limit)
-            row[PROFILE_BASE + at] = usual + step * deviation
-            if count > 0.0:
-                row[ROW_PROFILE_VAR] += max(1.0 / (n + 1.0), 1.0 / cfg[C_HORIZON]) * (
-                    deviation * deviation - row[ROW_PROFILE_VAR]
-                )
-            row[PROFILE_N_BASE + at] = count + 1.0
-            if value == 0.0:
-                continue
-        elif statistic == SPREAD:
-            spread = math.sqrt(row[ROW_DIFF_VAR]) + 1e-9 * abs(expected) + 1e-12
-            local = math.sqrt(row[ROW_FAST_VAR]) + 1e-9 * abs(expected) + 1e-12
-            value = abs(math.log(local / spread)) * 2.0
-            expected = local
-            samples = SHORT
-        else:
-            expected = row[ROW_LAST]
-            value = abs(x - expected) / sd
-        value = min(value, 1e6)
-        p = cfg[C_WEIGHTS + statistic] * tail(row, TAIL_BASE + 2 * statistic, value, memory, learn)
-        total += p
-        if p > best:
-            best = p
-            component = statistic
-            figures[0] = expected
-            figures[1] = spread
-            figures[2] = value
-            figures[3] = samples
-
-    # learn
     if x == row[ROW_LAST] and n > 0.0:
         row[ROW_REPEATS] += 1.0
     else:
         row[ROW_REPEATS_USUAL] = max(row[ROW_REPEATS_USUAL], row[ROW_REPEATS])
         row[ROW_REPEATS] = 0.0
-    run = row[ROW_REPEATS]
-    if n >= cfg[C_WARMUP] and run > 2.0 * row[ROW_REPEATS_USUAL] + 12.0:
-        p = math.log10(n) * min(run / (2.0 * row[ROW_REPEATS_USUAL] + 12.0), 3.0) * 0.7
-        total += p
-        if p > best:
-            best = p
+    stuck_after = 3.0 * row[ROW_REPEATS_USUAL] + 20.0
+    if n >= cfg[C_WARMUP] and row[ROW_REPEATS] >= stuck_after and row[ROW_VAR] > 0.0:
+        stuck = 4.0 + math.log10(row[ROW_REPEATS] / stuck_after)
+        if stuck > state:
+            state = stuck
             component = FLAT
             figures[0] = x
             figures[1] = row[ROW_REPEATS_USUAL]
-            figures[2] = run
-            figures[3] = run
-    row[ROW_MIN] = min(row[ROW_MIN], x)
-    row[ROW_MAX] = max(row[ROW_MAX], x)
+            figures[2] = figures[3] = row[ROW_REPEATS]
+
     rate = max(1.0 / (n + 1.0), 1.0 / cfg[C_HORIZON])
-    limit = cfg[C_CLIP] * sd if n >= 8.0 else 1e300
-    deviation = min(max(x - row[ROW_MEAN], -limit), limit)
     row[ROW_MEAN] += rate * deviation
     row[ROW_VAR] += rate * (deviation * deviation - row[ROW_VAR])
-    local = x - row[ROW_FAST]
-    local = min(max(local, -limit), limit)
-    row[ROW_FAST] += 0.125 * local
-    row[ROW_FAST_VAR] += max(1.0 / (n + 1.0), 1.0 / 32.0) * (local * local - row[ROW_FAST_VAR])
-    row[ROW_DIFF_VAR] += rate * (local * local - row[ROW_DIFF_VAR])
     row[ROW_LAST] = x
     row[ROW_N] = n + 1.0
     row[ROW_ABSENT_RUN] = 0.0
     row[ROW_PRESENT] += max(1.0 / (n + 1.0), 0.01) * (1.0 - row[ROW_PRESENT])
-
-    score = 0.0
-    if n >= cfg[C_WARMUP]:
-        score = calibrate(cfg, row, best + cfg[C_REST] * (total - best))
-    row[ROW_STATE] = score
-    return hold(cfg, row, ROW_HELD, score), score, component
+    share = hold(cfg, row, ROW_HELD, share, hold_rows(cfg, interval_us))
+    onset = as_score(cfg, share) if n >= cfg[C_WARMUP] else 0.0
+    state = max(state, onset)
+    row[ROW_STATE] = state
+    return onset, state, component
 
 
 @compiled
@@ -326,11 +350,13 @@ def absent_step(cfg: Floats, row: Floats, figures: Floats) -> tuple[float, float
         if score < row[ROW_STATE]:
             score = row[ROW_STATE]  # what was abnormal stays so until a value says otherwise
     row[ROW_PRESENT] += 0.01 * (0.0 - row[ROW_PRESENT]) if row[ROW_ABSENT_RUN] < 50.0 else 0.0
-    return hold(cfg, row, ROW_HELD, score), score, DROPOUT
+    return 0.0, score, DROPOUT
 
 
 @compiled
-def joint_step(cfg: Floats, block: Floats, k: int, values: Floats, share: Floats) -> tuple[float, float, float]:
+def joint_step(
+    cfg: Floats, block: Floats, k: int, values: Floats, share: Floats, rows_held: float
+) -> tuple[float, float, float]:
     """Gated T-squared of one block of k signals (values: float64[k], NaN absent).  Returns (onset, state, distance).
 
     Hotelling's T-squared of exponentially smoothed signals; mean and covariance are learned only while calm, with
@@ -351,14 +377,17 @@ def joint_step(cfg: Floats, block: Floats, k: int, values: Floats, share: Floats
         if block[seen + i] == 0.0:
             block[smooth + i] = x
         else:
-            block[smooth + i] += cfg[C_JOINT_EW] * (x - block[smooth + i])
+            block[smooth + i] += max(1.0 / (block[seen + i] + 1.0), cfg[C_JOINT_EW]) * (x - block[smooth + i])
         block[seen + i] += 1.0
     warm = n >= cfg[C_JOINT_WARMUP]
     t2 = 0.0
     if warm:
         t2 = mahalanobis(block, k, values, smooth, mean, factor, share)
-    usual = max(block[JOINT_Q], 1e-9)
-    calm = not warm or t2 < cfg[C_JOINT_GATE] * usual
+    normal = 0.0
+    if warm:
+        # Wilson and Hilferty (1931): the cube root of chi-squared over k is nearly normal, whatever k is.
+        normal = ((t2 / k) ** (1.0 / 3.0) - (1.0 - 2.0 / (9.0 * k))) / math.sqrt(2.0 / (9.0 * k))
+    calm = not warm or normal < cfg[C_JOINT_GATE]
     rate = max(1.0 / (n + 1.0), 1.0 / cfg[C_JOINT_HORIZON])
     if not calm:
         rate = cfg[C_JOINT_LEAK]
@@ -383,20 +412,8 @@ def joint_step(cfg: Floats, block: Floats, k: int, values: Floats, share: Floats
     if block[JOINT_SINCE_FACTOR] >= max(8.0, k) or n + 1.0 == math.ceil(cfg[C_JOINT_WARMUP]):
         block[JOINT_SINCE_FACTOR] = 0.0
         factorise(cfg, block, k, cov, factor)
-    score = 0.0
-    if warm:
-        distance = math.sqrt(t2 / k)
-        if block[JOINT_Q] == 0.0:
-            block[JOINT_Q] = 1.5
-            block[JOINT_G] = 0.2
-        q = block[JOINT_Q]
-        score = 1.3 * distance / q if distance <= q else 1.3 + math.log(distance / q) / (block[JOINT_G] * LN10)
-        score = min(score, 30.0)
-        if calm:
-            block[JOINT_Q] = q * math.exp(0.02 * (0.95 if distance > q else -0.05))
-            if distance > q:
-                block[JOINT_G] += 0.02 * (math.log(distance / q) - block[JOINT_G])
-    return hold(cfg, block, JOINT_HELD, score), score, math.sqrt(t2 / k)
+    score = min(max(cfg[C_JOINT_UNIT] * normal, 0.0), 30.0)
+    return hold(cfg, block, JOINT_HELD, score, rows_held), score, math.sqrt(t2 / k)
 
 
 @compiled
@@ -442,11 +459,19 @@ def mahalanobis(block: Floats, k: int, values: Floats, smooth: int, mean: int, f
 
 @compiled
 def alarm_step(
-    cfg: Floats, alarm: Floats, started_at: int, calm_at: int, offset: float, onset: float, state: float, t_us: float
+    cfg: Floats,
+    alarm: Floats,
+    started_at: int,
+    calm_at: int,
+    raise_at: float,
+    offset: float,
+    onset: float,
+    state: float,
+    t_us: float,
 ) -> int:
     """The alarm of one series or machine: 1 raised now, 2 cleared now, 0 nothing new."""
     if alarm[started_at] == 0.0:
-        if onset >= cfg[C_RAISE] + offset:
+        if onset >= raise_at + offset:
             alarm[started_at] = t_us
             alarm[calm_at] = 0.0
             return 1
@@ -459,6 +484,38 @@ def alarm_step(
 
 
 @compiled
+def write_event(
+    event: Floats, frame: int, signal: int, what: int, component: int, t_us: float, started_us: float, score: float
+) -> None:
+    """Begin a row of `events`; the figures follow."""
+    event[:] = 0.0
+    event[E_FRAME] = frame
+    event[E_SIGNAL] = signal
+    event[E_RAISED] = 1.0 if what == 1 else 0.0
+    event[E_COMPONENT] = component
+    event[E_TIME_US] = t_us
+    event[E_STARTED_US] = started_us
+    event[E_SCORE] = score
+
+
+@compiled
+def write_leads(event: Floats, share: Floats) -> None:
+    """The two signals with the largest share of the joint distance; share: float64[k], k >= 2."""
+    lead = 0
+    for i in range(1, share.shape[0]):
+        if share[i] > share[lead]:
+            lead = i
+    second = 1 if lead == 0 else 0
+    for i in range(share.shape[0]):
+        if i != lead and share[i] > share[second]:
+            second = i
+    event[E_LEAD] = lead
+    event[E_LEAD_SHARE] = share[lead]
+    event[E_NEXT] = second
+    event[E_NEXT_SHARE] = share[second]
+
+
+@compiled
 def score_frames(
     cfg: Floats, slots: NDArray[np.int32], times_us: Ints, starts: Ints, values: Floats,
     places: Ints, machines: Floats, series: Floats, joint: Floats,
@@ -466,7 +523,7 @@ def score_frames(
     share: Floats, events: Floats,
 ) -> tuple[int, int]:  # fmt: skip
     """Run every frame in order.  Returns (events written, frames skipped as not newer)."""
-    figures = np.empty(4)
+    figures = np.zeros(8)
     n_events = 0
     skipped = 0
     for f in range(slots.shape[0]):
@@ -506,17 +563,11 @@ def score_frames(
             onset[begin + i] = o
             state[begin + i] = s
             component[begin + i] = c
-            what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, row[ROW_OFFSET], o, s, t_us)
+            lasting = s if c in (FLAT, DROPOUT) else o  # these two have no onset: being long is what is wrong
+            what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, cfg[C_RAISE], row[ROW_OFFSET], max(o, lasting), s, t_us)
             if what:
                 event = events[n_events]
-                event[:] = 0.0
-                event[E_FRAME] = f
-                event[E_SIGNAL] = i
-                event[E_RAISED] = 1.0 if what == 1 else 0.0
-                event[E_COMPONENT] = c
-                event[E_TIME_US] = t_us
-                event[E_STARTED_US] = row[ROW_ALARM_US]
-                event[E_SCORE] = s
+                write_event(event, f, i, what, c, t_us, row[ROW_ALARM_US], s)
                 event[E_VALUE] = x
                 event[E_EXPECTED] = figures[0]
                 event[E_SPREAD] = figures[1]
@@ -533,55 +584,35 @@ def score_frames(
             if lo + k > count:
                 break
             block = joint[joint_at + (lo // BLOCK) * block_size(BLOCK) :][: block_size(k)]
-            o, s, d = joint_step(cfg, block, k, values[begin + lo : begin + lo + k], share[begin + lo : begin + lo + k])
+            o, s, d = joint_step(
+                cfg,
+                block,
+                k,
+                values[begin + lo : begin + lo + k],
+                share[begin + lo : begin + lo + k],
+                hold_rows(cfg, machine[MACHINE_INTERVAL_US]),
+            )
             distance = max(distance, d)
             joint_onset[f] = max(joint_onset[f], o)
             joint_state[f] = max(joint_state[f], s)
         what = alarm_step(
-            cfg, machine, MACHINE_ALARM_US, MACHINE_CALM, machine[MACHINE_OFFSET], joint_onset[f], joint_state[f], t_us
+            cfg,
+            machine,
+            MACHINE_ALARM_US,
+            MACHINE_CALM,
+            cfg[C_JOINT_RAISE],
+            machine[MACHINE_OFFSET],
+            joint_state[f],
+            joint_state[f],
+            t_us,
         )
         if what:
             event = events[n_events]
-            event[:] = 0.0
-            event[E_FRAME] = f
-            event[E_SIGNAL] = -1.0
-            event[E_RAISED] = 1.0 if what == 1 else 0.0
-            event[E_COMPONENT] = JOINT
-            event[E_TIME_US] = t_us
-            event[E_STARTED_US] = machine[MACHINE_ALARM_US]
-            event[E_SCORE] = joint_state[f]
+            write_event(event, f, -1, what, JOINT, t_us, machine[MACHINE_ALARM_US], joint_state[f])
             event[E_DISTANCE] = distance
             event[E_SAMPLES] = machine[MACHINE_FRAMES]
-            lead = 0
-            for i in range(1, count):
-                if share[begin + i] > share[begin + lead]:
-                    lead = i
-            second = 1 if lead == 0 else 0
-            for i in range(count):
-                if i != lead and share[begin + i] > share[begin + second]:
-                    second = i
-            event[E_LEAD] = lead
-            event[E_LEAD_SHARE] = share[begin + lead]
-            event[E_NEXT] = second
-            event[E_NEXT_SHARE] = share[begin + second]
+            write_leads(event, share[begin : begin + count])
             n_events += 1
             if what == 2:
                 machine[MACHINE_ALARM_US] = 0.0
     return n_events, skipped
-
-
-@compiled
-def widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
-    """Copy the joint state of old_k signals into the zeroed block of new_k; packed rows keep their order."""
-    new[:JOINT_HEAD] = old[:JOINT_HEAD]
-    for part in range(JOINT_PER_SIGNAL):
-        for i in range(old_k):
-            new[JOINT_HEAD + part * new_k + i] = old[JOINT_HEAD + part * old_k + i]
-    packed = old_k * (old_k + 1) // 2
-    for i in range(2 * packed):
-        half = i // packed
-        at = JOINT_HEAD + new_k * JOINT_PER_SIGNAL + half * (new_k * (new_k + 1) // 2) + i % packed
-        new[at] = old[JOINT_HEAD + old_k * JOINT_PER_SIGNAL + i]
-    if new_k > old_k:
-        new[JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
-        new[JOINT_SINCE_FACTOR] = 0.0
