@@ -36,7 +36,7 @@ class StateError(ValueError):
 class Config:
     """One configuration for all series.  Rows are values of one series, scores are -log10 as in the module's text."""
 
-    raise_at: float = 3.6
+    raise_at: float = 4.2
     clear_below: float = 2.5
     calm_rows: float = 30.0  # an alarm ends after so many rows below `clear_below`
     horizon_rows: float = 2000.0
@@ -61,7 +61,8 @@ class Config:
     joint_horizon_rows: float = 5000.0
     joint_leak: float = 0.00005  # learning rate while not calm: a new regime is accepted after hours at 1 Hz
     joint_unit: float = 1.1  # score per normal deviate
-    joint_raise_at: float = 4.5  # smoothed rows depend on each other, so an alarm needs more than one value's does
+    joint_raise_at: float = 5.0  # smoothed rows depend on each other, so an alarm needs more than one value's does
+    young_rows: float = 300.0  # a younger series is scored, but raises no alarm: it has not shown yet what is usual
 
     def vector(self) -> Floats:
         return np.array(astuple(self), dtype=np.float64)

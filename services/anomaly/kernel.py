@@ -39,8 +39,8 @@ SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
     C_RAISE, C_CLEAR, C_CALM_ROWS, C_HORIZON, C_CLIP, C_WARMUP, C_HOLD_US, C_HOLD_ROWS_MIN, C_HOLD_ROWS_MAX,
     C_HOLD_RATIO, C_FORGET, C_FORGET_US, C_RECORD_CAP, C_SHARE_UNIT, C_SCORE_BASE, C_SEASON_RATIO, C_SEASON_STEP,
     C_TAIL_MEMORY, C_JOINT_EW, C_JOINT_WARMUP, C_JOINT_GATE, C_JOINT_SHRINK, C_JOINT_HORIZON, C_JOINT_LEAK,
-    C_JOINT_UNIT, C_JOINT_RAISE,
-) = range(26)  # fmt: skip
+    C_JOINT_UNIT, C_JOINT_RAISE, C_YOUNG,
+) = range(27)  # fmt: skip
 
 # --- state of one machine ---------------------------------------------------------------------------------------
 MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET = range(6)
@@ -564,7 +564,8 @@ def score_frames(
             state[begin + i] = s
             component[begin + i] = c
             lasting = s if c in (FLAT, DROPOUT) else o  # these two have no onset: being long is what is wrong
-            what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, cfg[C_RAISE], row[ROW_OFFSET], max(o, lasting), s, t_us)
+            alarming = max(o, lasting) if row[ROW_N] >= cfg[C_YOUNG] else 0.0
+            what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, cfg[C_RAISE], row[ROW_OFFSET], alarming, s, t_us)
             if what:
                 event = events[n_events]
                 write_event(event, f, i, what, c, t_us, row[ROW_ALARM_US], s)
