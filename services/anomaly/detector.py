@@ -63,6 +63,10 @@ class Config:
     joint_unit: float = 1.1  # score per normal deviate
     joint_raise_at: float = 5.0  # smoothed rows depend on each other, so an alarm needs more than one value's does
     young_rows: float = 300.0  # a younger series is scored, but raises no alarm: it has not shown yet what is usual
+    raise_at_min: float = (
+        3.1  # where frames are rare alarms are raised by time: one in `budget_us` a signal, not below this
+    )
+    budget_us: float = 7 * 86400e6
 
     def vector(self) -> Floats:
         return np.array(astuple(self), dtype=np.float64)

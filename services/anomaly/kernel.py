@@ -39,8 +39,8 @@ SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
     C_RAISE, C_CLEAR, C_CALM_ROWS, C_HORIZON, C_CLIP, C_WARMUP, C_HOLD_US, C_HOLD_ROWS_MIN, C_HOLD_ROWS_MAX,
     C_HOLD_RATIO, C_FORGET, C_FORGET_US, C_RECORD_CAP, C_SHARE_UNIT, C_SCORE_BASE, C_SEASON_RATIO, C_SEASON_STEP,
     C_TAIL_MEMORY, C_JOINT_EW, C_JOINT_WARMUP, C_JOINT_GATE, C_JOINT_SHRINK, C_JOINT_HORIZON, C_JOINT_LEAK,
-    C_JOINT_UNIT, C_JOINT_RAISE, C_YOUNG,
-) = range(27)  # fmt: skip
+    C_JOINT_UNIT, C_JOINT_RAISE, C_YOUNG, C_RAISE_MIN, C_BUDGET_US,
+) = range(29)  # fmt: skip
 
 # --- state of one machine ---------------------------------------------------------------------------------------
 MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET = range(6)
@@ -458,6 +458,15 @@ def mahalanobis(block: Floats, k: int, values: Floats, smooth: int, mean: int, f
 
 
 @compiled
+def eased_by(cfg: Floats, interval_us: float) -> float:
+    """How far alarms are raised below `raise_at` where frames are rare: the budget is in time, the score in rows."""
+    if interval_us <= 0.0:
+        return 0.0
+    asked = math.log10(max(cfg[C_BUDGET_US] / interval_us, 1.0))
+    return float(cfg[C_RAISE] - min(cfg[C_RAISE], max(cfg[C_RAISE_MIN], asked)))
+
+
+@compiled
 def alarm_step(
     cfg: Floats,
     alarm: Floats,
@@ -553,6 +562,7 @@ def score_frames(
             )
         machine[MACHINE_LAST_US] = t_us
         machine[MACHINE_FRAMES] += 1.0
+        eased = eased_by(cfg, machine[MACHINE_INTERVAL_US])
         for i in range(min(count, width)):
             row = series[first_row + i]
             x = values[begin + i]
@@ -565,7 +575,9 @@ def score_frames(
             component[begin + i] = c
             lasting = s if c in (FLAT, DROPOUT) else o  # these two have no onset: being long is what is wrong
             alarming = max(o, lasting) if row[ROW_N] >= cfg[C_YOUNG] else 0.0
-            what = alarm_step(cfg, row, ROW_ALARM_US, ROW_CALM, cfg[C_RAISE], row[ROW_OFFSET], alarming, s, t_us)
+            what = alarm_step(
+                cfg, row, ROW_ALARM_US, ROW_CALM, cfg[C_RAISE] - eased, row[ROW_OFFSET], alarming, s, t_us
+            )
             if what:
                 event = events[n_events]
                 write_event(event, f, i, what, c, t_us, row[ROW_ALARM_US], s)
@@ -601,7 +613,7 @@ def score_frames(
             machine,
             MACHINE_ALARM_US,
             MACHINE_CALM,
-            cfg[C_JOINT_RAISE],
+            cfg[C_JOINT_RAISE] - eased,
             machine[MACHINE_OFFSET],
             joint_state[f],
             joint_state[f],
