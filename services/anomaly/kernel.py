@@ -361,7 +361,7 @@ def joint_step(
 
     Hotelling's T-squared of exponentially smoothed signals; mean and covariance are learned only while calm, with
     a slow leak so that a permanent new regime is accepted at last.  The covariance is shrunk toward its diagonal
-    and its Cholesky factor renewed every few rows.  share: float64[k], `d_i (S^-1 d)_i / T2`, sums to one.
+    and its Cholesky factor renewed every few rows.  share: float64[k], the signals' parts of T2, sum to one.
     """
     smooth = JOINT_HEAD
     mean = smooth + k
@@ -435,7 +435,10 @@ def factorise(cfg: Floats, block: Floats, k: int, cov: int, factor: int) -> None
 
 @compiled
 def mahalanobis(block: Floats, k: int, values: Floats, smooth: int, mean: int, factor: int, share: Floats) -> float:
-    """d' S^-1 d by two triangular solves; `share` receives each signal's part of it."""
+    """d' S^-1 d by two triangular solves; `share` receives each signal's part of it, from 0 to 1, summing to 1.
+
+    A part d_i (S^-1 d)_i is negative where a signal makes the others less surprising: it then has no share.
+    """
     forward = np.empty(BLOCK)
     t2 = 0.0
     for i in range(k):
@@ -451,9 +454,13 @@ def mahalanobis(block: Floats, k: int, values: Floats, smooth: int, mean: int, f
         for j in range(i + 1, k):
             total -= block[factor + j * (j + 1) // 2 + i] * forward[j]
         forward[i] = total / block[factor + i * (i + 1) // 2 + i]
-    if t2 > 0.0:
+    surprising = 0.0
+    for i in range(k):
+        share[i] = max(share[i] * forward[i], 0.0)
+        surprising += share[i]
+    if surprising > 0.0:
         for i in range(k):
-            share[i] = share[i] * forward[i] / t2
+            share[i] /= surprising
     return t2
 
 

@@ -173,6 +173,7 @@ def test_sensors_that_no_longer_move_together_are_raised_jointly() -> None:
     assert "A (" in explain(joint[0], [Signal(name) for name in "ABCD"])
     shares = scores.share.reshape(1600, 4)[1250]
     np.testing.assert_allclose(shares.sum(), 1.0)
+    assert (scores.share >= 0.0).all()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
