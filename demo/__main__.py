@@ -6,6 +6,7 @@ Usage: python -m demo [--input FILE.csv]
 import argparse
 import asyncio
 import secrets
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -73,7 +74,14 @@ async def own_servers() -> AsyncIterator[tuple[Servers, str]]:
 
 
 async def run(story: Story, console: Console) -> None:
-    """Start everything, walk the journey, write summary and report. Raises JourneyError, HubError, ServersError."""
+    """Start everything, walk the journey, write summary and report. Raises JourneyError, HubError, ServersError.
+
+    Told to stop (by the keyboard, or because the terminal closed), it first ends what it started.
+    """
+    me = asyncio.current_task()
+    assert me is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, me.cancel)
     async with View(story, console):
         step = Step("Start Kafka, TimescaleDB and the services", story.elapsed_s)
         story.steps.append(step)
@@ -112,6 +120,9 @@ def main() -> int:
     except (recording.NotARecording, ServersError, HubError, JourneyError) as error:
         console.print(f"demo: {error}", style="red", highlight=False)
         return 1
+    except asyncio.CancelledError:
+        console.print("demo: stopped, and everything that it had started with it", highlight=False)
+        return 130
     print_summary(story, console, str((FOLDER / "report.html").relative_to(LOCAL.parent)))
     counts = story.counts
     return 0 if counts.lost == 0 and counts.duplicated == 0 else 1

@@ -104,12 +104,14 @@ async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.F
 
 
 async def create_partner(connection: Connection, name: str, region: str, now_us: int) -> pb.Partner:
-    try:
-        partner_id = await connection.fetchval(
-            "INSERT INTO partner (name, region) VALUES ($1, $2) RETURNING id", name, region
-        )
-    except asyncpg.UniqueViolationError as error:
-        raise AlreadyExists(f"There is a partner {name!r} already.") from error
+    partner_id = await connection.fetchval(
+        "INSERT INTO partner (name, region) VALUES ($1, $2) "
+        "ON CONFLICT ON CONSTRAINT partner_name_key DO UPDATE SET name = excluded.name "
+        "WHERE partner.region = excluded.region RETURNING id",
+        *(name, region),
+    )
+    if partner_id is None:
+        raise AlreadyExists(f"There is a partner {name!r} in another region already.")
     partner = pb.Partner(id=partner_id, name=name, region=region)
     await publish(connection, "partner", pb.DirectoryEntry(partner=partner), partner_id, now_us)
     return partner

@@ -372,6 +372,15 @@ async def test_registering_the_same_twice_makes_it_once_and_something_else_of_th
     body = {"site_id": plant.site["id"], "path": "twice-1", "name": "another", "kind": "press"}
     answer = await plant.operator.post("/v1/machines", json=body)
     assert (answer.status_code, answer.json()["reason"]) == (409, "ALREADY_EXISTS")
+    for kind, same, other in (
+        ("partners", {"name": "Centre", "region": "Wales"}, {"region": "London"}),
+        ("sites", {"firm_id": plant.firm["id"], "slug": "hull", "name": "Hull"}, {"name": "Kingston upon Hull"}),
+        ("firms", {"name": "B", "slug": "b", "sic": "10.11", "region": "Wales", "size": "micro"}, {"size": "large"}),
+    ):
+        first, again = [(await plant.operator.post(f"/v1/{kind}", json=same)).json() for _ in range(2)]
+        assert first == again
+        answer = await plant.operator.post(f"/v1/{kind}", json=same | other)
+        assert (answer.status_code, answer.json()["reason"]) == (409, "ALREADY_EXISTS")
     for path in ("Twice", "a/b/c/d/e", "", "x//y", "-x"):
         answer = await plant.operator.post("/v1/machines", json=body | {"path": path})
         assert (answer.status_code, answer.json()["reason"]) == (400, "BAD_NAME")
