@@ -7,8 +7,8 @@ from pathlib import Path
 import grpc
 import httpx
 import numpy as np
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from demo import plant, report
 from demo.journey import Journey, Observer
@@ -86,11 +86,19 @@ async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_proce
                     assert (await client.get(f"{running.http}/{probe}")).status_code == 200
         for name in ("door", "anomaly", "matching", "funding"):
             async with grpc.aio.insecure_channel(hub.processes[name].grpc) as channel:
-                answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-                assert answer.status == health_pb2.HealthCheckResponse.SERVING
-                listed = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-                    iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+                check = channel.unary_unary(
+                    "/grpc.health.v1.Health/Check",
+                    request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                    response_deserializer=health_pb2.HealthCheckResponse.FromString,
                 )
+                answer = await check(health_pb2.HealthCheckRequest())
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                ask = channel.stream_stream(
+                    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+                    request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+                    response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+                )
+                listed = ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
                 services = {one.name async for response in listed for one in response.list_services_response.service}
                 assert any(one.startswith("smdih.") for one in services)
     finally:
