@@ -8,15 +8,20 @@ from prometheus_client import Counter
 
 from services.common.clock import Clock
 from services.common.directory import Directory
-from services.common.errors import Invalid
+from services.common.errors import Invalid, TooLarge
 from services.common.identity import Caller, Role
 from services.common.logs import current_correlation_id, get_logger
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, check_text
 from services.ingest.frames import Checked, FrameCheck, Sender, quarantined
 from services.ingest.groupcommit import Commit, GroupCommit
+from services.ingest.lineprotocol import Fault, batches, by_reason, read
 from smdih.ingest.v1 import telemetry_pb2
 
 log = get_logger(__name__)
+
+LINES_BYTES_AT_ONCE = 64 * 1024
+# A row of one sample grows when it is spread over all signals of its machine; this bounds what stands in memory at a time.
+LINES_ROWS_AT_ONCE = 10_000
 
 # What came in at the door, in samples, by what became of it. sent = accepted + quarantined + refused.
 samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
@@ -53,6 +58,23 @@ class Taken:
         )
 
 
+@dataclass(frozen=True)
+class LinesResult:
+    """What became of line protocol. `faults`: what no batch could be made of; it is in quarantine."""
+
+    results: list[telemetry_pb2.BatchResult]
+    faults: list[Fault]
+
+    @property
+    def accepted(self) -> int:
+        return sum(result.accepted for result in self.results)
+
+    @property
+    def quarantined(self) -> int:
+        """Samples; a line that could not be read at all counts none."""
+        return sum(result.quarantined for result in self.results) + sum(fault.samples for fault in self.faults)
+
+
 class Door:
     """Checks batches and commits them to the message log; every protocol's edge calls this one."""
 
@@ -85,10 +107,43 @@ class Door:
         await asyncio.gather(*(one.durable() for one in taken))
         return [one.result() for one in taken]
 
-    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes) -> None:
+    async def send_lines(self, sender: Sender, body: bytes, precision: str) -> LinesResult:
+        """Take line protocol and wait until it is durable. Raises SlowDown, TryAgain, TooLarge (too many machines).
+
+        After an error a part may be durable already: sent again it is stored once.
+        """
+        now_us = self._clock.now_us()
+        if len(body) > LINES_BYTES_AT_ONCE:
+            # Reading many lines takes long; other senders are served meanwhile.
+            reading = await asyncio.to_thread(read, body, precision=precision, now_us=now_us)
+        else:
+            reading = read(body, precision=precision, now_us=now_us)
+        to_send = batches(reading.blocks, lambda machine, path: self._check.signals_of(sender, machine, path))
+        if len(to_send) > BATCHES_PER_REQUEST_MAX:
+            raise TooLarge(f"The lines make {len(to_send)} batches; send at most {BATCHES_PER_REQUEST_MAX} at once.")
+        results: list[telemetry_pb2.BatchResult] = []
+        together: list[telemetry_pb2.Batch] = []
+        rows = 0
+        for batch in to_send:
+            together.append(batch)
+            rows += len(batch.times_us)
+            if rows >= LINES_ROWS_AT_ONCE:
+                results += await self.send(sender, together)
+                together, rows = [], 0
+        if together:
+            results += await self.send(sender, together)
+        for faults in by_reason(reading.faults):
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            detail = f"line {faults[0].line}: {faults[0].detail}{more}"
+            raw = b"\n".join(dict.fromkeys(fault.raw for fault in faults))
+            await self.set_aside(sender, faults[0].reason, detail, raw, sum(fault.samples for fault in faults))
+        return LinesResult(results, reading.faults)
+
+    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0) -> None:
         """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
-        record = quarantined(sender, reason, detail, 0, self._clock.now_us(), raw=raw)
-        quarantined_total.labels(reason).inc(0)
+        record = quarantined(sender, reason, detail, samples, self._clock.now_us(), raw=raw)
+        samples_total.labels(sender.door, "quarantined").inc(samples)
+        quarantined_total.labels(reason).inc(samples)
         log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
         await self._group_commit.put_quarantine(record).wait()
 

@@ -1,6 +1,7 @@
 """Ingest as its users meet it: real processes, real broker, real database."""
 
 import asyncio
+import gzip
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -412,3 +413,84 @@ async def test_every_process_answers_its_probes(plant: Plant) -> None:
             assert (await client.get("/livez")).status_code == 200
             assert (await client.get("/readyz")).status_code == 200
             assert "smdih_" in (await client.get("/metrics")).text
+
+
+async def test_line_protocol_is_stored_as_telegraf_sends_it(plant: Plant) -> None:
+    machine = await plant.new_machine("lines-1")
+    start, path = _now_s(), machine["path"]
+    body = "\n".join(
+        f"press,host=edge\\ 1,machine={path} temperature={20 + n / 8},current={n}i,speed={'true' if n % 2 else 'f'} {start + n}"
+        for n in range(50)
+    )
+    async with httpx.AsyncClient(
+        base_url=plant.hub.processes["door"].http, headers={"Authorization": f"Token {plant.device_key}"}
+    ) as telegraf:
+        for where in (
+            "/api/v2/write?bucket=b&org=o&precision=s",
+            "/write?precision=s",
+        ):  # the same twice is stored once
+            answer = await telegraf.post(
+                where, content=gzip.compress(body.encode()), headers={"Content-Encoding": "gzip"}
+            )
+            assert (answer.status_code, answer.content) == (204, b"")
+    expected = [(start + n, [20 + n / 8, float(n), float(n % 2)]) for n in range(50)]
+
+    async def stored() -> bool:
+        return await plant.frames(machine["id"]) == expected
+
+    await eventually(stored)
+
+
+async def test_bad_lines_are_quarantined_and_the_good_ones_stored(plant: Plant) -> None:
+    machine = await plant.new_machine("lines-2")
+    start, path = _now_s(), machine["path"]
+    body = (
+        f"# by measurement, by id, and with a longer name\n{path} temperature=1 {start}\n"
+        f"m,machine={machine['id']} current=2 {start}\n\n"
+        f'm,machine={path} speed=3,state="run" {start}\n'
+        f"m,machine={path} temperature= {start}\nm,machine={path} temperature=900 {start + 1}\n"
+    )
+    answer = await plant.http.post("/api/v2/write", params={"precision": "s"}, content=body)
+    found = answer.json()
+    assert (answer.status_code, found["code"], found["accepted"], found["quarantined"]) == (400, "invalid", 3, 2)
+    assert [(one["line"], one["reason"]) for one in found["lines"]] == [(5, "WRONG_TYPE"), (6, "MALFORMED")]
+    assert [(one["reason"], one["samples"]) for one in found["problems"]] == [("OUT_OF_RANGE", 1)]
+    assert "line 6" in found["message"]
+
+    async def stored() -> bool:
+        return await plant.frames(machine["id"]) == [(start, [1.0, 2.0, 3.0])]
+
+    await eventually(stored)
+
+    async def set_aside() -> bool:
+        items = [i for r in ("WRONG_TYPE", "MALFORMED", "OUT_OF_RANGE") for i in await plant.quarantined(r)]
+        return {(i["reason"], i["samples"]) for i in items if i["door"] == "lines"} == {
+            ("WRONG_TYPE", 1),
+            ("MALFORMED", 0),
+            ("OUT_OF_RANGE", 1),
+        }
+
+    await eventually(set_aside)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "params", "status", "code", "reason"),
+    [
+        (b"m a=1 1", {}, {"precision": "s"}, 422, "unprocessable entity", "UNKNOWN_MACHINE"),
+        (b"m", {}, {}, 400, "invalid", "MALFORMED"),
+        (b"m a=1 1", {}, {"precision": "h"}, 400, "invalid", "INVALID"),
+        (b"m a=1 1", {"Content-Encoding": "gzip"}, {}, 400, "invalid", "MALFORMED"),
+        (gzip.compress(b"m a=1 1")[:-9], {"Content-Encoding": "gzip"}, {}, 400, "invalid", "MALFORMED"),
+        (gzip.compress(b" " * 500_000_000, 1), {"Content-Encoding": "gzip"}, {}, 413, "request too large", "TOO_LARGE"),
+        (b"m a=1 1", {"Content-Encoding": "br"}, {}, 400, "invalid", "INVALID"),
+        (b"m a=1 1", {"Authorization": "Token wrong"}, {}, 401, "unauthorized", "UNAUTHENTICATED"),
+        (b"\n".join(b"m%d a=1" % n for n in range(10_001)), {}, {}, 413, "request too large", "TOO_LARGE"),
+    ],
+)
+async def test_refused_lines_get_a_code_and_a_reason(
+    plant: Plant, content: bytes, headers: dict[str, str], params: dict[str, str], status: int, code: str, reason: str
+) -> None:
+    answer = await plant.http.post("/api/v2/write", content=content, headers=headers, params=params)
+    found = answer.json()
+    assert (answer.status_code, found["code"], found["reason"]) == (status, code, reason)
+    assert found["message"]
