@@ -2,6 +2,8 @@
 
 import asyncio
 import gzip
+import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ import pytest
 import pytest_asyncio
 
 from localstack.hub import Hub
-from localstack.servers import Servers
+from localstack.servers import Servers, free_port
 from services.common.settings import Settings
 from smdih.ingest.v1 import telemetry_pb2, telemetry_pb2_grpc
 from smdih_client import Refused, TelemetryClient
+from tests.integration.buffered_gateway import ROWS, values
 from tests.polling import eventually
 
 SIGNALS = [
@@ -494,3 +497,69 @@ async def test_refused_lines_get_a_code_and_a_reason(
     found = answer.json()
     assert (answer.status_code, found["code"], found["reason"]) == (status, code, reason)
     assert found["message"]
+
+
+@dataclass
+class _Gateway:
+    """buffered_gateway as a process."""
+
+    process: asyncio.subprocess.Process
+
+    async def line(self) -> str:
+        assert self.process.stdout is not None
+        return (await asyncio.wait_for(self.process.stdout.readline(), 60)).decode().strip()
+
+    async def kill_after(self, number: int) -> int:
+        """SIGKILL once it has said that this batch is kept; the number of the last one that it said."""
+        while int(last := await self.line()) < number:
+            pass
+        self.process.kill()
+        await self.process.wait()
+        while said := await self.line():
+            last = said
+        return int(last)
+
+
+async def test_a_gateway_cut_off_and_killed_twice_delivers_everything_once_and_in_order(
+    plant: Plant, tmp_path: Path
+) -> None:
+    machine, start = await plant.new_machine("buffered-1"), _now_s()
+    target = plant.hub.processes["door"].grpc
+
+    async def gateway(where: str, first: int, end: int) -> _Gateway:
+        arguments = (where, machine["path"], str(tmp_path / "buffer"), str(first), str(end), str(start))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.integration.buffered_gateway", *arguments),
+            env=os.environ | {"SMDIH_KEY": plant.device_key, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        return _Gateway(process)
+
+    # Nobody listens: it is cut off from its first batch on, and killed.
+    last = await (await gateway(f"127.0.0.1:{free_port()}", 0, 10_000)).kill_after(150)
+    assert await plant.frames(machine["id"]) == []
+    # Killed again while it sends the backlog (which takes it more than a second).
+    second = await gateway(target, last + 1, 10_000)
+    last = await second.kill_after(last + 50)
+    end = last + 100
+    third = await gateway(target, last + 1, end)
+    for number in range(last + 1, end):
+        assert await third.line() == str(number)
+        if number == last + 20:
+            plant.hub.kill("door")
+    word, sent, quarantined = (await third.line()).split()
+    assert (word, quarantined, await third.process.wait()) == ("flushed", "0", 0)
+    assert int(sent) < end * ROWS * 3, "what was acknowledged before the second kill is not sent again"
+    expected = [(start + n * ROWS + row, v) for n in range(end) for row, v in enumerate(values(n).tolist())]
+
+    async def stored() -> bool:
+        return len(await plant.frames(machine["id"])) >= len(expected)
+
+    await eventually(stored, deadline_s=40)
+    assert await plant.frames(machine["id"]) == expected
+    # Opened once more there is nothing left to send.
+    async with TelemetryClient(
+        target, plant.device_key, source="gateway-buffered", buffer=tmp_path / "buffer"
+    ) as client:
+        await client.flush()
+        assert client.totals.sent == 0
