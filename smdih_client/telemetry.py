@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -35,6 +36,10 @@ _TRANSIENT = (
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
 )
+
+
+# A hub that does not know its keys yet refuses all of them.
+_STARTING = "STARTING"
 
 
 class Refused(Exception):
@@ -190,20 +195,20 @@ class TelemetryClient:
                 await self._connection()
                 return
             except grpc.aio.AioRpcError as error:
-                if error.code() not in _TRANSIENT:
-                    metadata = dict(error.trailing_metadata() or ())
+                metadata = dict(error.trailing_metadata() or ())
+                if error.code() not in _TRANSIENT and metadata.get("reason") != _STARTING:
                     await self._fail(Refused(str(metadata.get("reason", error.code().name)), error.details() or ""))
                     return
                 if self.totals.acknowledged > acknowledged:
                     delay_s = RECONNECT_DELAY_S
-                metadata = dict(error.trailing_metadata() or ())
                 with contextlib.suppress(ValueError, TypeError):
                     delay_s = max(delay_s, float(str(metadata.get("retry-after", 0))))
             except Exception as error:
                 await self._fail(error)
                 raise
             self.totals.reconnects += 1
-            await asyncio.sleep(delay_s)
+            # Not all at the same moment: a hub that comes back meets every gateway that it had.
+            await asyncio.sleep(delay_s * random.uniform(1, 1.5))  # noqa: S311  spreads, hides nothing
             delay_s = min(delay_s * 2, RECONNECT_DELAY_S_MAX)
 
     async def _fail(self, error: BaseException) -> None:

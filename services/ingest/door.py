@@ -8,17 +8,20 @@ from prometheus_client import Counter
 
 from services.common.clock import Clock
 from services.common.directory import Directory
-from services.common.errors import Invalid, TooLarge
+from services.common.errors import Invalid, SlowDown, TooLarge
 from services.common.identity import Caller, Role
 from services.common.logs import current_correlation_id, get_logger
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, check_text
 from services.ingest.frames import Checked, FrameCheck, Sender, quarantined
-from services.ingest.groupcommit import Commit, GroupCommit
+from services.ingest.groupcommit import RETRY_AFTER_S, WAITING_BYTES_MAX, Commit, GroupCommit
 from services.ingest.lineprotocol import Fault, batches, by_reason, read
 from smdih.ingest.v1 import telemetry_pb2
 
 log = get_logger(__name__)
 
+# Of one credential. Ten streams, each as full as it may be; and a quarter of the room that all share.
+BATCHES_IN_FLIGHT_MAX = 20_000
+BYTES_IN_FLIGHT_MAX = WAITING_BYTES_MAX // 4
 LINES_BYTES_AT_ONCE = 64 * 1024
 # A row of one sample grows when it is spread over all signals of its machine; this bounds what stands in memory at a time.
 LINES_ROWS_AT_ONCE = 10_000
@@ -58,6 +61,42 @@ class Taken:
         )
 
 
+class _InFlight:
+    """What each credential has on its way, so that one sender cannot take the room of all others."""
+
+    def __init__(self) -> None:
+        self._batches: dict[int, int] = {}
+        self._bytes: dict[int, int] = {}
+
+    def check_room(self, credential_id: int) -> None:
+        """Raise SlowDown where as much is on its way as one credential may have. What is taken then may go past it, once."""
+        batches, size = self._batches.get(credential_id, 0), self._bytes.get(credential_id, 0)
+        if batches >= BATCHES_IN_FLIGHT_MAX or size >= BYTES_IN_FLIGHT_MAX:
+            raise SlowDown(
+                f"This key has {batches} batches ({size} bytes) on their way; nothing was taken, send again.",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def add(self, credential_id: int, size: int, commits: Sequence[Commit]) -> None:
+        """Count a batch until all its commits are settled."""
+        self._batches[credential_id] = self._batches.get(credential_id, 0) + 1
+        self._bytes[credential_id] = self._bytes.get(credential_id, 0) + size
+        left = len(commits)
+
+        def settled() -> None:
+            nonlocal left
+            left -= 1
+            if left:
+                return
+            self._batches[credential_id] -= 1
+            self._bytes[credential_id] -= size
+            if not self._batches[credential_id]:
+                del self._batches[credential_id], self._bytes[credential_id]
+
+        for commit in commits:
+            commit.when_settled(settled)
+
+
 @dataclass(frozen=True)
 class LinesResult:
     """What became of line protocol. `faults`: what no batch could be made of; it is in quarantine."""
@@ -81,6 +120,7 @@ class Door:
     def __init__(self, directory: Directory, group_commit: GroupCommit, clock: Clock) -> None:
         self._check = FrameCheck(directory, clock)
         self._group_commit = group_commit
+        self._in_flight = _InFlight()
         self._clock = clock
 
     def sender(self, caller: Caller, source: str, door: str) -> Sender:
@@ -99,6 +139,7 @@ class Door:
         if len(batches) > BATCHES_PER_REQUEST_MAX:
             raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
         self._group_commit.check_room()
+        self._in_flight.check_room(sender.credential_id)
         return [self._take(sender, batch) for batch in batches]
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
@@ -169,4 +210,7 @@ class Door:
                 source=sender.source,
                 quarantine_id=record.id,
             )
+        size = sum(len(frames.values) + len(frames.times_us) for frames in checked.frames)
+        size += sum(len(record.batch) for record in checked.quarantine)
+        self._in_flight.add(sender.credential_id, size, commits)
         return Taken(checked, commits)
