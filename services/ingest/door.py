@@ -14,7 +14,7 @@ from services.common.logs import current_correlation_id, get_logger
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, check_text
 from services.ingest.frames import Checked, FrameCheck, Sender, quarantined
 from services.ingest.groupcommit import RETRY_AFTER_S, WAITING_BYTES_MAX, Commit, GroupCommit
-from services.ingest.lineprotocol import Fault, batches, by_reason, read
+from services.ingest.lineprotocol import Fault, TooMany, batches, by_reason, read
 from smdih.ingest.v1 import telemetry_pb2
 
 log = get_logger(__name__)
@@ -149,16 +149,19 @@ class Door:
         return [one.result() for one in taken]
 
     async def send_lines(self, sender: Sender, body: bytes, precision: str) -> LinesResult:
-        """Take line protocol and wait until it is durable. Raises SlowDown, TryAgain, TooLarge (too many machines).
+        """Take line protocol and wait until it is durable. Raises SlowDown, TryAgain, TooLarge (too many machines or faults).
 
         After an error a part may be durable already: sent again it is stored once.
         """
         now_us = self._clock.now_us()
-        if len(body) > LINES_BYTES_AT_ONCE:
-            # Reading many lines takes long; other senders are served meanwhile.
-            reading = await asyncio.to_thread(read, body, precision=precision, now_us=now_us)
-        else:
-            reading = read(body, precision=precision, now_us=now_us)
+        try:
+            if len(body) > LINES_BYTES_AT_ONCE:
+                # Reading many lines takes long; other senders are served meanwhile.
+                reading = await asyncio.to_thread(read, body, precision=precision, now_us=now_us)
+            else:
+                reading = read(body, precision=precision, now_us=now_us)
+        except TooMany as error:
+            raise TooLarge(f"The body has {error}; nothing was taken, send it in smaller parts.") from error
         to_send = batches(reading.blocks, lambda machine, path: self._check.signals_of(sender, machine, path))
         if len(to_send) > BATCHES_PER_REQUEST_MAX:
             raise TooLarge(f"The lines make {len(to_send)} batches; send at most {BATCHES_PER_REQUEST_MAX} at once.")

@@ -38,6 +38,10 @@ CELLS_PER_SAMPLE_MAX = 4
 ROWS_PER_BATCH_MAX = 500
 # A pattern makes reading a form's lines fast but costs as much as some hundred lines.
 PATTERNS_MAX = 100
+PATTERN_FIELDS_MAX = 500
+# A form or a fault costs as much time as some hundred samples; these bound what one body can cost.
+FORMS_MAX = 10_000
+FAULTS_MAX = 10_000
 
 _INT64_MAX = 2**63 - 1
 _TRUE = dict.fromkeys((b"t", b"T", b"true", b"True", b"TRUE"), 1.0)
@@ -90,6 +94,10 @@ class Reading:
     faults: list[Fault]
 
 
+class TooMany(Exception):
+    """The body is too varied or too wrong to be read at once; the message says in what."""
+
+
 class _Malformed(Exception):
     """The line breaks the grammar; the message says how."""
 
@@ -116,7 +124,10 @@ class _Form:
 
 
 def read(body: bytes, *, precision: str, now_us: int) -> Reading:
-    """Read a body. `precision` is one of PRECISIONS; a line without a time gets `now_us`. Never raises for any bytes."""
+    """Read a body. `precision` is one of PRECISIONS; a line without a time gets `now_us`.
+
+    Raises TooMany, and nothing else whatever the bytes.
+    """
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n")
     if b'"' in body:
@@ -147,7 +158,7 @@ class _Reader:
             head, _, rest = line.partition(b" ")
             form = latest.get(head)
             if form is not None:
-                if form.pattern is None and patterns < PATTERNS_MAX:
+                if form.pattern is None and patterns < PATTERNS_MAX and len(form.fields) <= PATTERN_FIELDS_MAX:
                     form.pattern, patterns = _pattern(form.names), patterns + 1
                 match = form.pattern and form.pattern.fullmatch(rest)
                 if match:
@@ -198,6 +209,8 @@ class _Reader:
         key = (head, tuple(names))
         form = self._forms.get(key)
         if form is None:
+            if len(self._forms) >= FORMS_MAX:
+                raise TooMany(f"more than {FORMS_MAX} different combinations of measurement, tags and fields")
             form = self._forms[key] = _Form(head, names)
         return form
 
@@ -276,6 +289,8 @@ class _Reader:
         return values, present
 
     def _fault(self, index: int, reason: str, detail: str, samples: int = 0) -> None:
+        if len(self._faults) >= FAULTS_MAX:
+            raise TooMany(f"more than {FAULTS_MAX} lines that cannot be stored as they are")
         number = index + 1 if self._numbers is None else self._numbers[index]
         self._faults.append(Fault(number, reason, detail, samples, self._lines[index]))
 

@@ -1,12 +1,14 @@
 """Line protocol: exact on what is right, a reason for what is wrong, nothing raised whatever comes."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.frames import RAW_BYTES_MAX
-from services.ingest.lineprotocol import PRECISIONS, Fault, batches, by_reason, read
+from services.ingest.lineprotocol import FAULTS_MAX, FORMS_MAX, PRECISIONS, Fault, TooMany, batches, by_reason, read
 from smdih.ingest.v1 import telemetry_pb2
 
 NOW_US = 1_764_000_000_000_000
@@ -267,4 +269,14 @@ def test_faults_are_put_together_up_to_what_a_record_keeps() -> None:
 )
 def test_odd_bodies_take_time_in_proportion(body: bytes) -> None:
     # Something quadratic would take hours; the suite's own limit would end it.
-    read(body, precision="ns", now_us=NOW_US)
+    with contextlib.suppress(TooMany):
+        read(body, precision="ns", now_us=NOW_US)
+
+
+def test_what_one_body_can_cost_is_bounded() -> None:
+    for line in (b"m%d a=1 1", b"m f%d=1 1", b"bad%d", b'm%d a="x" 1'):
+        with pytest.raises(TooMany):
+            read(b"\n".join(line % n for n in range(max(FORMS_MAX, FAULTS_MAX) + 1)), precision="ns", now_us=NOW_US)
+    wide = b"m " + b",".join(b"f%d=1" % n for n in range(50_000)) + b" 1"
+    (block,) = read(wide + b"\n" + wide, precision="ns", now_us=NOW_US).blocks
+    assert block.values.shape == (2, 50_000)
