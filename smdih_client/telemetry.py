@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,11 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from smdih.ingest.v1 import telemetry_pb2, telemetry_pb2_grpc
+from smdih_client.buffer import DiskBuffer
 
 UNACKNOWLEDGED_MAX = 1_000
 RECONNECT_DELAY_S = 0.2
 RECONNECT_DELAY_S_MAX = 5.0
 BATCHES_PER_MESSAGE_MAX = 200
+# Below what the hub takes in one message, whatever the size of the last batch in it.
+MESSAGE_BYTES_MAX = 1024 * 1024
+# How fast a client with a buffer sends at most, so that all gateways coming back at once do not overrun the hub.
+BUFFERED_SAMPLES_PER_S_MAX = 200_000.0
 
 # What a new connection can mend; anything else is the caller's to see.
 _TRANSIENT = (
@@ -31,6 +38,10 @@ _TRANSIENT = (
 )
 
 
+# A hub that does not know its keys yet refuses all of them.
+_STARTING = "STARTING"
+
+
 class Refused(Exception):
     """The hub will not take this, however often it is sent: a wrong key, a wrong request. The message says why."""
 
@@ -41,7 +52,10 @@ class Refused(Exception):
 
 @dataclass
 class Totals:
-    """Samples since the client was opened. sent = acknowledged + waiting; acknowledged = accepted + quarantined."""
+    """Samples since the client was opened (those that its buffer held then are in `sent`).
+
+    sent = acknowledged + waiting; acknowledged = accepted + quarantined.
+    """
 
     sent: int = 0
     acknowledged: int = 0
@@ -61,18 +75,35 @@ class TelemetryClient:
     `send` returns as soon as the batch is kept here (waiting while UNACKNOWLEDGED_MAX are); `flush` returns when everything is
     durable in the hub. Connections that break are opened anew and what was not acknowledged is sent again, in order; the hub
     recognises repeats by (source, sequence). Sequences begin at the present time in microseconds, so they grow over restarts.
+
+    With `buffer`, a folder (or a DiskBuffer, for limits of your own), batches are kept on disk: `send` returns when the buffer has
+    the batch, whether the hub answers or not, and raises BufferFull when it takes no more. Leaving the context does not wait for
+    the hub; what it did not get is sent when the buffer is opened again (keep the source the same), in order and at most
+    `samples_per_s_max`.
     """
 
     def __init__(
-        self, target: str, key: str, *, source: str, credentials: grpc.ChannelCredentials | None = None
+        self,
+        target: str,
+        key: str,
+        *,
+        source: str,
+        credentials: grpc.ChannelCredentials | None = None,
+        buffer: Path | DiskBuffer | None = None,
+        samples_per_s_max: float = BUFFERED_SAMPLES_PER_S_MAX,
     ) -> None:
         self._target = target
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._source = source
         self._credentials = credentials
         self._sequence = time.time_ns() // 1000
+        self._buffer_folder = buffer if isinstance(buffer, Path) else None
+        self._buffer = buffer if isinstance(buffer, DiskBuffer) else None
+        self._samples_per_s_max = samples_per_s_max
+        self._paced_until_s = 0.0
         self._unacknowledged: deque[_Waiting] = deque()
         self._next = 0  # index in _unacknowledged of what this connection sends next
+        self._connections = 0
         self._changed = asyncio.Condition()
         self._failure: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
@@ -80,6 +111,11 @@ class TelemetryClient:
         self.problems: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
+        """Raises BufferInUse, OSError."""
+        if self._buffer_folder is not None:
+            self._buffer = await asyncio.to_thread(DiskBuffer, self._buffer_folder)
+        if self._buffer is not None:
+            self.totals.sent += self._buffer.waiting_samples
         self._task = asyncio.create_task(self._run())
         return self
 
@@ -87,22 +123,25 @@ class TelemetryClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None:
+            if error is None and self._buffer is None:
                 await self.flush()
         finally:
             assert self._task is not None
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            if self._buffer is not None:
+                await asyncio.to_thread(self._buffer.close)
 
     async def send(
         self, machine: str | int, times_us: npt.ArrayLike, values: npt.ArrayLike, *, signals: Sequence[str] = ()
     ) -> None:
-        """Send a times x signals matrix of one machine (path or id); NaN: no value. Raises Refused."""
+        """Send a times x signals matrix of one machine (path or id); NaN: no value.
+
+        Raises Refused; with a buffer also BufferFull (the samples were not kept) and OSError (the disk is failing).
+        """
         matrix = np.asarray(values, dtype=np.float64)
         absent = np.isnan(matrix)
-        self._sequence += 1
         batch = telemetry_pb2.Batch(
-            sequence=self._sequence,
             machine_id=machine if isinstance(machine, int) else 0,
             machine_path=machine if isinstance(machine, str) else "",
             times_us=np.asarray(times_us, dtype=np.int64).tolist(),
@@ -111,6 +150,11 @@ class TelemetryClient:
             absent=np.packbits(absent.ravel(), bitorder="little").tobytes() if absent.any() else b"",
         )
         samples = int(matrix.size - absent.sum())
+        if self._buffer is not None:
+            await self._keep(self._buffer, batch, samples)
+            return
+        self._sequence += 1
+        batch.sequence = self._sequence
         async with self._changed:
             await self._changed.wait_for(
                 lambda: self._failure is not None or len(self._unacknowledged) < UNACKNOWLEDGED_MAX
@@ -120,11 +164,24 @@ class TelemetryClient:
             self.totals.sent += samples
             self._changed.notify_all()
 
+    async def _keep(self, buffer: DiskBuffer, batch: telemetry_pb2.Batch, samples: int) -> None:
+        async with self._changed:
+            self._raise_failure()
+            batch.sequence = buffer.next_sequence()
+            buffer.append(batch.sequence, samples, batch.SerializeToString())
+            self.totals.sent += samples
+            self._changed.notify_all()
+        if buffer.is_sync_due():
+            await asyncio.to_thread(buffer.sync)
+
     async def flush(self) -> None:
         """Return when everything sent is durable in the hub. Raises Refused."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._failure is not None or not self._unacknowledged)
+            await self._changed.wait_for(lambda: self._failure is not None or self._is_drained())
             self._raise_failure()
+
+    def _is_drained(self) -> bool:
+        return not self._unacknowledged and (self._buffer is None or not self._buffer.has_unread)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -138,20 +195,20 @@ class TelemetryClient:
                 await self._connection()
                 return
             except grpc.aio.AioRpcError as error:
-                if error.code() not in _TRANSIENT:
-                    metadata = dict(error.trailing_metadata() or ())
+                metadata = dict(error.trailing_metadata() or ())
+                if error.code() not in _TRANSIENT and metadata.get("reason") != _STARTING:
                     await self._fail(Refused(str(metadata.get("reason", error.code().name)), error.details() or ""))
                     return
                 if self.totals.acknowledged > acknowledged:
                     delay_s = RECONNECT_DELAY_S
-                metadata = dict(error.trailing_metadata() or ())
                 with contextlib.suppress(ValueError, TypeError):
                     delay_s = max(delay_s, float(str(metadata.get("retry-after", 0))))
             except Exception as error:
                 await self._fail(error)
                 raise
             self.totals.reconnects += 1
-            await asyncio.sleep(delay_s)
+            # Not all at the same moment: a hub that comes back meets every gateway that it had.
+            await asyncio.sleep(delay_s * random.uniform(1, 1.5))  # noqa: S311  spreads, hides nothing
             delay_s = min(delay_s * 2, RECONNECT_DELAY_S_MAX)
 
     async def _fail(self, error: BaseException) -> None:
@@ -167,13 +224,19 @@ class TelemetryClient:
         async with channel:
             stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
             self._next = 0
+            self._connections += 1
             batches = quarantined = 0
-            call = stub.StreamBatches(self._requests(), metadata=self._metadata)
+            call = stub.StreamBatches(self._requests(self._connections), metadata=self._metadata)
             async for answer in call:
                 async with self._changed:
-                    for _ in range(answer.acknowledged_batches - batches):
-                        self.totals.acknowledged += self._unacknowledged.popleft().samples
-                        self._next -= 1
+                    acknowledged = [
+                        self._unacknowledged.popleft() for _ in range(answer.acknowledged_batches - batches)
+                    ]
+                    self._next -= len(acknowledged)
+                    samples = sum(waiting.samples for waiting in acknowledged)
+                    self.totals.acknowledged += samples
+                    if self._buffer is not None and acknowledged:
+                        self._buffer.acknowledge(acknowledged[-1].batch.sequence, samples)
                     self.totals.quarantined += answer.quarantined - quarantined
                     batches, quarantined = answer.acknowledged_batches, answer.quarantined
                     for result in answer.problems:
@@ -187,11 +250,41 @@ class TelemetryClient:
                 details="the hub closed the stream",
             )
 
-    async def _requests(self) -> AsyncIterator[telemetry_pb2.StreamBatchesRequest]:
+    async def _requests(self, connection: int) -> AsyncIterator[telemetry_pb2.StreamBatchesRequest]:
+        # A connection that broke may still ask for more; what it took would be missing in the one after it.
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._next < len(self._unacknowledged))
-                end = min(len(self._unacknowledged), self._next + BATCHES_PER_MESSAGE_MAX)
-                batches = [self._unacknowledged[index].batch for index in range(self._next, end)]
-                self._next = end
+                await self._changed.wait_for(lambda: connection != self._connections or self._has_more())
+                if connection != self._connections:
+                    return
+                batches: list[telemetry_pb2.Batch] = []
+                samples = size = 0
+                while (
+                    self._next < len(self._unacknowledged)
+                    and len(batches) < BATCHES_PER_MESSAGE_MAX
+                    and size < MESSAGE_BYTES_MAX
+                ):
+                    waiting = self._unacknowledged[self._next]
+                    if batches and size + waiting.batch.ByteSize() > MESSAGE_BYTES_MAX:
+                        break
+                    batches.append(waiting.batch)
+                    samples += waiting.samples
+                    size += waiting.batch.ByteSize()
+                    self._next += 1
+            if self._buffer is not None:
+                await self._pace(samples)
             yield telemetry_pb2.StreamBatchesRequest(source=self._source, batches=batches)
+
+    def _has_more(self) -> bool:
+        """Whether there is a batch to send; takes some out of the buffer when there is none at hand."""
+        if self._next == len(self._unacknowledged) < UNACKNOWLEDGED_MAX and self._buffer is not None:
+            records = self._buffer.read(records_max=BATCHES_PER_MESSAGE_MAX, bytes_max=MESSAGE_BYTES_MAX)
+            self._unacknowledged += [
+                _Waiting(telemetry_pb2.Batch.FromString(record.payload), record.samples) for record in records
+            ]
+        return self._next < len(self._unacknowledged)
+
+    async def _pace(self, samples: int) -> None:
+        now_s = time.monotonic()
+        await asyncio.sleep(self._paced_until_s - now_s)
+        self._paced_until_s = max(now_s, self._paced_until_s) + samples / self._samples_per_s_max

@@ -8,15 +8,23 @@ from prometheus_client import Counter
 
 from services.common.clock import Clock
 from services.common.directory import Directory
-from services.common.errors import Invalid
+from services.common.errors import Invalid, SlowDown, TooLarge
 from services.common.identity import Caller, Role
 from services.common.logs import current_correlation_id, get_logger
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, check_text
 from services.ingest.frames import Checked, FrameCheck, Sender, quarantined
-from services.ingest.groupcommit import Commit, GroupCommit
+from services.ingest.groupcommit import RETRY_AFTER_S, WAITING_BYTES_MAX, Commit, GroupCommit
+from services.ingest.lineprotocol import Fault, TooMany, batches, by_reason, read
 from smdih.ingest.v1 import telemetry_pb2
 
 log = get_logger(__name__)
+
+# Of one credential. Ten streams, each as full as it may be; and a quarter of the room that all share.
+BATCHES_IN_FLIGHT_MAX = 20_000
+BYTES_IN_FLIGHT_MAX = WAITING_BYTES_MAX // 4
+LINES_BYTES_AT_ONCE = 64 * 1024
+# A row of one sample grows when it is spread over all signals of its machine; this bounds what stands in memory at a time.
+LINES_ROWS_AT_ONCE = 10_000
 
 # What came in at the door, in samples, by what became of it. sent = accepted + quarantined + refused.
 samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
@@ -53,12 +61,66 @@ class Taken:
         )
 
 
+class _InFlight:
+    """What each credential has on its way, so that one sender cannot take the room of all others."""
+
+    def __init__(self) -> None:
+        self._batches: dict[int, int] = {}
+        self._bytes: dict[int, int] = {}
+
+    def check_room(self, credential_id: int) -> None:
+        """Raise SlowDown where as much is on its way as one credential may have. What is taken then may go past it, once."""
+        batches, size = self._batches.get(credential_id, 0), self._bytes.get(credential_id, 0)
+        if batches >= BATCHES_IN_FLIGHT_MAX or size >= BYTES_IN_FLIGHT_MAX:
+            raise SlowDown(
+                f"This key has {batches} batches ({size} bytes) on their way; nothing was taken, send again.",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def add(self, credential_id: int, size: int, commits: Sequence[Commit]) -> None:
+        """Count a batch until all its commits are settled."""
+        self._batches[credential_id] = self._batches.get(credential_id, 0) + 1
+        self._bytes[credential_id] = self._bytes.get(credential_id, 0) + size
+        left = len(commits)
+
+        def settled() -> None:
+            nonlocal left
+            left -= 1
+            if left:
+                return
+            self._batches[credential_id] -= 1
+            self._bytes[credential_id] -= size
+            if not self._batches[credential_id]:
+                del self._batches[credential_id], self._bytes[credential_id]
+
+        for commit in commits:
+            commit.when_settled(settled)
+
+
+@dataclass(frozen=True)
+class LinesResult:
+    """What became of line protocol. `faults`: what no batch could be made of; it is in quarantine."""
+
+    results: list[telemetry_pb2.BatchResult]
+    faults: list[Fault]
+
+    @property
+    def accepted(self) -> int:
+        return sum(result.accepted for result in self.results)
+
+    @property
+    def quarantined(self) -> int:
+        """Samples; a line that could not be read at all counts none."""
+        return sum(result.quarantined for result in self.results) + sum(fault.samples for fault in self.faults)
+
+
 class Door:
     """Checks batches and commits them to the message log; every protocol's edge calls this one."""
 
     def __init__(self, directory: Directory, group_commit: GroupCommit, clock: Clock) -> None:
         self._check = FrameCheck(directory, clock)
         self._group_commit = group_commit
+        self._in_flight = _InFlight()
         self._clock = clock
 
     def sender(self, caller: Caller, source: str, door: str) -> Sender:
@@ -77,6 +139,7 @@ class Door:
         if len(batches) > BATCHES_PER_REQUEST_MAX:
             raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
         self._group_commit.check_room()
+        self._in_flight.check_room(sender.credential_id)
         return [self._take(sender, batch) for batch in batches]
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
@@ -85,10 +148,46 @@ class Door:
         await asyncio.gather(*(one.durable() for one in taken))
         return [one.result() for one in taken]
 
-    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes) -> None:
+    async def send_lines(self, sender: Sender, body: bytes, precision: str) -> LinesResult:
+        """Take line protocol and wait until it is durable. Raises SlowDown, TryAgain, TooLarge (too many machines or faults).
+
+        After an error a part may be durable already: sent again it is stored once.
+        """
+        now_us = self._clock.now_us()
+        try:
+            if len(body) > LINES_BYTES_AT_ONCE:
+                # Reading many lines takes long; other senders are served meanwhile.
+                reading = await asyncio.to_thread(read, body, precision=precision, now_us=now_us)
+            else:
+                reading = read(body, precision=precision, now_us=now_us)
+        except TooMany as error:
+            raise TooLarge(f"The body has {error}; nothing was taken, send it in smaller parts.") from error
+        to_send = batches(reading.blocks, lambda machine, path: self._check.signals_of(sender, machine, path))
+        if len(to_send) > BATCHES_PER_REQUEST_MAX:
+            raise TooLarge(f"The lines make {len(to_send)} batches; send at most {BATCHES_PER_REQUEST_MAX} at once.")
+        results: list[telemetry_pb2.BatchResult] = []
+        together: list[telemetry_pb2.Batch] = []
+        rows = 0
+        for batch in to_send:
+            together.append(batch)
+            rows += len(batch.times_us)
+            if rows >= LINES_ROWS_AT_ONCE:
+                results += await self.send(sender, together)
+                together, rows = [], 0
+        if together:
+            results += await self.send(sender, together)
+        for faults in by_reason(reading.faults):
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            detail = f"line {faults[0].line}: {faults[0].detail}{more}"
+            raw = b"\n".join(dict.fromkeys(fault.raw for fault in faults))
+            await self.set_aside(sender, faults[0].reason, detail, raw, sum(fault.samples for fault in faults))
+        return LinesResult(results, reading.faults)
+
+    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0) -> None:
         """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
-        record = quarantined(sender, reason, detail, 0, self._clock.now_us(), raw=raw)
-        quarantined_total.labels(reason).inc(0)
+        record = quarantined(sender, reason, detail, samples, self._clock.now_us(), raw=raw)
+        samples_total.labels(sender.door, "quarantined").inc(samples)
+        quarantined_total.labels(reason).inc(samples)
         log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
         await self._group_commit.put_quarantine(record).wait()
 
@@ -114,4 +213,7 @@ class Door:
                 source=sender.source,
                 quarantine_id=record.id,
             )
+        size = sum(len(frames.values) + len(frames.times_us) for frames in checked.frames)
+        size += sum(len(record.batch) for record in checked.quarantine)
+        self._in_flight.add(sender.credential_id, size, commits)
         return Taken(checked, commits)

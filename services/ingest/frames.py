@@ -4,6 +4,7 @@ Work is per batch in Python and per sample in numpy.
 """
 
 import hashlib
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -86,7 +87,7 @@ class FrameCheck:
 
         if rows == 0 or len(values) == 0:
             return refuse_all(Reason.EMPTY_BATCH, "The batch holds no values; send times_us and values.")
-        machine = self._machine(sender, batch)
+        machine = self._machine(sender, batch.machine_id, batch.machine_path)
         if machine is None:
             named = batch.machine_path or f"id {batch.machine_id}"
             return refuse_all(
@@ -164,10 +165,14 @@ class FrameCheck:
         frames = self._frames(sender, batch, machine, positions, times, matrix, good, received_us) if accepted else []
         return Checked(batch.sequence, accepted, frames, quarantine, machine.id)
 
-    def _machine(self, sender: Sender, batch: telemetry_pb2.Batch) -> _MachineView | None:
-        machine_id = batch.machine_id
+    def signals_of(self, sender: Sender, machine_id: int, path: str) -> Container[str]:
+        """Names of a machine's signals; none where the sender's firm has no such machine."""
+        machine = self._machine(sender, machine_id, path)
+        return () if machine is None else machine.positions
+
+    def _machine(self, sender: Sender, machine_id: int, path: str) -> _MachineView | None:
         if not machine_id:
-            by_path = self._directory.machine_by_path(batch.machine_path)
+            by_path = self._directory.machine_by_path(path)
             if by_path is None:
                 return None
             machine_id = by_path.id

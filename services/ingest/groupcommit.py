@@ -45,6 +45,10 @@ class Commit:
         """Return once it is durable. Raises what the publish raised."""
         await asyncio.shield(self._future)
 
+    def when_settled(self, callback: Callable[[], None]) -> None:
+        """Call back once it is durable or has failed."""
+        self._future.add_done_callback(lambda _: callback())
+
     def succeed(self) -> None:
         self._future.set_result(None)
 
@@ -97,7 +101,7 @@ class _Queue:
                 except Exception as error:  # whatever it was, nobody may wait for ever
                     if not isinstance(error, HubError):
                         log.exception("publish failed in an unknown way")
-                        error = HubError()
+                        error = HubError(retry_after_s=RETRY_AFTER_S)
                     commit.fail(error)
                     self._fail_rest(error)
                 else:

@@ -70,7 +70,12 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
         "SMDIH ingest",
         runtime=runtime,
         directory=directory,
-        routers=[api.telemetry_router(door), api.registry_router(registry), api.query_router(queries)],
+        routers=[
+            api.telemetry_router(door),
+            api.lines_router(door),
+            api.registry_router(registry),
+            api.query_router(queries),
+        ],
         on_too_large=functools.partial(api.note_too_large, door=door),
     )
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))

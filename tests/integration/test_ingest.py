@@ -1,6 +1,9 @@
 """Ingest as its users meet it: real processes, real broker, real database."""
 
 import asyncio
+import gzip
+import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,10 +18,11 @@ import pytest
 import pytest_asyncio
 
 from localstack.hub import Hub
-from localstack.servers import Servers
+from localstack.servers import Servers, free_port
 from services.common.settings import Settings
 from smdih.ingest.v1 import telemetry_pb2, telemetry_pb2_grpc
 from smdih_client import Refused, TelemetryClient
+from tests.integration.buffered_gateway import ROWS, values
 from tests.polling import eventually
 
 SIGNALS = [
@@ -421,3 +425,150 @@ async def test_every_process_answers_its_probes(plant: Plant) -> None:
             assert (await client.get("/livez")).status_code == 200
             assert (await client.get("/readyz")).status_code == 200
             assert "smdih_" in (await client.get("/metrics")).text
+
+
+async def test_line_protocol_is_stored_as_telegraf_sends_it(plant: Plant) -> None:
+    machine = await plant.new_machine("lines-1")
+    start, path = _now_s(), machine["path"]
+    body = "\n".join(
+        f"press,host=edge\\ 1,machine={path} temperature={20 + n / 8},current={n}i,speed={'true' if n % 2 else 'f'} {start + n}"
+        for n in range(50)
+    )
+    async with httpx.AsyncClient(
+        base_url=plant.hub.processes["door"].http, headers={"Authorization": f"Token {plant.device_key}"}
+    ) as telegraf:
+        for where in (
+            "/api/v2/write?bucket=b&org=o&precision=s",
+            "/write?precision=s",
+        ):  # the same twice is stored once
+            answer = await telegraf.post(
+                where, content=gzip.compress(body.encode()), headers={"Content-Encoding": "gzip"}
+            )
+            assert (answer.status_code, answer.content) == (204, b"")
+    expected = [(start + n, [20 + n / 8, float(n), float(n % 2)]) for n in range(50)]
+
+    async def stored() -> bool:
+        return await plant.frames(machine["id"]) == expected
+
+    await eventually(stored)
+
+
+async def test_bad_lines_are_quarantined_and_the_good_ones_stored(plant: Plant) -> None:
+    machine = await plant.new_machine("lines-2")
+    start, path = _now_s(), machine["path"]
+    body = (
+        f"# by measurement, by id, and with a longer name\n{path} temperature=1 {start}\n"
+        f"m,machine={machine['id']} current=2 {start}\n\n"
+        f'm,machine={path} speed=3,state="run" {start}\n'
+        f"m,machine={path} temperature= {start}\nm,machine={path} temperature=900 {start + 1}\n"
+    )
+    answer = await plant.http.post("/api/v2/write", params={"precision": "s"}, content=body)
+    found = answer.json()
+    assert (answer.status_code, found["code"], found["accepted"], found["quarantined"]) == (400, "invalid", 3, 2)
+    assert [(one["line"], one["reason"]) for one in found["lines"]] == [(5, "WRONG_TYPE"), (6, "MALFORMED")]
+    assert [(one["reason"], one["samples"]) for one in found["problems"]] == [("OUT_OF_RANGE", 1)]
+    assert "line 6" in found["message"]
+
+    async def stored() -> bool:
+        return await plant.frames(machine["id"]) == [(start, [1.0, 2.0, 3.0])]
+
+    await eventually(stored)
+
+    async def set_aside() -> bool:
+        items = [i for r in ("WRONG_TYPE", "MALFORMED", "OUT_OF_RANGE") for i in await plant.quarantined(r)]
+        return {(i["reason"], i["samples"]) for i in items if i["door"] == "lines"} == {
+            ("WRONG_TYPE", 1),
+            ("MALFORMED", 0),
+            ("OUT_OF_RANGE", 1),
+        }
+
+    await eventually(set_aside)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "params", "status", "code", "reason"),
+    [
+        (b"m a=1 1", {}, {"precision": "s"}, 422, "unprocessable entity", "UNKNOWN_MACHINE"),
+        (b"m", {}, {}, 400, "invalid", "MALFORMED"),
+        (b"m a=1 1", {}, {"precision": "h"}, 400, "invalid", "INVALID"),
+        (b"m a=1 1", {"Content-Encoding": "gzip"}, {}, 400, "invalid", "MALFORMED"),
+        (gzip.compress(b"m a=1 1")[:-9], {"Content-Encoding": "gzip"}, {}, 400, "invalid", "MALFORMED"),
+        (gzip.compress(b" " * 500_000_000, 1), {"Content-Encoding": "gzip"}, {}, 413, "request too large", "TOO_LARGE"),
+        (b"m a=1 1", {"Content-Encoding": "br"}, {}, 400, "invalid", "INVALID"),
+        (b"m a=1 1", {"Authorization": "Token wrong"}, {}, 401, "unauthorized", "UNAUTHENTICATED"),
+        (b"\n".join(b"m%d a=1" % n for n in range(10_001)), {}, {}, 413, "request too large", "TOO_LARGE"),
+    ],
+)
+async def test_refused_lines_get_a_code_and_a_reason(
+    plant: Plant, content: bytes, headers: dict[str, str], params: dict[str, str], status: int, code: str, reason: str
+) -> None:
+    answer = await plant.http.post("/api/v2/write", content=content, headers=headers, params=params)
+    found = answer.json()
+    assert (answer.status_code, found["code"], found["reason"]) == (status, code, reason)
+    assert found["message"]
+
+
+@dataclass
+class _Gateway:
+    """buffered_gateway as a process."""
+
+    process: asyncio.subprocess.Process
+
+    async def line(self) -> str:
+        assert self.process.stdout is not None
+        return (await asyncio.wait_for(self.process.stdout.readline(), 60)).decode().strip()
+
+    async def kill_after(self, number: int) -> int:
+        """SIGKILL once it has said that this batch is kept; the number of the last one that it said."""
+        while int(last := await self.line()) < number:
+            pass
+        self.process.kill()
+        await self.process.wait()
+        while said := await self.line():
+            last = said
+        return int(last)
+
+
+async def test_a_gateway_cut_off_and_killed_twice_delivers_everything_once_and_in_order(
+    plant: Plant, tmp_path: Path
+) -> None:
+    machine, start = await plant.new_machine("buffered-1"), _now_s()
+    target = plant.hub.processes["door"].grpc
+
+    async def gateway(where: str, first: int, end: int) -> _Gateway:
+        arguments = (where, machine["path"], str(tmp_path / "buffer"), str(first), str(end), str(start))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.integration.buffered_gateway", *arguments),
+            env=os.environ | {"SMDIH_KEY": plant.device_key, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        return _Gateway(process)
+
+    # Nobody listens: it is cut off from its first batch on, and killed.
+    last = await (await gateway(f"127.0.0.1:{free_port()}", 0, 10_000)).kill_after(150)
+    assert await plant.frames(machine["id"]) == []
+    # Killed again while it sends the backlog (which takes it more than a second).
+    second = await gateway(target, last + 1, 10_000)
+    last = await second.kill_after(last + 50)
+    end = last + 100
+    third = await gateway(target, last + 1, end)
+    for number in range(last + 1, end):
+        assert await third.line() == str(number)
+        if number == last + 20:
+            plant.hub.kill("door")
+    word, sent, quarantined = (await third.line()).split()
+    assert (word, quarantined, await third.process.wait()) == ("flushed", "0", 0)
+    assert int(sent) < end * ROWS * 3, "what was acknowledged before the second kill is not sent again"
+    expected = [(start + n * ROWS + row, v) for n in range(end) for row, v in enumerate(values(n).tolist())]
+
+    async def stored() -> bool:
+        return len(await plant.frames(machine["id"])) >= len(expected)
+
+    await eventually(stored, deadline_s=40)
+    assert await plant.frames(machine["id"]) == expected
+    # Opened once more there is nothing left to send.
+    async with TelemetryClient(
+        target, plant.device_key, source="gateway-buffered", buffer=tmp_path / "buffer"
+    ) as client:
+        await client.flush()
+        assert client.totals.sent == 0
