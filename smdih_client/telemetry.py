@@ -38,9 +38,6 @@ _TRANSIENT = (
 )
 
 
-# A hub that does not know its keys yet refuses all of them.
-_STARTING = "STARTING"
-
 
 class Refused(Exception):
     """The hub will not take this, however often it is sent: a wrong key, a wrong request. The message says why."""
@@ -196,7 +193,7 @@ class TelemetryClient:
                 return
             except grpc.aio.AioRpcError as error:
                 metadata = dict(error.trailing_metadata() or ())
-                if error.code() not in _TRANSIENT and metadata.get("reason") != _STARTING:
+                if error.code() not in _TRANSIENT:
                     await self._fail(Refused(str(metadata.get("reason", error.code().name)), error.details() or ""))
                     return
                 if self.totals.acknowledged > acknowledged:

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import Counter, Histogram
 
 from services.common.directory import Directory
-from services.common.errors import HubError, Invalid, Unauthenticated
+from services.common.errors import HubError, Invalid, TryAgain
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
 
@@ -72,12 +72,10 @@ class _Gate(grpc.aio.ServerInterceptor):
     def _guarded(self, handler: Any, method: str, key: str, correlation_id: str) -> Any:
         directory = self._directory
 
-        async def admit(context: Any) -> None:
+        async def admit() -> None:
             if not await directory.is_caught_up():
-                await _abort(
-                    context,
-                    Unauthenticated("The hub has just started and does not know its keys yet.", reason="STARTING"),
-                )
+                detail = "The hub has just started and does not know its keys yet."
+                raise TryAgain(detail, reason="STARTING", retry_after_s=1)
             _caller.set(directory.caller_of(key))
 
         def parse(data: bytes) -> Any:
@@ -96,7 +94,7 @@ class _Gate(grpc.aio.ServerInterceptor):
             started = time.perf_counter()
             with correlated(correlation_id):
                 async with _answered(context, method):
-                    await admit(context)
+                    await admit()
                     await well_formed(request)
                     response = await handler.unary_unary(request, context)
                 call_seconds.labels(method).observe(time.perf_counter() - started)
@@ -110,7 +108,7 @@ class _Gate(grpc.aio.ServerInterceptor):
         async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
             with correlated(correlation_id):
                 async with _answered(context, method):
-                    await admit(context)
+                    await admit()
                     await well_formed(request)
                     async for response in handler.unary_stream(request, context):
                         yield response
@@ -118,7 +116,7 @@ class _Gate(grpc.aio.ServerInterceptor):
         async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
             with correlated(correlation_id):
                 async with _answered(context, method):
-                    await admit(context)
+                    await admit()
                     async for response in handler.stream_stream(checked(requests), context):
                         yield response
 
