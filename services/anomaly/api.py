@@ -11,6 +11,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.anomaly.domain import Alarm, Change, HistoryEntry, MaintenanceWindow, Severity, Source, Suppression
+from services.anomaly.measures import HOURS_MAX, Measures, MeasureService
 from services.anomaly.messages import CHANGES, STATES, alarm_message
 from services.anomaly.service import BULK_MAX, PAGE_SIZE_MAX, AlarmFeed, AlarmService, BulkOutcome
 from services.anomaly.store import AlarmFilter, Suppressed
@@ -207,7 +208,37 @@ class WindowList(BaseModel):
     windows: list[WindowOut]
 
 
-def router(service: AlarmService, suppression: SuppressionService, feed: AlarmFeed) -> APIRouter:
+class SourceMeasureOut(BaseModel):
+    """An empty name: several signals together. The share is that of the firm's alarms, 0 to 1."""
+
+    machine_id: int
+    machine_path: str
+    signal_name: str
+    alarms: int
+    share: float
+
+
+class MeasuresOut(BaseModel):
+    """Over the alarms that were raised in these hours and are not suppressed; a flood is more than 10 in 10 minutes."""
+
+    hours: int
+    alarms: int
+    low: int
+    medium: int
+    high: int
+    alarms_10_minutes: int
+    flooded: bool
+    alarms_10_minutes_max: int
+    flooded_intervals: int
+    chattering: list[SourceMeasureOut]
+    stale: int
+    worst_sources: list[SourceMeasureOut]
+    worst_sources_share: float
+
+
+def router(
+    service: AlarmService, suppression: SuppressionService, measuring: MeasureService, feed: AlarmFeed
+) -> APIRouter:
     routes = APIRouter(prefix="/v1/alarms", tags=["alarms"])
 
     @routes.get("")
@@ -251,6 +282,13 @@ def router(service: AlarmService, suppression: SuppressionService, feed: AlarmFe
                 yield f"event: problem\ndata: {error.reason}: {error.detail}\n\n"
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    @routes.get("/measures")
+    async def get_measures(
+        caller: Authenticated, firm_id: int = 0, hours: Annotated[int, Query(ge=0, le=HOURS_MAX)] = 0
+    ) -> MeasuresOut:
+        """How well a firm's alarms serve the people who must respond."""
+        return _measures(await measuring.measures(caller, firm_id=firm_id, hours=hours))
 
     @routes.get("/suppressions")
     async def list_suppressions(caller: Authenticated, firm_id: int = 0) -> SuppressionList:
@@ -417,6 +455,12 @@ def _suppression(source: Source) -> SuppressionOut:
         actor=source.actor,
         credential_id=source.credential_id,
     )
+
+
+def _measures(measures: Measures) -> MeasuresOut:
+    fields = asdict(measures)
+    low, medium, high = fields.pop("alarms_by_severity")
+    return MeasuresOut(**fields, low=low, medium=medium, high=high)
 
 
 def _window(window: MaintenanceWindow) -> WindowOut:

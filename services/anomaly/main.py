@@ -5,6 +5,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from services.anomaly import api, rpc
+from services.anomaly.measures import FloodGauge, MeasureService
 from services.anomaly.scorer import compile_kernel
 from services.anomaly.service import AlarmFeed, AlarmRaiser, AlarmService
 from services.anomaly.store import AlarmStore, StateStore
@@ -83,11 +84,13 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
         suppressions = SuppressionStore(alarms)
         service = AlarmService(alarms, pool, clock)
         suppression = SuppressionService(service, alarms, suppressions, pool, directory, clock)
+        measuring = MeasureService(pool, clock)
         feed = AlarmFeed()
         feed_consumer = AlarmFeedConsumer(cluster, feed)
         runtime.background("directory", directory.run())
         runtime.background("feed", feed_consumer.run())
         runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
+        runtime.background("measures", FloodGauge(pool, clock).run())
         runtime.background("outbox", OutboxRelay(pool, publisher, schema=SCHEMA).run())
         runtime.ready_when("kafka", publisher.answers)
         runtime.ready_when("database", lambda: can_write(pool))
@@ -101,14 +104,17 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
                 register=[
                     (
                         anomaly_pb2_grpc.add_AlarmServiceServicer_to_server,
-                        rpc.AlarmServicer(service, suppression, feed),
+                        rpc.AlarmServicer(service, suppression, measuring, feed),
                     ),
                 ],
                 service_names=[anomaly_pb2.DESCRIPTOR.services_by_name["AlarmService"].full_name],
             )
         )
         app = http.application(
-            "SMDIH alarms", runtime=runtime, directory=directory, routers=[api.router(service, suppression, feed)]
+            "SMDIH alarms",
+            runtime=runtime,
+            directory=directory,
+            routers=[api.router(service, suppression, measuring, feed)],
         )
         await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
 

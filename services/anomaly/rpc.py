@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from services.anomaly.domain import MaintenanceWindow, Source, Suppression
+from services.anomaly.measures import MeasureService, SourceMeasure
 from services.anomaly.messages import CHANGES, alarm_message
 from services.anomaly.service import AlarmFeed, AlarmService
 from services.anomaly.store import AlarmFilter, Suppressed
@@ -21,9 +22,12 @@ _SUPPRESSED = {
 
 
 class AlarmServicer(pb_grpc.AlarmServiceServicer):
-    def __init__(self, service: AlarmService, suppression: SuppressionService, feed: AlarmFeed) -> None:
+    def __init__(
+        self, service: AlarmService, suppression: SuppressionService, measuring: MeasureService, feed: AlarmFeed
+    ) -> None:
         self._service = service
         self._suppression = suppression
+        self._measuring = measuring
         self._feed = feed
 
     async def ListAlarms(self, request: pb.ListAlarmsRequest, context: Any) -> pb.ListAlarmsResponse:
@@ -139,6 +143,25 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
         window = await self._suppression.end_window(current_caller(), request.id, reason=request.reason)
         return pb.EndMaintenanceWindowResponse(window=_window(window))
 
+    async def GetAlarmMeasures(self, request: pb.GetAlarmMeasuresRequest, context: Any) -> pb.GetAlarmMeasuresResponse:
+        found = await self._measuring.measures(current_caller(), firm_id=request.firm_id, hours=request.hours)
+        low, medium, high = found.alarms_by_severity
+        return pb.GetAlarmMeasuresResponse(
+            hours=found.hours,
+            alarms=found.alarms,
+            low=low,
+            medium=medium,
+            high=high,
+            alarms_10_minutes=found.alarms_10_minutes,
+            flooded=found.flooded,
+            alarms_10_minutes_max=found.alarms_10_minutes_max,
+            flooded_intervals=found.flooded_intervals,
+            chattering=[_source_measure(source) for source in found.chattering],
+            stale=found.stale,
+            worst_sources=[_source_measure(source) for source in found.worst_sources],
+            worst_sources_share=found.worst_sources_share,
+        )
+
     async def WatchAlarms(self, request: pb.WatchAlarmsRequest, context: Any) -> AsyncIterator[pb.WatchAlarmsResponse]:
         with self._feed.watch(current_caller(), firm_id=request.firm_id) as events:
             # The headers tell the reader that nothing from here on is missed.
@@ -178,4 +201,14 @@ def _window(window: MaintenanceWindow) -> pb.MaintenanceWindow:
         ended_actor=window.ended_actor,
         ended_credential_id=window.ended_credential_id,
         ended_reason=window.ended_reason,
+    )
+
+
+def _source_measure(source: SourceMeasure) -> pb.AlarmSourceMeasure:
+    return pb.AlarmSourceMeasure(
+        machine_id=source.machine_id,
+        machine_path=source.machine_path,
+        signal_name=source.signal_name,
+        alarms=source.alarms,
+        share=source.share,
     )

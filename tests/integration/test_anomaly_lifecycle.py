@@ -27,7 +27,7 @@ from smdih.anomaly.v1 import events_pb2 as events_pb
 from tests import anomaly_plant as plant
 from tests.polling import eventually
 
-FIRM, OTHER_FIRM = 7, 8
+FIRM, OTHER_FIRM, MEASURED_FIRM = 7, 8, 9
 SECOND_US = 1_000_000
 
 _machines = itertools.count(1)
@@ -48,6 +48,7 @@ class Hub:
     other_firm: str
     operator: str
     device: str
+    measured_firm: str
 
     async def machine(self, firm_id: int = FIRM) -> int:
         machine_id = next(_machines)
@@ -131,6 +132,7 @@ async def hub(settings: Settings, publisher: Publisher, tmp_path_factory: pytest
         "other_firm": await plant.publish_key(publisher, credential_id=2, role=Role.FIRM, firm_id=OTHER_FIRM),
         "operator": await plant.publish_key(publisher, credential_id=3, role=Role.OPERATOR),
         "device": await plant.publish_key(publisher, credential_id=4, role=Role.DEVICE, firm_id=FIRM),
+        "measured_firm": await plant.publish_key(publisher, credential_id=5, role=Role.FIRM, firm_id=MEASURED_FIRM),
     }
     pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=2)
     async with (
@@ -464,3 +466,62 @@ async def test_people_and_the_worker_at_once_lose_nothing(hub: Hub) -> None:
         assert now["cleared"]
         assert not now["active"]
         assert [change for change, _, _ in await hub.history(alarm)].count("cleared") == 1
+
+
+async def test_the_measures_show_floods_chattering_stale_alarms_and_the_worst_sources(hub: Hub) -> None:
+    empty = await hub.get("/measures", key=hub.measured_firm)
+    assert (empty["alarms"], empty["worst_sources_share"], empty["hours"]) == (0, 0.0, 24)
+    now = now_us()
+    machine = next(_machines)
+
+    async def raised(position: int, started_us: int) -> Alarm:
+        return await hub.raised(machine, position=position, started_us=started_us, firm_id=MEASURED_FIRM)
+
+    for second in (0, 20, 59):  # three within a minute
+        await hub.returned(await raised(0, now - (100 - second) * SECOND_US))
+    for second in (0, 30, 60):  # three, but not within one
+        await hub.returned(await raised(1, now - (100 - second) * SECOND_US))
+    old = await raised(2, now - 25 * 3600 * SECOND_US)
+    for position in range(3, 12):
+        await raised(position, now)
+    hidden = await raised(12, now - 25 * 3600 * SECOND_US)
+    await hub.post(f"/{hidden.id}/shelve", key=hub.measured_firm, reason="known", one_shot=True)
+    earlier = await raised(13, now - 7200 * SECOND_US)
+    await hub.pool.execute("UPDATE alarm SET raised = raised - interval '3 h' WHERE id = $1", earlier.id)
+
+    found = await hub.get("/measures", key=hub.measured_firm)
+    assert (found["alarms"], found["low"], found["medium"], found["high"]) == (17, 17, 0, 0)
+    assert (found["alarms_10_minutes"], found["flooded"], found["stale"]) == (16, True, 1)
+    assert found["alarms_10_minutes_max"] >= 8  # the clock's interval may have changed meanwhile
+    assert [source["signal_name"] for source in found["chattering"]] == ["signal-0"]
+    assert len(found["worst_sources"]) == 10
+    assert found["worst_sources"][0] == {
+        "machine_id": machine,
+        "machine_path": f"firm-{MEASURED_FIRM}/leeds/press-{machine}",
+        "signal_name": "signal-0",
+        "alarms": 3,
+        "share": 3 / 17,
+    }
+    assert found["worst_sources_share"] == 14 / 17
+    request = pb.GetAlarmMeasuresRequest(firm_id=MEASURED_FIRM, hours=2)
+    later = await hub.alarms.GetAlarmMeasures(request, metadata=metadata(hub.operator))
+    assert (later.alarms, later.hours, later.flooded, later.stale) == (16, 2, True, 1)
+    await hub.post(f"/{old.id}/clear", key=hub.measured_firm, comment="known for long")
+    assert (await hub.get("/measures", key=hub.measured_firm))["stale"] == 0
+
+    async def is_shown() -> bool:
+        async with httpx.AsyncClient(base_url=hub.api.http) as client:
+            text = (await client.get("/metrics")).text
+        most = [line for line in text.splitlines() if 'alarms_10_minutes{quantile="1.0"}' in line]
+        assert "firm_id" not in text
+        return bool(most) and float(most[0].split()[-1]) >= 16
+
+    await eventually(is_shown, deadline_s=30)
+
+
+async def test_measures_are_refused_plainly_and_only_of_the_own_firm(hub: Hub) -> None:
+    await hub.get("/measures", key=hub.operator, status=400)
+    await hub.get(f"/measures?firm_id={2**70}", key=hub.operator, status=400)
+    await hub.get("/measures?hours=169", status=400)
+    await hub.get(f"/measures?firm_id={FIRM}", key=hub.other_firm, status=403)
+    await hub.get("/measures", key=hub.device, status=403)
