@@ -27,6 +27,7 @@ WINDOW_AHEAD_S_MAX = 366 * 24 * 3600
 # Windows of one machine that are not over.
 WINDOWS_MAX = 100
 LIST_MAX = 1_000
+MACHINE_TIMEOUT_S = 0.5
 SETTLE_INTERVAL_S = 1.0
 # Alarms and shelves in one transaction of the loop.
 SETTLE_BATCH = 200
@@ -104,6 +105,8 @@ class SuppressionService:
         """Raises NotFound, and Conflict when the machine has too many windows already."""
         check_role(caller)
         check_text(reason, "reason", needed=True)
+        # One that has just been made may not be known here yet.
+        await self._directory.wait_for("machine", machine_id, timeout_s=MACHINE_TIMEOUT_S)
         machine = self._directory.machines.get(machine_id)
         if machine is None:
             raise NotFound("There is no such machine, or this key may not see it.")

@@ -88,9 +88,12 @@ class SuppressionStore:
         """Bring active alarms (of one machine, or all) in line; returns how many changed. `actor` and `comment` say who ended a
         reason; who began one stands with it."""
         rows = await connection.fetch(
-            f"SELECT a.*, {WANTED_SUPPRESSION} AS wanted FROM alarm a WHERE ended IS NULL "  # noqa: S608  # fixed texts
-            f"AND ($2::bigint IS NULL OR machine_id = $2) AND suppression <> {WANTED_SUPPRESSION} "
-            "ORDER BY id LIMIT $3 FOR UPDATE OF a",
+            f"SELECT a.*, w.wanted FROM alarm a CROSS JOIN LATERAL (SELECT {WANTED_SUPPRESSION} AS wanted) AS w "  # noqa: S608
+            "WHERE a.ended IS NULL AND ($2::bigint IS NULL OR a.machine_id = $2) AND a.suppression <> w.wanted "
+            # Those that cannot differ are left out first: the loop asks this every second.
+            "AND (a.suppression <> 0 OR a.machine_id IN (SELECT machine_id FROM suppression UNION ALL "
+            "SELECT machine_id FROM maintenance_window WHERE starts <= $1 AND ends > $1 AND ended IS NULL)) "
+            "ORDER BY a.id LIMIT $3 FOR UPDATE OF a",
             from_us(now_us),
             machine_id,
             limit,

@@ -313,6 +313,20 @@ async def test_a_window_begins_and_ends_by_the_clock(hub: Hub) -> None:
     ]
 
 
+async def test_an_alarm_that_missed_its_mark_gets_it_and_one_that_kept_it_loses_it(hub: Hub) -> None:
+    """As after a worker of the release before, a lost race, or a database that was put back."""
+    machine = await hub.machine()
+    alarm = await hub.raised(machine)
+    await hub.post(f"/{alarm.id}/take-out-of-service", reason="sensor sent in")
+    unmarked = await hub.raised(machine, started_us=alarm.started_us + SECOND_US)
+    await hub.pool.execute("UPDATE alarm SET suppression = 0 WHERE id = $1", unmarked.id)
+    await hub.becomes(unmarked, "out_of_service")
+    assert (await hub.history(unmarked))[-1] == ("taken_out_of_service", "firm", "sensor sent in")
+    await hub.pool.execute("DELETE FROM suppression WHERE machine_id = $1", machine)
+    await hub.becomes(alarm, "unacknowledged")
+    await hub.becomes(unmarked, "unacknowledged")
+
+
 async def test_every_change_is_published_with_the_mark(hub: Hub) -> None:
     alarm = await hub.raised(await hub.machine())
     watched = hub.alarms.WatchAlarms(pb.WatchAlarmsRequest(), metadata=metadata(hub.firm))
