@@ -38,7 +38,6 @@ _TRANSIENT = (
 )
 
 
-
 class Refused(Exception):
     """The hub will not take this, however often it is sent: a wrong key, a wrong request. The message says why."""
 

@@ -3,16 +3,19 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from services.anomaly.domain import Alarm, Change, HistoryEntry, Severity
-from services.anomaly.messages import CHANGES, alarm_message
-from services.anomaly.service import PAGE_SIZE_MAX, AlarmFeed, AlarmService
-from services.anomaly.store import AlarmFilter
+from services.anomaly.domain import Alarm, Change, HistoryEntry, MaintenanceWindow, Severity, Source, Suppression
+from services.anomaly.measures import HOURS_MAX, Measures, MeasureService
+from services.anomaly.messages import CHANGES, STATES, alarm_message
+from services.anomaly.service import BULK_MAX, PAGE_SIZE_MAX, AlarmFeed, AlarmService, BulkOutcome
+from services.anomaly.store import AlarmFilter, Suppressed
+from services.anomaly.suppression import SuppressionService
 from services.common.errors import SlowDown
 from services.common.http import Authenticated
 from smdih.anomaly.v1 import events_pb2 as events_pb
@@ -21,6 +24,7 @@ from smdih.anomaly.v1 import events_pb2 as events_pb
 WATCH_KEEPALIVE_S = 15
 
 _CHANGE_NAMES = {number: change.value for change, number in CHANGES.items()}
+_STATE_NAMES = {number: state.value for state, number in STATES.items()}
 
 
 class ShareOut(BaseModel):
@@ -53,6 +57,12 @@ class AlarmOut(BaseModel):
     shares: list[ShareOut]
     correlation_id: str
     episode_id: str
+    suppressed_or_shelved: bool
+    shelved: bool
+    suppressed_by_design: bool
+    out_of_service: bool
+    assignee: str
+    state: str
 
 
 class AlarmPage(BaseModel):
@@ -66,6 +76,7 @@ class HistoryEntryOut(BaseModel):
     actor: str
     credential_id: int
     comment: str
+    detail: str
 
 
 class AlarmDetail(BaseModel):
@@ -92,7 +103,142 @@ class ClearIn(BaseModel):
     comment: str
 
 
-def router(service: AlarmService, feed: AlarmFeed) -> APIRouter:
+class AcknowledgeAllIn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    ids: Annotated[list[str], Field(min_length=1, max_length=BULK_MAX)]
+    comment: str = ""
+
+
+class ClearAllIn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    ids: Annotated[list[str], Field(min_length=1, max_length=BULK_MAX)]
+    comment: str
+
+
+class BulkOut(BaseModel):
+    """The rest of the alarms were so before."""
+
+    changed: int
+    not_found: list[str]
+
+
+class CommentIn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    comment: str
+
+
+class AssignIn(BaseModel):
+    """An empty name: nobody any more."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    assignee: str
+    comment: str = ""
+
+
+class ShelveIn(BaseModel):
+    """`until_us` is at most 24 hours from now; it may be left out with `one_shot`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str
+    until_us: int = 0
+    one_shot: bool = False
+
+
+class UnshelveIn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    comment: str = ""
+
+
+class ReasonIn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str
+
+
+class SuppressionOut(BaseModel):
+    alarm_id: str
+    firm_id: int
+    machine_id: int
+    machine_path: str
+    signal_name: str
+    out_of_service: bool
+    one_shot: bool
+    began_us: int
+    ends_us: int | None
+    reason: str
+    actor: str
+    credential_id: int
+
+
+class SuppressionList(BaseModel):
+    suppressions: list[SuppressionOut]
+
+
+class WindowIn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    machine_id: int
+    starts_us: int
+    ends_us: int
+    reason: str
+
+
+class WindowOut(BaseModel):
+    id: str
+    firm_id: int
+    machine_id: int
+    starts_us: int
+    ends_us: int
+    reason: str
+    actor: str
+    credential_id: int
+    ended_us: int | None
+    ended_actor: str
+    ended_credential_id: int
+    ended_reason: str
+
+
+class WindowList(BaseModel):
+    windows: list[WindowOut]
+
+
+class SourceMeasureOut(BaseModel):
+    """An empty name: several signals together. The share is that of the firm's alarms, 0 to 1."""
+
+    machine_id: int
+    machine_path: str
+    signal_name: str
+    alarms: int
+    share: float
+
+
+class MeasuresOut(BaseModel):
+    """Over the alarms that were raised in these hours and are not suppressed; a flood is more than 10 in 10 minutes."""
+
+    hours: int
+    alarms: int
+    low: int
+    medium: int
+    high: int
+    alarms_10_minutes: int
+    flooded: bool
+    alarms_10_minutes_max: int
+    flooded_intervals: int
+    chattering: list[SourceMeasureOut]
+    stale: int
+    worst_sources: list[SourceMeasureOut]
+    worst_sources_share: float
+
+
+def router(
+    service: AlarmService, suppression: SuppressionService, measuring: MeasureService, feed: AlarmFeed
+) -> APIRouter:
     routes = APIRouter(prefix="/v1/alarms", tags=["alarms"])
 
     @routes.get("")
@@ -103,16 +249,18 @@ def router(service: AlarmService, feed: AlarmFeed) -> APIRouter:
         active: bool = False,
         unacknowledged: bool = False,
         since_us: int | None = None,
+        suppressed: Suppressed = Suppressed.HIDDEN,
         page_size: Annotated[int, Query(ge=0, le=PAGE_SIZE_MAX)] = 0,
         page_token: str = "",
     ) -> AlarmPage:
-        """Alarms that the key may see, newest first."""
+        """Alarms that the key may see, newest first; without `suppressed` the operator's list."""
         asked = AlarmFilter(
             firm_id=firm_id,
             machine_id=machine_id,
             active=active,
             unacknowledged=unacknowledged,
             since_us=since_us,
+            suppressed=suppressed,
         )
         alarms, token = await service.list(caller, asked, page_size=page_size, page_token=page_token)
         return AlarmPage(alarms=[_alarm(alarm) for alarm in alarms], next_page_token=token)
@@ -135,6 +283,53 @@ def router(service: AlarmService, feed: AlarmFeed) -> APIRouter:
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
+    @routes.get("/measures")
+    async def get_measures(
+        caller: Authenticated, firm_id: int = 0, hours: Annotated[int, Query(ge=0, le=HOURS_MAX)] = 0
+    ) -> MeasuresOut:
+        """How well a firm's alarms serve the people who must respond."""
+        return _measures(await measuring.measures(caller, firm_id=firm_id, hours=hours))
+
+    @routes.get("/suppressions")
+    async def list_suppressions(caller: Authenticated, firm_id: int = 0) -> SuppressionList:
+        """What is shelved or out of service now, the oldest first."""
+        found = await suppression.list(caller, firm_id=firm_id)
+        return SuppressionList(suppressions=[_suppression(source) for source in found])
+
+    @routes.get("/windows")
+    async def list_windows(caller: Authenticated, firm_id: int = 0, machine_id: int = 0) -> WindowList:
+        """Maintenance windows that are not over, the first to start first."""
+        found = await suppression.windows(caller, firm_id=firm_id, machine_id=machine_id)
+        return WindowList(windows=[_window(window) for window in found])
+
+    @routes.post("/windows")
+    async def create_window(caller: Authenticated, body: WindowIn) -> WindowOut:
+        """Announce maintenance of a machine. Its alarms are recorded and marked meanwhile, but off the operator's list."""
+        return _window(
+            await suppression.create_window(
+                caller,
+                machine_id=body.machine_id,
+                starts_us=body.starts_us,
+                ends_us=body.ends_us,
+                reason=body.reason,
+            )
+        )
+
+    @routes.post("/windows/{window_id}/end")
+    async def end_window(caller: Authenticated, window_id: str, body: ReasonIn) -> WindowOut:
+        """End it before its time."""
+        return _window(await suppression.end_window(caller, window_id, reason=body.reason))
+
+    @routes.post("/acknowledge")
+    async def acknowledge_alarms(caller: Authenticated, body: AcknowledgeAllIn) -> BulkOut:
+        """Acknowledge up to 5,000 alarms at once."""
+        return _bulk(await service.acknowledge_all(caller, body.ids, comment=body.comment))
+
+    @routes.post("/clear")
+    async def clear_alarms(caller: Authenticated, body: ClearAllIn) -> BulkOut:
+        """Close up to 5,000 alarms at once, saying what was found and done."""
+        return _bulk(await service.clear_all(caller, body.ids, comment=body.comment))
+
     @routes.get("/{alarm_id}")
     async def get_alarm(caller: Authenticated, alarm_id: str) -> AlarmDetail:
         """One alarm with everything that has happened to it."""
@@ -150,6 +345,39 @@ def router(service: AlarmService, feed: AlarmFeed) -> APIRouter:
     async def clear_alarm(caller: Authenticated, alarm_id: str, body: ClearIn) -> AlarmOut:
         """Close it, saying what was found and done."""
         return _alarm(await service.clear(caller, alarm_id, comment=body.comment))
+
+    @routes.post("/{alarm_id}/comment")
+    async def comment_alarm(caller: Authenticated, alarm_id: str, body: CommentIn) -> AlarmOut:
+        """Add a remark to its history."""
+        return _alarm(await service.comment(caller, alarm_id, comment=body.comment))
+
+    @routes.post("/{alarm_id}/assign")
+    async def assign_alarm(caller: Authenticated, alarm_id: str, body: AssignIn) -> AlarmOut:
+        """Say who takes care of it."""
+        return _alarm(await service.assign(caller, alarm_id, assignee=body.assignee, comment=body.comment))
+
+    @routes.post("/{alarm_id}/shelve")
+    async def shelve_alarm(caller: Authenticated, alarm_id: str, body: ShelveIn) -> AlarmOut:
+        """Take its source off the operator's list for a while."""
+        return _alarm(
+            await suppression.shelve(
+                caller, alarm_id, reason=body.reason, until_us=body.until_us, one_shot=body.one_shot
+            )
+        )
+
+    @routes.post("/{alarm_id}/unshelve")
+    async def unshelve_alarm(caller: Authenticated, alarm_id: str, body: UnshelveIn) -> AlarmOut:
+        """Put it back before its time."""
+        return _alarm(await suppression.unshelve(caller, alarm_id, comment=body.comment))
+
+    @routes.post("/{alarm_id}/take-out-of-service")
+    async def take_out_of_service(caller: Authenticated, alarm_id: str, body: ReasonIn) -> AlarmOut:
+        """Take its source off the operator's list until somebody puts it back."""
+        return _alarm(await suppression.take_out_of_service(caller, alarm_id, reason=body.reason))
+
+    @routes.post("/{alarm_id}/return-to-service")
+    async def return_to_service(caller: Authenticated, alarm_id: str, body: ReasonIn) -> AlarmOut:
+        return _alarm(await suppression.return_to_service(caller, alarm_id, reason=body.reason))
 
     return routes
 
@@ -199,13 +427,50 @@ def _out(alarm: events_pb.Alarm) -> AlarmOut:
         ],
         correlation_id=alarm.correlation_id,
         episode_id=alarm.episode_id,
+        suppressed_or_shelved=alarm.suppressed_or_shelved,
+        shelved=alarm.shelved,
+        suppressed_by_design=alarm.suppressed_by_design,
+        out_of_service=alarm.out_of_service,
+        assignee=alarm.assignee,
+        state=_STATE_NAMES.get(alarm.state, ""),  # an event of the release before has none
     )
+
+
+def _bulk(outcome: BulkOutcome) -> BulkOut:
+    return BulkOut(changed=outcome.changed, not_found=list(outcome.not_found))
+
+
+def _suppression(source: Source) -> SuppressionOut:
+    return SuppressionOut(
+        alarm_id=source.alarm_id,
+        firm_id=source.firm_id,
+        machine_id=source.machine_id,
+        machine_path=source.machine_path,
+        signal_name=source.signal_name,
+        out_of_service=source.reason_kind is Suppression.OUT_OF_SERVICE,
+        one_shot=source.one_shot,
+        began_us=source.began_us,
+        ends_us=source.ends_us,
+        reason=source.reason,
+        actor=source.actor,
+        credential_id=source.credential_id,
+    )
+
+
+def _measures(measures: Measures) -> MeasuresOut:
+    fields = asdict(measures)
+    low, medium, high = fields.pop("alarms_by_severity")
+    return MeasuresOut(**fields, low=low, medium=medium, high=high)
+
+
+def _window(window: MaintenanceWindow) -> WindowOut:
+    return WindowOut(**asdict(window))
 
 
 def _event(event: events_pb.AlarmEvent) -> AlarmEventOut:
     return AlarmEventOut(
         event_id=event.event_id,
-        change=_CHANGE_NAMES[event.change],
+        change=_CHANGE_NAMES.get(event.change, ""),  # a later release may publish more
         changed_us=event.changed_us,
         alarm=_out(event.alarm),
     )
@@ -218,4 +483,5 @@ def _entry(entry: HistoryEntry) -> HistoryEntryOut:
         actor=entry.actor,
         credential_id=entry.credential_id,
         comment=entry.comment,
+        detail=entry.detail,
     )

@@ -5,10 +5,13 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from services.anomaly import api, rpc
+from services.anomaly.measures import FloodGauge, MeasureService
 from services.anomaly.scorer import compile_kernel
 from services.anomaly.service import AlarmFeed, AlarmRaiser, AlarmService
 from services.anomaly.store import AlarmStore, StateStore
 from services.anomaly.stream import CHECKPOINT_INTERVAL_S, AlarmFeedConsumer, Worker
+from services.anomaly.suppression import SuppressionClock, SuppressionService
+from services.anomaly.suppression_store import SuppressionStore
 from services.common import http, logs, topics
 from services.common import rpc as common_rpc
 from services.common.clock import SystemClock
@@ -71,17 +74,23 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
         clock = SystemClock()
         cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
         publisher = Publisher(cluster)
-        directory = Directory(cluster, clock=clock, kinds=())
+        directory = Directory(cluster, clock=clock, kinds=("machine",))
         pool = await create_pool_when_it_answers(
             settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
         )
         runtime.on_stop(pool.close)
         runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
-        service = AlarmService(AlarmStore(), pool, clock)
+        alarms = AlarmStore()
+        suppressions = SuppressionStore(alarms)
+        service = AlarmService(alarms, pool, clock)
+        suppression = SuppressionService(service, alarms, suppressions, pool, directory, clock)
+        measuring = MeasureService(pool, clock)
         feed = AlarmFeed()
         feed_consumer = AlarmFeedConsumer(cluster, feed)
         runtime.background("directory", directory.run())
         runtime.background("feed", feed_consumer.run())
+        runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
+        runtime.background("measures", FloodGauge(pool, clock).run())
         runtime.background("outbox", OutboxRelay(pool, publisher, schema=SCHEMA).run())
         runtime.ready_when("kafka", publisher.answers)
         runtime.ready_when("database", lambda: can_write(pool))
@@ -93,13 +102,19 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
                 port=settings.grpc_port,
                 directory=directory,
                 register=[
-                    (anomaly_pb2_grpc.add_AlarmServiceServicer_to_server, rpc.AlarmServicer(service, feed)),
+                    (
+                        anomaly_pb2_grpc.add_AlarmServiceServicer_to_server,
+                        rpc.AlarmServicer(service, suppression, measuring, feed),
+                    ),
                 ],
                 service_names=[anomaly_pb2.DESCRIPTOR.services_by_name["AlarmService"].full_name],
             )
         )
         app = http.application(
-            "SMDIH alarms", runtime=runtime, directory=directory, routers=[api.router(service, feed)]
+            "SMDIH alarms",
+            runtime=runtime,
+            directory=directory,
+            routers=[api.router(service, suppression, measuring, feed)],
         )
         await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
 

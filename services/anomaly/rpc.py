@@ -3,26 +3,43 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
+from services.anomaly.domain import MaintenanceWindow, Source, Suppression
+from services.anomaly.measures import MeasureService, SourceMeasure
 from services.anomaly.messages import CHANGES, alarm_message
 from services.anomaly.service import AlarmFeed, AlarmService
-from services.anomaly.store import AlarmFilter
+from services.anomaly.store import AlarmFilter, Suppressed
+from services.anomaly.suppression import SuppressionService
+from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from smdih.anomaly.v1 import anomaly_pb2 as pb
 from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
 
+_SUPPRESSED = {
+    pb.SUPPRESSED_FILTER_UNSPECIFIED: Suppressed.HIDDEN,
+    pb.SUPPRESSED_FILTER_INCLUDED: Suppressed.INCLUDED,
+    pb.SUPPRESSED_FILTER_ONLY: Suppressed.ONLY,
+}
+
 
 class AlarmServicer(pb_grpc.AlarmServiceServicer):
-    def __init__(self, service: AlarmService, feed: AlarmFeed) -> None:
+    def __init__(
+        self, service: AlarmService, suppression: SuppressionService, measuring: MeasureService, feed: AlarmFeed
+    ) -> None:
         self._service = service
+        self._suppression = suppression
+        self._measuring = measuring
         self._feed = feed
 
     async def ListAlarms(self, request: pb.ListAlarmsRequest, context: Any) -> pb.ListAlarmsResponse:
+        if request.suppressed not in _SUPPRESSED:
+            raise Invalid("suppressed is not one of the filters.")
         asked = AlarmFilter(
             firm_id=request.firm_id or None,
             machine_id=request.machine_id or None,
             active=request.active,
             unacknowledged=request.unacknowledged,
             since_us=request.since_us or None,
+            suppressed=_SUPPRESSED[request.suppressed],
         )
         alarms, token = await self._service.list(
             current_caller(), asked, page_size=request.page_size, page_token=request.page_token
@@ -40,6 +57,7 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
                     actor=entry.actor,
                     credential_id=entry.credential_id,
                     comment=entry.comment,
+                    detail=entry.detail,
                 )
                 for entry in history
             ],
@@ -53,9 +71,144 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
         alarm = await self._service.clear(current_caller(), request.id, comment=request.comment)
         return pb.ClearAlarmResponse(alarm=alarm_message(alarm))
 
+    async def AcknowledgeAlarms(
+        self, request: pb.AcknowledgeAlarmsRequest, context: Any
+    ) -> pb.AcknowledgeAlarmsResponse:
+        outcome = await self._service.acknowledge_all(current_caller(), request.ids, comment=request.comment)
+        return pb.AcknowledgeAlarmsResponse(changed=outcome.changed, not_found=outcome.not_found)
+
+    async def ClearAlarms(self, request: pb.ClearAlarmsRequest, context: Any) -> pb.ClearAlarmsResponse:
+        outcome = await self._service.clear_all(current_caller(), request.ids, comment=request.comment)
+        return pb.ClearAlarmsResponse(changed=outcome.changed, not_found=outcome.not_found)
+
+    async def CommentAlarm(self, request: pb.CommentAlarmRequest, context: Any) -> pb.CommentAlarmResponse:
+        alarm = await self._service.comment(current_caller(), request.id, comment=request.comment)
+        return pb.CommentAlarmResponse(alarm=alarm_message(alarm))
+
+    async def AssignAlarm(self, request: pb.AssignAlarmRequest, context: Any) -> pb.AssignAlarmResponse:
+        alarm = await self._service.assign(
+            current_caller(), request.id, assignee=request.assignee, comment=request.comment
+        )
+        return pb.AssignAlarmResponse(alarm=alarm_message(alarm))
+
+    async def ShelveAlarm(self, request: pb.ShelveAlarmRequest, context: Any) -> pb.ShelveAlarmResponse:
+        alarm = await self._suppression.shelve(
+            current_caller(),
+            request.id,
+            reason=request.reason,
+            until_us=request.until_us,
+            one_shot=request.one_shot,
+        )
+        return pb.ShelveAlarmResponse(alarm=alarm_message(alarm))
+
+    async def UnshelveAlarm(self, request: pb.UnshelveAlarmRequest, context: Any) -> pb.UnshelveAlarmResponse:
+        alarm = await self._suppression.unshelve(current_caller(), request.id, comment=request.comment)
+        return pb.UnshelveAlarmResponse(alarm=alarm_message(alarm))
+
+    async def TakeOutOfService(self, request: pb.TakeOutOfServiceRequest, context: Any) -> pb.TakeOutOfServiceResponse:
+        alarm = await self._suppression.take_out_of_service(current_caller(), request.id, reason=request.reason)
+        return pb.TakeOutOfServiceResponse(alarm=alarm_message(alarm))
+
+    async def ReturnToService(self, request: pb.ReturnToServiceRequest, context: Any) -> pb.ReturnToServiceResponse:
+        alarm = await self._suppression.return_to_service(current_caller(), request.id, reason=request.reason)
+        return pb.ReturnToServiceResponse(alarm=alarm_message(alarm))
+
+    async def ListSuppressions(self, request: pb.ListSuppressionsRequest, context: Any) -> pb.ListSuppressionsResponse:
+        found = await self._suppression.list(current_caller(), firm_id=request.firm_id)
+        return pb.ListSuppressionsResponse(suppressions=[_suppression(source) for source in found])
+
+    async def CreateMaintenanceWindow(
+        self, request: pb.CreateMaintenanceWindowRequest, context: Any
+    ) -> pb.CreateMaintenanceWindowResponse:
+        window = await self._suppression.create_window(
+            current_caller(),
+            machine_id=request.machine_id,
+            starts_us=request.starts_us,
+            ends_us=request.ends_us,
+            reason=request.reason,
+        )
+        return pb.CreateMaintenanceWindowResponse(window=_window(window))
+
+    async def ListMaintenanceWindows(
+        self, request: pb.ListMaintenanceWindowsRequest, context: Any
+    ) -> pb.ListMaintenanceWindowsResponse:
+        found = await self._suppression.windows(
+            current_caller(), firm_id=request.firm_id, machine_id=request.machine_id
+        )
+        return pb.ListMaintenanceWindowsResponse(windows=[_window(window) for window in found])
+
+    async def EndMaintenanceWindow(
+        self, request: pb.EndMaintenanceWindowRequest, context: Any
+    ) -> pb.EndMaintenanceWindowResponse:
+        window = await self._suppression.end_window(current_caller(), request.id, reason=request.reason)
+        return pb.EndMaintenanceWindowResponse(window=_window(window))
+
+    async def GetAlarmMeasures(self, request: pb.GetAlarmMeasuresRequest, context: Any) -> pb.GetAlarmMeasuresResponse:
+        found = await self._measuring.measures(current_caller(), firm_id=request.firm_id, hours=request.hours)
+        low, medium, high = found.alarms_by_severity
+        return pb.GetAlarmMeasuresResponse(
+            hours=found.hours,
+            alarms=found.alarms,
+            low=low,
+            medium=medium,
+            high=high,
+            alarms_10_minutes=found.alarms_10_minutes,
+            flooded=found.flooded,
+            alarms_10_minutes_max=found.alarms_10_minutes_max,
+            flooded_intervals=found.flooded_intervals,
+            chattering=[_source_measure(source) for source in found.chattering],
+            stale=found.stale,
+            worst_sources=[_source_measure(source) for source in found.worst_sources],
+            worst_sources_share=found.worst_sources_share,
+        )
+
     async def WatchAlarms(self, request: pb.WatchAlarmsRequest, context: Any) -> AsyncIterator[pb.WatchAlarmsResponse]:
         with self._feed.watch(current_caller(), firm_id=request.firm_id) as events:
             # The headers tell the reader that nothing from here on is missed.
             await context.send_initial_metadata(())
             async for event in events:
                 yield pb.WatchAlarmsResponse(event=event)
+
+
+def _suppression(source: Source) -> pb.Suppression:
+    return pb.Suppression(
+        alarm_id=source.alarm_id,
+        firm_id=source.firm_id,
+        machine_id=source.machine_id,
+        machine_path=source.machine_path,
+        signal_name=source.signal_name,
+        out_of_service=source.reason_kind is Suppression.OUT_OF_SERVICE,
+        one_shot=source.one_shot,
+        began_us=source.began_us,
+        ends_us=source.ends_us or 0,
+        reason=source.reason,
+        actor=source.actor,
+        credential_id=source.credential_id,
+    )
+
+
+def _window(window: MaintenanceWindow) -> pb.MaintenanceWindow:
+    return pb.MaintenanceWindow(
+        id=window.id,
+        firm_id=window.firm_id,
+        machine_id=window.machine_id,
+        starts_us=window.starts_us,
+        ends_us=window.ends_us,
+        reason=window.reason,
+        actor=window.actor,
+        credential_id=window.credential_id,
+        ended_us=window.ended_us or 0,
+        ended_actor=window.ended_actor,
+        ended_credential_id=window.ended_credential_id,
+        ended_reason=window.ended_reason,
+    )
+
+
+def _source_measure(source: SourceMeasure) -> pb.AlarmSourceMeasure:
+    return pb.AlarmSourceMeasure(
+        machine_id=source.machine_id,
+        machine_path=source.machine_path,
+        signal_name=source.signal_name,
+        alarms=source.alarms,
+        share=source.share,
+    )

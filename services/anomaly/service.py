@@ -3,7 +3,10 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+
+import asyncpg
 
 from services.anomaly.detector import WIDTH_MAX
 from services.anomaly.domain import (
@@ -24,7 +27,7 @@ from services.anomaly.store import Actor, AlarmFilter, AlarmStore
 from services.common.clock import Clock, from_us
 from services.common.database import Connection, Pool, transaction
 from services.common.directory import Directory
-from services.common.errors import Invalid, NotFound, SlowDown
+from services.common.errors import Invalid, NotFound, SlowDown, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from smdih.anomaly.v1 import events_pb2 as events_pb
@@ -35,6 +38,9 @@ log = get_logger(__name__)
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1_000
 COMMENT_CHARACTERS_MAX = 2_000
+ASSIGNEE_CHARACTERS_MAX = 200
+# Alarms acknowledged or cleared in one call, in one transaction.
+BULK_MAX = 5_000
 WATCHERS_MAX = 200
 # Changes that wait for one watcher; a watcher further behind is ended.
 WATCHER_QUEUE_MAX = 1_000
@@ -139,6 +145,24 @@ class AlarmRaiser:
         return machine or directory_pb.Machine(id=frames.machine_id, path=f"machine {frames.machine_id}")
 
 
+@dataclass(frozen=True)
+class BulkOutcome:
+    """What came of a change to many alarms."""
+
+    changed: int  # the others were so before
+    not_found: Sequence[str]
+
+
+@asynccontextmanager
+async def changing(pool: Pool) -> AsyncIterator[Connection]:
+    """A transaction that locks alarms. Raises TryAgain also when the worker or another person changes the same ones."""
+    try:
+        async with transaction(pool) as connection:
+            yield connection
+    except asyncpg.DeadlockDetectedError as error:
+        raise TryAgain("Somebody else changes the same alarms now; send again.", retry_after_s=1) from error
+
+
 class AlarmService:
     """What people do with alarms."""
 
@@ -151,7 +175,7 @@ class AlarmService:
         self, caller: Caller, asked: AlarmFilter, *, page_size: int, page_token: str
     ) -> tuple[Sequence[Alarm], str]:
         """A page and the token of the next one, empty after the last."""
-        _check_role(caller)
+        check_role(caller)
         firm_id = caller.firm_or(asked.firm_id or 0)
         if not 0 <= page_size <= PAGE_SIZE_MAX:
             raise Invalid(f"page_size is 1 to {PAGE_SIZE_MAX}, or 0 for {PAGE_SIZE_DEFAULT}.")
@@ -159,16 +183,10 @@ class AlarmService:
             if number is not None and not 0 < number < 2**63:
                 raise Invalid(f"{name} is not an id; leave it out or give one from the registry.")
         if asked.since_us is not None:
-            _check_time(asked.since_us, "since_us")
+            check_time(asked.since_us, "since_us")
         after = _after(page_token) if page_token else None
         limit = page_size or PAGE_SIZE_DEFAULT
-        asked = AlarmFilter(
-            firm_id=firm_id or None,
-            machine_id=asked.machine_id,
-            active=asked.active,
-            unacknowledged=asked.unacknowledged,
-            since_us=asked.since_us,
-        )
+        asked = replace(asked, firm_id=firm_id or None)
         async with transaction(self._pool) as connection:
             alarms = await self._store.list(connection, asked, after=after, limit=limit + 1)
         if len(alarms) <= limit:
@@ -182,27 +200,107 @@ class AlarmService:
             return alarm, await self._store.history(connection, alarm_id)
 
     async def acknowledge(self, caller: Caller, alarm_id: str, *, comment: str) -> Alarm:
-        _check_comment(comment)
-        async with transaction(self._pool) as connection:
-            before = await self._seen(connection, caller, alarm_id)
-            changed = await self._store.acknowledge(
-                connection, alarm_id, actor=_actor(caller), comment=comment, now_us=self._clock.now_us()
-            )
-        return changed or before
+        check_text(comment, "comment")
+        return await self._change(caller, alarm_id, Change.ACKNOWLEDGED, comment=comment)
 
     async def clear(self, caller: Caller, alarm_id: str, *, comment: str) -> Alarm:
-        _check_comment(comment)
-        if not comment.strip():
-            raise Invalid("Say in the comment what was found and done.", reason="COMMENT_MISSING")
-        async with transaction(self._pool) as connection:
-            before = await self._seen(connection, caller, alarm_id)
-            changed = await self._store.clear(
-                connection, alarm_id, actor=_actor(caller), comment=comment, now_us=self._clock.now_us()
+        _check_clearing(comment)
+        return await self._change(caller, alarm_id, Change.CLEARED, comment=comment)
+
+    async def acknowledge_all(self, caller: Caller, alarm_ids: Sequence[str], *, comment: str) -> BulkOutcome:
+        check_text(comment, "comment")
+        return await self._change_all(caller, alarm_ids, Change.ACKNOWLEDGED, comment=comment)
+
+    async def clear_all(self, caller: Caller, alarm_ids: Sequence[str], *, comment: str) -> BulkOutcome:
+        _check_clearing(comment)
+        return await self._change_all(caller, alarm_ids, Change.CLEARED, comment=comment)
+
+    async def comment(self, caller: Caller, alarm_id: str, *, comment: str) -> Alarm:
+        """Add a remark. One that is the key's last on this alarm is a repeat and changes nothing."""
+        check_text(comment, "comment", needed=True)
+        async with changing(self._pool) as connection:
+            alarm = await self.locked(connection, caller, alarm_id)
+            if await self._store.last_comment(connection, alarm_id, caller.credential_id) != comment:
+                await self._store.record(
+                    connection,
+                    Change.COMMENTED,
+                    [alarm],
+                    now_us=self._clock.now_us(),
+                    actor=actor_of(caller),
+                    comment=comment,
+                )
+        return alarm
+
+    async def assign(self, caller: Caller, alarm_id: str, *, assignee: str, comment: str) -> Alarm:
+        """Say who takes care of it; an empty name: nobody any more."""
+        check_text(comment, "comment")
+        check_text(assignee, "assignee", characters_max=ASSIGNEE_CHARACTERS_MAX)
+        assignee = assignee.strip()
+        async with changing(self._pool) as connection:
+            before = await self.locked(connection, caller, alarm_id)
+            if before.assignee == assignee:
+                return before
+            alarm = replace(before, assignee=assignee)
+            await self._store.change(
+                connection,
+                Change.ASSIGNED,
+                [alarm],
+                now_us=self._clock.now_us(),
+                actor=actor_of(caller),
+                comment=comment,
+                detail=assignee,
             )
-        return changed or before
+        return alarm
+
+    async def locked(self, connection: Connection, caller: Caller, alarm_id: str) -> Alarm:
+        """The alarm, nobody else's to change until the transaction ends. Raises NotFound unless the caller may see it."""
+        check_role(caller)
+        found = await self._store.locked(connection, [alarm_id]) if _ALARM_ID.fullmatch(alarm_id) else ()
+        if not found:
+            raise NotFound("There is no such alarm, or this key may not see it.")
+        caller.check_sees_firm(found[0].firm_id)
+        return found[0]
+
+    async def _change(self, caller: Caller, alarm_id: str, change: Change, *, comment: str) -> Alarm:
+        async with changing(self._pool) as connection:
+            before = await self.locked(connection, caller, alarm_id)
+            alarm = before.after(change)
+            if alarm != before:
+                await self._store.change(
+                    connection,
+                    change,
+                    [alarm],
+                    now_us=self._clock.now_us(),
+                    actor=actor_of(caller),
+                    comment=comment,
+                )
+        return alarm
+
+    async def _change_all(
+        self, caller: Caller, alarm_ids: Sequence[str], change: Change, *, comment: str
+    ) -> BulkOutcome:
+        check_role(caller)
+        if not 1 <= len(alarm_ids) <= BULK_MAX:
+            raise Invalid(f"Name 1 to {BULK_MAX:,} alarms a call.")
+        wanted = dict.fromkeys(alarm_ids)
+        async with changing(self._pool) as connection:
+            found = await self._store.locked(connection, [id_ for id_ in wanted if _ALARM_ID.fullmatch(id_)])
+            seen = [alarm for alarm in found if caller.role is Role.OPERATOR or alarm.firm_id == caller.firm_id]
+            changed = [after for alarm in seen if (after := alarm.after(change)) != alarm]
+            if changed:
+                await self._store.change(
+                    connection,
+                    change,
+                    changed,
+                    now_us=self._clock.now_us(),
+                    actor=actor_of(caller),
+                    comment=comment,
+                )
+        there = {alarm.id for alarm in seen}
+        return BulkOutcome(len(changed), [id_ for id_ in wanted if id_ not in there])
 
     async def _seen(self, connection: Connection, caller: Caller, alarm_id: str) -> Alarm:
-        _check_role(caller)
+        check_role(caller)
         alarm = await self._store.get(connection, alarm_id) if _ALARM_ID.fullmatch(alarm_id) else None
         if alarm is None:
             raise NotFound("There is no such alarm, or this key may not see it.")
@@ -222,7 +320,7 @@ class AlarmFeed:
 
     def admit(self, caller: Caller, *, firm_id: int) -> int:
         """Whose alarms the caller may watch (0: all firms'). Raises Forbidden, and SlowDown when too many watch already."""
-        _check_role(caller)
+        check_role(caller)
         firm_id = caller.firm_or(firm_id)
         if len(self._watchers) >= WATCHERS_MAX:
             raise SlowDown("Too many watch alarms here already; try again later.", retry_after_s=60)
@@ -267,22 +365,30 @@ def _signal(machine: directory_pb.Machine, position: int) -> directory_pb.Signal
     return directory_pb.Signal(name=f"signal {position}")
 
 
-def _check_role(caller: Caller) -> None:
+def check_role(caller: Caller) -> None:
     caller.require(Role.FIRM, Role.OPERATOR)
 
 
-def _actor(caller: Caller) -> Actor:
+def actor_of(caller: Caller) -> Actor:
     return Actor(name=caller.role, credential_id=caller.credential_id)
 
 
-def _check_comment(comment: str) -> None:
-    if len(comment) > COMMENT_CHARACTERS_MAX:
-        raise Invalid(f"A comment has at most {COMMENT_CHARACTERS_MAX} characters.")
-    if "\0" in comment:
-        raise Invalid("A comment may not hold a zero character.")
+def check_text(text: str, name: str, *, needed: bool = False, characters_max: int = COMMENT_CHARACTERS_MAX) -> None:
+    if needed and not text.strip():
+        raise Invalid(f"Give a {name}; it goes into the alarm's history.", reason=f"{name.upper()}_MISSING")
+    if len(text) > characters_max:
+        raise Invalid(f"{name} has at most {characters_max:,} characters.")
+    if "\0" in text:
+        raise Invalid(f"{name} may not hold a zero character.")
 
 
-def _check_time(time_us: int, name: str) -> None:
+def _check_clearing(comment: str) -> None:
+    check_text(comment, "comment")
+    if not comment.strip():
+        raise Invalid("Say in the comment what was found and done.", reason="COMMENT_MISSING")
+
+
+def check_time(time_us: int, name: str) -> None:
     try:
         from_us(time_us)
     except (OverflowError, ValueError) as error:
@@ -293,5 +399,5 @@ def _after(page_token: str) -> tuple[int, str]:
     match = _PAGE_TOKEN.fullmatch(page_token)
     if match is None:
         raise Invalid("page_token is not one from a page before.")
-    _check_time(int(match[1]), "page_token")
+    check_time(int(match[1]), "page_token")
     return int(match[1]), match[2]

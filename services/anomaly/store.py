@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import AsyncIterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import asyncpg
 
@@ -15,8 +17,8 @@ from services.anomaly.domain import (
     Return,
     Severity,
     Share,
+    Suppression,
     event_id,
-    severity_at_end,
 )
 from services.anomaly.messages import event_message
 from services.common import outbox, topics
@@ -27,6 +29,17 @@ from services.common.logs import correlated
 
 DETECTOR = "detector"
 STATES_PAGE = 200
+# Changes that happen to an alarm at most once.
+_ONCE = frozenset({Change.RAISED, Change.RETURNED, Change.ACKNOWLEDGED, Change.CLEARED})
+# The suppression that alarm `a` should have at time $1.
+WANTED_SUPPRESSION = (
+    "(CASE WHEN EXISTS (SELECT FROM suppression WHERE machine_id = a.machine_id AND position = a.position "
+    "AND kind = 'shelved' AND ends > $1) THEN 1 ELSE 0 END "
+    "| CASE WHEN EXISTS (SELECT FROM maintenance_window WHERE machine_id = a.machine_id AND starts <= $1 AND ends > $1 "
+    "AND ended IS NULL) THEN 2 ELSE 0 END "
+    "| CASE WHEN EXISTS (SELECT FROM suppression WHERE machine_id = a.machine_id AND position = a.position "
+    "AND kind = 'out_of_service') THEN 4 ELSE 0 END)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,14 @@ class Actor:
 
     name: str = DETECTOR
     credential_id: int = 0
+
+
+class Suppressed(StrEnum):
+    """Which alarms a list has: the operator's list hides those that are off it."""
+
+    HIDDEN = "hidden"
+    INCLUDED = "included"
+    ONLY = "only"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +67,7 @@ class AlarmFilter:
     active: bool = False
     unacknowledged: bool = False
     since_us: int | None = None
+    suppressed: Suppressed = Suppressed.HIDDEN
 
 
 class AlarmStore:
@@ -74,11 +96,21 @@ class AlarmStore:
             from_us(alarm.started_us),
             from_us(alarm.started_us - EPISODE_GAP_US),
         )
-        alarm = replace(alarm, episode_id=episode_id or alarm.id)
+        # A person's doing, so it depends on when that was done; the set of alarms does not.
+        suppression = await connection.fetchval(
+            f"SELECT {WANTED_SUPPRESSION} | CASE WHEN EXISTS ("  # noqa: S608  # fixed texts
+            "SELECT FROM maintenance_window WHERE machine_id = a.machine_id AND starts <= $4 AND ends > $4 AND ended IS NULL"
+            ") THEN 2 ELSE 0 END FROM (SELECT $2::bigint AS machine_id, $3::int AS position) AS a",
+            from_us(now_us),
+            alarm.machine_id,
+            alarm.position,
+            from_us(alarm.started_us),
+        )
+        alarm = replace(alarm, episode_id=episode_id or alarm.id, suppression=Suppression(suppression))
         inserted = await connection.fetchval(
             "INSERT INTO alarm (id, firm_id, machine_id, position, signal_id, machine_path, machine_kind, signal_name, unit, "
-            "started, severity, component, explanation, value, score, shares, correlation_id, episode_id, raised) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19) "
+            "started, severity, component, explanation, value, score, shares, correlation_id, episode_id, raised, suppression) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20) "
             "ON CONFLICT (id) DO NOTHING RETURNING 1",
             alarm.id,
             alarm.firm_id,
@@ -99,60 +131,143 @@ class AlarmStore:
             alarm.correlation_id,
             alarm.episode_id,
             from_us(now_us),
+            int(alarm.suppression),
         )
         if inserted is None:
             return None
-        await self._changed(connection, alarm, Change.RAISED, now_us=now_us, actor=Actor(), comment="")
+        await self.record(connection, Change.RAISED, [alarm], now_us=now_us, actor=Actor())
         return alarm
 
     async def end_alarm(self, connection: Connection, returned: Return, *, now_us: int) -> Alarm | None:
         """Store that the condition has returned to normal; None when that is known already."""
         row = await connection.fetchrow(
-            "UPDATE alarm SET ended = $2 WHERE id = $1 AND ended IS NULL RETURNING *",
-            returned.alarm_id,
-            from_us(returned.ended_us),
+            "SELECT * FROM alarm WHERE id = $1 AND ended IS NULL FOR UPDATE", returned.alarm_id
         )
         if row is None:
             return None
-        alarm = _alarm(row)
-        severity = severity_at_end(alarm.severity, returned.ended_us - alarm.started_us)
-        if severity != alarm.severity:
-            await connection.execute("UPDATE alarm SET severity = $2 WHERE id = $1", alarm.id, int(severity))
-            alarm = replace(alarm, severity=severity)
-        await self._changed(connection, alarm, Change.RETURNED, now_us=now_us, actor=Actor(), comment="")
+        alarm = alarm_of(row).returned(returned.ended_us)
+        await connection.execute(
+            "UPDATE alarm SET ended = $2, severity = $3 WHERE id = $1",
+            alarm.id,
+            from_us(returned.ended_us),
+            int(alarm.severity),
+        )
+        await self.record(connection, Change.RETURNED, [alarm], now_us=now_us, actor=Actor())
+        if await connection.fetchval(
+            "DELETE FROM suppression WHERE machine_id = $1 AND position = $2 AND kind = 'shelved' AND one_shot RETURNING true",
+            alarm.machine_id,
+            alarm.position,
+        ):
+            await self.record(
+                connection,
+                Change.UNSHELVED,
+                [alarm],
+                now_us=now_us,
+                actor=Actor(),
+                comment="Shelved until the condition returned to normal.",
+            )
         return alarm
 
-    async def acknowledge(
-        self, connection: Connection, alarm_id: str, *, actor: Actor, comment: str, now_us: int
-    ) -> Alarm | None:
-        """None when it was acknowledged before."""
-        row = await connection.fetchrow(
-            "UPDATE alarm SET acknowledged = true WHERE id = $1 AND NOT acknowledged RETURNING *", alarm_id
+    async def last_comment(self, connection: Connection, alarm_id: str, credential_id: int) -> str | None:
+        """The last remark that was made with the key."""
+        comment: str | None = await connection.fetchval(
+            "SELECT comment FROM alarm_change WHERE alarm_id = $1 AND change = $2 AND credential_id = $3 "
+            "ORDER BY id DESC LIMIT 1",
+            alarm_id,
+            Change.COMMENTED.value,
+            credential_id,
         )
-        if row is None:
-            return None
-        await self._changed(connection, _alarm(row), Change.ACKNOWLEDGED, now_us=now_us, actor=actor, comment=comment)
-        return _alarm(row)
+        return comment
 
-    async def clear(
-        self, connection: Connection, alarm_id: str, *, actor: Actor, comment: str, now_us: int
-    ) -> Alarm | None:
-        """None when it was cleared before."""
-        row = await connection.fetchrow(
-            "UPDATE alarm SET acknowledged = true, cleared = true WHERE id = $1 AND NOT cleared RETURNING *", alarm_id
+    async def locked(self, connection: Connection, alarm_ids: Sequence[str]) -> Sequence[Alarm]:
+        """Those of them that exist, nobody else's to change until the transaction ends; always locked in the same order."""
+        rows = await connection.fetch(
+            "SELECT * FROM alarm WHERE id = ANY($1::text[]) ORDER BY id FOR UPDATE", list(alarm_ids)
         )
-        if row is None:
-            return None
-        await self._changed(connection, _alarm(row), Change.CLEARED, now_us=now_us, actor=actor, comment=comment)
-        return _alarm(row)
+        return [alarm_of(row) for row in rows]
+
+    async def change(
+        self,
+        connection: Connection,
+        change: Change,
+        alarms: Sequence[Alarm],
+        *,
+        now_us: int,
+        actor: Actor,
+        comment: str = "",
+        detail: str = "",
+    ) -> None:
+        """Store locked alarms as they are after the change, and record it for each."""
+        await connection.execute(
+            "UPDATE alarm SET acknowledged = n.acknowledged, cleared = n.cleared, suppression = n.suppression, "
+            "assignee = n.assignee FROM unnest($1::text[], $2::boolean[], $3::boolean[], $4::smallint[], $5::text[]) "
+            "AS n (id, acknowledged, cleared, suppression, assignee) WHERE alarm.id = n.id",
+            [alarm.id for alarm in alarms],
+            [alarm.acknowledged for alarm in alarms],
+            [alarm.cleared for alarm in alarms],
+            [int(alarm.suppression) for alarm in alarms],
+            [alarm.assignee for alarm in alarms],
+        )
+        await self.record(connection, change, alarms, now_us=now_us, actor=actor, comment=comment, detail=detail)
+
+    async def record(
+        self,
+        connection: Connection,
+        change: Change,
+        alarms: Sequence[Alarm],
+        *,
+        now_us: int,
+        actor: Actor,
+        comment: str = "",
+        detail: str = "",
+    ) -> None:
+        """Add a change to the history of the alarms and send its events on their way."""
+        ids = [alarm.id for alarm in alarms]
+        before: dict[str, int] = {}
+        if change not in _ONCE:
+            rows = await connection.fetch(
+                "SELECT alarm_id, count(*) AS n FROM alarm_change WHERE alarm_id = ANY($1::text[]) AND change = $2 "
+                "GROUP BY alarm_id",
+                ids,
+                change.value,
+            )
+            before = {row["alarm_id"]: row["n"] for row in rows}
+        events = [
+            AlarmEvent(
+                event_id=event_id(alarm.id, change, before.get(alarm.id, 0)),
+                change=change,
+                changed_us=now_us,
+                alarm=alarm,
+            )
+            for alarm in alarms
+        ]
+        await connection.execute(
+            "INSERT INTO alarm_change (event_id, alarm_id, change, changed, actor, credential_id, comment, detail) "
+            "SELECT event_id, alarm_id, $3, $4, $5, $6, $7, $8 FROM unnest($1::text[], $2::text[]) AS e (event_id, alarm_id)",
+            [event.event_id for event in events],
+            ids,
+            change.value,
+            from_us(now_us),
+            actor.name,
+            actor.credential_id,
+            comment,
+            detail,
+        )
+        # One alarm's events carry the id of its samples throughout; those of many at once the id of the request.
+        with correlated(alarms[0].correlation_id) if len(alarms) == 1 else nullcontext():
+            await outbox.write_all(
+                connection,
+                topics.ALARMS,
+                [(event.alarm.id, event_message(event).SerializeToString(deterministic=True)) for event in events],
+            )
 
     async def get(self, connection: Connection, alarm_id: str) -> Alarm | None:
         row = await connection.fetchrow("SELECT * FROM alarm WHERE id = $1", alarm_id)
-        return None if row is None else _alarm(row)
+        return None if row is None else alarm_of(row)
 
     async def history(self, connection: Connection, alarm_id: str) -> Sequence[HistoryEntry]:
         rows = await connection.fetch(
-            "SELECT change, changed, actor, credential_id, comment FROM alarm_change WHERE alarm_id = $1 ORDER BY id",
+            "SELECT change, changed, actor, credential_id, comment, detail FROM alarm_change WHERE alarm_id = $1 ORDER BY id",
             alarm_id,
         )
         return [
@@ -162,6 +277,7 @@ class AlarmStore:
                 actor=row["actor"],
                 credential_id=row["credential_id"],
                 comment=row["comment"],
+                detail=row["detail"],
             )
             for row in rows
         ]
@@ -188,6 +304,8 @@ class AlarmStore:
             condition("NOT acknowledged")
         if asked.since_us is not None:
             condition("started >= {}", from_us(asked.since_us))
+        if asked.suppressed is not Suppressed.INCLUDED:
+            condition("suppression = 0" if asked.suppressed is Suppressed.HIDDEN else "suppression <> 0")
         if after is not None:
             condition("(started, id) < ({}, {})", from_us(after[0]), after[1])
         where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
@@ -195,30 +313,7 @@ class AlarmStore:
             f"SELECT * FROM alarm {where}ORDER BY started DESC, id DESC LIMIT {int(limit)}",  # noqa: S608  # fixed texts
             *arguments,
         )
-        return [_alarm(row) for row in rows]
-
-    async def _changed(
-        self, connection: Connection, alarm: Alarm, change: Change, *, now_us: int, actor: Actor, comment: str
-    ) -> None:
-        event = AlarmEvent(event_id=event_id(alarm.id, change), change=change, changed_us=now_us, alarm=alarm)
-        await connection.execute(
-            "INSERT INTO alarm_change (event_id, alarm_id, change, changed, actor, credential_id, comment) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7)",
-            event.event_id,
-            alarm.id,
-            change.value,
-            from_us(now_us),
-            actor.name,
-            actor.credential_id,
-            comment,
-        )
-        with correlated(alarm.correlation_id):
-            await outbox.write(
-                connection,
-                topics.ALARMS,
-                key=alarm.id,
-                value=event_message(event).SerializeToString(deterministic=True),
-            )
+        return [alarm_of(row) for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +403,7 @@ class StateStore:
         )
 
 
-def _alarm(row: asyncpg.Record) -> Alarm:
+def alarm_of(row: asyncpg.Record) -> Alarm:
     return Alarm(
         id=row["id"],
         firm_id=row["firm_id"],
@@ -334,4 +429,6 @@ def _alarm(row: asyncpg.Record) -> Alarm:
         episode_id=row["episode_id"],
         acknowledged=row["acknowledged"],
         cleared=row["cleared"],
+        suppression=Suppression(row["suppression"]),
+        assignee=row["assignee"],
     )

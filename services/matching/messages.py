@@ -69,14 +69,14 @@ def offer_event(offer: Offer) -> bytes:
 
 
 def raised_alarm(value: bytes | None) -> Alarm | None:
-    """The alarm, if the event says that one was raised. Raises ValueError when it cannot be read."""
+    """The alarm, if the event says that one was raised that people want to hear of. Raises ValueError when it cannot be read."""
     if value is None:
         raise ValueError("a tombstone; alarms are never removed")
     try:
         event = anomaly_pb.AlarmEvent.FromString(value)
     except DecodeError as error:
         raise ValueError(f"not an AlarmEvent: {error}") from error
-    if event.change != anomaly_pb.ALARM_CHANGE_RAISED:
+    if event.change != anomaly_pb.ALARM_CHANGE_RAISED or event.alarm.suppressed_or_shelved:
         return None
     alarm = event.alarm
     if not alarm.id or alarm.firm_id <= 0 or alarm.machine_id <= 0:

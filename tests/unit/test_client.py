@@ -56,7 +56,7 @@ async def _sent(answers: Answers) -> TelemetryClient:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        (grpc.StatusCode.UNAUTHENTICATED, "STARTING"),
+        (grpc.StatusCode.UNAVAILABLE, "STARTING"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_DOWN"),
         (grpc.StatusCode.UNAVAILABLE, "TRY_AGAIN"),
     ],
