@@ -7,7 +7,7 @@ from enum import IntEnum, IntFlag, StrEnum
 MICROSECONDS = 1_000_000
 
 # Severity by the score at the start: from here on medium, high. A sudden shift of 10 times the usual noise scores 4.7, a value
-# four times its whole range away 5.3 (docs/decisions/0003-detector.md).
+# several times its whole range away 5.3 (docs/decisions/0003-detector.md).
 MEDIUM_SCORE = 4.7
 HIGH_SCORE = 5.3
 # A condition that lasted a whole shift is one step more severe than it looked at the start.

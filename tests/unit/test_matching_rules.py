@@ -156,6 +156,9 @@ def test_only_raised_alarms_are_taken() -> None:
     assert (taken.id, taken.signal_name, taken.correlation_id) == ("a", "load", "corr-1")
     assert taken.severity is Severity.MEDIUM
     assert raised_alarm(event(anomaly_pb.ALARM_CHANGE_RETURNED).SerializeToString()) is None
+    shelved = event()
+    shelved.alarm.suppressed_or_shelved = True
+    assert raised_alarm(shelved.SerializeToString()) is None
 
 
 @pytest.mark.parametrize("value", [None, b"\xff\xff", b"not a message"])
