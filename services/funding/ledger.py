@@ -23,12 +23,17 @@ from services.funding.domain import AMOUNT_PENCE_MAX
 EVENTS_PER_POST_MAX = 1_000
 TRANSFERS_PER_EVENT_MAX = 200
 REPLAY_PAGE = 2_000
+# Stands where a call's id stands in the accounts of the programme itself.
+PROGRAMME = "programme"
 
 
 class AccountKind(StrEnum):
-    """What an account of a call holds. Money comes from the sources, whose balance is never above zero."""
+    """What an account holds. Money comes from the sources, whose balance is never above zero."""
 
+    # Of the programme; calls set up before it had one had their own.
     PUBLIC_SOURCE = "public_source"
+    # Of the programme: allotted to no call yet.
+    PROGRAMME_BUDGET = "programme_budget"
     # Granted by nobody yet.
     PUBLIC_BUDGET = "public_budget"
     # Promised by awards.
@@ -40,10 +45,20 @@ class AccountKind(StrEnum):
     CO_INVESTMENT_COMMITTED = "co_investment_committed"
 
 
+CALL_KINDS = (
+    AccountKind.PUBLIC_BUDGET,
+    AccountKind.PUBLIC_COMMITTED,
+    AccountKind.CO_INVESTMENT_SOURCE,
+    AccountKind.CO_INVESTMENT_PLEDGED,
+    AccountKind.CO_INVESTMENT_COMMITTED,
+)
+
+
 class Purpose(StrEnum):
     """What a transfer is for; each subject (call, pledge, application) has at most one transfer of a purpose."""
 
-    BUDGET_SET = "budget_set"
+    PROGRAMME_GIVEN = "programme_given"
+    BUDGET_ALLOTTED = "budget_allotted"
     PLEDGE_CONFIRMED = "pledge_confirmed"
     PLEDGE_RELEASED = "pledge_released"
     PLEDGE_COMMITTED = "pledge_committed"
@@ -166,9 +181,11 @@ def _sha256(content: object) -> bytes:
 
 
 async def open_accounts(connection: Connection, call_id: str) -> None:
-    """The accounts of a new call, all at zero."""
+    """The accounts of a call, all at zero; those that are there stay as they are."""
     await connection.execute(
-        "INSERT INTO ledger_account (call_id, kind) SELECT $1, unnest($2::text[])", call_id, [*AccountKind]
+        "INSERT INTO ledger_account (call_id, kind) SELECT $1, unnest($2::text[]) ON CONFLICT DO NOTHING",
+        call_id,
+        [*CALL_KINDS],
     )
 
 

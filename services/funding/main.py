@@ -36,6 +36,7 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     service = FundingService(pool, table=load_parameters(), directory=directory, clock=clock, kick=relay.kick)
+    await service.open_programme()
     matches = PositionedConsumer(
         cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.funding.matches", handler=keep_matches
     )

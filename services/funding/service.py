@@ -22,7 +22,7 @@ from services.common.directory import Directory
 from services.common.errors import Conflict, Forbidden, HubError, Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, current_correlation_id, get_logger
-from services.funding import checks, ledger, store
+from services.funding import checks, ledger, programme, store
 from services.funding.domain import (
     PLEDGES_PER_APPLICATION_MAX,
     TITLE_CHARACTERS_MAX,
@@ -101,6 +101,12 @@ class FundingService:
         # Tells the outbox relay that there is something.
         self._kick = kick
 
+    async def open_programme(self) -> None:
+        """Before anything else: the programme has the public money that the parameters of the day say."""
+        public_pence = self._table.at(uk_day(from_us(self._clock.now_us()))).whole("programme.public_p")
+        async with transaction(self._pool) as connection:
+            await programme.open_programme(connection, self._clock, public_pence=public_pence)
+
     # Calls
 
     async def create_call(
@@ -141,23 +147,12 @@ class FundingService:
                 _check_same(first_content, content)
                 return first
             await ledger.open_accounts(connection, call.id)
-            await ledger.post(
+            await programme.allot(
                 connection,
                 self._clock,
-                Event(
-                    request_id=f"call:{call.id}:budget",
-                    kind="call_created",
-                    credential_id=caller.credential_id,
-                    transfers=(
-                        Transfer(
-                            debit=Account(call.id, AccountKind.PUBLIC_SOURCE),
-                            credit=Account(call.id, AccountKind.PUBLIC_BUDGET),
-                            amount_pence=call.budget_pence,
-                            purpose=Purpose.BUDGET_SET,
-                            subject_id=call.id,
-                        ),
-                    ),
-                ),
+                call_id=call.id,
+                budget_pence=call.budget_pence,
+                credential_id=caller.credential_id,
             )
             await store.audit(
                 connection,

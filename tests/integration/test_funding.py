@@ -315,7 +315,6 @@ async def test_from_a_match_to_an_award_with_money_matched_and_ledger_balanced(h
     trial = await hub.trial_balance()
     balances = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == call["id"]}
     assert balances == {
-        "public_source": -100_000_00,
         "public_budget": 60_000_00,
         "public_committed": 40_000_00,
         "co_investment_source": -60_000_00,
@@ -488,7 +487,6 @@ async def test_a_rejected_or_withdrawn_application_releases_its_pledges_and_its_
     trial = await hub.trial_balance()
     left = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == call["id"]}
     assert left == {
-        "public_source": -100_000_00,
         "public_budget": 100_000_00,
         **dict.fromkeys(
             ("public_committed", "co_investment_source", "co_investment_pledged", "co_investment_committed"), 0
@@ -873,3 +871,32 @@ async def test_the_fund_shows_its_balances_to_prometheus(hub: Hub) -> None:
     text = (await hub.client.get(f"{hub.urls[0]}/metrics")).text
     assert "smdih_funding_trial_balance_pence 0.0" in text
     assert 'smdih_funding_decisions_total{result="awarded"}' in text
+
+
+async def test_calls_that_race_for_the_last_of_the_programme_get_no_more_than_there_is(hub: Hub) -> None:
+    """The last test here: afterwards there is little left for calls."""
+
+    async def left() -> int:
+        trial = await hub.trial_balance()
+        rows = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == "programme"}
+        assert rows["public_source"] == -20_000_000_00
+        return int(rows["programme_budget"])
+
+    before = await left()
+    # One penny too much for three.
+    budget = before // 3 + 1
+    bodies = [call_body(budget_pence=budget) for _ in range(8)]
+    answers = await asyncio.gather(
+        *(hub.ask("POST", "/v1/calls", body, process=number % PROCESSES) for number, body in enumerate(bodies))
+    )
+    assert sorted(answer.status_code for answer in answers) == [201] * 2 + [409] * 6
+    refused = [answer.json() for answer in answers if answer.status_code == 409]
+    assert {answer["reason"] for answer in refused} == {"PROGRAMME_EXHAUSTED"}
+    assert "is not allotted yet" in refused[0]["detail"]
+    assert await left() == before - 2 * budget
+    # A repeat of one that was made is no new one, and what is left can be given to the penny.
+    first = next(body for body, answer in zip(bodies, answers, strict=True) if answer.status_code == 201)
+    await hub.done("POST", "/v1/calls", first)
+    await hub.call(budget_pence=await left())
+    await hub.refused(409, "PROGRAMME_EXHAUSTED", "POST", "/v1/calls", call_body(budget_pence=1))
+    await hub.assert_replay_agrees()
