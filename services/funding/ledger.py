@@ -36,26 +36,37 @@ class AccountKind(StrEnum):
     PROGRAMME_BUDGET = "programme_budget"
     # Granted by nobody yet.
     PUBLIC_BUDGET = "public_budget"
-    # Promised by awards.
+    # Promised by awards and not claimed yet.
     PUBLIC_COMMITTED = "public_committed"
+    # Earned by claims, and kept back until the project is complete.
+    PUBLIC_HELD = "public_held"
+    PUBLIC_PAID = "public_paid"
+    # Paid, and taken back from the firm.
+    PUBLIC_RECOVERED = "public_recovered"
     CO_INVESTMENT_SOURCE = "co_investment_source"
     # Confirmed by co-investors, the project not yet awarded.
     CO_INVESTMENT_PLEDGED = "co_investment_pledged"
     # Confirmed for awarded projects.
     CO_INVESTMENT_COMMITTED = "co_investment_committed"
+    # Spent on claimed costs.
+    CO_INVESTMENT_PAID = "co_investment_paid"
 
 
 CALL_KINDS = (
     AccountKind.PUBLIC_BUDGET,
     AccountKind.PUBLIC_COMMITTED,
+    AccountKind.PUBLIC_HELD,
+    AccountKind.PUBLIC_PAID,
+    AccountKind.PUBLIC_RECOVERED,
     AccountKind.CO_INVESTMENT_SOURCE,
     AccountKind.CO_INVESTMENT_PLEDGED,
     AccountKind.CO_INVESTMENT_COMMITTED,
+    AccountKind.CO_INVESTMENT_PAID,
 )
 
 
 class Purpose(StrEnum):
-    """What a transfer is for; each subject (call, pledge, application) has at most one transfer of a purpose."""
+    """What a transfer is for; each subject (call, pledge, application, award/cause) has at most one transfer of a purpose."""
 
     PROGRAMME_GIVEN = "programme_given"
     BUDGET_ALLOTTED = "budget_allotted"
@@ -63,6 +74,14 @@ class Purpose(StrEnum):
     PLEDGE_RELEASED = "pledge_released"
     PLEDGE_COMMITTED = "pledge_committed"
     GRANT_COMMITTED = "grant_committed"
+    CLAIM_PAID = "claim_paid"
+    CLAIM_HELD = "claim_held"
+    HELD_PAID = "held_paid"
+    HELD_RESTORED = "held_restored"
+    GRANT_RESTORED = "grant_restored"
+    GRANT_RECOVERED = "grant_recovered"
+    BUSINESS_PAID = "business_paid"
+    BUSINESS_RESTORED = "business_restored"
 
 
 class Overdrawn(Conflict):
@@ -330,6 +349,22 @@ async def balances(connection: Connection, call_id: str | None = None) -> Mappin
         call_id,
     )
     return defaultdict(int, {AccountKind(row["kind"]): row["pence"] for row in rows})
+
+
+def public_promised(balances: Mapping[AccountKind, int]) -> int:
+    """What awards promise, the part that is held or paid included."""
+    kinds = (AccountKind.PUBLIC_COMMITTED, AccountKind.PUBLIC_HELD, AccountKind.PUBLIC_PAID)
+    return sum(balances[kind] for kind in kinds)
+
+
+def business_promised(balances: Mapping[AccountKind, int]) -> int:
+    """Business money beside awards, the part that is spent included."""
+    return balances[AccountKind.CO_INVESTMENT_COMMITTED] + balances[AccountKind.CO_INVESTMENT_PAID]
+
+
+async def is_posted(connection: Connection, request_id: str) -> bool:
+    """Whether the event of this request is there."""
+    return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM ledger_event WHERE request_id = $1)", request_id))
 
 
 async def trial_balance(connection: Connection) -> TrialBalance:
