@@ -23,7 +23,7 @@ class AcceptIn(_In):
 
 
 class AssistanceIn(_In):
-    elsewhere_pence: StrictInt = Field(description="given to the firm's group in the window, without this grant")
+    elsewhere_pence: StrictInt = Field(description="given to the firm's group in the window by others than this fund")
     statement: str = Field(description="the words of the confirmation, and who gives it")
 
 

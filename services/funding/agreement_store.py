@@ -1,5 +1,6 @@
 """Agreements and claims in the database: SQL in, domain types out. Every function works in the caller's transaction."""
 
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -240,3 +241,83 @@ def _claim(row: asyncpg.Record) -> Claim:
         paid_us=row["paid"] and to_us(row["paid"]),
         paid_by=row["paid_by"],
     )
+
+
+# Open data
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicAward:
+    """What everybody may know of an award."""
+
+    id: str
+    firm_id: int
+    call_id: str
+    call_title: str
+    provider_title: str
+    grant_pence: int
+    co_investment_pence: int
+    # Less what was recovered.
+    paid_pence: int
+    awarded_us: int
+    awarded_on: date
+    project_start: date | None
+    project_end: date | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryDue:
+    """An award that has to be in the public subsidy database by a day, and is not yet."""
+
+    award_id: str
+    firm_id: int
+    grant_pence: int
+    awarded_on: date
+    due: date
+
+
+async def public_awards(connection: Connection, *, after_us: int, after_id: str, limit: int) -> list[PublicAward]:
+    """Oldest first, so that a page once read stays the same; without awards given up before anything was paid."""
+    rows = await connection.fetch(
+        "SELECT w.id, w.firm_id, w.call_id, c.title AS call_title, m.provider_title, w.grant_pence, w.co_investment_pence, "
+        "  coalesce(g.paid_pence - g.recovered_pence, 0) AS paid_pence, w.awarded, w.awarded_on, g.project_start, "
+        "  g.project_end "
+        "FROM award w JOIN call c ON c.id = w.call_id JOIN match m ON m.id = w.match_id "
+        "LEFT JOIN agreement g ON g.award_id = w.id "
+        "WHERE (w.awarded, w.id) > ($1, $2) AND coalesce(g.restored_pence, 0) < w.grant_pence "
+        "ORDER BY w.awarded, w.id LIMIT $3",
+        from_us(after_us),
+        after_id,
+        limit,
+    )
+    found = []
+    for row in rows:
+        fields = dict(row)
+        found.append(PublicAward(awarded_us=to_us(fields.pop("awarded")), **fields))
+    return found
+
+
+async def entries_due(connection: Connection, *, limit: int) -> list[EntryDue]:
+    """The most urgent first."""
+    rows = await connection.fetch(
+        "SELECT w.id AS award_id, w.firm_id, w.grant_pence, w.awarded_on, w.database_entry_due AS due "
+        "FROM award w LEFT JOIN agreement g ON g.award_id = w.id "
+        "WHERE w.database_entry_due IS NOT NULL AND coalesce(g.restored_pence, 0) < w.grant_pence "
+        "AND NOT EXISTS (SELECT FROM subsidy_entry e WHERE e.award_id = w.id) "
+        "ORDER BY w.database_entry_due, w.id LIMIT $1",
+        limit,
+    )
+    return [EntryDue(**dict(row)) for row in rows]
+
+
+async def add_entry(connection: Connection, award_id: str, *, reference: str, credential_id: int, now_us: int) -> bool:
+    """False when there is one already."""
+    done = await connection.execute(
+        "INSERT INTO subsidy_entry (award_id, reference, entered, entered_by) VALUES ($1, $2, $3, $4) "
+        "ON CONFLICT (award_id) DO NOTHING",
+        award_id,
+        reference,
+        from_us(now_us),
+        credential_id,
+    )
+    return done == "INSERT 0 1"

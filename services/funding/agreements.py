@@ -34,21 +34,20 @@ from services.funding.agreement import (
     checked_lines,
     checked_project,
 )
+from services.funding.checks import GROUP, Given
 from services.funding.domain import checked_amount, checked_date, checked_request_id, checked_text, is_id, uk_day
 from services.funding.ledger import PROGRAMME, Account, AccountKind, Event, Purpose, Transfer
 from services.funding.parameters import ParameterTable
 from services.funding.requests import check_same, content_sha256, understood
-from services.funding.rules.assistance import Assistance, AssistanceKind, mfa_check
+from services.funding.rules.assistance import Assistance, AssistanceCheck, AssistanceKind, mfa_check
 from services.funding.rules.calendar import add_months
 from services.funding.rules.claims import ClaimFacts, decide_claim, payable_before_completion
 from services.funding.rules.exact import decimal, gbp, rate_text
 from services.funding.rules.match import FundRatio, fund_ratio
-from services.funding.store import audit
+from services.funding.store import audit, given_to
 from smdih.funding.v1 import events_pb2
 
 log = get_logger(__name__)
-
-GROUP = "group"
 
 # Claims by what became of them (paid, lapsed, rejected).
 claims_total = Counter("smdih_funding_claims_total", "Claims that were settled", ["result"])
@@ -142,9 +141,10 @@ class AgreementService:
     async def confirm_assistance(
         self, caller: Caller, award_id: str, *, elsewhere_pence: int, statement: str
     ) -> Agreement:
-        """The firm's written word on what its group was given elsewhere in the window; before it nothing is paid (MFA-5).
+        """The firm's written word on what others gave its group in the window; before it nothing is paid (MFA-5).
 
-        Refused with MFA_LIMIT when the grant does not fit beside it. A repeat gets the first answer.
+        What this fund gave the firm is known and added. Refused with MFA_LIMIT when the grant does not fit beside it. A repeat
+        gets the first answer.
         """
         caller.require(Role.FIRM)
         with understood():
@@ -158,16 +158,7 @@ class AgreementService:
                     )
                 return agreement
             _check_state(agreement, AgreementState.ACCEPTED)
-            given_on = agreement.award.awarded_on
-            check = mfa_check(
-                award_date=given_on,
-                proposed_p=agreement.award.grant_pence,
-                history=[
-                    Assistance(given_on=given_on, amount=elsewhere_pence, kind=AssistanceKind.MFA, enterprise=GROUP)
-                ],
-                enterprise_group={GROUP},
-                table=self._table,
-            )
+            check = await self._assistance(connection, agreement, elsewhere_pence)
             if check.code is not None:
                 raise Conflict(" ".join(check.reasons), reason=check.code)
             await store.set_assistance_confirmed(
@@ -440,6 +431,23 @@ class AgreementService:
                 )
                 yield connection, await _agreement(connection, caller, award_id)
         self._kick()
+
+    async def _assistance(self, connection: Connection, agreement: Agreement, elsewhere_pence: int) -> AssistanceCheck:
+        """The grant beside what others gave the group, as it says, and what this fund gave the firm, as it knows itself."""
+        award = agreement.award
+        here = await given_to(connection, award.firm_id)
+        here.remove(Given(on=award.awarded_on, amount_pence=award.grant_pence))
+        amounts = [(item.on, item.amount_pence) for item in here] + [(award.awarded_on, elsewhere_pence)]
+        return mfa_check(
+            award_date=award.awarded_on,
+            proposed_p=award.grant_pence,
+            history=[
+                Assistance(given_on=on, amount=pence, kind=AssistanceKind.MFA, enterprise=GROUP)
+                for on, pence in amounts
+            ],
+            enterprise_group={GROUP},
+            table=self._table,
+        )
 
     def _judge(self, agreement: Agreement, claim: Claim) -> Decision:
         ruled = decide_claim(

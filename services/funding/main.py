@@ -12,9 +12,10 @@ from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.funding import agreement_api, api, ledger
+from services.funding import agreement_api, api, ledger, open_data_api
 from services.funding.agreement_rpc import AgreementRpc
 from services.funding.agreements import AgreementService
+from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
 from services.funding.rpc import FundingRpc
 from services.funding.rules.exact import gbp
@@ -60,7 +61,8 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
             ],
         )
     )
-    routers = [api.router(service), agreement_api.router(agreements)]
+    open_data = OpenDataService(pool, directory=directory, clock=clock)
+    routers = [api.router(service), agreement_api.router(agreements), open_data_api.router(open_data)]
     app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=routers)
     await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
     runtime.ready_when("kafka", publisher.answers)

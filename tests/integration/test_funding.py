@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -27,13 +28,14 @@ from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
 from services.funding import ledger
 from services.funding.domain import uk_day
+from services.funding.rules.calendar import add_months
 from smdih.directory.v1 import directory_pb2
 from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, events_pb2, funding_pb2, funding_pb2_grpc
 from smdih.matching.v1 import events_pb2 as matching_pb2
 from tests.polling import eventually
 
-FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER = 11, 12, 13, 14
-FIRMS = {FIRM: "25.62", OTHER_FIRM: "28.99", SOFTWARE_FIRM: "62.01", TOOLMAKER: "25.73"}
+FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER, LARGE_AWARDS = 11, 12, 13, 14, 15
+FIRMS = {FIRM: "25.62", OTHER_FIRM: "28.99", SOFTWARE_FIRM: "62.01", TOOLMAKER: "25.73", LARGE_AWARDS: "28.41"}
 DAY_US = 86_400_000_000
 PROCESSES = 2
 
@@ -535,6 +537,43 @@ async def test_an_award_is_claimed_and_paid_by_grpc(hub: Hub) -> None:
         assert (fund.programme_pence, fund.on_promises.met) == (20_000_000_00, True)
 
 
+REQUIRED_BY_360GIVING = {
+    *("id", "title", "description", "currency", "amountAwarded", "awardDate"),
+    *("recipientOrganization", "fundingOrganization"),
+}
+
+
+async def test_every_key_can_read_the_awards_in_the_360giving_standard(hub: Hub) -> None:
+    call = await hub.call()
+    application_id = await hub.submitted(call["id"], grant=1_234_56, cost=4_000_00, pledged=3_000_00)
+    award_id = (await hub.decide(application_id)).json()["award"]["id"]
+    answer = await hub.ask("GET", "/v1/open-data/360giving", who="device")
+    assert answer.status_code == 200
+    grants = answer.json()["grants"]
+    for grant in grants:
+        assert grant.keys() >= REQUIRED_BY_360GIVING
+        assert all(grant[name] for name in REQUIRED_BY_360GIVING)
+        assert re.fullmatch(r"360G-[a-z]+-.+", grant["id"])
+        for side in ("recipientOrganization", "fundingOrganization"):
+            assert [organization.keys() for organization in grant[side]] == [{"id", "name"}]
+    assert len({grant["id"] for grant in grants}) == len(grants)
+    made = next(grant for grant in grants if grant["id"].endswith(award_id))
+    assert (made["currency"], made["amountAwarded"], made["awardDate"]) == (
+        "GBP",
+        1234.56,
+        uk_day(datetime.now(UTC)).isoformat(),
+    )
+    assert '"amountAwarded":1234.56,' in answer.text
+    assert made["recipientOrganization"] == [{"id": f"360G-smdih-ORG:firm-{FIRM}", "name": f"Firm {FIRM}"}]
+    # What was given up before anything was paid is no grant.
+    await hub.done("POST", f"/v1/awards/{award_id}/withdraw", {"reason": "sold"}, who="firm")
+    grants = (await hub.done("GET", "/v1/open-data/360giving", who="device"))["grants"]
+    assert not [grant for grant in grants if grant["id"].endswith(award_id)]
+    await hub.refused(401, "UNAUTHENTICATED", "GET", "/v1/open-data/360giving", who="")
+    for odd in ("x", "9999999999999999-a", "1-%00"):
+        await hub.refused(400, "PAGE_TOKEN_INVALID", "GET", f"/v1/open-data/360giving?page_token={odd}", who="device")
+
+
 async def test_two_calls_cannot_both_use_the_same_headroom_of_a_firm(hub: Hub) -> None:
     """Minimal financial assistance is limited per group, over all calls: the second decision sees the first."""
     earlier = [{"given_on": "2026-05-01", "amount_pence": 310_000_00, "kind": "MFA"}]
@@ -974,6 +1013,32 @@ async def test_the_fund_shows_its_balances_to_prometheus(hub: Hub) -> None:
     text = (await hub.client.get(f"{hub.urls[0]}/metrics")).text
     assert "smdih_funding_trial_balance_pence 0.0" in text
     assert 'smdih_funding_decisions_total{result="awarded"}' in text
+
+
+async def test_an_award_above_the_limit_is_listed_until_its_subsidy_entry_is_made(hub: Hub) -> None:
+    call = await hub.call(budget_pence=300_000_00)
+
+    async def awarded(grant: int) -> Any:
+        waiting = await hub.submitted(
+            call["id"], grant=grant, cost=400_000_00, pledged=350_000_00, firm_id=LARGE_AWARDS
+        )
+        return (await hub.decide(waiting)).json()["award"]
+
+    # Equal to the limit needs no entry, a penny more does.
+    free, due = await awarded(100_000_00), await awarded(100_000_01)
+    where = "/v1/open-data/subsidy-entries"
+    entries = {entry["award_id"]: entry for entry in (await hub.done("GET", where))["entries"]}
+    assert free["id"] not in entries
+    entry = entries[due["id"]]
+    assert (entry["due"], entry["grant_pence"]) == (due["database_entry_due"], 100_000_01)
+    assert entry["due"] == add_months(uk_day(datetime.now(UTC)), 3).isoformat()
+    assert 88 <= entry["days_left"] <= 92
+    await hub.refused(403, "FORBIDDEN", "GET", where, who="firm")
+    await hub.refused(404, "AWARD_UNKNOWN", "POST", f"{where}/{free['id']}", {"reference": "SC1"})
+    for _ in range(2):
+        assert (await hub.ask("POST", f"{where}/{due['id']}", {"reference": "SC10001"})).status_code == 204
+    left = [entry["award_id"] for entry in (await hub.done("GET", where))["entries"]]
+    assert due["id"] not in left
 
 
 async def test_calls_that_race_for_the_last_of_the_programme_get_no_more_than_there_is(hub: Hub) -> None:
