@@ -23,31 +23,65 @@ from services.funding.domain import AMOUNT_PENCE_MAX
 EVENTS_PER_POST_MAX = 1_000
 TRANSFERS_PER_EVENT_MAX = 200
 REPLAY_PAGE = 2_000
+# Stands where a call's id stands in the accounts of the programme itself.
+PROGRAMME = "programme"
 
 
 class AccountKind(StrEnum):
-    """What an account of a call holds. Money comes from the sources, whose balance is never above zero."""
+    """What an account holds. Money comes from the sources, whose balance is never above zero."""
 
+    # Of the programme; calls set up before it had one had their own.
     PUBLIC_SOURCE = "public_source"
+    # Of the programme: allotted to no call yet.
+    PROGRAMME_BUDGET = "programme_budget"
     # Granted by nobody yet.
     PUBLIC_BUDGET = "public_budget"
-    # Promised by awards.
+    # Promised by awards and not claimed yet.
     PUBLIC_COMMITTED = "public_committed"
+    # Earned by claims, and kept back until the project is complete.
+    PUBLIC_HELD = "public_held"
+    PUBLIC_PAID = "public_paid"
+    # Paid, and taken back from the firm.
+    PUBLIC_RECOVERED = "public_recovered"
     CO_INVESTMENT_SOURCE = "co_investment_source"
     # Confirmed by co-investors, the project not yet awarded.
     CO_INVESTMENT_PLEDGED = "co_investment_pledged"
     # Confirmed for awarded projects.
     CO_INVESTMENT_COMMITTED = "co_investment_committed"
+    # Spent on claimed costs.
+    CO_INVESTMENT_PAID = "co_investment_paid"
+
+
+CALL_KINDS = (
+    AccountKind.PUBLIC_BUDGET,
+    AccountKind.PUBLIC_COMMITTED,
+    AccountKind.PUBLIC_HELD,
+    AccountKind.PUBLIC_PAID,
+    AccountKind.PUBLIC_RECOVERED,
+    AccountKind.CO_INVESTMENT_SOURCE,
+    AccountKind.CO_INVESTMENT_PLEDGED,
+    AccountKind.CO_INVESTMENT_COMMITTED,
+    AccountKind.CO_INVESTMENT_PAID,
+)
 
 
 class Purpose(StrEnum):
-    """What a transfer is for; each subject (call, pledge, application) has at most one transfer of a purpose."""
+    """What a transfer is for; each subject (call, pledge, application, award/cause) has at most one transfer of a purpose."""
 
-    BUDGET_SET = "budget_set"
+    PROGRAMME_GIVEN = "programme_given"
+    BUDGET_ALLOTTED = "budget_allotted"
     PLEDGE_CONFIRMED = "pledge_confirmed"
     PLEDGE_RELEASED = "pledge_released"
     PLEDGE_COMMITTED = "pledge_committed"
     GRANT_COMMITTED = "grant_committed"
+    CLAIM_PAID = "claim_paid"
+    CLAIM_HELD = "claim_held"
+    HELD_PAID = "held_paid"
+    HELD_RESTORED = "held_restored"
+    GRANT_RESTORED = "grant_restored"
+    GRANT_RECOVERED = "grant_recovered"
+    BUSINESS_PAID = "business_paid"
+    BUSINESS_RESTORED = "business_restored"
 
 
 class Overdrawn(Conflict):
@@ -166,9 +200,11 @@ def _sha256(content: object) -> bytes:
 
 
 async def open_accounts(connection: Connection, call_id: str) -> None:
-    """The accounts of a new call, all at zero."""
+    """The accounts of a call, all at zero; those that are there stay as they are."""
     await connection.execute(
-        "INSERT INTO ledger_account (call_id, kind) SELECT $1, unnest($2::text[])", call_id, [*AccountKind]
+        "INSERT INTO ledger_account (call_id, kind) SELECT $1, unnest($2::text[]) ON CONFLICT DO NOTHING",
+        call_id,
+        [*CALL_KINDS],
     )
 
 
@@ -313,6 +349,22 @@ async def balances(connection: Connection, call_id: str | None = None) -> Mappin
         call_id,
     )
     return defaultdict(int, {AccountKind(row["kind"]): row["pence"] for row in rows})
+
+
+def public_promised(balances: Mapping[AccountKind, int]) -> int:
+    """What awards promise, the part that is held or paid included."""
+    kinds = (AccountKind.PUBLIC_COMMITTED, AccountKind.PUBLIC_HELD, AccountKind.PUBLIC_PAID)
+    return sum(balances[kind] for kind in kinds)
+
+
+def business_promised(balances: Mapping[AccountKind, int]) -> int:
+    """Business money beside awards, the part that is spent included."""
+    return balances[AccountKind.CO_INVESTMENT_COMMITTED] + balances[AccountKind.CO_INVESTMENT_PAID]
+
+
+async def is_posted(connection: Connection, request_id: str) -> bool:
+    """Whether the event of this request is there."""
+    return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM ledger_event WHERE request_id = $1)", request_id))
 
 
 async def trial_balance(connection: Connection) -> TrialBalance:

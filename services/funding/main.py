@@ -12,13 +12,16 @@ from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.funding import api, ledger
+from services.funding import agreement_api, api, ledger, open_data_api
+from services.funding.agreement_rpc import AgreementRpc
+from services.funding.agreements import AgreementService
+from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
 from services.funding.rpc import FundingRpc
 from services.funding.rules.exact import gbp
 from services.funding.service import FundingService, watch
 from services.funding.stream import keep_matches
-from smdih.funding.v1 import funding_pb2, funding_pb2_grpc
+from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, funding_pb2, funding_pb2_grpc
 
 SCHEMA = "funding"
 USAGE = "usage: python -m services.funding.main api|trial-balance|replay"
@@ -36,6 +39,8 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     service = FundingService(pool, table=load_parameters(), directory=directory, clock=clock, kick=relay.kick)
+    agreements = AgreementService(pool, table=load_parameters(), clock=clock, kick=relay.kick)
+    await service.open_programme()
     matches = PositionedConsumer(
         cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.funding.matches", handler=keep_matches
     )
@@ -46,11 +51,19 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
-            register=[(funding_pb2_grpc.add_FundingServiceServicer_to_server, FundingRpc(service))],
-            service_names=[funding_pb2.DESCRIPTOR.services_by_name["FundingService"].full_name],
+            register=[
+                (funding_pb2_grpc.add_FundingServiceServicer_to_server, FundingRpc(service)),
+                (agreement_pb2_grpc.add_AgreementServiceServicer_to_server, AgreementRpc(agreements)),
+            ],
+            service_names=[
+                funding_pb2.DESCRIPTOR.services_by_name["FundingService"].full_name,
+                agreement_pb2.DESCRIPTOR.services_by_name["AgreementService"].full_name,
+            ],
         )
     )
-    app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=[api.router(service)])
+    open_data = OpenDataService(pool, directory=directory, clock=clock)
+    routers = [api.router(service), agreement_api.router(agreements), open_data_api.router(open_data)]
+    app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=routers)
     await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))

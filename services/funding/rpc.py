@@ -1,8 +1,7 @@
 """The fund over gRPC, for partners and for firms' programs: the same abilities as over HTTP."""
 
 from collections.abc import Iterable
-from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
@@ -12,10 +11,9 @@ from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition, Investor
 from services.funding.service import FundingService, View
+from services.funding.words import number_of, word_of
 from smdih.funding.v1 import funding_pb2 as pb
 from smdih.funding.v1.funding_pb2_grpc import FundingServiceServicer
-
-Word = TypeVar("Word", bound=StrEnum)
 
 
 class FundingRpc(FundingServiceServicer):
@@ -32,8 +30,8 @@ class FundingRpc(FundingServiceServicer):
             budget_pence=request.budget_pence,
             opens_us=request.opens_us,
             closes_us=request.closes_us,
-            category=_word(Category, pb.Category, "CATEGORY", request.category),
-            size_definition=_word(Definition, pb.SizeDefinition, "SIZE_DEFINITION", request.size_definition),
+            category=word_of(Category, pb.Category, "CATEGORY", request.category),
+            size_definition=word_of(Definition, pb.SizeDefinition, "SIZE_DEFINITION", request.size_definition),
             rate_max=request.rate_max,
             in_kind_allowed=request.in_kind_allowed,
         )
@@ -70,7 +68,7 @@ class FundingRpc(FundingServiceServicer):
             match_id=request.match_id,
             costs=[
                 domain.Cost(
-                    category=_word(domain.CostCategory, pb.CostCategory, "COST_CATEGORY", cost.category),
+                    category=word_of(domain.CostCategory, pb.CostCategory, "COST_CATEGORY", cost.category),
                     amount_pence=cost.amount_pence,
                 )
                 for cost in request.costs
@@ -90,7 +88,7 @@ class FundingRpc(FundingServiceServicer):
             current_caller(),
             firm_id=request.firm_id,
             call_id=request.call_id,
-            state=_word(domain.ApplicationState, pb.ApplicationState, "APPLICATION_STATE", request.state)
+            state=word_of(domain.ApplicationState, pb.ApplicationState, "APPLICATION_STATE", request.state)
             if request.state
             else None,
             page_size=request.page_size,
@@ -106,7 +104,7 @@ class FundingRpc(FundingServiceServicer):
             request.application_id,
             request_id=request.request_id,
             co_investor=request.co_investor,
-            kind=_word(PledgeKind, pb.PledgeKind, "PLEDGE_KIND", request.kind),
+            kind=word_of(PledgeKind, pb.PledgeKind, "PLEDGE_KIND", request.kind),
             public_body=request.public_body,
             amount_pence=request.amount_pence,
         )
@@ -168,11 +166,11 @@ class FundingRpc(FundingServiceServicer):
         return pb.Call(
             id=call.id,
             title=call.title,
-            state=_number(pb.CallState, "CALL_STATE", self._service.state_of(call)),
+            state=number_of(pb.CallState, "CALL_STATE", self._service.state_of(call)),
             opens_us=call.opens_us,
             closes_us=call.closes_us,
-            category=_number(pb.Category, "CATEGORY", call.category),
-            size_definition=_number(pb.SizeDefinition, "SIZE_DEFINITION", call.size_definition),
+            category=number_of(pb.Category, "CATEGORY", call.category),
+            size_definition=number_of(pb.SizeDefinition, "SIZE_DEFINITION", call.size_definition),
             rate_max=call.rate_max,
             in_kind_allowed=call.in_kind_allowed,
             budget_pence=call.budget_pence,
@@ -180,25 +178,6 @@ class FundingRpc(FundingServiceServicer):
             left_pence=call.left_pence,
             created_us=call.created_us,
         )
-
-
-def _word(words: type[Word], numbers: Any, prefix: str, number: int) -> Word:
-    """The domain's word for a number of the contract. Raises Invalid for none and for unknown ones."""
-    try:
-        name = numbers.Name(number).removeprefix(f"{prefix}_")
-    except ValueError:
-        name = ""
-    for word in words:
-        if word.value.upper() == name:
-            return word
-    raise Invalid(
-        f"{prefix.lower()} is needed: one of {', '.join(f'{prefix}_{word.value.upper()}' for word in words)}.",
-        reason=f"{prefix}_MISSING",
-    )
-
-
-def _number(numbers: Any, prefix: str, word: StrEnum) -> Any:
-    return numbers.Value(f"{prefix}_{word.value.upper()}")
 
 
 def _declared(message: pb.Declaration) -> domain.Declaration:
@@ -213,7 +192,7 @@ def _declared(message: pb.Declaration) -> domain.Declaration:
                 domain.Relation(
                     percent=relation.percent,
                     upstream=relation.upstream,
-                    investor=_word(Investor, pb.Investor, "INVESTOR", relation.investor),
+                    investor=word_of(Investor, pb.Investor, "INVESTOR", relation.investor),
                     headcount=relation.headcount,
                     turnover_minor=relation.turnover_minor,
                     balance_minor=relation.balance_minor,
@@ -231,7 +210,7 @@ def _declared(message: pb.Declaration) -> domain.Declaration:
             domain.EarlierAssistance(
                 given_on=item.given_on,
                 amount_pence=item.amount_pence,
-                kind=_word(AssistanceKind, pb.AssistanceKind, "ASSISTANCE_KIND", item.kind),
+                kind=word_of(AssistanceKind, pb.AssistanceKind, "ASSISTANCE_KIND", item.kind),
             )
             for item in message.earlier_assistance
         ),
@@ -250,7 +229,7 @@ def _declaration(declaration: domain.Declaration) -> pb.Declaration:
                 pb.Relation(
                     percent=relation.percent,
                     upstream=relation.upstream,
-                    investor=_number(pb.Investor, "INVESTOR", relation.investor),
+                    investor=number_of(pb.Investor, "INVESTOR", relation.investor),
                     headcount=relation.headcount,
                     turnover_minor=relation.turnover_minor,
                     balance_minor=relation.balance_minor,
@@ -268,7 +247,7 @@ def _declaration(declaration: domain.Declaration) -> pb.Declaration:
             pb.EarlierAssistance(
                 given_on=item.given_on,
                 amount_pence=item.amount_pence,
-                kind=_number(pb.AssistanceKind, "ASSISTANCE_KIND", item.kind),
+                kind=number_of(pb.AssistanceKind, "ASSISTANCE_KIND", item.kind),
             )
             for item in declaration.earlier_assistance
         ],
@@ -297,7 +276,7 @@ def _pledge(pledge: domain.Pledge) -> pb.Pledge:
         id=pledge.id,
         application_id=pledge.application_id,
         co_investor=pledge.co_investor,
-        kind=_number(pb.PledgeKind, "PLEDGE_KIND", pledge.kind),
+        kind=number_of(pb.PledgeKind, "PLEDGE_KIND", pledge.kind),
         public_body=pledge.public_body,
         amount_pence=pledge.amount_pence,
         added_us=pledge.added_us,
@@ -324,9 +303,9 @@ def _application(application: domain.Application) -> pb.Application:
         call_id=application.call_id,
         match_id=application.match_id,
         firm_id=application.firm_id,
-        state=_number(pb.ApplicationState, "APPLICATION_STATE", application.state),
+        state=number_of(pb.ApplicationState, "APPLICATION_STATE", application.state),
         costs=[
-            pb.Cost(category=_number(pb.CostCategory, "COST_CATEGORY", cost.category), amount_pence=cost.amount_pence)
+            pb.Cost(category=number_of(pb.CostCategory, "COST_CATEGORY", cost.category), amount_pence=cost.amount_pence)
             for cost in application.costs
         ],
         declaration=_declaration(application.declaration),

@@ -2,13 +2,10 @@
 
 import asyncio
 import dataclasses
-import hashlib
-import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,7 +19,7 @@ from services.common.directory import Directory
 from services.common.errors import Conflict, Forbidden, HubError, Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, current_correlation_id, get_logger
-from services.funding import checks, ledger, store
+from services.funding import checks, ledger, programme, store
 from services.funding.domain import (
     PLEDGES_PER_APPLICATION_MAX,
     TITLE_CHARACTERS_MAX,
@@ -36,7 +33,6 @@ from services.funding.domain import (
     Cost,
     Declaration,
     Pledge,
-    Refused,
     checked_amount,
     checked_costs,
     checked_declaration,
@@ -47,8 +43,9 @@ from services.funding.domain import (
     is_id,
     uk_day,
 )
-from services.funding.ledger import Account, AccountKind, Event, Purpose, RequestIdReused, Transfer, TrialBalance
+from services.funding.ledger import Account, AccountKind, Event, Purpose, Transfer, TrialBalance
 from services.funding.parameters import ParameterTable
+from services.funding.requests import check_same, content_sha256, understood
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition
@@ -101,6 +98,12 @@ class FundingService:
         # Tells the outbox relay that there is something.
         self._kick = kick
 
+    async def open_programme(self) -> None:
+        """Before anything else: the programme has the public money that the parameters of the day say."""
+        public_pence = self._table.at(uk_day(from_us(self._clock.now_us()))).whole("programme.public_p")
+        async with transaction(self._pool) as connection:
+            await programme.open_programme(connection, self._clock, public_pence=public_pence)
+
     # Calls
 
     async def create_call(
@@ -119,7 +122,7 @@ class FundingService:
     ) -> Call:
         caller.require(Role.OPERATOR)
         now_us = self._clock.now_us()
-        with _understood():
+        with understood():
             checked_request_id(request_id)
             checked_times(opens_us, closes_us)
             call = Call(
@@ -134,30 +137,19 @@ class FundingService:
                 in_kind_allowed=in_kind_allowed,
                 created_us=now_us,
             )
-        content = _content(dataclasses.replace(call, id="", created_us=0))
+        content = content_sha256(dataclasses.replace(call, id="", created_us=0))
         async with transaction(self._pool) as connection:
             if not await store.add_call(connection, call, request_id=request_id, content_sha256=content):
                 first_content, first = _there(await store.call_by_request(connection, request_id))
-                _check_same(first_content, content)
+                check_same(first_content, content)
                 return first
             await ledger.open_accounts(connection, call.id)
-            await ledger.post(
+            await programme.allot(
                 connection,
                 self._clock,
-                Event(
-                    request_id=f"call:{call.id}:budget",
-                    kind="call_created",
-                    credential_id=caller.credential_id,
-                    transfers=(
-                        Transfer(
-                            debit=Account(call.id, AccountKind.PUBLIC_SOURCE),
-                            credit=Account(call.id, AccountKind.PUBLIC_BUDGET),
-                            amount_pence=call.budget_pence,
-                            purpose=Purpose.BUDGET_SET,
-                            subject_id=call.id,
-                        ),
-                    ),
-                ),
+                call_id=call.id,
+                budget_pence=call.budget_pence,
+                credential_id=caller.credential_id,
             )
             await store.audit(
                 connection,
@@ -202,7 +194,7 @@ class FundingService:
         """Whether a firm may apply, the most that it could be granted, and why. Stores nothing."""
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
         firm = self._directory.firms.get(caller.firm_id) if caller.role is Role.FIRM else None
-        with _understood():
+        with understood():
             facts = checks.Facts(
                 sic=checked_text("sic", sic or (firm.sic if firm else ""), 20),
                 declaration=checked_declaration(declaration),
@@ -232,7 +224,7 @@ class FundingService:
     ) -> View:
         caller.require(Role.FIRM, Role.OPERATOR)
         now_us = self._clock.now_us()
-        with _understood():
+        with understood():
             checked_request_id(request_id)
             costs = checked_costs(tuple(costs))
             checked_declaration(declaration)
@@ -265,7 +257,7 @@ class FundingService:
                 decision_reason="",
                 correlation_id=match.correlation_id,
             )
-            content = _content(dataclasses.replace(application, id="", created_us=0))
+            content = content_sha256(dataclasses.replace(application, id="", created_us=0))
             first = await store.application_by_request(connection, match.firm_id, request_id)
             if first is None:
                 self._check_open(call)
@@ -278,7 +270,7 @@ class FundingService:
                     return await self._view(connection, application, call)
                 first = _there(await store.application_by_request(connection, match.firm_id, request_id))
             first_content, application_id = first
-            _check_same(first_content, content)
+            check_same(first_content, content)
             return await self._view(connection, _there(await store.application_of(connection, application_id)), call)
 
     async def get_application(self, caller: Caller, application_id: str) -> View:
@@ -326,7 +318,7 @@ class FundingService:
         public_body: bool,
         amount_pence: int,
     ) -> Pledge:
-        with _understood():
+        with understood():
             checked_request_id(request_id)
             pledge = Pledge(
                 id=uuid.uuid4().hex,
@@ -337,12 +329,12 @@ class FundingService:
                 amount_pence=checked_amount("amount_pence", amount_pence),
                 added_us=self._clock.now_us(),
             )
-        content = _content(dataclasses.replace(pledge, id="", added_us=0))
+        content = content_sha256(dataclasses.replace(pledge, id="", added_us=0))
         async with transaction(self._pool) as connection:
             application = await _application(connection, caller, application_id, lock=True)
             first = await store.pledge_by_request(connection, application.id, request_id)
             if first is not None:
-                _check_same(first[0], content)
+                check_same(first[0], content)
                 return first[1]
             _check_state(application, *_LIVE)
             if len(application.pledges) >= PLEDGES_PER_APPLICATION_MAX:
@@ -359,7 +351,7 @@ class FundingService:
     async def confirm_pledge(self, caller: Caller, application_id: str, pledge_id: str, *, evidence: str) -> Pledge:
         """The co-investor stands by it: business money enters the ledger. A repeat gets the first answer."""
         caller.require(Role.OPERATOR)
-        with _understood():
+        with understood():
             evidence = checked_text("evidence", evidence)
         now_us = self._clock.now_us()
         async with transaction(self._pool) as connection:
@@ -430,7 +422,7 @@ class FundingService:
     async def waive_ratio(self, caller: Caller, application_id: str, *, reason: str) -> View:
         """One operator's word that this award may go below the programme's ratio; WAIVERS_NEEDED different ones are needed."""
         caller.require(Role.OPERATOR)
-        with _understood():
+        with understood():
             reason = checked_text("reason", reason)
         async with transaction(self._pool) as connection:
             application = await _application(connection, caller, application_id, lock=True)
@@ -453,7 +445,7 @@ class FundingService:
         event together or not at all.
         """
         caller.require(Role.OPERATOR)
-        with _understood():
+        with understood():
             reason = checked_text("reason", reason)
         wanted = ApplicationState.AWARDED if award else ApplicationState.REJECTED
         request_correlation_id = current_correlation_id()
@@ -633,10 +625,10 @@ class FundingService:
         of_call, of_fund = await ledger.balances(connection, call.id), await ledger.balances(connection)
         fund = checks.Fund(
             left_pence=of_call[AccountKind.PUBLIC_BUDGET],
-            public_committed_pence=of_fund[AccountKind.PUBLIC_COMMITTED],
-            business_committed_pence=of_fund[AccountKind.CO_INVESTMENT_COMMITTED],
+            public_committed_pence=ledger.public_promised(of_fund),
+            business_committed_pence=ledger.business_promised(of_fund),
         )
-        with _understood():
+        with understood():
             return checks.assess(facts, call, fund, self._table, uk_day(from_us(self._clock.now_us())))
 
     def _check_open(self, call: Call) -> None:
@@ -697,15 +689,6 @@ _PLEDGE_PATHS = {
 }
 
 
-@contextmanager
-def _understood() -> Iterator[None]:
-    """What the domain refuses is the request's fault."""
-    try:
-        yield
-    except Refused as error:
-        raise Invalid(str(error), reason=error.reason) from error
-
-
 async def _call(connection: Connection, call_id: str) -> Call:
     call = await store.call_of(connection, call_id) if is_id(call_id) else None
     if call is None:
@@ -732,19 +715,9 @@ def _check_state(application: Application, *states: ApplicationState) -> None:
         )
 
 
-def _check_same(first_content: bytes, content: bytes) -> None:
-    if first_content != content:
-        raise RequestIdReused()
-
-
 def _there(found: T | None) -> T:
     assert found is not None, "the row that this transaction has just met"
     return found
-
-
-def _content(thing: Application | Call | Pledge) -> bytes:
-    """Hash of what a request says, without what the hub adds."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(thing), sort_keys=True).encode()).digest()
 
 
 def _page(page_size: int, page_token: str) -> tuple[int, store.Place | None]:
@@ -782,4 +755,5 @@ def _award_event(award: Award) -> bytes:
             parameters_version=award.parameters_version,
             correlation_id=award.correlation_id,
         ),
+        change=events_pb2.AWARD_CHANGE_AWARDED,
     ).SerializeToString()

@@ -80,8 +80,9 @@ async def match_of(connection: Connection, match_id: str) -> Match | None:
 # Calls
 
 _CALL = (
-    "SELECT c.*, a.balance_pence AS committed_pence FROM call c "
-    "JOIN ledger_account a ON a.call_id = c.id AND a.kind = 'public_committed' "
+    "SELECT c.*, a.committed_pence FROM call c CROSS JOIN LATERAL ("
+    "  SELECT sum(balance_pence)::bigint AS committed_pence FROM ledger_account WHERE call_id = c.id "
+    "  AND kind IN ('public_committed', 'public_held', 'public_paid', 'public_recovered')) a "
 )
 
 
@@ -371,8 +372,12 @@ async def add_award(connection: Connection, award: Award) -> None:
 
 
 async def given_to(connection: Connection, firm_id: int) -> list[Given]:
-    """What this fund has awarded to the firm."""
-    rows = await connection.fetch("SELECT awarded_on, grant_pence FROM award WHERE firm_id = $1", firm_id)
+    """What this fund has awarded to the firm; of an award that has ended, what it came to."""
+    rows = await connection.fetch(
+        "SELECT w.awarded_on, w.grant_pence - coalesce(g.restored_pence, 0) AS grant_pence "
+        "FROM award w LEFT JOIN agreement g ON g.award_id = w.id WHERE w.firm_id = $1",
+        firm_id,
+    )
     return [Given(on=row["awarded_on"], amount_pence=row["grant_pence"]) for row in rows]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -25,13 +27,15 @@ from services.common.identity import Role, key_prefix, key_sha256, new_key
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
 from services.funding import ledger
+from services.funding.domain import uk_day
+from services.funding.rules.calendar import add_months
 from smdih.directory.v1 import directory_pb2
-from smdih.funding.v1 import events_pb2, funding_pb2, funding_pb2_grpc
+from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, events_pb2, funding_pb2, funding_pb2_grpc
 from smdih.matching.v1 import events_pb2 as matching_pb2
 from tests.polling import eventually
 
-FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER = 11, 12, 13, 14
-FIRMS = {FIRM: "25.62", OTHER_FIRM: "28.99", SOFTWARE_FIRM: "62.01", TOOLMAKER: "25.73"}
+FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER, LARGE_AWARDS = 11, 12, 13, 14, 15
+FIRMS = {FIRM: "25.62", OTHER_FIRM: "28.99", SOFTWARE_FIRM: "62.01", TOOLMAKER: "25.73", LARGE_AWARDS: "28.41"}
 DAY_US = 86_400_000_000
 PROCESSES = 2
 
@@ -315,12 +319,15 @@ async def test_from_a_match_to_an_award_with_money_matched_and_ledger_balanced(h
     trial = await hub.trial_balance()
     balances = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == call["id"]}
     assert balances == {
-        "public_source": -100_000_00,
         "public_budget": 60_000_00,
         "public_committed": 40_000_00,
+        "public_held": 0,
+        "public_paid": 0,
+        "public_recovered": 0,
         "co_investment_source": -60_000_00,
         "co_investment_pledged": 0,
         "co_investment_committed": 60_000_00,
+        "co_investment_paid": 0,
     }
     await hub.assert_replay_agrees()
 
@@ -428,6 +435,145 @@ async def test_a_process_killed_amid_its_decisions_leaves_each_made_wholly_or_no
     await hub.assert_replay_agrees()
 
 
+async def decided_claim(hub: Hub, call_id: str) -> tuple[str, str]:
+    """Award and claim that only wait for the second person. The project is of today, and so is its claim."""
+    application_id = await hub.submitted(call_id, grant=100_00, cost=400_00, pledged=300_00)
+    award_id = (await hub.decide(application_id)).json()["award"]["id"]
+    path, day = f"/v1/awards/{award_id}", uk_day(datetime.now(UTC))
+    dates = {"project_start": day.isoformat(), "project_end": (day + timedelta(days=30)).isoformat()}
+    await hub.done("POST", f"{path}/accept", dates, who="firm")
+    statement = {"elsewhere_pence": 0, "statement": "None was given to us or our group. The directors."}
+    await hub.done("POST", f"{path}/confirm-assistance", statement, who="firm")
+    claim = {
+        "request_id": "first",
+        "period_start": day.isoformat(),
+        "period_end": day.isoformat(),
+        "costs": [{"category": "materials", "amount_pence": 200_00, "evidence": f"INV-{award_id}"}],
+    }
+    claimed = await hub.done("POST", f"{path}/claims", claim, who="firm")
+    claim_id = claimed["claims"][0]["id"]
+    await hub.done("POST", f"{path}/claims/{claim_id}/decide", {"accept": True, "reason": "papers seen"})
+    return award_id, claim_id
+
+
+async def settle(hub: Hub, award_id: str, claim_id: str, *, process: int = 0) -> httpx.Response:
+    body = {"release": True, "reason": "checked"}
+    path = f"/v1/awards/{award_id}/claims/{claim_id}/settle"
+    return await hub.ask("POST", path, body, who="second operator", process=process)
+
+
+async def test_payments_asked_of_two_processes_and_of_one_that_is_killed_are_made_once(hub: Hub) -> None:
+    call = await hub.call()
+    waiting = [await decided_claim(hub, call["id"]) for _ in range(6)]
+    port = free_port()
+    doomed = started({**hub.environment, "SMDIH_HTTP_PORT": str(port)})
+    hub.urls.append(f"http://127.0.0.1:{port}")
+    try:
+
+        async def ready() -> bool:
+            try:
+                return (await hub.client.get(f"{hub.urls[-1]}/readyz")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await eventually(ready, deadline_s=40)
+        payments = [asyncio.create_task(settle(hub, *one, process=PROCESSES)) for one in waiting]
+        await asyncio.wait(payments, return_when=asyncio.FIRST_COMPLETED)
+        doomed.kill()
+        await asyncio.gather(*payments, return_exceptions=True)
+    finally:
+        doomed.kill()
+        doomed.wait()
+        hub.urls.pop()
+    again = await asyncio.gather(*(settle(hub, *one, process=number % 2) for number, one in enumerate(waiting * 2)))
+    assert {(answer.status_code, answer.json()["paid_pence"]) for answer in again} == {(200, 50_00)}
+    trial = await hub.trial_balance()
+    rows = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == call["id"]}
+    assert (rows["public_paid"], rows["public_committed"], rows["co_investment_paid"]) == (300_00, 300_00, 900_00)
+    seen = await hub.done("GET", f"/v1/calls/{call['id']}")
+    assert (seen["committed_pence"], seen["left_pence"]) == (600_00, 100_000_00 - 600_00)
+    fund = await hub.done("GET", "/v1/fund", who="partner")
+    assert fund["programme_pence"] == 20_000_000_00
+    assert fund["on_payments"]["met"]
+    await hub.assert_replay_agrees()
+
+
+async def test_an_award_is_claimed_and_paid_by_grpc(hub: Hub) -> None:
+    call = await hub.call()
+    award_id, claim_id = await decided_claim(hub, call["id"])
+
+    def bearer(who: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {hub.keys[who]}"),)
+
+    async with grpc.aio.insecure_channel(hub.grpc_addresses[1]) as channel:
+        agreements = agreement_pb2_grpc.AgreementServiceStub(channel)
+        release = agreement_pb2.SettleClaimRequest(
+            award_id=award_id, claim_id=claim_id, settlement=agreement_pb2.SETTLEMENT_RELEASE, reason="checked"
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await agreements.SettleClaim(release, metadata=bearer("operator"))
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert dict(refused.value.trailing_metadata() or ())["reason"] == "SECOND_PERSON"
+        paid = (await agreements.SettleClaim(release, metadata=bearer("second operator"))).agreement
+        assert (paid.paid_pence, paid.claims[0].state) == (50_00, agreement_pb2.CLAIM_STATE_PAID)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await agreements.GetAgreement(
+                agreement_pb2.GetAgreementRequest(award_id=award_id), metadata=bearer("other")
+            )
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+        ended = await agreements.WithdrawAward(
+            agreement_pb2.WithdrawAwardRequest(award_id=award_id, reason="sold"), metadata=bearer("firm")
+        )
+        assert (ended.agreement.state, ended.agreement.restored_pence) == (
+            agreement_pb2.AGREEMENT_STATE_WITHDRAWN,
+            50_00,
+        )
+        back = await agreements.RecoverGrant(
+            agreement_pb2.RecoverGrantRequest(award_id=award_id, request_id="r", amount_pence=50_00, reason="sold"),
+            metadata=bearer("operator"),
+        )
+        assert back.agreement.recovered_pence == 50_00
+        fund = (await agreements.GetFund(agreement_pb2.GetFundRequest(), metadata=bearer("partner"))).fund
+        assert (fund.programme_pence, fund.on_promises.met) == (20_000_000_00, True)
+
+
+REQUIRED_BY_360GIVING = {
+    *("id", "title", "description", "currency", "amountAwarded", "awardDate"),
+    *("recipientOrganization", "fundingOrganization"),
+}
+
+
+async def test_every_key_can_read_the_awards_in_the_360giving_standard(hub: Hub) -> None:
+    call = await hub.call()
+    application_id = await hub.submitted(call["id"], grant=1_234_56, cost=4_000_00, pledged=3_000_00)
+    award_id = (await hub.decide(application_id)).json()["award"]["id"]
+    answer = await hub.ask("GET", "/v1/open-data/360giving", who="device")
+    assert answer.status_code == 200
+    grants = answer.json()["grants"]
+    for grant in grants:
+        assert grant.keys() >= REQUIRED_BY_360GIVING
+        assert all(grant[name] for name in REQUIRED_BY_360GIVING)
+        assert re.fullmatch(r"360G-[a-z]+-.+", grant["id"])
+        for side in ("recipientOrganization", "fundingOrganization"):
+            assert [organization.keys() for organization in grant[side]] == [{"id", "name"}]
+    assert len({grant["id"] for grant in grants}) == len(grants)
+    made = next(grant for grant in grants if grant["id"].endswith(award_id))
+    assert (made["currency"], made["amountAwarded"], made["awardDate"]) == (
+        "GBP",
+        1234.56,
+        uk_day(datetime.now(UTC)).isoformat(),
+    )
+    assert '"amountAwarded":1234.56,' in answer.text
+    assert made["recipientOrganization"] == [{"id": f"360G-smdih-ORG:firm-{FIRM}", "name": f"Firm {FIRM}"}]
+    # What was given up before anything was paid is no grant.
+    await hub.done("POST", f"/v1/awards/{award_id}/withdraw", {"reason": "sold"}, who="firm")
+    grants = (await hub.done("GET", "/v1/open-data/360giving", who="device"))["grants"]
+    assert not [grant for grant in grants if grant["id"].endswith(award_id)]
+    await hub.refused(401, "UNAUTHENTICATED", "GET", "/v1/open-data/360giving", who="")
+    for odd in ("x", "9999999999999999-a", "1-%00"):
+        await hub.refused(400, "PAGE_TOKEN_INVALID", "GET", f"/v1/open-data/360giving?page_token={odd}", who="device")
+
+
 async def test_two_calls_cannot_both_use_the_same_headroom_of_a_firm(hub: Hub) -> None:
     """Minimal financial assistance is limited per group, over all calls: the second decision sees the first."""
     earlier = [{"given_on": "2026-05-01", "amount_pence": 310_000_00, "kind": "MFA"}]
@@ -487,13 +633,7 @@ async def test_a_rejected_or_withdrawn_application_releases_its_pledges_and_its_
     assert (await hub.done("POST", "/v1/applications", body, who="firm"))["state"] == "draft"
     trial = await hub.trial_balance()
     left = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == call["id"]}
-    assert left == {
-        "public_source": -100_000_00,
-        "public_budget": 100_000_00,
-        **dict.fromkeys(
-            ("public_committed", "co_investment_source", "co_investment_pledged", "co_investment_committed"), 0
-        ),
-    }
+    assert {kind: pence for kind, pence in left.items() if pence} == {"public_budget": 100_000_00}
     await hub.assert_replay_agrees()
 
 
@@ -873,3 +1013,58 @@ async def test_the_fund_shows_its_balances_to_prometheus(hub: Hub) -> None:
     text = (await hub.client.get(f"{hub.urls[0]}/metrics")).text
     assert "smdih_funding_trial_balance_pence 0.0" in text
     assert 'smdih_funding_decisions_total{result="awarded"}' in text
+
+
+async def test_an_award_above_the_limit_is_listed_until_its_subsidy_entry_is_made(hub: Hub) -> None:
+    call = await hub.call(budget_pence=300_000_00)
+
+    async def awarded(grant: int) -> Any:
+        waiting = await hub.submitted(
+            call["id"], grant=grant, cost=400_000_00, pledged=350_000_00, firm_id=LARGE_AWARDS
+        )
+        return (await hub.decide(waiting)).json()["award"]
+
+    # Equal to the limit needs no entry, a penny more does.
+    free, due = await awarded(100_000_00), await awarded(100_000_01)
+    where = "/v1/open-data/subsidy-entries"
+    entries = {entry["award_id"]: entry for entry in (await hub.done("GET", where))["entries"]}
+    assert free["id"] not in entries
+    entry = entries[due["id"]]
+    assert (entry["due"], entry["grant_pence"]) == (due["database_entry_due"], 100_000_01)
+    assert entry["due"] == add_months(uk_day(datetime.now(UTC)), 3).isoformat()
+    assert 88 <= entry["days_left"] <= 92
+    await hub.refused(403, "FORBIDDEN", "GET", where, who="firm")
+    await hub.refused(404, "AWARD_UNKNOWN", "POST", f"{where}/{free['id']}", {"reference": "SC1"})
+    for _ in range(2):
+        assert (await hub.ask("POST", f"{where}/{due['id']}", {"reference": "SC10001"})).status_code == 204
+    left = [entry["award_id"] for entry in (await hub.done("GET", where))["entries"]]
+    assert due["id"] not in left
+
+
+async def test_calls_that_race_for_the_last_of_the_programme_get_no_more_than_there_is(hub: Hub) -> None:
+    """The last test here: afterwards there is little left for calls."""
+
+    async def left() -> int:
+        trial = await hub.trial_balance()
+        rows = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == "programme"}
+        assert rows["public_source"] == -20_000_000_00
+        return int(rows["programme_budget"])
+
+    before = await left()
+    # One penny too much for three.
+    budget = before // 3 + 1
+    bodies = [call_body(budget_pence=budget) for _ in range(8)]
+    answers = await asyncio.gather(
+        *(hub.ask("POST", "/v1/calls", body, process=number % PROCESSES) for number, body in enumerate(bodies))
+    )
+    assert sorted(answer.status_code for answer in answers) == [201] * 2 + [409] * 6
+    refused = [answer.json() for answer in answers if answer.status_code == 409]
+    assert {answer["reason"] for answer in refused} == {"PROGRAMME_EXHAUSTED"}
+    assert "is not allotted yet" in refused[0]["detail"]
+    assert await left() == before - 2 * budget
+    # A repeat of one that was made is no new one, and what is left can be given to the penny.
+    first = next(body for body, answer in zip(bodies, answers, strict=True) if answer.status_code == 201)
+    await hub.done("POST", "/v1/calls", first)
+    await hub.call(budget_pence=await left())
+    await hub.refused(409, "PROGRAMME_EXHAUSTED", "POST", "/v1/calls", call_body(budget_pence=1))
+    await hub.assert_replay_agrees()

@@ -13,9 +13,19 @@ import pytest_asyncio
 from services.common.clock import SystemClock
 from services.common.database import Pool, create_pool, transaction
 from services.common.errors import Invalid
-from services.funding import ledger, store
+from services.funding import ledger, programme, store
 from services.funding.domain import AMOUNT_PENCE_MAX, Call
-from services.funding.ledger import Account, AccountKind, Event, Overdrawn, Posted, RequestIdReused, Transfer
+from services.funding.ledger import (
+    CALL_KINDS,
+    PROGRAMME,
+    Account,
+    AccountKind,
+    Event,
+    Overdrawn,
+    Posted,
+    RequestIdReused,
+    Transfer,
+)
 from services.funding.rules.intensity import Category
 from services.funding.rules.size import Definition
 
@@ -29,13 +39,13 @@ async def pool(dsn: str) -> AsyncIterator[Pool]:
     await made.close()
 
 
-async def new_call(pool: Pool, budget_pence: int) -> str:
-    """A call with its accounts and its budget."""
+async def new_call(pool: Pool, budget_pence: int = 0) -> str:
+    """A call with its accounts and its budget, for which the programme is given as much."""
     call_id = f"call-{random.getrandbits(64):x}"
     call = Call(
         id=call_id,
         title="Digital plants",
-        budget_pence=budget_pence,
+        budget_pence=budget_pence or 1,
         opens_us=1_000_000_000_000_000,
         closes_us=2_000_000_000_000_000,
         category=Category.FEASIBILITY,
@@ -47,8 +57,11 @@ async def new_call(pool: Pool, budget_pence: int) -> str:
     async with transaction(pool) as connection:
         await store.add_call(connection, call, request_id=call_id, content_sha256=b"")
         await ledger.open_accounts(connection, call_id)
-        first = one_transfer(call_id, AccountKind.PUBLIC_SOURCE, AccountKind.PUBLIC_BUDGET, budget_pence, "budget")
-        await ledger.post(connection, CLOCK, first)
+        if budget_pence:
+            to = AccountKind.PROGRAMME_BUDGET
+            given = one_transfer(PROGRAMME, AccountKind.PUBLIC_SOURCE, to, budget_pence, call_id)
+            await ledger.post(connection, CLOCK, given)
+            await programme.allot(connection, CLOCK, call_id=call_id, budget_pence=budget_pence, credential_id=1)
     return call_id
 
 
@@ -91,7 +104,6 @@ async def test_an_event_moves_money_and_the_trial_balance_stays_zero(pool: Pool)
     await post(pool, commitment(call_id, 400, "a"))
     assert await balance(pool, call_id, AccountKind.PUBLIC_BUDGET) == 600
     assert await balance(pool, call_id, AccountKind.PUBLIC_COMMITTED) == 400
-    assert await balance(pool, call_id, AccountKind.PUBLIC_SOURCE) == -1_000
     await assert_in_order(pool)
 
 
@@ -157,9 +169,9 @@ async def test_random_operations_with_repeats_at_once_lose_and_create_nothing(po
     await asyncio.gather(*(worker(work[start::12]) for start in range(12)))
     # Whoever asked and however often: one answer for each request that went through.
     assert all(len(answers) == 1 for answers in done.values())
-    expected = {(call_id, kind): 0 for call_id in calls for kind in AccountKind}
+    expected = {(call_id, kind): 0 for call_id in calls for kind in CALL_KINDS}
     for call_id in calls:
-        expected[call_id, AccountKind.PUBLIC_SOURCE], expected[call_id, AccountKind.PUBLIC_BUDGET] = -20_000, 20_000
+        expected[call_id, AccountKind.PUBLIC_BUDGET] = 20_000
     for event in events:
         if event.request_id in done:
             (item,) = event.transfers
@@ -199,7 +211,9 @@ async def test_the_largest_amount_is_taken(pool: Pool) -> None:
         "UPDATE ledger_head SET sequence = sequence - 1",
         "DELETE FROM ledger_head",
         "TRUNCATE ledger_head",
-        "TRUNCATE award",
+        "TRUNCATE award CASCADE",
+        "TRUNCATE agreement CASCADE",
+        "TRUNCATE claim CASCADE",
         "UPDATE audit SET action = 'x'",
         "TRUNCATE audit",
     ],
@@ -310,4 +324,47 @@ async def test_posting_in_batches_keeps_order_and_speed(pool: Pool) -> None:
     assert [item.sequence for item in posted] == list(range(posted[0].sequence, posted[0].sequence + 500))
     assert await balance(pool, call_id, AccountKind.PUBLIC_COMMITTED) == 500
     assert elapsed_s < 10
+    await assert_in_order(pool)
+
+
+async def programme_given(pool: Pool) -> int:
+    return -await balance(pool, PROGRAMME, AccountKind.PUBLIC_SOURCE)
+
+
+async def open_programme(pool: Pool, public_pence: int) -> None:
+    async with transaction(pool) as connection:
+        await programme.open_programme(connection, CLOCK, public_pence=public_pence)
+
+
+async def test_the_programme_is_opened_once_and_a_higher_figure_adds_the_difference(pool: Pool) -> None:
+    given = await programme_given(pool)
+    for figure in (given + 500, given + 700):
+        await asyncio.gather(*(open_programme(pool, figure) for _ in range(6)))
+        assert await programme_given(pool) == figure
+    await open_programme(pool, given)
+    assert await programme_given(pool) == given + 700
+    await assert_in_order(pool)
+
+
+async def test_a_call_with_a_source_of_its_own_is_taken_over_by_the_programme(pool: Pool) -> None:
+    call_id = await new_call(pool)
+    await open_programme(pool, await programme_given(pool) + 400)
+    async with transaction(pool) as connection:
+        # As it was before there was a programme.
+        await connection.execute("ALTER TABLE ledger_account DROP CONSTRAINT ledger_account_call_source_check")
+        await connection.execute("INSERT INTO ledger_account (call_id, kind) VALUES ($1, 'public_source')", call_id)
+        own = one_transfer(call_id, AccountKind.PUBLIC_SOURCE, AccountKind.PUBLIC_BUDGET, 400, "own")
+        await ledger.post(connection, CLOCK, own)
+        await connection.execute(
+            "ALTER TABLE ledger_account ADD CONSTRAINT ledger_account_call_source_check "
+            "CHECK (kind <> 'public_source' OR call_id = 'programme' OR balance_pence = 0) NOT VALID"
+        )
+    left = await balance(pool, PROGRAMME, AccountKind.PROGRAMME_BUDGET)
+    for _ in range(2):
+        await open_programme(pool, await programme_given(pool))
+    assert await balance(pool, call_id, AccountKind.PUBLIC_SOURCE) == 0
+    assert await balance(pool, call_id, AccountKind.PUBLIC_BUDGET) == 400
+    assert await balance(pool, PROGRAMME, AccountKind.PROGRAMME_BUDGET) == left - 400
+    with pytest.raises(asyncpg.CheckViolationError):
+        await post(pool, one_transfer(call_id, AccountKind.PUBLIC_SOURCE, AccountKind.PUBLIC_BUDGET, 1, "again"))
     await assert_in_order(pool)

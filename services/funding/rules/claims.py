@@ -49,6 +49,11 @@ class ClaimDecision:
     reasons: tuple[str, ...]
 
 
+def payable_before_completion(max_grant_p: int, retention_rate: Fraction) -> int:
+    """The part of a grant that may be paid before the project is complete."""
+    return share(max_grant_p, 1 - retention_rate)
+
+
 def decide_claim(claim: ClaimFacts, parameters: ParametersAt) -> ClaimDecision:
     """Judge one claim: paid and held never pass the grant, paid before completion never passes its unretained part.
 
@@ -71,7 +76,7 @@ def decide_claim(claim: ClaimFacts, parameters: ParametersAt) -> ClaimDecision:
     room_p = max(0, claim.max_grant_p - claim.paid_so_far_p - claim.held_so_far_p)
     due_p = claim.held_so_far_p + min(claimed_p, room_p)
     complete = claim.is_final and claim.final_report_received and claim.iar_received
-    ceiling_p = claim.max_grant_p if complete else share(claim.max_grant_p, 1 - claim.retention_rate)
+    ceiling_p = claim.max_grant_p if complete else payable_before_completion(claim.max_grant_p, claim.retention_rate)
     payable_p = min(due_p, max(0, ceiling_p - claim.paid_so_far_p))
     over_p = claimed_p - min(claimed_p, room_p)
     return ClaimDecision(

@@ -1,0 +1,139 @@
+"""Open data over HTTP. Field names of 360Giving are the standard's own."""
+
+from datetime import date
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from services.common.http import Authenticated
+from services.funding.open_data import Duty, OpenDataService, Published
+from services.funding.rules.exact import gbp
+
+# The publisher's prefix has to be registered with 360Giving before the data are announced there.
+PUBLISHER_PREFIX = "360G-smdih"
+FUNDER_ID = f"{PUBLISHER_PREFIX}-ORG:fund"
+FUNDER_NAME = "Smart Manufacturing Data Innovation Hub"
+
+
+class OrganizationOut(BaseModel):
+    id: str
+    name: str
+
+
+class PlannedDatesOut(BaseModel):
+    startDate: date
+    endDate: date
+
+
+class GrantProgrammeOut(BaseModel):
+    code: str
+    title: str
+
+
+class GrantOut(BaseModel):
+    """One award as the 360Giving standard has it. Amounts are pounds."""
+
+    id: str
+    title: str
+    description: str
+    currency: str
+    amountAwarded: float
+    amountDisbursed: float
+    awardDate: date
+    plannedDates: list[PlannedDatesOut] | None = None
+    recipientOrganization: list[OrganizationOut]
+    fundingOrganization: list[OrganizationOut]
+    grantProgramme: list[GrantProgrammeOut]
+
+
+class GrantsOut(BaseModel):
+    grants: list[GrantOut]
+
+
+class EntryOut(BaseModel):
+    award_id: str
+    firm_id: int
+    recipient: str
+    grant_pence: int
+    awarded_on: date
+    due: date
+    days_left: int = Field(description="negative once it is overdue")
+
+
+class EntriesOut(BaseModel):
+    entries: list[EntryOut]
+
+
+class EntryIn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    reference: str = Field(description="the number of the entry in the subsidy database")
+
+
+def router(service: OpenDataService) -> APIRouter:
+    """The awards for every key, and the duties of the operators."""
+    routes = APIRouter(prefix="/v1/open-data")
+
+    @routes.get("/360giving", response_model_exclude_none=True)
+    async def awards(request: Request, response: Response, page_token: str = "") -> GrantsOut:
+        """For every key, of any role. Another page is named by the header Link, rel="next"."""
+        found, token = await service.awards(page_token=page_token)
+        if token:
+            response.headers["Link"] = f'<{request.url.path}?page_token={token}>; rel="next"'
+        return GrantsOut(grants=[_grant(one) for one in found])
+
+    @routes.get("/subsidy-entries")
+    async def entries(caller: Authenticated) -> EntriesOut:
+        """Awards that have to be in the public subsidy database and are not yet, the most urgent first."""
+        return EntriesOut(entries=[_entry(duty) for duty in await service.duties(caller)])
+
+    @routes.post("/subsidy-entries/{award_id}", status_code=204)
+    async def record_entry(caller: Authenticated, award_id: str, body: EntryIn) -> None:
+        await service.record_entry(caller, award_id, reference=body.reference)
+
+    return routes
+
+
+def _grant(published: Published) -> GrantOut:
+    award = published.award
+    provider = award.provider_title or "an expert"
+    dates = None
+    if award.project_start and award.project_end:
+        dates = [PlannedDatesOut(startDate=award.project_start, endDate=award.project_end)]
+    return GrantOut(
+        id=f"{PUBLISHER_PREFIX}-{award.id}",
+        title=f"{award.call_title}: {provider}",
+        description=(
+            f"Part of the cost of a project of a manufacturer with {provider}; "
+            f"{gbp(award.co_investment_pence)} of business money stands beside the grant."
+        ),
+        currency="GBP",
+        amountAwarded=_pounds(award.grant_pence),
+        amountDisbursed=_pounds(award.paid_pence),
+        awardDate=award.awarded_on,
+        plannedDates=dates,
+        # The directory has no company number, which would make it GB-COH-; the standard then asks for the publisher's own.
+        recipientOrganization=[
+            OrganizationOut(id=f"{PUBLISHER_PREFIX}-ORG:firm-{award.firm_id}", name=published.recipient)
+        ],
+        fundingOrganization=[OrganizationOut(id=FUNDER_ID, name=FUNDER_NAME)],
+        grantProgramme=[GrantProgrammeOut(code=award.call_id, title=award.call_title)],
+    )
+
+
+def _pounds(pence: int) -> float:
+    # The standard wants a JSON number. Up to twelve digits a float shows exactly the two decimals that it was made of.
+    return pence / 100
+
+
+def _entry(duty: Duty) -> EntryOut:
+    entry = duty.entry
+    return EntryOut(
+        award_id=entry.award_id,
+        firm_id=entry.firm_id,
+        recipient=duty.recipient,
+        grant_pence=entry.grant_pence,
+        awarded_on=entry.awarded_on,
+        due=entry.due,
+        days_left=duty.days_left,
+    )
