@@ -1,7 +1,7 @@
 """A sender in a process of its own: python -m bench.sender TARGET KEY CONNECTIONS MACHINES(first:last) ROWS FRAMES_A_BATCH [RATE].
 
-Streams ROWS frames of every machine and prints one JSON line: samples, seconds until all were acknowledged, and, with a RATE in
-rounds a second (every machine one batch a round), the times of the rounds.
+Streams ROWS frames of every machine and prints one JSON line: samples, `began` (the first send, on the machine's monotonic
+clock) and the seconds until all were acknowledged. With a RATE every machine sends so many batches a second.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ async def main(
 
     await asyncio.gather(*(connection(number) for number in range(connections)))
     samples = len(machines) * rows * values.shape[1]
-    print(json.dumps({"samples": samples, "seconds": time.monotonic() - began}))
+    print(json.dumps({"samples": samples, "began": began, "seconds": time.monotonic() - began}))
 
 
 class _Window:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from services.anomaly import kernel
 from services.anomaly.detector import Event
 
+SHARE_SHOWN_MIN = 0.05  # a signal with less of the distance explains nothing
+
 
 @dataclass(frozen=True)
 class Signal:
@@ -56,8 +58,10 @@ def _single(event: Event, signal: Signal) -> str:
 def _joint(event: Event, signals: Sequence[Signal]) -> str:
     if not event.raised:
         return "The machine's signals fit together again as usual"
-    lead, second = signals[event.lead].name, signals[event.next].name
+    most = f"{signals[event.lead].name} ({100 * event.lead_share:.0f} %)"
+    if event.next_share >= SHARE_SHOWN_MIN:
+        most += f" and {signals[event.next].name} ({100 * event.next_share:.0f} %)"
     return (
         f"The machine's signals do not fit together as usual: distance {event.distance:.1f} times the expected one, "
-        f"most from {lead} ({100 * event.lead_share:.0f} %) and {second} ({100 * event.next_share:.0f} %)"
+        f"most from {most}"
     )
