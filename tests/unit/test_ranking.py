@@ -121,8 +121,7 @@ JUDGED: tuple[tuple[Need, str], ...] = (
 @pytest.fixture(scope="module")
 def embedder() -> Embedder:
     found = Embedder.installed()
-    if found is None:
-        pytest.skip("the sentence model is not installed")
+    assert found is not None, "the sentence model is pinned and must be installed: run make setup"
     return found
 
 
