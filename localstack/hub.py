@@ -178,6 +178,8 @@ class Hub:
             "SMDIH_DATABASE_DSN": self.settings.database_dsn,
             "SMDIH_HTTP_PORT": str(running.http_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
+            # Where explanations of alarms get their samples.
+            "SMDIH_INGEST_GRPC": self.processes["door"].grpc if "door" in self.processes else "",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
             # One arithmetic thread a process: on a small machine more only get into each other's way.
             "OMP_NUM_THREADS": "1",

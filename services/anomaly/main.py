@@ -4,14 +4,19 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 
-from services.anomaly import api, rpc
+from services.anomaly import api, rpc, rule_api, rule_rpc, tuning_api
+from services.anomaly.evidence import EvidenceService
 from services.anomaly.measures import FloodGauge, MeasureService
+from services.anomaly.rules import RuleService
+from services.anomaly.samples import Samples
 from services.anomaly.scorer import compile_kernel
 from services.anomaly.service import AlarmFeed, AlarmRaiser, AlarmService
 from services.anomaly.store import AlarmStore, StateStore
-from services.anomaly.stream import CHECKPOINT_INTERVAL_S, AlarmFeedConsumer, Worker
+from services.anomaly.stream import CHECKPOINT_INTERVAL_S, AlarmFeedConsumer, AlarmRecall, Worker
 from services.anomaly.suppression import SuppressionClock, SuppressionService
 from services.anomaly.suppression_store import SuppressionStore
+from services.anomaly.tuning import TuningService
+from services.anomaly.tuning_store import HorizonStore, TuningStore
 from services.common import http, logs, topics
 from services.common import rpc as common_rpc
 from services.common.clock import SystemClock
@@ -21,7 +26,7 @@ from services.common.kafka import Cluster, DeadLetters, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from smdih.anomaly.v1 import anomaly_pb2, anomaly_pb2_grpc
+from smdih.anomaly.v1 import anomaly_pb2, anomaly_pb2_grpc, rules_pb2, rules_pb2_grpc
 
 SCHEMA = "anomaly"
 
@@ -32,6 +37,8 @@ class AnomalySettings(Settings):
     # Name of this worker that outlives a restart, such as a pod's: its partitions then come back to it at once.
     anomaly_instance: str = ""
     anomaly_checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
+    # host:port of ingest's gRPC: explanations and previews of rules show samples from there, asked for with the caller's own key.
+    ingest_grpc: str = ""
 
 
 def worker(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
@@ -53,6 +60,7 @@ def worker(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         made = Worker(
             cluster,
             states=StateStore(pool, topic=cluster.name(topics.SAMPLES)),
+            horizons=HorizonStore(pool),
             raiser=AlarmRaiser(AlarmStore(), pool, directory, clock),
             dead_letters=DeadLetters(publisher),
             clock=clock,
@@ -85,7 +93,12 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
         service = AlarmService(alarms, pool, clock)
         suppression = SuppressionService(service, alarms, suppressions, pool, directory, clock)
         measuring = MeasureService(pool, clock)
-        feed = AlarmFeed()
+        samples = Samples(settings.ingest_grpc)
+        runtime.on_stop(samples.close)
+        tuning = TuningService(service, TuningStore(), pool, directory, clock)
+        rules = RuleService(TuningStore(), pool, directory, samples, clock)
+        evidence = EvidenceService(service, directory, samples, clock)
+        feed = AlarmFeed(AlarmRecall(cluster))
         feed_consumer = AlarmFeedConsumer(cluster, feed)
         runtime.background("directory", directory.run())
         runtime.background("feed", feed_consumer.run())
@@ -104,17 +117,25 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
                 register=[
                     (
                         anomaly_pb2_grpc.add_AlarmServiceServicer_to_server,
-                        rpc.AlarmServicer(service, suppression, measuring, feed),
+                        rpc.AlarmServicer(service, suppression, tuning, evidence, measuring, feed, directory),
                     ),
+                    (rules_pb2_grpc.add_RuleServiceServicer_to_server, rule_rpc.RuleServicer(rules, directory)),
                 ],
-                service_names=[anomaly_pb2.DESCRIPTOR.services_by_name["AlarmService"].full_name],
+                service_names=[
+                    anomaly_pb2.DESCRIPTOR.services_by_name["AlarmService"].full_name,
+                    rules_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
+                ],
             )
         )
         app = http.application(
             "SMDIH alarms",
             runtime=runtime,
             directory=directory,
-            routers=[api.router(service, suppression, measuring, feed)],
+            routers=[
+                tuning_api.router(tuning, evidence, directory),
+                api.router(service, suppression, measuring, feed),
+                rule_api.router(rules, directory),
+            ],
         )
         await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
 
