@@ -39,6 +39,7 @@ ROLES = (
     Role("historian", "services.ingest.main", "historian", has_grpc=False),
     Role("anomaly-worker", "services.anomaly.main", "worker", has_grpc=False),
     Role("anomaly", "services.anomaly.main", "api", has_grpc=True),
+    Role("anomaly-notifier", "services.anomaly.main", "notifier", has_grpc=False),
     Role("matching", "services.matching.main", "api", has_grpc=True),
     Role("funding", "services.funding.main", "api", has_grpc=True),
 )

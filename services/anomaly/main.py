@@ -1,10 +1,17 @@
-"""The processes of the anomaly service: `python -m services.anomaly.main worker|api`."""
+"""The processes of the anomaly service: `python -m services.anomaly.main worker|api|notifier`."""
 
 import asyncio
+import ipaddress
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
-from services.anomaly import api, rpc, rule_api, rule_rpc, tuning_api
+from pydantic import Field
+
+from services.anomaly import api, contact_api, contact_rpc, rpc, rule_api, rule_rpc, tuning_api
+from services.anomaly.contact_store import ContactStore
+from services.anomaly.contacts import ContactService
+from services.anomaly.delivery import ContactKind
 from services.anomaly.evidence import EvidenceService
 from services.anomaly.measures import FloodGauge, MeasureService
 from services.anomaly.rules import RuleService
@@ -26,7 +33,14 @@ from services.common.kafka import Cluster, DeadLetters, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from smdih.anomaly.v1 import anomaly_pb2, anomaly_pb2_grpc, rules_pb2, rules_pb2_grpc
+from smdih.anomaly.v1 import (
+    anomaly_pb2,
+    anomaly_pb2_grpc,
+    notification_pb2,
+    notification_pb2_grpc,
+    rules_pb2,
+    rules_pb2_grpc,
+)
 
 SCHEMA = "anomaly"
 
@@ -39,6 +53,15 @@ class AnomalySettings(Settings):
     anomaly_checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     # host:port of ingest's gRPC: explanations and previews of rules show samples from there, asked for with the caller's own key.
     ingest_grpc: str = ""
+    # Networks that webhooks may call though they are not public, such as ["10.2.0.0/16"]; there also without TLS, by number.
+    anomaly_webhook_networks: list[str] = []
+    # The mail server of alarm messages; empty: no mail. anomaly_smtp_tls: starttls, tls or none.
+    anomaly_smtp_host: str = ""
+    anomaly_smtp_port: int = Field(587, ge=1, le=65535)
+    anomaly_smtp_sender: str = "SMDIH alarms <alarms@localhost>"
+    anomaly_smtp_username: str = ""
+    anomaly_smtp_password: str = Field("", repr=False)
+    anomaly_smtp_tls: Literal["starttls", "tls", "none"] = "starttls"
 
 
 def worker(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
@@ -98,6 +121,7 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
         tuning = TuningService(service, TuningStore(), pool, directory, clock)
         rules = RuleService(TuningStore(), pool, directory, samples, clock)
         evidence = EvidenceService(service, directory, samples, clock)
+        contacts = ContactService(ContactStore(), pool, clock, mail=bool(settings.anomaly_smtp_host))
         feed = AlarmFeed(AlarmRecall(cluster))
         feed_consumer = AlarmFeedConsumer(cluster, feed)
         runtime.background("directory", directory.run())
@@ -120,10 +144,15 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
                         rpc.AlarmServicer(service, suppression, tuning, evidence, measuring, feed, directory),
                     ),
                     (rules_pb2_grpc.add_RuleServiceServicer_to_server, rule_rpc.RuleServicer(rules, directory)),
+                    (
+                        notification_pb2_grpc.add_NotificationServiceServicer_to_server,
+                        contact_rpc.NotificationServicer(contacts),
+                    ),
                 ],
                 service_names=[
                     anomaly_pb2.DESCRIPTOR.services_by_name["AlarmService"].full_name,
                     rules_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
+                    notification_pb2.DESCRIPTOR.services_by_name["NotificationService"].full_name,
                 ],
             )
         )
@@ -135,6 +164,7 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
                 tuning_api.router(tuning, evidence, directory),
                 api.router(service, suppression, measuring, feed),
                 rule_api.router(rules, directory),
+                contact_api.router(contacts),
             ],
         )
         await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
@@ -142,12 +172,43 @@ def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None
     return start
 
 
-ROLES = {"worker": worker, "api": api_process}
+def notifier(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
+    """A process of its own: it alone talks to the outside, so a network policy can keep all others from it."""
+
+    async def start(runtime: Runtime) -> None:
+        # Only here: other roles need neither.
+        from services.anomaly.notifier import Notifier, Sender
+        from services.anomaly.senders import MailSender, WebhookSender
+
+        app = http.application("SMDIH alarm notifier", runtime=runtime, directory=None)
+        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+        pool = await create_pool_when_it_answers(
+            settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
+        )
+        runtime.on_stop(pool.close)
+        webhooks = WebhookSender([ipaddress.ip_network(one) for one in settings.anomaly_webhook_networks])
+        runtime.on_stop(webhooks.close)
+        mail = MailSender(
+            host=settings.anomaly_smtp_host,
+            port=settings.anomaly_smtp_port,
+            sender=settings.anomaly_smtp_sender,
+            username=settings.anomaly_smtp_username,
+            password=settings.anomaly_smtp_password,
+            tls=settings.anomaly_smtp_tls,
+        )
+        senders: dict[ContactKind, Sender] = {ContactKind.WEBHOOK: webhooks, ContactKind.EMAIL: mail}
+        runtime.ready_when("database", lambda: can_write(pool))
+        runtime.background("notifier", Notifier(ContactStore(), pool, SystemClock(), senders=senders).run())
+
+    return start
+
+
+ROLES = {"worker": worker, "api": api_process, "notifier": notifier}
 
 
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in ROLES:
-        print("usage: python -m services.anomaly.main worker|api", file=sys.stderr)  # noqa: T201
+        print("usage: python -m services.anomaly.main worker|api|notifier", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     settings = AnomalySettings()
     logs.configure(f"anomaly-{sys.argv[1]}", settings.log_level)
