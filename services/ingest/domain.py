@@ -38,7 +38,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Reason:
-    """Why samples are in quarantine. Stable: dashboards and senders rely on the words."""
+    """Why samples are in quarantine or were refused. Stable: dashboards and senders rely on the words."""
 
     UNKNOWN_MACHINE = "UNKNOWN_MACHINE"
     UNKNOWN_SIGNAL = "UNKNOWN_SIGNAL"
@@ -50,6 +50,15 @@ class Reason:
     WRONG_TYPE = "WRONG_TYPE"
     MALFORMED = "MALFORMED"
     TOO_LARGE = "TOO_LARGE"
+    # These are sent back and not kept: the sender still has what it sent.
+    QUOTA_SAMPLES = "QUOTA_SAMPLES"
+    SLOW_DOWN = "SLOW_DOWN"
+    FORBIDDEN = "FORBIDDEN"
+    INVALID = "INVALID"
+    KEY_UNKNOWN = "KEY_UNKNOWN"
+    KEY_REVOKED = "KEY_REVOKED"
+    KEY_EXPIRED = "KEY_EXPIRED"
+    KEY_NOT_YET_VALID = "KEY_NOT_YET_VALID"
 
 
 @dataclass(frozen=True)

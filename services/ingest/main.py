@@ -11,12 +11,15 @@ from services.common.directory import Directory
 from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.identity import Role
-from services.common.kafka import Cluster, PositionedConsumer, Publisher
+from services.common.kafka import Cluster, PositionedConsumer, Publisher, TopicEnds
 from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
 from services.ingest import api, registry_store
+from services.ingest.diagnosis import Diagnoses, Partitions
+from services.ingest.diagnosis_api import diagnosis_router
+from services.ingest.diagnosis_rpc import DiagnosisServicer
 from services.ingest.door import Door
 from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
@@ -29,7 +32,8 @@ from services.ingest.registry import Registry, make_credential
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
 from services.ingest.rpc import TelemetryServicer
-from smdih.ingest.v1 import query_pb2_grpc, registry_pb2_grpc, telemetry_pb2_grpc
+from services.ingest.sightings import Sightings, SightingsWriter
+from smdih.ingest.v1 import diagnosis_pb2_grpc, query_pb2_grpc, registry_pb2_grpc, telemetry_pb2_grpc
 
 SCHEMA = "ingest"
 USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
@@ -47,13 +51,21 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
-    directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"))
+    sightings = Sightings(clock)
+    writer = SightingsWriter(pool, sightings, clock)
+    runtime.background("sightings", writer.run())
+    directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"), key_watch=sightings)
     runtime.background("directory", directory.run())
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
-    group_commit = GroupCommit(publisher, partitions=await publisher.partitions(topics.SAMPLES))
+    partitions = await publisher.partitions(topics.SAMPLES)
+    group_commit = GroupCommit(publisher, partitions=partitions)
     runtime.on_stop(group_commit.close)
-    door = Door(directory, group_commit, clock)
+    door = Door(directory, group_commit, clock, sightings)
+    ends = TopicEnds(cluster)
+    runtime.on_stop(ends.close)
+    samples = Partitions(cluster.name(topics.SAMPLES), partitions)
+    diagnoses = Diagnoses(pool, directory, clock, writer, ends=ends, partitions=samples)
     registry = Registry(pool, relay, directory, clock)
     queries, quarantine = Queries(pool, directory), Quarantine(pool, directory, door)
     await runtime.enter(
@@ -65,11 +77,13 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
+                (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
             ],
             service_names=[
                 "smdih.ingest.v1.TelemetryService",
                 "smdih.ingest.v1.RegistryService",
                 "smdih.ingest.v1.QueryService",
+                "smdih.ingest.v1.DiagnosisService",
             ],
             on_malformed=door.note_malformed,
         )
@@ -84,6 +98,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             registry_router(registry),
             query_router(queries),
             quarantine_router(quarantine),
+            diagnosis_router(diagnoses),
         ],
         on_too_large=functools.partial(api.note_too_large, door=door),
     )

@@ -12,6 +12,7 @@ from services.ingest import door
 from services.ingest.door import Door
 from services.ingest.frames import Sender
 from services.ingest.groupcommit import GroupCommit
+from services.ingest.sightings import Sightings
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import telemetry_pb2
 from tests.unit.test_frames import NOW_US, FixedClock
@@ -34,7 +35,7 @@ def door_with(publisher: HeldPublisher) -> Door:
     directory = Directory(Cluster("nowhere"), clock=FixedClock(), kinds=("machine",))
     signals = [directory_pb2.Signal(id=1, name="a"), directory_pb2.Signal(id=2, name="b", range_max=1)]
     directory.machines[5] = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
-    return Door(directory, GroupCommit(cast(Publisher, publisher), partitions=2), FixedClock())
+    return Door(directory, GroupCommit(cast(Publisher, publisher), partitions=2), FixedClock(), Sightings(FixedClock()))
 
 
 def sender(credential_id: int) -> Sender:
