@@ -122,7 +122,8 @@ class Diagnosis:
 def diagnose(facts: Facts) -> Diagnosis:
     """What is wrong, most telling first; FLOWING where nothing is."""
     if _is_flowing(facts):
-        partly = [_of_refusal(facts, one) for one in _recent(facts.refusals, facts.now_us) if one.machine_id]
+        since = [one for one in _newest_first(_of_its_sender(facts)) if one.last_us > facts.received_us]
+        partly = [_of_refusal(facts, one) for one in [*_recent(_of_machine(facts), facts.now_us), *since]]
         late = [*_behind(facts), *_clock_behind(facts)]
         shut_out = [one for one in _of_keys(facts, facts.received_us + 1) if one.credential_id == facts.credential_id]
         if shut_out:
@@ -130,7 +131,7 @@ def diagnose(facts: Facts) -> Diagnosis:
         flowing = Cause(
             "PARTLY_REFUSED" if partly else "FLOWING",
             f"Data arrives: the last of it {_ago(facts.received_us, facts.now_us)}"
-            + (", but a part of it is put aside." if partly else "."),
+            + (", but a part of it is put aside or refused." if partly else "."),
             partly[0].next_step if partly else "Nothing is to be done.",
             facts.received_us,
         )

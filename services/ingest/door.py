@@ -1,6 +1,7 @@
 """The door: takes batches, answers only for what the message log holds."""
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from services.common.directory import Directory
 from services.common.errors import Forbidden, HubError, Invalid, SlowDown, TooLarge
 from services.common.identity import Caller, Role
 from services.common.logs import current_correlation_id, get_logger
+from services.ingest.buckets import Bucket, Buckets
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, check_text
 from services.ingest.frames import Checked, FrameCheck, Sender, quarantined
 from services.ingest.groupcommit import RETRY_AFTER_S, WAITING_BYTES_MAX, Commit, GroupCommit
@@ -31,6 +33,11 @@ LINES_ROWS_AT_ONCE = 10_000
 samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
 # Quarantined samples by reason.
 quarantined_total = Counter("smdih_ingest_door_quarantined_samples_total", "Samples put into quarantine", ["reason"])
+
+
+@functools.cache  # a door's name is one of a few, and looking the counter up took longer than counting
+def _accepted_total(door: str) -> Counter:
+    return samples_total.labels(door, "accepted")
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,12 @@ class LinesResult:
 class Door:
     """Checks batches and commits them to the message log; every protocol's edge calls this one."""
 
-    def __init__(self, directory: Directory, group_commit: GroupCommit, clock: Clock, sightings: Sightings) -> None:
+    def __init__(
+        self, directory: Directory, group_commit: GroupCommit, clock: Clock, sightings: Sightings, buckets: Buckets
+    ) -> None:
         self._check = FrameCheck(directory, clock)
         self._sightings = sightings
+        self._buckets = buckets
         self._group_commit = group_commit
         self._in_flight = _InFlight()
         self._clock = clock
@@ -149,10 +159,11 @@ class Door:
                 raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
             self._group_commit.check_room()
             self._in_flight.check_room(sender.credential_id)
+            bucket = self._buckets.checked(sender.firm_id)
         except HubError as error:
             self.note_refused(sender, error)
             raise
-        return [self._take(sender, batch) for batch in batches]
+        return [self._take(sender, batch, bucket) for batch in batches]
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
         """Take batches and wait until they are durable. Raises SlowDown, TryAgain, Invalid."""
@@ -224,13 +235,15 @@ class Door:
             sender = self.sender(caller, "", "grpc")
             await self.set_aside(sender, Reason.MALFORMED, f"The body is not a message of {method}.", raw)
 
-    def _take(self, sender: Sender, batch: telemetry_pb2.Batch) -> Taken:
+    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, bucket: Bucket) -> Taken:
         checked = self._check.check(sender, batch)
+        bucket.spend(checked.accepted)
         commits = [self._group_commit.put_frames(frames) for frames in checked.frames]
-        samples_total.labels(sender.door, "accepted").inc(checked.accepted)
+        _accepted_total(sender.door).inc(checked.accepted)
         if checked.accepted:
-            self._sightings.taken(sender, checked.machine_id, self._clock.now_us(), checked.newest_us)
+            self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)
         for record in checked.quarantine:
+            bucket.spend(record.samples)
             commits.append(self._group_commit.put_quarantine(record))
             samples_total.labels(sender.door, "quarantined").inc(record.samples)
             quarantined_total.labels(record.reason).inc(record.samples)

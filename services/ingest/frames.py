@@ -45,6 +45,7 @@ class Checked:
     frames: list[records_pb2.FrameBatch]
     quarantine: list[records_pb2.QuarantineRecord]
     machine_id: int = 0
+    received_us: int = 0
     # Time of the newest good row, where there is one.
     newest_us: int = 0
     # Of the first time outside the window, where there is one: that time less the door's.
@@ -112,7 +113,7 @@ class FrameCheck:
         if plain and _is_clean(machine, times, values.reshape(rows, columns), earliest, latest):
             # Nearly all batches: every signal in order, nothing wrong. The rest of this function would find the same, slower.
             whole = _frame_batch(sender, batch.sequence, machine.id, 0, columns, times, values, received_us)
-            return Checked(batch.sequence, len(values), [whole], [], machine.id, int(times[-1]))
+            return Checked(batch.sequence, len(values), [whole], [], machine.id, received_us, int(times[-1]))
         if batch.absent and present is None:
             return refuse_all(
                 Reason.SHAPE_MISMATCH,
@@ -180,7 +181,7 @@ class FrameCheck:
         accepted = int(good.sum())
         frames = self._frames(sender, batch, machine, positions, times, matrix, good, received_us) if accepted else []
         newest_us = int(times[good.any(axis=1)].max()) if accepted else 0
-        return Checked(batch.sequence, accepted, frames, quarantine, machine.id, newest_us, clock_off_us)
+        return Checked(batch.sequence, accepted, frames, quarantine, machine.id, received_us, newest_us, clock_off_us)
 
     def signals_of(self, sender: Sender, machine_id: int, path: str) -> Container[str]:
         """Names of a machine's signals; none where the sender's firm has no such machine."""

@@ -17,6 +17,7 @@ from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
 from services.ingest import api, registry_store
+from services.ingest.buckets import Buckets, BucketsSharer
 from services.ingest.diagnosis import Diagnoses, Partitions
 from services.ingest.diagnosis_api import diagnosis_router
 from services.ingest.diagnosis_rpc import DiagnosisServicer
@@ -28,12 +29,15 @@ from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
 from services.ingest.query_api import query_router
 from services.ingest.query_rpc import QueryServicer
+from services.ingest.quota_api import quota_router
+from services.ingest.quota_rpc import QuotaServicer
+from services.ingest.quotas import Quotas
 from services.ingest.registry import Registry, make_credential
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
 from services.ingest.rpc import TelemetryServicer
 from services.ingest.sightings import Sightings, SightingsWriter
-from smdih.ingest.v1 import diagnosis_pb2_grpc, query_pb2_grpc, registry_pb2_grpc, telemetry_pb2_grpc
+from smdih.ingest.v1 import diagnosis_pb2_grpc, query_pb2_grpc, quota_pb2_grpc, registry_pb2_grpc, telemetry_pb2_grpc
 
 SCHEMA = "ingest"
 USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
@@ -61,10 +65,13 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     partitions = await publisher.partitions(topics.SAMPLES)
     group_commit = GroupCommit(publisher, partitions=partitions)
     runtime.on_stop(group_commit.close)
-    door = Door(directory, group_commit, clock, sightings)
+    buckets = Buckets(directory)
+    runtime.background("quotas", BucketsSharer(pool, buckets, clock).run())
+    door = Door(directory, group_commit, clock, sightings, buckets)
     ends = TopicEnds(cluster)
     runtime.on_stop(ends.close)
     samples = Partitions(cluster.name(topics.SAMPLES), partitions)
+    quotas = Quotas(pool, relay, clock)
     diagnoses = Diagnoses(pool, directory, clock, writer, ends=ends, partitions=samples)
     registry = Registry(pool, relay, directory, clock)
     queries, quarantine = Queries(pool, directory), Quarantine(pool, directory, door)
@@ -77,6 +84,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
+                (quota_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaServicer(quotas)),
                 (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
             ],
             service_names=[
@@ -84,6 +92,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.RegistryService",
                 "smdih.ingest.v1.QueryService",
                 "smdih.ingest.v1.DiagnosisService",
+                "smdih.ingest.v1.QuotaService",
             ],
             on_malformed=door.note_malformed,
         )
@@ -99,6 +108,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             query_router(queries),
             quarantine_router(quarantine),
             diagnosis_router(diagnoses),
+            quota_router(quotas),
         ],
         on_too_large=functools.partial(api.note_too_large, door=door),
     )

@@ -35,7 +35,13 @@ class FirmAtHub:
     device_credential_id: int
 
     async def machine(self, name: str = "press-1", signals: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        body = {"site_id": self.site_id, "path": name, "name": name, "kind": "press", "signals": signals or SIGNALS}
+        body = {
+            "site_id": self.site_id,
+            "path": name,
+            "name": name,
+            "kind": "press",
+            "signals": SIGNALS if signals is None else signals,
+        }
         return await created(self.admin, "/v1/machines", body)
 
     async def send(

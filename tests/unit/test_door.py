@@ -9,6 +9,7 @@ from services.common.directory import Directory
 from services.common.errors import HubError, SlowDown
 from services.common.kafka import Cluster, Publisher
 from services.ingest import door
+from services.ingest.buckets import Buckets
 from services.ingest.door import Door
 from services.ingest.frames import Sender
 from services.ingest.groupcommit import GroupCommit
@@ -35,7 +36,13 @@ def door_with(publisher: HeldPublisher) -> Door:
     directory = Directory(Cluster("nowhere"), clock=FixedClock(), kinds=("machine",))
     signals = [directory_pb2.Signal(id=1, name="a"), directory_pb2.Signal(id=2, name="b", range_max=1)]
     directory.machines[5] = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
-    return Door(directory, GroupCommit(cast(Publisher, publisher), partitions=2), FixedClock(), Sightings(FixedClock()))
+    return Door(
+        directory,
+        GroupCommit(cast(Publisher, publisher), partitions=2),
+        FixedClock(),
+        Sightings(FixedClock()),
+        Buckets(directory),
+    )
 
 
 def sender(credential_id: int) -> Sender:
