@@ -11,8 +11,8 @@ from services.common.directory import entity_key
 from services.common.identity import Role
 from services.common.kafka import Cluster, Message, Publisher
 from services.ingest.binarycopy import Floats, Ints
+from services.ingest.credentials import make_credential
 from services.ingest.domain import QUOTA_SAMPLES_PER_S_MAX
-from services.ingest.registry import make_credential
 from smdih.directory.v1 import directory_pb2 as pb
 
 SIGNALS = 20

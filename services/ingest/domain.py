@@ -18,7 +18,7 @@ PAST_DAYS_MAX: Final = 15 * 366
 
 # What a firm may use unless an operator says otherwise. A door lets it go over its rate for QUOTA_BURST_S, so that gateways
 # that were cut off catch up.
-QUOTA_SAMPLES_PER_S_DEFAULT: Final = 100_000
+QUOTA_SAMPLES_PER_S_DEFAULT: Final = 500_000
 QUOTA_SIGNALS_DEFAULT: Final = 50_000
 QUOTA_STORED_DAYS_DEFAULT: Final = 400
 QUOTA_BURST_S: Final = 60

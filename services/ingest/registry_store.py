@@ -8,21 +8,12 @@ from collections.abc import Sequence
 import asyncpg
 
 from services.common import topics
-from services.common.clock import from_us
 from services.common.database import Connection
 from services.common.directory import entity_key
 from services.common.errors import AlreadyExists, Conflict, Invalid, NotFound
-from services.common.identity import Role
 from services.common.outbox import write
 from services.ingest.domain import QUOTA_SIGNALS_DEFAULT, NewFirm, NewMachine, NewSignal, NewSite
 from smdih.directory.v1 import directory_pb2 as pb
-
-ROLE_NUMBERS = {
-    Role.DEVICE: pb.ROLE_DEVICE,
-    Role.FIRM: pb.ROLE_FIRM,
-    Role.PARTNER: pb.ROLE_PARTNER,
-    Role.OPERATOR: pb.ROLE_OPERATOR,
-}
 
 
 async def publish(connection: Connection, kind: str, entry: pb.DirectoryEntry, entity_id: int, changed_us: int) -> None:
@@ -175,41 +166,6 @@ async def machine_by_id(connection: Connection, machine_id: int) -> pb.Machine:
     ):
         machine.signals.add(**dict(signal))
     return machine
-
-
-async def create_credential(
-    connection: Connection, credential: pb.Credential, role: Role, now_us: int
-) -> pb.Credential:
-    """Store and publish a credential (its id is given here). Raises NotFound when its firm or partner does not exist."""
-    try:
-        credential.id = await connection.fetchval(
-            "INSERT INTO credential (prefix, sha256, role, firm_id, partner_id, label, valid_from, valid_to) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING id",
-            *(
-                credential.prefix,
-                credential.sha256,
-                role.value,
-                credential.firm_id or None,
-                credential.partner_id or None,
-            ),
-            *(credential.label, from_us(credential.valid_from_us)),
-            from_us(credential.valid_to_us) if credential.valid_to_us else None,
-        )
-    except asyncpg.ForeignKeyViolationError as error:
-        raise NotFound("There is no such firm or partner.") from error
-    await publish(connection, "credential", pb.DirectoryEntry(credential=credential), credential.id, now_us)
-    return credential
-
-
-async def revoke_credential(connection: Connection, credential_id: int) -> int:
-    """Revoke and publish; return the firm it belonged to (0: none). Raises NotFound."""
-    row = await connection.fetchrow(
-        "UPDATE credential SET revoked = coalesce(revoked, now()) WHERE id = $1 RETURNING firm_id", credential_id
-    )
-    if row is None:
-        raise NotFound(f"There is no credential {credential_id}.")
-    await write(connection, topics.DIRECTORY, key=entity_key("credential", credential_id), value=None)
-    return row["firm_id"] or 0
 
 
 async def list_machine_ids(connection: Connection, firm_id: int, after: int, limit: int) -> list[int]:
