@@ -35,14 +35,11 @@ class HeldPublisher:
 def door_with(publisher: HeldPublisher) -> Door:
     directory = Directory(Cluster("nowhere"), clock=FixedClock(), kinds=("machine",))
     signals = [directory_pb2.Signal(id=1, name="a"), directory_pb2.Signal(id=2, name="b", range_max=1)]
-    directory.machines[5] = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
-    return Door(
-        directory,
-        GroupCommit(cast(Publisher, publisher), partitions=2),
-        FixedClock(),
-        Sightings(FixedClock()),
-        Buckets(directory),
-    )
+    machine = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
+    directory.machines.entries[5] = directory_pb2.DirectoryEntry(machine=machine).SerializeToString()
+    directory.firms[1] = directory_pb2.Firm(id=1, quota=directory_pb2.Quota(samples_per_s=10_000_000))
+    group_commit = GroupCommit(cast(Publisher, publisher), partitions=2)
+    return Door(directory, group_commit, FixedClock(), Sightings(FixedClock()), Buckets(directory))
 
 
 def sender(credential_id: int) -> Sender:
