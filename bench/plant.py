@@ -11,7 +11,7 @@ from services.common.directory import entity_key
 from services.common.identity import Role
 from services.common.kafka import Cluster, Message, Publisher
 from services.ingest.binarycopy import Floats, Ints
-from services.ingest.service import make_credential
+from services.ingest.registry import make_credential
 from smdih.directory.v1 import directory_pb2 as pb
 
 SIGNALS = 20

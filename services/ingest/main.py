@@ -16,12 +16,19 @@ from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.ingest import api, store
+from services.ingest import api, registry_store
 from services.ingest.door import Door
 from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
-from services.ingest.rpc import QueryServicer, RegistryServicer, TelemetryServicer
-from services.ingest.service import Queries, Registry, make_credential
+from services.ingest.quarantine import Quarantine
+from services.ingest.quarantine_api import quarantine_router
+from services.ingest.queries import Queries
+from services.ingest.query_api import query_router
+from services.ingest.query_rpc import QueryServicer
+from services.ingest.registry import Registry, make_credential
+from services.ingest.registry_api import registry_router
+from services.ingest.registry_rpc import RegistryServicer
+from services.ingest.rpc import TelemetryServicer
 from smdih.ingest.v1 import query_pb2_grpc, registry_pb2_grpc, telemetry_pb2_grpc
 
 SCHEMA = "ingest"
@@ -47,7 +54,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     group_commit = GroupCommit(publisher, partitions=await publisher.partitions(topics.SAMPLES))
     runtime.on_stop(group_commit.close)
     door = Door(directory, group_commit, clock)
-    registry, queries = Registry(pool, relay, directory, clock), Queries(pool, directory, door)
+    registry = Registry(pool, relay, directory, clock)
+    queries, quarantine = Queries(pool, directory), Quarantine(pool, directory, door)
     await runtime.enter(
         serve_rpc(
             host=settings.grpc_host,
@@ -56,7 +64,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             register=[
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry)),
-                (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries)),
+                (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
             ],
             service_names=[
                 "smdih.ingest.v1.TelemetryService",
@@ -73,8 +81,9 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
         routers=[
             api.telemetry_router(door),
             api.lines_router(door),
-            api.registry_router(registry),
-            api.query_router(queries),
+            registry_router(registry),
+            query_router(queries),
+            quarantine_router(quarantine),
         ],
         on_too_large=functools.partial(api.note_too_large, door=door),
     )
@@ -128,7 +137,7 @@ async def operator_key(settings: Settings) -> str:
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=1)
     try:
         async with transaction(pool) as connection:
-            await store.create_credential(connection, credential, Role.OPERATOR, now_us)
+            await registry_store.create_credential(connection, credential, Role.OPERATOR, now_us)
     finally:
         await pool.close()
     return key
