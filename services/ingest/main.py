@@ -17,7 +17,9 @@ from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
 from services.ingest import api, registry_store
+from services.ingest.access import Access
 from services.ingest.door import Door
+from services.ingest.export import Export
 from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
 from services.ingest.quarantine import Quarantine
@@ -29,7 +31,9 @@ from services.ingest.registry import Registry, make_credential
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
 from services.ingest.rpc import TelemetryServicer
-from smdih.ingest.v1 import query_pb2_grpc, registry_pb2_grpc, telemetry_pb2_grpc
+from services.ingest.series_api import series_router
+from services.ingest.series_rpc import SeriesServicer
+from smdih.ingest.v1 import query_pb2_grpc, registry_pb2_grpc, series_pb2_grpc, telemetry_pb2_grpc
 
 SCHEMA = "ingest"
 USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
@@ -55,7 +59,9 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     runtime.on_stop(group_commit.close)
     door = Door(directory, group_commit, clock)
     registry = Registry(pool, relay, directory, clock)
-    queries, quarantine = Queries(pool, directory), Quarantine(pool, directory, door)
+    access = Access()
+    queries, export = Queries(pool, directory, access), Export(pool, directory, access)
+    quarantine = Quarantine(pool, directory, door)
     await runtime.enter(
         serve_rpc(
             host=settings.grpc_host,
@@ -65,11 +71,13 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
+                (series_pb2_grpc.add_SeriesServiceServicer_to_server, SeriesServicer(queries, export)),
             ],
             service_names=[
                 "smdih.ingest.v1.TelemetryService",
                 "smdih.ingest.v1.RegistryService",
                 "smdih.ingest.v1.QueryService",
+                "smdih.ingest.v1.SeriesService",
             ],
             on_malformed=door.note_malformed,
         )
@@ -83,6 +91,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             api.lines_router(door),
             registry_router(registry),
             query_router(queries),
+            series_router(queries, export),
             quarantine_router(quarantine),
         ],
         on_too_large=functools.partial(api.note_too_large, door=door),
