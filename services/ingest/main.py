@@ -8,6 +8,7 @@ from services.common import logs, topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool, transaction
 from services.common.directory import Directory
+from services.common.evidence import Signer
 from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.identity import Role
@@ -22,6 +23,9 @@ from services.ingest.door import Door
 from services.ingest.export import Export
 from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
+from services.ingest.kpi import KpiService
+from services.ingest.kpi_api import kpi_router
+from services.ingest.kpi_rpc import KpiServicer
 from services.ingest.quarantine import Quarantine
 from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
@@ -33,7 +37,7 @@ from services.ingest.registry_rpc import RegistryServicer
 from services.ingest.rpc import TelemetryServicer
 from services.ingest.series_api import series_router
 from services.ingest.series_rpc import SeriesServicer
-from smdih.ingest.v1 import query_pb2_grpc, registry_pb2_grpc, series_pb2_grpc, telemetry_pb2_grpc
+from smdih.ingest.v1 import kpi_pb2_grpc, query_pb2_grpc, registry_pb2_grpc, series_pb2_grpc, telemetry_pb2_grpc
 
 SCHEMA = "ingest"
 USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
@@ -61,6 +65,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     registry = Registry(pool, relay, directory, clock)
     access = Access()
     queries, export = Queries(pool, directory, access), Export(pool, directory, access)
+    signer = Signer(settings.evidence_key) if settings.evidence_key else None
+    kpi = KpiService(pool, directory, clock, signer)
     quarantine = Quarantine(pool, directory, door)
     await runtime.enter(
         serve_rpc(
@@ -72,12 +78,14 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
                 (series_pb2_grpc.add_SeriesServiceServicer_to_server, SeriesServicer(queries, export)),
+                (kpi_pb2_grpc.add_KpiServiceServicer_to_server, KpiServicer(kpi)),
             ],
             service_names=[
                 "smdih.ingest.v1.TelemetryService",
                 "smdih.ingest.v1.RegistryService",
                 "smdih.ingest.v1.QueryService",
                 "smdih.ingest.v1.SeriesService",
+                "smdih.ingest.v1.KpiService",
             ],
             on_malformed=door.note_malformed,
         )
@@ -92,6 +100,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             registry_router(registry),
             query_router(queries),
             series_router(queries, export),
+            kpi_router(kpi),
             quarantine_router(quarantine),
         ],
         on_too_large=functools.partial(api.note_too_large, door=door),
