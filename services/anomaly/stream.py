@@ -86,6 +86,8 @@ checkpoint_bytes_total = Counter("smdih_anomaly_checkpoint_bytes_total", "Bytes 
 machines_held = Gauge("smdih_anomaly_machines", "Machines in the detector's memory")
 # Bytes of their state.
 state_bytes = Gauge("smdih_anomaly_state_bytes", "Bytes of detector state in memory")
+# From the assignment of partitions to their states in memory.
+load_seconds = Histogram("smdih_anomaly_load_seconds", "Time to load the states of newly assigned partitions")
 # Records that retention deleted before they were scored.
 records_lost_total = Counter("smdih_anomaly_records_lost_total", "Records gone before they were scored")
 
@@ -452,6 +454,7 @@ class Worker:
 
     async def _on_assigned(self, *arguments: Any, **_kwargs: Any) -> None:
         assigned: Collection[TP] = arguments[-1]
+        started = time.perf_counter()
         try:
             loaded = {
                 tp.partition: await self._until_answered(lambda number=tp.partition: self._load(number))
@@ -461,6 +464,7 @@ class Worker:
         except Exception as error:
             self._fail(error)
             return
+        load_seconds.observe(time.perf_counter() - started)
         self._partitions = loaded
         self._last_progress = time.monotonic()
         self._loaded.set()
