@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from services import anomaly
 from services.anomaly.domain import Severity
+from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Scorer, decode
-from services.anomaly.service import AlarmRaiser
 from services.anomaly.store import Actor, AlarmStore
 from services.anomaly.tuning_store import HorizonStore, NewTuning, TuningStore
 from services.anomaly.tunings import Rule, RuleKind, TuningKind
