@@ -216,7 +216,7 @@ class LocalServers:
             )
         with (self.folder / "kafka.log").open("ab") as log:
             process = self._kafka = subprocess.Popen(
-                [*java[:1], "-Xmx512m", "-Xms256m", "-XX:TieredStopAtLevel=1", *java[1:], "kafka.Kafka", str(config)],
+                [*java[:1], "-Xmx512m", "-Xms256m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", *java[1:], "kafka.Kafka", str(config)],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
