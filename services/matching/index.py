@@ -16,12 +16,12 @@ from services.common.clock import Clock, today
 from services.common.database import AWAY, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
-from services.matching import store
 from services.matching.domain import Need
 from services.matching.needs import quarter_of
 from services.matching.providers import ProviderRecord
 from services.matching.ranking import Ranker, Ranking
-from services.matching.store import ChangedProvider
+from services.matching.store import providers as store
+from services.matching.store.providers import ChangedProvider
 from services.matching.text import Embedder
 
 log = get_logger(__name__)
