@@ -11,7 +11,7 @@ from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.http import Authenticated
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
-from services.matching.domain import Kind, Size, Source, Urgency
+from services.matching.domain import Assesses, Kind, Size, Source, Urgency
 from services.matching.messages import asked_time
 from services.matching.needs import Match, Need, NeedState, Offer, OfferState
 from services.matching.providers import ProviderRecord
@@ -47,6 +47,10 @@ class ProviderBody(_Body):
     # Left out for courses, which have no limit.
     capacity_per_quarter: int | None = None
     lead_days: int = 0
+    # Experts only: whether it assesses applications to the fund, "only" if it is never offered to firms.
+    assesses: Assesses = Assesses.NO
+    # Organisations whose applications it must not judge, by name.
+    conflict_organisations: list[str] = []
     conflict_firm_ids: list[RegistryId] = []
     # First day on which it is not offered any more.
     expires_on: date | None = None
@@ -68,6 +72,8 @@ class ProviderBody(_Body):
             skills=tuple(self.skills),
             capacity_per_quarter=None if self.kind is Kind.COURSE else capacity,
             lead_days=self.lead_days,
+            assesses=self.assesses,
+            conflict_organisations=tuple(self.conflict_organisations),
             conflict_firm_ids=tuple(self.conflict_firm_ids),
             expires_on=self.expires_on,
         )
@@ -399,6 +405,8 @@ def _provider_view(provider: ProviderRecord) -> ProviderView:
         skills=list(provider.skills),
         capacity_per_quarter=provider.capacity_per_quarter,
         lead_days=provider.lead_days,
+        assesses=provider.assesses,
+        conflict_organisations=list(provider.conflict_organisations),
         conflict_firm_ids=list(provider.conflict_firm_ids),
         expires_on=provider.expires_on,
         active=provider.active,

@@ -8,11 +8,12 @@ from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
-from services.matching.domain import Kind, Size, Source, Urgency
+from services.matching.domain import Assesses, Kind, Size, Source, Urgency
 from services.matching.messages import KINDS, asked_time, offer_message
 from services.matching.needs import Match, Need, NeedState, Offer, OfferState
 from services.matching.providers import ProviderRecord
 from services.matching.service import Matching
+from services.matching.service.assessors import Application
 from services.matching.service.needs import NewNeed
 from smdih.matching.v1 import matching_pb2 as pb
 from smdih.matching.v1 import matching_pb2_grpc
@@ -47,6 +48,11 @@ _OFFER_STATES: Mapping[int, OfferState] = {
     pb.OFFER_STATE_ACCEPTED: OfferState.ACCEPTED,
     pb.OFFER_STATE_DECLINED: OfferState.DECLINED,
     pb.OFFER_STATE_LAPSED: OfferState.LAPSED,
+}
+_ASSESSES: Mapping[int, Assesses] = {
+    pb.ASSESSES_UNSPECIFIED: Assesses.NO,
+    pb.ASSESSES_ALSO: Assesses.ALSO,
+    pb.ASSESSES_ONLY: Assesses.ONLY,
 }
 _SHARED_NUMBERS = {
     SharedItem.FAULT: pb.SHARED_ITEM_FAULT,
@@ -159,6 +165,41 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
         declined = await self._matching.offers.decline_offer(current_caller(), request.offer_id, request.reason)
         return pb.DeclineOfferResponse(offer=_offer_details(declined))
 
+    async def ProposeAssessors(self, request: pb.ProposeAssessorsRequest, context: Any) -> pb.ProposeAssessorsResponse:
+        application = Application(
+            text=request.text,
+            sic=request.sic,
+            region=request.region,
+            firm_ids=list(request.conflict_firm_ids),
+            organisations=list(request.conflict_organisations),
+        )
+        proposal = await self._matching.assessors.propose_assessors(current_caller(), application, request.count)
+        return pb.ProposeAssessorsResponse(
+            assessors=[
+                pb.ProposedAssessor(
+                    provider_id=each.provider.id,
+                    name=each.provider.title,
+                    partner_id=each.provider.partner_id,
+                    score=each.ranked.score,
+                    parts=[pb.ScorePart(name=name, points=points) for name, points in each.ranked.parts.items()],
+                    reasons=each.ranked.reasons,
+                )
+                for each in proposal.assessors
+            ],
+            excluded=[
+                pb.ExcludedAssessor(
+                    provider_id=each.provider.id,
+                    name=each.provider.title,
+                    codes=list(each.excluded.codes),
+                    reasons=each.reasons,
+                )
+                for each in proposal.excluded
+            ],
+            excluded_count=proposal.excluded_count,
+            degraded=proposal.degraded,
+            ranker_version=proposal.ranker_version,
+        )
+
 
 # --- messages to values --------------------------------------------------------------------------------------------
 
@@ -205,6 +246,8 @@ def _provider(message: pb.Provider) -> ProviderRecord:
         skills=tuple(message.skills),
         capacity_per_quarter=None if kind is Kind.COURSE else message.capacity_per_quarter,
         lead_days=message.lead_days,
+        assesses=_member("assesses", _ASSESSES, message.assesses),
+        conflict_organisations=tuple(message.conflict_organisations),
         conflict_firm_ids=tuple(message.conflict_firm_ids),
         expires_on=_date("expires_on", message.expires_on),
     )
@@ -233,6 +276,8 @@ def _provider_message(provider: ProviderRecord) -> pb.Provider:
         sic_excluded=provider.sic_excluded,
         sizes_served=provider.sizes_served,
         lead_days=provider.lead_days,
+        assesses=_number(_ASSESSES, provider.assesses),  # type: ignore[arg-type]
+        conflict_organisations=provider.conflict_organisations,
         conflict_firm_ids=provider.conflict_firm_ids,
     )
 

@@ -6,6 +6,7 @@ from services.common.directory import Directory
 from services.common.outbox import OutboxRelay
 from services.matching.index import ProviderIndex
 from services.matching.needs import Limits
+from services.matching.service.assessors import Assessors
 from services.matching.service.checks import Known
 from services.matching.service.consents import Consents
 from services.matching.service.needs import Needs
@@ -29,4 +30,5 @@ class Matching:
         self.providers = Providers(pool, index, directory, clock=clock)
         self.consents = Consents(pool, Known(directory), clock=clock)
         self.offers = Offers(pool, index, relay, clock=clock, limits=limits)
+        self.assessors = Assessors(pool, index, directory)
         self.needs = Needs(pool, index, relay, directory, self.offers, clock=clock, limits=limits)

@@ -10,7 +10,7 @@ from prometheus_client import Counter
 from services.common.clock import Clock, from_us
 from services.common.database import Connection, Pool, transaction
 from services.common.directory import Directory
-from services.common.errors import Invalid, SlowDown, TryAgain
+from services.common.errors import Invalid
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, current_correlation_id, get_logger
 from services.common.outbox import OutboxRelay
@@ -39,8 +39,6 @@ from services.matching.store import offers as offers_store
 
 log = get_logger(__name__)
 
-# Rankings that may wait for a thread before new needs are asked to come later.
-RANKS_WAITING_MAX = 200
 
 # Raised alarms by whether the firm's consent covered them ("opened", "attached", "repeated", or why not).
 alarms_total = Counter("smdih_matching_alarms_total", "Raised alarms taken in", ["outcome"])
@@ -98,12 +96,7 @@ class Needs:
         check_text("text", new.text, TEXT_CHARACTERS_MAX)
         if new.machine_id:
             await self._known.check_machine(firm_id, new.machine_id)
-        if not await self._index.is_loaded():
-            raise TryAgain(
-                "The hub has just started and still reads its providers.", reason="STARTING", retry_after_s=2
-            )
-        if self._index.waiting >= RANKS_WAITING_MAX:
-            raise SlowDown("Too many needs wait to be ranked; send again in a moment.", retry_after_s=1)
+        await self._index.check_takes_rankings()
         sha256 = digest(text=new.text, urgency=new.urgency, machine_id=new.machine_id)
         repeatable = checked_request_id(request_id)
         firm = self._directory.firms[firm_id]

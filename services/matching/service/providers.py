@@ -11,7 +11,7 @@ from services.common.directory import Directory
 from services.common.errors import Forbidden, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
-from services.matching.domain import Kind
+from services.matching.domain import Assesses, Kind
 from services.matching.index import ProviderIndex
 from services.matching.needs import quarter_of
 from services.matching.providers import ProviderRecord
@@ -151,12 +151,17 @@ def _check_provider(provider: ProviderRecord) -> None:
         "sizes_served": provider.sizes_served,
         "skills": provider.skills,
         "conflict_firm_ids": provider.conflict_firm_ids,
+        "conflict_organisations": provider.conflict_organisations,
     }
     for name, items in lists.items():
         if len(items) > LIST_ITEMS_MAX:
             raise Invalid(f"{name} has more than {LIST_ITEMS_MAX} items.", reason="TOO_MANY")
-    for item in (*provider.regions_served, *provider.skills):
-        check_text("items of regions_served and skills", item, TITLE_CHARACTERS_MAX)
+    for item in (*provider.regions_served, *provider.skills, *provider.conflict_organisations):
+        check_text("items of regions_served, skills and conflict_organisations", item, TITLE_CHARACTERS_MAX)
+    if provider.assesses is not Assesses.NO and provider.kind is not Kind.EXPERT:
+        raise Invalid(
+            "Only experts assess applications; put the person as a provider of their own.", reason="NOT_AN_EXPERT"
+        )
     if not all(_DIVISION.fullmatch(division) for division in (*provider.sic_divisions, *provider.sic_excluded)):
         raise Invalid('A SIC division has two digits, such as "25", or is "any".', reason="BAD_SIC_DIVISION")
     if provider.capacity_per_quarter is not None and not 1 <= provider.capacity_per_quarter <= CAPACITY_MAX:

@@ -139,6 +139,14 @@ async def match_of_offer(connection: Connection, offer_id: str) -> Match | None:
     return None if row is None else Match(**dict(row))
 
 
+async def providers_of_firms(connection: Connection, firm_ids: Sequence[int]) -> frozenset[str]:
+    """Providers that have or had a match with one of the firms."""
+    rows = await connection.fetch(
+        "SELECT DISTINCT provider_id FROM match WHERE firm_id = ANY($1::bigint[])", list(firm_ids)
+    )
+    return frozenset(row["provider_id"] for row in rows)
+
+
 _OFFERS = (
     "SELECT o.*, n.text AS need_text, n.machine_id, n.correlation_id, m.id AS match_id, "
     "(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number LIMIT 1) AS alarm_id "

@@ -7,7 +7,7 @@ from datetime import date
 import asyncpg
 
 from services.common.database import Connection
-from services.matching.domain import Kind, Size
+from services.matching.domain import Assesses, Kind, Size
 from services.matching.providers import ProviderRecord
 
 Row = asyncpg.Record
@@ -34,8 +34,9 @@ async def put_provider(connection: Connection, provider: ProviderRecord) -> None
         """
         INSERT INTO provider AS p (
             id, kind, partner_id, title, text, region, region_bound, regions_served, sic_divisions, sic_excluded,
-            sizes_served, skills, capacity_per_quarter, lead_days, conflict_firm_ids, expires_on, active, change, changed)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
+            sizes_served, skills, capacity_per_quarter, lead_days, conflict_firm_ids, expires_on, active, change, changed,
+            assesses, conflict_organisations)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
         ON CONFLICT (id) DO UPDATE SET
             kind = excluded.kind, partner_id = excluded.partner_id, title = excluded.title, text = excluded.text,
             region = excluded.region, region_bound = excluded.region_bound, regions_served = excluded.regions_served,
@@ -43,7 +44,8 @@ async def put_provider(connection: Connection, provider: ProviderRecord) -> None
             sizes_served = excluded.sizes_served, skills = excluded.skills,
             capacity_per_quarter = excluded.capacity_per_quarter, lead_days = excluded.lead_days,
             conflict_firm_ids = excluded.conflict_firm_ids, expires_on = excluded.expires_on, active = excluded.active,
-            change = excluded.change, changed = excluded.changed,
+            change = excluded.change, changed = excluded.changed, assesses = excluded.assesses,
+            conflict_organisations = excluded.conflict_organisations,
             vector = CASE WHEN (p.title, p.text) = (excluded.title, excluded.text) THEN p.vector END
         """,
         provider.id,
@@ -65,6 +67,8 @@ async def put_provider(connection: Connection, provider: ProviderRecord) -> None
         provider.active,
         provider.change,
         provider.changed,
+        provider.assesses,
+        provider.conflict_organisations,
     )
 
 
@@ -109,6 +113,12 @@ async def list_providers(
         limit,
     )
     return [_provider(row) for row in rows]
+
+
+async def providers_by_id(connection: Connection, provider_ids: Sequence[str]) -> dict[str, ProviderRecord]:
+    """Withdrawn ones too; places taken are not looked up."""
+    rows = await connection.fetch("SELECT *, 0 AS taken FROM provider WHERE id = ANY($1::text[])", list(provider_ids))
+    return {row["id"]: _provider(row) for row in rows}
 
 
 @dataclass(frozen=True)
@@ -202,6 +212,8 @@ def _provider(row: Row) -> ProviderRecord:
         skills=tuple(row["skills"]),
         capacity_per_quarter=row["capacity_per_quarter"],
         lead_days=row["lead_days"],
+        assesses=Assesses(row["assesses"]),
+        conflict_organisations=tuple(row["conflict_organisations"]),
         conflict_firm_ids=tuple(row["conflict_firm_ids"]),
         expires_on=row["expires_on"],
         active=row["active"],
