@@ -20,6 +20,7 @@ QUARANTINE: Final = "smdih.ingest.quarantine.v1"
 DIRECTORY: Final = "smdih.ingest.directory.v1"
 ALARMS: Final = "smdih.anomaly.alarms.v1"
 OFFERS: Final = "smdih.matching.offers.v1"
+MATCHES: Final = "smdih.matching.matches.v1"
 AWARDS: Final = "smdih.funding.awards.v1"
 
 # Consumers put what they cannot read here: the topic's name with this behind it.
@@ -32,6 +33,7 @@ TOPICS: Final = (
     Topic(DIRECTORY, partitions=1, retention_ms=None),
     Topic(ALARMS, partitions=4, retention_ms=90 * DAY_MS),
     Topic(OFFERS, partitions=4, retention_ms=90 * DAY_MS),
+    Topic(MATCHES, partitions=1, retention_ms=365 * DAY_MS),
     Topic(AWARDS, partitions=1, retention_ms=365 * DAY_MS),
     *(
         Topic(name + DEAD_LETTERS_SUFFIX, partitions=1, retention_ms=90 * DAY_MS)

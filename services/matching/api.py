@@ -12,8 +12,9 @@ from services.common.errors import Invalid
 from services.common.http import Authenticated
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
 from services.matching.domain import Assesses, Kind, Size, Source, Urgency
+from services.matching.matches import Match, MatchState, Result, Side
 from services.matching.messages import asked_time
-from services.matching.needs import Match, Need, NeedState, Offer, OfferState
+from services.matching.needs import Need, NeedState, Offer, OfferState
 from services.matching.providers import ProviderRecord
 from services.matching.service import Matching
 from services.matching.service.needs import NewNeed
@@ -211,6 +212,13 @@ class DeclineBody(_Body):
     reason: str
 
 
+class ScoreView(_Body):
+    side: Side
+    points: int
+    comment: str
+    scored_us: int
+
+
 class MatchView(_Body):
     id: str
     need_id: str
@@ -222,6 +230,40 @@ class MatchView(_Body):
     quarter: date
     accepted_us: int
     correlation_id: str
+    state: MatchState
+    # It expires then unless one side engages.
+    engage_by_us: int | None
+    engaged_us: int | None
+    finished_us: int | None
+    result: Result | None
+    result_note: str
+    # Once finished: scores may be given and changed until then.
+    scores_until_us: int | None
+    ended_us: int | None
+    end_reason: str
+    # The other side's is shown once the match is closed.
+    scores: list[ScoreView]
+
+
+class MatchesPage(_Body):
+    matches: list[MatchView]
+    next_page_token: str
+
+
+class FinishBody(_Body):
+    result: Result
+    note: str = ""
+
+
+class ScoreBody(_Body):
+    points: Annotated[int, Field(description="1 (poor) to 5 (excellent)")]
+    comment: str = ""
+
+
+class CancelBody(_Body):
+    reason: str
+    # The need is closed rather than opened again.
+    close_need: bool = False
 
 
 class AcceptedView(_Body):
@@ -235,6 +277,7 @@ def router(matching: Matching) -> APIRouter:
     every.include_router(_consents(matching))
     every.include_router(_needs(matching))
     every.include_router(_offers(matching))
+    every.include_router(_matches(matching))
     return every
 
 
@@ -376,6 +419,50 @@ def _offers(matching: Matching) -> APIRouter:
     return routes
 
 
+def _matches(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/matches", tags=["matches"])
+
+    @routes.get("")
+    async def list_matches(
+        caller: Authenticated,
+        state: MatchState | None = None,
+        page_size: PageSize = 0,
+        page_token: PageToken = "",
+    ) -> MatchesPage:
+        """The caller's own, newest first."""
+        found, token = await matching.matches.list_matches(
+            caller, state=state, page_size=page_size, page_token=page_token
+        )
+        return MatchesPage(matches=[_match_view(match) for match in found], next_page_token=token)
+
+    @routes.get("/{match_id}")
+    async def get_match(caller: Authenticated, match_id: str) -> MatchView:
+        return _match_view(await matching.matches.get_match(caller, match_id))
+
+    @routes.post("/{match_id}/engage")
+    async def engage(caller: Authenticated, match_id: str) -> MatchView:
+        """Both sides work together from now on; by either."""
+        return _match_view(await matching.matches.engage(caller, match_id))
+
+    @routes.post("/{match_id}/finish")
+    async def finish(caller: Authenticated, match_id: str, body: FinishBody) -> MatchView:
+        """The work is done; by either side. Both may score it until `scores_until_us`."""
+        return _match_view(await matching.matches.finish(caller, match_id, body.result, body.note))
+
+    @routes.post("/{match_id}/score")
+    async def score(caller: Authenticated, match_id: str, body: ScoreBody) -> MatchView:
+        """Give or change the score of the caller's side."""
+        return _match_view(await matching.matches.score(caller, match_id, body.points, body.comment))
+
+    @routes.post("/{match_id}/cancel")
+    async def cancel(caller: Authenticated, match_id: str, body: CancelBody) -> MatchView:
+        """By either side, before the work is done. The need is open again, with new offers, unless it is to be closed."""
+        cancelled = await matching.matches.cancel(caller, match_id, body.reason, reopen=not body.close_need)
+        return _match_view(cancelled)
+
+    return routes
+
+
 # --- between bodies and values -------------------------------------------------------------------------------------
 
 
@@ -499,4 +586,17 @@ def _match_view(match: Match) -> MatchView:
         quarter=match.quarter,
         accepted_us=to_us(match.accepted),
         correlation_id=match.correlation_id,
+        state=match.state,
+        engage_by_us=_us(match.engage_by),
+        engaged_us=_us(match.engaged),
+        finished_us=_us(match.finished),
+        result=match.result,
+        result_note=match.result_note,
+        scores_until_us=_us(match.scores_until),
+        ended_us=_us(match.ended),
+        end_reason=match.end_reason,
+        scores=[
+            ScoreView(side=each.side, points=each.points, comment=each.comment, scored_us=to_us(each.scored))
+            for each in match.scores
+        ],
     )

@@ -60,6 +60,7 @@ class Directory:
         self._organisations: _Field[frozenset[str]] = _Field()
         self._owners: _Field[str] = _Field()
         self._assesses: _Field[Assesses] = _Field()
+        self.outcomes: _Field[tuple[int, int]] = _Field()
 
     def find(self, provider_id: str) -> Provider | None:
         slot = self.slots.get(provider_id)
@@ -98,6 +99,7 @@ class Directory:
         self._organisations.put(slot, provider.conflict_organisations)
         self._owners.put(slot, provider.owner)
         self._assesses.put(slot, provider.assesses)
+        self.outcomes.put(slot, (provider.outcome_firms, provider.outcome_points))
         return slot
 
     def set_places(self, provider_id: str, left: int) -> None:

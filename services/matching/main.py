@@ -40,6 +40,12 @@ class MatchingSettings(Settings):
     matching_episode_gap_s: int = Field(
         24 * 3600, ge=0, le=366 * 24 * 3600, description="alarms of a machine closer than this belong to one fault"
     )
+    matching_engage_within_s: int = Field(
+        180 * 24 * 3600, ge=60, le=1000 * 24 * 3600, description="a match that nobody engages in this time expires"
+    )
+    matching_scores_for_s: int = Field(
+        30 * 24 * 3600, ge=60, le=366 * 24 * 3600, description="scores of a finished match may be changed for so long"
+    )
 
 
 async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
@@ -62,6 +68,8 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
         offers_max=settings.matching_offers_max,
         offer_lifetime=timedelta(seconds=settings.matching_offer_lifetime_s),
         episode_gap=timedelta(seconds=settings.matching_episode_gap_s),
+        engage_within=timedelta(seconds=settings.matching_engage_within_s),
+        scores_for=timedelta(seconds=settings.matching_scores_for_s),
     )
     matching = Matching(pool, index, relay, directory, clock=clock, limits=limits)
     runtime.ready_when("kafka", publisher.answers)

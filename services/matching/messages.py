@@ -10,6 +10,7 @@ from services.common.logs import accepted_correlation_id
 from services.matching.alarms import Alarm
 from services.matching.consents import Severity
 from services.matching.domain import Kind
+from services.matching.matches import Match, MatchState, Result
 from services.matching.needs import Offer, OfferState, event_id
 from smdih.anomaly.v1 import events_pb2 as anomaly_pb
 from smdih.matching.v1 import events_pb2 as pb
@@ -27,6 +28,20 @@ _CHANGES = {
     OfferState.ACCEPTED: pb.OFFER_CHANGE_ACCEPTED,
     OfferState.DECLINED: pb.OFFER_CHANGE_DECLINED,
     OfferState.LAPSED: pb.OFFER_CHANGE_LAPSED,
+    OfferState.CANCELLED: pb.OFFER_CHANGE_CANCELLED,
+}
+_MATCH_CHANGES = {
+    MatchState.ACCEPTED: pb.MATCH_CHANGE_ACCEPTED,
+    MatchState.ENGAGED: pb.MATCH_CHANGE_ENGAGED,
+    MatchState.FINISHED: pb.MATCH_CHANGE_FINISHED,
+    MatchState.CLOSED: pb.MATCH_CHANGE_CLOSED,
+    MatchState.CANCELLED: pb.MATCH_CHANGE_CANCELLED,
+    MatchState.EXPIRED: pb.MATCH_CHANGE_EXPIRED,
+}
+RESULTS = {
+    Result.SOLVED: pb.RESULT_SOLVED,
+    Result.PARTLY: pb.RESULT_PARTLY,
+    Result.NOT_SOLVED: pb.RESULT_NOT_SOLVED,
 }
 
 
@@ -65,6 +80,23 @@ def offer_event(offer: Offer) -> bytes:
         change=_CHANGES[offer.state],
         changed_us=to_us(offer.decided or offer.made),
         offer=offer_message(offer),
+    ).SerializeToString()
+
+
+def match_event(match: Match) -> bytes:
+    """The event of the change that brought the match into its state."""
+    return pb.MatchEvent(
+        event_id=event_id(match.id, match.state),
+        change=_MATCH_CHANGES[match.state],
+        changed_us=to_us(match.changed),
+        match_id=match.id,
+        need_id=match.need_id,
+        offer_id=match.offer_id,
+        firm_id=match.firm_id,
+        provider_id=match.provider_id,
+        partner_id=match.partner_id,
+        result=pb.RESULT_UNSPECIFIED if match.result is None else RESULTS[match.result],
+        correlation_id=match.correlation_id,
     ).SerializeToString()
 
 

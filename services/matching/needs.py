@@ -23,6 +23,8 @@ class OfferState(StrEnum):
     ACCEPTED = "accepted"
     DECLINED = "declined"
     LAPSED = "lapsed"
+    # It was accepted, and its match came to nothing.
+    CANCELLED = "cancelled"
 
 
 class Lapse(StrEnum):
@@ -39,6 +41,8 @@ class NoOffer(StrEnum):
     NO_PROVIDER = "NO_PROVIDER"
     NONE_FITS = "NONE_FITS"
     ALL_FULL = "ALL_FULL"
+    # It was matched and is open again; new offers follow.
+    MATCH_ENDED = "MATCH_ENDED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class Need:
     no_offer_reason: str = ""
     match_id: str = ""
     ended: datetime | None = None
+    # Counts up when it is opened again.
+    attempt: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +97,7 @@ class Offer:
     decided: datetime | None = None
     decision_reason: str = ""
     match_id: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Match:
-    id: str
-    need_id: str
-    offer_id: str
-    firm_id: int
-    provider_id: str
-    partner_id: int
-    quarter: date
-    accepted: datetime
-    accepted_by: int
-    correlation_id: str
+    attempt: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +110,10 @@ class Limits:
     offer_lifetime: timedelta = field(default=timedelta(days=14))
     # Alarms of a machine with less than this between them belong to one fault, also after its need has ended.
     episode_gap: timedelta = field(default=timedelta(hours=24))
+    # A match that nobody has engaged by then expires. Long enough to wait for money from the fund.
+    engage_within: timedelta = field(default=timedelta(days=180))
+    # Scores may be given and changed for so long after the work is finished.
+    scores_for: timedelta = field(default=timedelta(days=30))
 
 
 def alarm_need_id(alarm_id: str) -> str:
@@ -124,17 +121,17 @@ def alarm_need_id(alarm_id: str) -> str:
     return _derived("need", alarm_id)
 
 
-def offer_id(need_id: str, provider_id: str) -> str:
-    return _derived("offer", need_id, provider_id)
+def offer_id(need_id: str, provider_id: str, attempt: int = 1) -> str:
+    return _derived("offer", need_id, provider_id, *([str(attempt)] if attempt > 1 else []))
 
 
 def match_id(offer_id: str) -> str:
     return _derived("match", offer_id)
 
 
-def event_id(offer_id: str, change: str) -> str:
-    """An offer goes through each change once at most."""
-    return _derived("event", offer_id, change)
+def event_id(of: str, change: str) -> str:
+    """Of an offer or a match, which goes through each change once at most."""
+    return _derived("event", of, change)
 
 
 def quarter_of(day: date) -> date:

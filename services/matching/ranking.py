@@ -1,9 +1,10 @@
 """The ranker: hard filters with a code each, then a sum of documented parts, so the parts are the explanation.
 
-    score = meaning + words + skills + sector + region + urgency + size + capacity        (each part = weight x 0..1)
+    score = meaning + words + skills + sector + region + urgency + size + capacity + outcomes
 
-No part is multiplied by another, none is learned from clicks, and the same inputs give the same numbers: parts are
-rounded to six places, the score is their sum, equal scores are ordered by provider id.
+Each part is its weight x 0..1; outcomes is its weight x -0.75..0.25, and 0 for who has not been scored. No part is
+multiplied by another, none is learned from clicks, and the same inputs give the same numbers: parts are rounded to six
+places, the score is their sum, equal scores are ordered by provider id.
 """
 
 import math
@@ -19,6 +20,7 @@ from services.matching.catalogue import passages
 from services.matching.directory import Directory, Mask, UnknownProviderError, any_of, filter_key, provider_places
 from services.matching.domain import (
     ANY_DIVISION,
+    OUTCOME_FIRMS_SHOWN_MIN,
     REGION_SAME,
     Assessment,
     FilterCode,
@@ -28,6 +30,7 @@ from services.matching.domain import (
     Size,
     Source,
     Urgency,
+    outcome_lift,
     region_nearness,
     sector_closeness,
 )
@@ -52,11 +55,11 @@ class Weights:
     A typical gap in meaning between a fitting and a passable profile is 0.1 to 0.3, so 0.1 for the sector can settle
     a near tie and seldom lifts an unrelated profile. A need shares few words with jargon, a tenth of their weight is
     usual, so 0.6 for words speaks up only when rare words agree. Chosen by reasoning, not fitted: too few needs have
-    been judged so far.
+    been judged so far. Scores of firms come last and late: 0.08 x -0.75..0.25 adds at most 0.02 and takes at most 0.06.
     Raise `version` with any change; it is stored with every offer.
     """
 
-    version: str = "2"
+    version: str = "3"
     meaning: float = 1.0
     words: float = 0.6
     skills: float = 0.15
@@ -65,6 +68,7 @@ class Weights:
     urgency: float = 0.03
     size: float = 0.02
     capacity: float = 0.02
+    outcomes: float = 0.08
 
 
 PARTS: tuple[str, ...] = tuple(field.name for field in fields(Weights) if field.name != "version")
@@ -205,13 +209,13 @@ class Ranker:
         """The best `limit` assessors without a conflict, best first; `excluded` are assessors only.
 
         An application is long, so its meaning is the mean of its first passages. Urgency, size and free places are about
-        helping firms and add nothing here.
+        helping firms, as are their scores, and add nothing here.
         """
         vector = self._index.question_of_passages(passages(asked.text)[:ASSESSMENT_PASSAGES_MAX])
         need = Need(id="assessment", text=asked.text, sic=asked.sic, region=asked.region)
         with self._lock:
             parts = self._parts(need, self._index.meaning(vector), self._index.words(need.text))
-            for name in ("urgency", "size", "capacity"):
+            for name in ("urgency", "size", "capacity", "outcomes"):
                 parts[name][:] = 0.0
             blocked = self._directory.blocked_as_assessors(asked, self._today())
             return self._ranking(need, parts, blocked, self._directory.assessors, limit, _assessor_sentences)
@@ -288,6 +292,7 @@ class Ranker:
             "urgency": weights.urgency * directory.kinds.map(lambda kind: _URGENCY_FIT[urgency][kind]),
             "size": weights.size * directory.kinds.map(lambda kind: _SIZE_FIT[need.size][kind]),
             "capacity": weights.capacity * directory.free_share,
+            "outcomes": weights.outcomes * directory.outcomes.map(lambda scored: outcome_lift(*scored)),
         }
 
     def _explain(
@@ -380,6 +385,9 @@ def _sentences(
         told.append(
             f"Being {_article(provider.kind)}, it {'suits' if fits else 'suits less well'} {need.urgency} urgency."
         )
+    if provider.outcome_firms >= OUTCOME_FIRMS_SHOWN_MIN:
+        mean = provider.outcome_points / provider.outcome_firms
+        told.append(f"{provider.outcome_firms} firms have scored its work, {mean:.1f} of 5 on average.")
     if provider.kind is Kind.COURSE:
         told.append("It is a course and has room for everyone.")
     else:

@@ -9,14 +9,15 @@ from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
 from services.matching.domain import Assesses, Kind, Size, Source, Urgency
-from services.matching.messages import KINDS, asked_time, offer_message
-from services.matching.needs import Match, Need, NeedState, Offer, OfferState
+from services.matching.matches import Match, MatchState, Result, Side
+from services.matching.messages import KINDS, RESULTS, asked_time, offer_message
+from services.matching.needs import Need, NeedState, Offer, OfferState
 from services.matching.providers import ProviderRecord
 from services.matching.service import Matching
 from services.matching.service.assessors import Application
 from services.matching.service.needs import NewNeed
+from smdih.matching.v1 import events_pb2, matching_pb2_grpc
 from smdih.matching.v1 import matching_pb2 as pb
-from smdih.matching.v1 import matching_pb2_grpc
 
 T = TypeVar("T")
 
@@ -48,7 +49,18 @@ _OFFER_STATES: Mapping[int, OfferState] = {
     pb.OFFER_STATE_ACCEPTED: OfferState.ACCEPTED,
     pb.OFFER_STATE_DECLINED: OfferState.DECLINED,
     pb.OFFER_STATE_LAPSED: OfferState.LAPSED,
+    pb.OFFER_STATE_CANCELLED: OfferState.CANCELLED,
 }
+_MATCH_STATES: Mapping[int, MatchState] = {
+    pb.MATCH_STATE_ACCEPTED: MatchState.ACCEPTED,
+    pb.MATCH_STATE_ENGAGED: MatchState.ENGAGED,
+    pb.MATCH_STATE_FINISHED: MatchState.FINISHED,
+    pb.MATCH_STATE_CLOSED: MatchState.CLOSED,
+    pb.MATCH_STATE_CANCELLED: MatchState.CANCELLED,
+    pb.MATCH_STATE_EXPIRED: MatchState.EXPIRED,
+}
+_RESULTS: Mapping[int, Result] = {number: result for result, number in RESULTS.items()}
+_SIDES = {Side.FIRM: pb.SIDE_FIRM, Side.PARTNER: pb.SIDE_PARTNER}
 _ASSESSES: Mapping[int, Assesses] = {
     pb.ASSESSES_UNSPECIFIED: Assesses.NO,
     pb.ASSESSES_ALSO: Assesses.ALSO,
@@ -164,6 +176,38 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
     async def DeclineOffer(self, request: pb.DeclineOfferRequest, context: Any) -> pb.DeclineOfferResponse:
         declined = await self._matching.offers.decline_offer(current_caller(), request.offer_id, request.reason)
         return pb.DeclineOfferResponse(offer=_offer_details(declined))
+
+    async def ListMatches(self, request: pb.ListMatchesRequest, context: Any) -> pb.ListMatchesResponse:
+        found, token = await self._matching.matches.list_matches(
+            current_caller(),
+            state=_filter("state", _MATCH_STATES, request.state),
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return pb.ListMatchesResponse(matches=map(_match_message, found), next_page_token=token)
+
+    async def GetMatch(self, request: pb.GetMatchRequest, context: Any) -> pb.GetMatchResponse:
+        found = await self._matching.matches.get_match(current_caller(), request.match_id)
+        return pb.GetMatchResponse(match=_match_message(found))
+
+    async def EngageMatch(self, request: pb.EngageMatchRequest, context: Any) -> pb.EngageMatchResponse:
+        engaged = await self._matching.matches.engage(current_caller(), request.match_id)
+        return pb.EngageMatchResponse(match=_match_message(engaged))
+
+    async def FinishMatch(self, request: pb.FinishMatchRequest, context: Any) -> pb.FinishMatchResponse:
+        result = _member("result", _RESULTS, request.result)
+        finished = await self._matching.matches.finish(current_caller(), request.match_id, result, request.note)
+        return pb.FinishMatchResponse(match=_match_message(finished))
+
+    async def ScoreMatch(self, request: pb.ScoreMatchRequest, context: Any) -> pb.ScoreMatchResponse:
+        scored = await self._matching.matches.score(current_caller(), request.match_id, request.points, request.comment)
+        return pb.ScoreMatchResponse(match=_match_message(scored))
+
+    async def CancelMatch(self, request: pb.CancelMatchRequest, context: Any) -> pb.CancelMatchResponse:
+        cancelled = await self._matching.matches.cancel(
+            current_caller(), request.match_id, request.reason, reopen=not request.close_need
+        )
+        return pb.CancelMatchResponse(match=_match_message(cancelled))
 
     async def ProposeAssessors(self, request: pb.ProposeAssessorsRequest, context: Any) -> pb.ProposeAssessorsResponse:
         application = Application(
@@ -348,6 +392,21 @@ def _match_message(match: Match) -> pb.Match:
         quarter=match.quarter.isoformat(),
         accepted_us=_us(match.accepted),
         correlation_id=match.correlation_id,
+        state=_number(_MATCH_STATES, match.state),  # type: ignore[arg-type]
+        engage_by_us=_us(match.engage_by),
+        engaged_us=_us(match.engaged),
+        finished_us=_us(match.finished),
+        result=events_pb2.RESULT_UNSPECIFIED if match.result is None else RESULTS[match.result],
+        result_note=match.result_note,
+        scores_until_us=_us(match.scores_until),
+        ended_us=_us(match.ended),
+        end_reason=match.end_reason,
+        scores=[
+            pb.MatchScore(
+                side=_SIDES[score.side], points=score.points, comment=score.comment, scored_us=_us(score.scored)
+            )
+            for score in match.scores
+        ],
     )
 
 

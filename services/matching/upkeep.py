@@ -1,4 +1,4 @@
-"""What happens by itself: offers lapse, and needs without offers are tried again."""
+"""What happens by itself: offers lapse, matches expire and close, needs without offers are tried again."""
 
 import asyncio
 
@@ -7,6 +7,7 @@ import asyncpg
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
 from services.matching.service import Matching
+from services.matching.service.matches import CLOSINGS_AT_ONCE_MAX, EXPIRIES_AT_ONCE_MAX
 from services.matching.service.offers import LAPSES_AT_ONCE_MAX
 
 log = get_logger(__name__)
@@ -19,6 +20,10 @@ async def run(matching: Matching) -> None:
     while True:
         try:
             while await matching.offers.lapse_due_offers() >= LAPSES_AT_ONCE_MAX:
+                pass
+            while await matching.matches.expire_due_matches() >= EXPIRIES_AT_ONCE_MAX:
+                pass
+            while await matching.matches.close_due_matches() >= CLOSINGS_AT_ONCE_MAX:
                 pass
             await matching.offers.offer_again()
         except (asyncpg.PostgresError, TryAgain) as error:

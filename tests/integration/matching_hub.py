@@ -178,6 +178,18 @@ class Hub:
             if provider["active"]:
                 await self.ok("operator", "POST", f"/v1/providers/{provider['id']}/withdraw")
 
+    async def clear_places(self) -> None:
+        """As if nobody had ever accepted; matches made by then cannot be cancelled any more."""
+        await self.pool.execute("DELETE FROM place; DELETE FROM provider_quarter")
+
+    async def matched(self, provider_id: str, text: str = "Our gears whine.", who: str = "firm") -> dict[str, Any]:
+        """A new need of the firm whose offer of this provider is accepted; returns the match."""
+        opened = await self.ok(who, "POST", "/v1/needs", {"text": text})
+        offer = next(each for each in opened["offers"] if each["provider_id"] == provider_id)
+        accepted = await self.ok(who, "POST", f"/v1/offers/{offer['id']}/accept")
+        match: dict[str, Any] = accepted["match"]
+        return match
+
     async def raise_alarm(self, alarm_id: str, machine: int, **fields: Any) -> None:
         await self.publisher.publish(topics.ALARMS, alarm_event(alarm_id, machine, **fields), key=alarm_id.encode())
 

@@ -191,6 +191,42 @@ class TestExplanation:
         assert _ids(ranker.rank(alarm).ranked) == ["vibration", "course"]
 
 
+class TestOutcomes:
+    """What firms have scored bears on the order within documented bounds."""
+
+    @pytest.mark.parametrize(
+        ("firms", "points", "part"),
+        [
+            (0, 0, 0.0),
+            (8, 32, 0.0),  # 4 of 5 is what is expected
+            (1, 5, 0.002222),
+            (1, 1, -0.006667),
+            (100_000, 500_000, 0.02),
+            (100_000, 100_000, -0.06),
+        ],
+    )
+    def test_the_part_is_the_shrunk_mean_less_its_prior(self, firms: int, points: int, part: float) -> None:
+        scored = replace(PROVIDERS[0], outcome_firms=firms, outcome_points=points)
+        [found] = _ranker([scored]).rank(JUDGED[2][0]).ranked
+        assert found.parts["outcomes"] == pytest.approx(part, abs=1e-5)
+        assert found.score == pytest.approx(sum(found.parts.values()))
+
+    @pytest.mark.parametrize("firms", [0, 2, 3])
+    def test_a_mean_is_told_from_three_firms_up(self, firms: int) -> None:
+        scored = replace(PROVIDERS[0], outcome_firms=firms, outcome_points=5 * firms)
+        [found] = _ranker([scored]).rank(JUDGED[2][0]).ranked
+        told = "3 firms have scored its work, 5.0 of 5 on average."
+        assert (told in found.reasons) is (firms == 3)
+
+    def test_files_may_carry_outcomes_and_mostly_do_not(self) -> None:
+        plain = {"id": "a", "title": "A"}
+        assert evaluate.provider_from_json(plain).outcome_firms == 0
+        scored = evaluate.provider_from_json(plain | {"outcomes": [5, 4]})
+        assert (scored.outcome_firms, scored.outcome_points) == (2, 9)
+        with pytest.raises(ValueError, match="outcomes"):
+            evaluate.provider_from_json(plain | {"outcomes": [6]})
+
+
 class TestSameInputSameResult:
     def test_twice_and_in_any_order_of_loading(self, embedder: Embedder) -> None:
         one, other = _ranker(PROVIDERS, embedder), _ranker(PROVIDERS[::-1], embedder)

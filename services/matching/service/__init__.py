@@ -9,6 +9,7 @@ from services.matching.needs import Limits
 from services.matching.service.assessors import Assessors
 from services.matching.service.checks import Known
 from services.matching.service.consents import Consents
+from services.matching.service.matches import Matches
 from services.matching.service.needs import Needs
 from services.matching.service.offers import Offers
 from services.matching.service.providers import Providers
@@ -30,5 +31,6 @@ class Matching:
         self.providers = Providers(pool, index, directory, clock=clock)
         self.consents = Consents(pool, Known(directory), clock=clock)
         self.offers = Offers(pool, index, relay, clock=clock, limits=limits)
+        self.matches = Matches(pool, index, relay, clock=clock, limits=limits)
         self.assessors = Assessors(pool, index, directory)
         self.needs = Needs(pool, index, relay, directory, self.offers, clock=clock, limits=limits)

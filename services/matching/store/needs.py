@@ -7,7 +7,7 @@ import asyncpg
 
 from services.common.database import Connection
 from services.matching.domain import Source, Urgency
-from services.matching.needs import Need, NeedState
+from services.matching.needs import Need, NeedState, NoOffer
 
 Row = asyncpg.Record
 
@@ -94,6 +94,18 @@ async def end_need(connection: Connection, need_id: str, state: NeedState, *, en
     await connection.execute("UPDATE need SET state = $2, ended = $3 WHERE id = $1", need_id, state, ended)
 
 
+async def reopen_need(connection: Connection, need_id: str) -> bool:
+    """Open it again, for offers of a new attempt; False where its machine has another open need by now."""
+    reopened = await connection.fetchval(
+        "UPDATE need n SET state = 'open', ended = NULL, attempt = attempt + 1, offers = 0, no_offer_reason = $2 "
+        "WHERE id = $1 AND (source <> 'anomaly' OR NOT EXISTS (SELECT FROM need o WHERE o.machine_id = n.machine_id "
+        "AND o.source = 'anomaly' AND o.state = 'open')) RETURNING 1",
+        need_id,
+        NoOffer.MATCH_ENDED,
+    )
+    return reopened is not None
+
+
 async def set_need_offers(connection: Connection, need_id: str, offers: int, *, no_offer_reason: str) -> None:
     await connection.execute(
         "UPDATE need SET offers = $2, no_offer_reason = $3 WHERE id = $1", need_id, offers, no_offer_reason
@@ -155,7 +167,7 @@ async def attach_alarm(connection: Connection, need_id: str, alarm_id: str, *, r
 _NEEDS = (
     "SELECT n.*, m.id AS match_id, "
     "ARRAY(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number) AS alarm_ids "
-    "FROM need n LEFT JOIN match m ON m.need_id = n.id"
+    "FROM need n LEFT JOIN match m ON m.need_id = n.id AND m.state NOT IN ('cancelled', 'expired')"
 )
 
 
@@ -180,4 +192,5 @@ def _need(row: Row) -> Need:
         no_offer_reason=row["no_offer_reason"],
         match_id=row["match_id"] or "",
         ended=row["ended"],
+        attempt=row["attempt"],
     )
