@@ -14,8 +14,9 @@ from services.matching.consents import Consent, NewConsent, Severity, SharedItem
 from services.matching.domain import Assesses, Kind, Size, Source, Urgency
 from services.matching.matches import Match, MatchState, Result, Side
 from services.matching.messages import asked_time
-from services.matching.needs import Need, NeedState, Offer, OfferState
+from services.matching.needs import Need, NeedState, Offer, OfferState, Origin
 from services.matching.providers import ProviderRecord
+from services.matching.rounds import Round, RoundState
 from services.matching.service import Matching
 from services.matching.service.needs import NewNeed
 
@@ -141,6 +142,45 @@ class NeedBody(_Body):
     text: str
     urgency: Urgency = Urgency.NORMAL
     machine_id: RegistryId = 0
+    # No offers now but one in the next round, where scarce places go to the needs that they fit best.
+    wait_for_round: bool = False
+    # Partners may see the text, not whose it is, and propose themselves.
+    show_to_partners: bool = False
+
+
+class ShowBody(_Body):
+    shown: bool
+
+
+class ProposalBody(_Body):
+    provider_id: str
+    # To the firm.
+    message: str = ""
+
+
+class RoundBody(_Body):
+    # Chosen by the operator; a repeat with the same id begins no second round.
+    round_id: str
+
+
+class RoundView(_Body):
+    id: str
+    state: RoundState
+    started_us: int
+    ended_us: int | None
+    # Made by it, each with a place reserved until it lapses.
+    offers: int
+    # Of them the nearest workshop or course, where nobody nearer to the need had a place.
+    from_safety_net: int
+    # Needs that nobody could take.
+    unplaced: int
+    # Needs and providers that would both rather have had each other; 0 unless something is wrong.
+    blocking_pairs: int
+    ranker_version: str
+
+
+class RoundsView(_Body):
+    rounds: list[RoundView]
 
 
 class NeedView(_Body):
@@ -163,6 +203,8 @@ class NeedView(_Body):
     opened_by: int
     ended_us: int | None
     correlation_id: str
+    wait_for_round: bool
+    shown_to_partners: bool
 
 
 class NeedsPage(_Body):
@@ -196,6 +238,11 @@ class OfferView(_Body):
     decided_us: int | None
     decision_reason: str
     correlation_id: str
+    origin: Origin
+    # Of the round that made it.
+    round_id: str
+    # Of the partner that proposed it.
+    message: str
 
 
 class OffersPage(_Body):
@@ -278,6 +325,8 @@ def router(matching: Matching) -> APIRouter:
     every.include_router(_needs(matching))
     every.include_router(_offers(matching))
     every.include_router(_matches(matching))
+    every.include_router(_desk(matching))
+    every.include_router(_rounds(matching))
     return every
 
 
@@ -357,7 +406,13 @@ def _needs(matching: Matching) -> APIRouter:
     @routes.post("", status_code=201)
     async def open_need(caller: Authenticated, body: NeedBody) -> OpenedView:
         """Open a need in the firm's own words and make offers for it."""
-        new = NewNeed(text=body.text, urgency=body.urgency, machine_id=body.machine_id)
+        new = NewNeed(
+            text=body.text,
+            urgency=body.urgency,
+            machine_id=body.machine_id,
+            waits=body.wait_for_round,
+            shown=body.show_to_partners,
+        )
         opened = await matching.needs.open_need(caller, body.firm_id, new, request_id=body.request_id)
         return OpenedView(need=_need_view(opened.need), offers=_offer_views(opened.offers))
 
@@ -375,6 +430,11 @@ def _needs(matching: Matching) -> APIRouter:
             caller, firm_id=firm_id, state=state, machine_id=machine_id, page_size=page_size, page_token=page_token
         )
         return NeedsPage(needs=[_need_view(each) for each in found], next_page_token=token)
+
+    @routes.post("/{need_id}/show")
+    async def show_need(caller: Authenticated, need_id: str, body: ShowBody) -> NeedView:
+        """Let partners see the text of an open need, not whose it is, and propose themselves; or not any more."""
+        return _need_view(await matching.needs.show_need(caller, need_id, shown=body.shown))
 
     @routes.get("/{need_id}")
     async def get_need(caller: Authenticated, need_id: str) -> NeedView:
@@ -463,6 +523,43 @@ def _matches(matching: Matching) -> APIRouter:
     return routes
 
 
+def _desk(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/desk", tags=["desk of partners"])
+
+    @routes.get("/needs")
+    async def shown_needs(caller: Authenticated, page_size: PageSize = 0, page_token: PageToken = "") -> NeedsPage:
+        """Open needs that firms let partners see: those of the partner's region at once, others after some days."""
+        found, token = await matching.desk.shown_needs(caller, page_size=page_size, page_token=page_token)
+        return NeedsPage(needs=[_need_view(each) for each in found], next_page_token=token)
+
+    @routes.post("/needs/{need_id}/propose")
+    async def propose(caller: Authenticated, need_id: str, body: ProposalBody) -> OfferView:
+        """Offer a provider of one's own; the firm decides."""
+        return _offer_view(await matching.desk.propose(caller, need_id, body.provider_id, body.message))
+
+    return routes
+
+
+def _rounds(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/rounds", tags=["rounds"])
+
+    @routes.post("", status_code=202)
+    async def start_round(caller: Authenticated, body: RoundBody) -> RoundView:
+        """Begin a round over the open needs without offers; it is carried out in the background."""
+        return _round_view(await matching.rounds.start_round(caller, body.round_id))
+
+    @routes.get("")
+    async def list_rounds(caller: Authenticated) -> RoundsView:
+        """The newest 100, newest first."""
+        return RoundsView(rounds=[_round_view(each) for each in await matching.rounds.list_rounds(caller)])
+
+    @routes.get("/{round_id}")
+    async def get_round(caller: Authenticated, round_id: str) -> RoundView:
+        return _round_view(await matching.rounds.get_round(caller, round_id))
+
+    return routes
+
+
 # --- between bodies and values -------------------------------------------------------------------------------------
 
 
@@ -541,6 +638,8 @@ def _need_view(need: Need) -> NeedView:
         opened_by=need.opened_by,
         ended_us=_us(need.ended),
         correlation_id=need.correlation_id,
+        wait_for_round=need.waits,
+        shown_to_partners=need.shown,
     )
 
 
@@ -572,6 +671,23 @@ def _offer_view(offer: Offer) -> OfferView:
         decided_us=_us(offer.decided),
         decision_reason=offer.decision_reason,
         correlation_id=offer.correlation_id,
+        origin=offer.origin,
+        round_id=offer.round_id,
+        message=offer.message,
+    )
+
+
+def _round_view(found: Round) -> RoundView:
+    return RoundView(
+        id=found.id,
+        state=found.state,
+        started_us=to_us(found.started),
+        ended_us=_us(found.ended),
+        offers=found.offers,
+        from_safety_net=found.from_safety_net,
+        unplaced=found.unplaced,
+        blocking_pairs=found.blocking_pairs,
+        ranker_version=found.ranker_version,
     )
 
 

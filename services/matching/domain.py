@@ -34,6 +34,11 @@ class Kind(StrEnum):
     WORKSHOP = "workshop"
     COURSE = "course"
 
+    @property
+    def is_safety_net(self) -> bool:
+        """Of use to nearly everybody, when nothing nearer to the need is to be had."""
+        return self in (Kind.WORKSHOP, Kind.COURSE)
+
 
 class Size(StrEnum):
     MICRO = "micro"

@@ -43,6 +43,12 @@ class MatchingSettings(Settings):
     matching_engage_within_s: int = Field(
         180 * 24 * 3600, ge=60, le=1000 * 24 * 3600, description="a match that nobody engages in this time expires"
     )
+    matching_round_every_s: int = Field(
+        24 * 3600, ge=0, le=366 * 24 * 3600, description="a round begins by itself so often while needs wait; 0: never"
+    )
+    matching_regional_head_start_s: int = Field(
+        3 * 24 * 3600, ge=0, le=366 * 24 * 3600, description="for so long a need is shown to its region's partners only"
+    )
     matching_scores_for_s: int = Field(
         30 * 24 * 3600, ge=60, le=366 * 24 * 3600, description="scores of a finished match may be changed for so long"
     )
@@ -70,6 +76,8 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
         episode_gap=timedelta(seconds=settings.matching_episode_gap_s),
         engage_within=timedelta(seconds=settings.matching_engage_within_s),
         scores_for=timedelta(seconds=settings.matching_scores_for_s),
+        round_every=timedelta(seconds=settings.matching_round_every_s),
+        regional_head_start=timedelta(seconds=settings.matching_regional_head_start_s),
     )
     matching = Matching(pool, index, relay, directory, clock=clock, limits=limits)
     runtime.ready_when("kafka", publisher.answers)
@@ -101,6 +109,11 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
         await index.wait_loaded()
         await upkeep.run(matching)
 
+    async def carry_out_rounds() -> None:
+        await index.wait_loaded()
+        await upkeep.run_rounds(matching)
+
+    runtime.background("rounds", carry_out_rounds())
     runtime.background("alarms", alarms_into_needs())
     runtime.background("upkeep", keep_up())
 

@@ -11,7 +11,7 @@ from services.matching.consents import Consent, NewConsent, Severity, SharedItem
 from services.matching.domain import Assesses, Kind, Size, Source, Urgency
 from services.matching.matches import Match, MatchState, Result, Side
 from services.matching.messages import KINDS, RESULTS, asked_time, offer_message
-from services.matching.needs import Need, NeedState, Offer, OfferState
+from services.matching.needs import Need, NeedState, Offer, OfferState, Origin
 from services.matching.providers import ProviderRecord
 from services.matching.service import Matching
 from services.matching.service.assessors import Application
@@ -26,6 +26,7 @@ _SHARED: Mapping[int, SharedItem] = {
     pb.SHARED_ITEM_FAULT: SharedItem.FAULT,
     pb.SHARED_ITEM_FIGURES: SharedItem.FIGURES,
     pb.SHARED_ITEM_PROFILE: SharedItem.PROFILE,
+    pb.SHARED_ITEM_PARTNERS: SharedItem.PARTNERS,
 }
 _SEVERITIES: Mapping[int, Severity] = {
     pb.ALARM_SEVERITY_UNSPECIFIED: Severity.ANY,
@@ -70,6 +71,12 @@ _SHARED_NUMBERS = {
     SharedItem.FAULT: pb.SHARED_ITEM_FAULT,
     SharedItem.FIGURES: pb.SHARED_ITEM_FIGURES,
     SharedItem.PROFILE: pb.SHARED_ITEM_PROFILE,
+    SharedItem.PARTNERS: pb.SHARED_ITEM_PARTNERS,
+}
+_ORIGINS = {
+    Origin.HUB: pb.OFFER_ORIGIN_HUB,
+    Origin.ROUND: pb.OFFER_ORIGIN_ROUND,
+    Origin.PARTNER: pb.OFFER_ORIGIN_PARTNER,
 }
 _SOURCES = {Source.FIRM: pb.NEED_SOURCE_FIRM, Source.ANOMALY: pb.NEED_SOURCE_ANOMALY}
 _URGENCY_NUMBERS = {
@@ -135,6 +142,8 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
             text=request.text,
             urgency=_member("urgency", _URGENCIES, request.urgency),
             machine_id=request.machine_id,
+            waits=request.wait_for_round,
+            shown=request.show_to_partners,
         )
         opened = await self._matching.needs.open_need(
             current_caller(), request.firm_id, new, request_id=request.request_id
@@ -176,6 +185,22 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
     async def DeclineOffer(self, request: pb.DeclineOfferRequest, context: Any) -> pb.DeclineOfferResponse:
         declined = await self._matching.offers.decline_offer(current_caller(), request.offer_id, request.reason)
         return pb.DeclineOfferResponse(offer=_offer_details(declined))
+
+    async def ShowNeed(self, request: pb.ShowNeedRequest, context: Any) -> pb.ShowNeedResponse:
+        need = await self._matching.needs.show_need(current_caller(), request.need_id, shown=request.shown)
+        return pb.ShowNeedResponse(need=_need_message(need))
+
+    async def ListShownNeeds(self, request: pb.ListShownNeedsRequest, context: Any) -> pb.ListShownNeedsResponse:
+        found, token = await self._matching.desk.shown_needs(
+            current_caller(), page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.ListShownNeedsResponse(needs=map(_need_message, found), next_page_token=token)
+
+    async def ProposeProvider(self, request: pb.ProposeProviderRequest, context: Any) -> pb.ProposeProviderResponse:
+        offer = await self._matching.desk.propose(
+            current_caller(), request.need_id, request.provider_id, request.message
+        )
+        return pb.ProposeProviderResponse(offer=_offer_details(offer))
 
     async def ListMatches(self, request: pb.ListMatchesRequest, context: Any) -> pb.ListMatchesResponse:
         found, token = await self._matching.matches.list_matches(
@@ -365,6 +390,8 @@ def _need_message(need: Need) -> pb.Need:
         opened_by=need.opened_by,
         ended_us=_us(need.ended),
         correlation_id=need.correlation_id,
+        wait_for_round=need.waits,
+        shown_to_partners=need.shown,
     )
 
 
@@ -378,6 +405,9 @@ def _offer_details(offer: Offer) -> pb.OfferDetails:
         decided_us=_us(offer.decided),
         decision_reason=offer.decision_reason,
         ranker_version=offer.ranker_version,
+        origin=_ORIGINS[offer.origin],
+        round_id=offer.round_id,
+        message=offer.message,
     )
 
 

@@ -15,6 +15,18 @@ log = get_logger(__name__)
 INTERVAL_S = 1.0
 
 
+async def run_rounds(matching: Matching) -> None:
+    """Carry out rounds, until cancelled. A round that dies with its process is carried out by the next."""
+    while True:
+        try:
+            await matching.rounds.start_scheduled()
+            while await matching.rounds.carry_out():
+                pass
+        except (asyncpg.PostgresError, TryAgain) as error:
+            log.warning("rounds wait", error=repr(error))
+        await asyncio.sleep(INTERVAL_S)
+
+
 async def run(matching: Matching) -> None:
     """Until cancelled. Several processes may run it: each thing is done by whoever locks it first."""
     while True:

@@ -72,7 +72,10 @@ async def publish_world(publisher: Publisher) -> None:
                 kind="gearbox stand",
             )
             entries.append(("machine", machine.id, pb.DirectoryEntry(machine=machine)))
-    partners = [pb.Partner(id=partner_id, name="University") for partner_id in (PARTNER, OTHER_PARTNER)]
+    partners = [
+        pb.Partner(id=PARTNER, name="University", region="East Midlands"),
+        pb.Partner(id=OTHER_PARTNER, name="Enterprise Scotland", region="Scotland"),
+    ]
     entries += [("partner", partner.id, pb.DirectoryEntry(partner=partner)) for partner in partners]
     roles: Mapping[str, Any] = {
         "firm": {"role": pb.ROLE_FIRM, "firm_id": FIRM},
@@ -213,7 +216,12 @@ class Hub:
 
 @asynccontextmanager
 async def running_hub(
-    settings: Settings, *, publishing: bool = True, taking_alarms: bool = True, upkeep_runs: bool = True
+    settings: Settings,
+    *,
+    publishing: bool = True,
+    taking_alarms: bool = True,
+    upkeep_runs: bool = True,
+    limits: Limits | None = None,
 ) -> AsyncIterator[Hub]:
     """The parts of the api process in this loop, with a clock that can be moved."""
     cluster, clock = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix), ShiftedClock()
@@ -235,7 +243,7 @@ async def running_hub(
         index = ProviderIndex(pool, Ranker(embedder, today=functools.partial(today, clock)), embedder, clock=clock)
         stack.push_async_callback(index.close)
         relay = OutboxRelay(pool, publisher, schema="matching")
-        matching = Matching(pool, index, relay, directory, clock=clock, limits=Limits())
+        matching = Matching(pool, index, relay, directory, clock=clock, limits=limits or Limits())
         await directory.wait_caught_up()
         await index.refresh()
         tasks.append(asyncio.create_task(index.run()))

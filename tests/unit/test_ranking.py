@@ -261,6 +261,38 @@ class TestSameInputSameResult:
             assert np.isfinite(table[row, columns.index("full")])
 
 
+class TestOneProvider:
+    """What `explain` says of one provider is what `rank` says of it among all."""
+
+    @pytest.mark.parametrize("with_model", [True, False])
+    def test_the_same_parts_and_reasons(self, embedder: Embedder, with_model: bool) -> None:
+        ranker = _ranker(PROVIDERS, embedder if with_model else None)
+        for need, _ in JUDGED:
+            ranking = ranker.rank(need, limit=100)
+            for each in ranking.ranked:
+                alone = ranker.explain(need, each.provider_id, question=ranking.question)
+                assert alone.parts == pytest.approx(each.parts, abs=2e-6)
+                assert alone.matched_terms == each.matched_terms
+
+    def test_the_filters_that_take_it_out(self) -> None:
+        ranker = _ranker([replace(PROVIDERS[0], conflicts=frozenset({"f"}), capacity_left=0)])
+        need = Need(id="n", text="Frames twist.", firm_id="f")
+        assert ranker.codes(need, "weld") == (FilterCode.CONFLICT_OF_INTEREST, FilterCode.NO_CAPACITY)
+        assert ranker.codes(replace(need, firm_id="g"), "weld") == (FilterCode.NO_CAPACITY,)
+        with pytest.raises(UnknownProviderError):
+            ranker.codes(need, "nobody")
+
+    def test_a_table_in_a_given_order_of_providers(self, embedder: Embedder) -> None:
+        ranker = _ranker(PROVIDERS, embedder)
+        need = JUDGED[0][0]
+        questions = np.stack([ranker.question(need.text)])
+        every = dict(zip(ranker.provider_ids(), ranker.score_table([need], questions)[0], strict=True))
+        wanted = ["weld", "gone", "dye"]
+        some = ranker.score_table([need], questions, wanted)[0]
+        assert some.tolist() == [every["weld"], -np.inf, every["dye"]]
+        assert _ranker([]).score_table([need], questions, ["gone"]).tolist() == [[-np.inf]]
+
+
 class TestChange:
     def test_a_new_provider_shows_at_once(self, embedder: Embedder) -> None:
         ranker = _ranker(PROVIDERS, embedder)

@@ -151,7 +151,10 @@ class Matches:
         for match_id in due:
             async with transaction(self._pool) as connection:
                 match = await self._hold(connection, match_id)
-                if match is None or match.state is not MatchState.ACCEPTED:
+                if match is None:  # of an offer that has lapsed
+                    await places_store.release(connection, [match_id], Why.EXPIRED)
+                    continue
+                if match.state is not MatchState.ACCEPTED:
                     continue
                 match = replace(match, state=MatchState.EXPIRED, ended=now, end_reason="NOBODY_ENGAGED")
                 await self._undo(connection, match, Why.EXPIRED, by=None, reopen=True)

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 
 from prometheus_client import Counter
 
@@ -13,8 +13,7 @@ from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.common.outbox import OutboxRelay
-from services.matching import domain
-from services.matching.domain import FilterCode, Size
+from services.matching.domain import FilterCode
 from services.matching.index import ProviderIndex
 from services.matching.matches import Match
 from services.matching.needs import (
@@ -29,7 +28,8 @@ from services.matching.needs import (
     offer_id,
     quarter_of,
 )
-from services.matching.ranking import Ranking
+from services.matching.providers import ProviderRecord
+from services.matching.ranking import Ranked, Ranking
 from services.matching.service.checks import (
     NOTE_CHARACTERS_MAX,
     before_token,
@@ -45,7 +45,7 @@ from services.matching.store import needs as needs_store
 from services.matching.store import offers as offers_store
 from services.matching.store import places as places_store
 from services.matching.store import providers as providers_store
-from services.matching.store.places import Held
+from services.matching.store.places import Held, Why
 
 log = get_logger(__name__)
 
@@ -54,6 +54,8 @@ CANDIDATES_FIRST = 20
 WIDEN_BY = 10
 LAPSES_AT_ONCE_MAX = 200
 RETRIES_AT_ONCE_MAX = 20
+# A place that is reserved for an offer outlasts it by so much: giving it back is the offer's lapse, not the place's.
+PLACE_GRACE = timedelta(hours=1)
 
 # Acceptances refused because the provider had no place left.
 capacity_refused_total = Counter("smdih_matching_capacity_refused_total", "Acceptances refused for want of a place")
@@ -72,17 +74,7 @@ class Offers:
         self._tried: tuple[int, date] | None = None
 
     async def rank(self, need: Need, limit: int = CANDIDATES_FIRST) -> Ranking:
-        asked = domain.Need(
-            id=need.id,
-            text=need.text,
-            sic=need.sic,
-            region=need.region,
-            size=Size(need.size) if need.size in _SIZES else Size.SMALL,
-            urgency=need.urgency,
-            source=need.source,
-            firm_id=str(need.firm_id),
-        )
-        return await self._index.rank(asked, limit)
+        return await self._index.rank(need.for_ranking(), limit)
 
     async def choose(self, connection: Connection, need: Need, ranking: Ranking) -> tuple[list[Offer], str]:
         """The best providers with a free place, or why there is none. Looks further down than `ranking` while places are short."""
@@ -108,26 +100,14 @@ class Offers:
             log.info("no offers", need=need.id, reason=why, filtered_out=dict(ranking.excluded_counts))
             return [], why
         return [
-            Offer(
-                id=offer_id(need.id, each.provider_id, need.attempt),
-                attempt=need.attempt,
-                need_id=need.id,
-                firm_id=need.firm_id,
-                provider_id=each.provider_id,
-                partner_id=bookable[each.provider_id].partner_id,
-                provider_title=bookable[each.provider_id].title,
-                provider_kind=bookable[each.provider_id].kind,
+            offer_for(
+                need,
+                bookable[each.provider_id],
+                each,
                 rank=rank,
-                score=each.score,
-                parts=dict(each.parts),
-                reasons=tuple(each.reasons),
                 ranker_version=self._index.version,
                 made=now,
                 expires=now + self._limits.offer_lifetime,
-                need_text=need.text,
-                machine_id=need.machine_id,
-                alarm_id=need.alarm_ids[0] if need.alarm_ids else "",
-                correlation_id=need.correlation_id,
             )
             for rank, each in enumerate(chosen, start=1)
         ], ""
@@ -217,7 +197,10 @@ class Offers:
             engage_by=now + self._limits.engage_within,
         )
         asked = places_store.Ask(match.id, match.provider_id, match.quarter, now + self._limits.engage_within)
-        if (await places_store.reserve(connection, [asked]))[match.id] is not Held.HELD:
+        held = (await places_store.reserve(connection, [asked]))[match.id]
+        if offer.holds_place and held is Held.HELD:
+            await places_store.extend(connection, [match.id], now + self._limits.engage_within)
+        if held is not Held.HELD:
             capacity_refused_total.inc()
             raise Conflict(
                 "The provider has no place left in this quarter; accept another offer of the need.",
@@ -261,6 +244,7 @@ class Offers:
                         by=caller.credential_id,
                         reason=offer.decision_reason,
                     )
+                    await self._give_back(connection, [offer])
                     await publish_offers(connection, [offer])
                     await self._close_if_done(connection, need)
         self._relay.kick()
@@ -335,10 +319,17 @@ class Offers:
         now = self._now()
         for offer in offers:
             await offers_store.decide_offer(connection, offer.id, OfferState.LAPSED, decided=now, by=None, reason=why)
+        await self._give_back(connection, offers)
         await publish_offers(
             connection,
             [replace(offer, state=OfferState.LAPSED, decided=now, decision_reason=why) for offer in offers],
         )
+
+    async def _give_back(self, connection: Connection, offers: Sequence[Offer]) -> None:
+        held = [match_id(offer.id) for offer in offers if offer.holds_place]
+        if held:
+            await places_store.release(connection, held, Why.CANCELLED)
+            self._index.kick()
 
     async def _close_if_done(self, connection: Connection, need: Need) -> None:
         if need.state is not NeedState.OPEN:
@@ -354,7 +345,38 @@ class Offers:
         return from_us(self._clock.now_us())
 
 
-_SIZES = frozenset(Size)
+def offer_for(
+    need: Need,
+    provider: ProviderRecord,
+    ranked: Ranked,
+    *,
+    rank: int,
+    ranker_version: str,
+    made: datetime,
+    expires: datetime,
+) -> Offer:
+    """The offer of a provider for a need."""
+    return Offer(
+        id=offer_id(need.id, provider.id, need.attempt),
+        attempt=need.attempt,
+        need_id=need.id,
+        firm_id=need.firm_id,
+        provider_id=provider.id,
+        partner_id=provider.partner_id,
+        provider_title=provider.title,
+        provider_kind=provider.kind,
+        rank=rank,
+        score=ranked.score,
+        parts=dict(ranked.parts),
+        reasons=tuple(ranked.reasons),
+        ranker_version=ranker_version,
+        made=made,
+        expires=expires,
+        need_text=need.text,
+        machine_id=need.machine_id,
+        alarm_id=need.alarm_ids[0] if need.alarm_ids else "",
+        correlation_id=need.correlation_id,
+    )
 
 
 def _why_none(providers: int, ranking: Ranking) -> NoOffer:

@@ -10,7 +10,7 @@ import asyncpg
 
 from services.common.database import Connection
 from services.matching.domain import Kind
-from services.matching.needs import Lapse, Offer, OfferState
+from services.matching.needs import Lapse, Offer, OfferState, Origin
 
 Row = asyncpg.Record
 
@@ -19,8 +19,9 @@ async def add_offers(connection: Connection, offers: Sequence[Offer]) -> None:
     await connection.executemany(
         """
         INSERT INTO offer (id, need_id, firm_id, provider_id, partner_id, provider_title, provider_kind, rank, score,
-            parts, reasons, ranker_version, state, made, expires, attempt)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+            parts, reasons, ranker_version, state, made, expires, attempt,
+            origin, round_id, holds_place, message)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
         """,
         [
             (
@@ -40,6 +41,10 @@ async def add_offers(connection: Connection, offers: Sequence[Offer]) -> None:
                 offer.made,
                 offer.expires,
                 offer.attempt,
+                offer.origin,
+                offer.round_id or None,
+                offer.holds_place,
+                offer.message,
             )
             for offer in offers
         ],
@@ -162,4 +167,8 @@ def _offer(row: Row) -> Offer:
         decision_reason=row["decision_reason"],
         match_id=row["match_id"] or "",
         attempt=row["attempt"],
+        origin=Origin(row["origin"]),
+        round_id=row["round_id"] or "",
+        holds_place=row["holds_place"],
+        message=row["message"],
     )

@@ -18,7 +18,7 @@ Quarter = tuple[str, date]
 
 @dataclass(frozen=True)
 class Ask:
-    """A place that is wanted; `id` is that of the match it is for."""
+    """A place that is wanted; `id` is that of the match it is for, or of the match that an offer would become."""
 
     id: str
     provider_id: str
@@ -87,6 +87,16 @@ async def confirm(connection: Connection, ids: Collection[str]) -> set[str]:
         list(ids),
     )
     return {row["id"] for row in rows}
+
+
+async def extend(connection: Connection, ids: Collection[str], expires: datetime) -> None:
+    """Keep reserved places until another time."""
+    await connection.execute(
+        "WITH held AS (SELECT id FROM place WHERE id = ANY($1::text[]) ORDER BY id FOR NO KEY UPDATE) "
+        "UPDATE place SET expires = $2 FROM held WHERE place.id = held.id AND state = 'reserved'",
+        list(ids),
+        expires,
+    )
 
 
 async def release(connection: Connection, ids: Collection[str], why: Why) -> set[str]:

@@ -118,6 +118,14 @@ async def list_providers(
     return [_provider(row) for row in rows]
 
 
+async def live_providers(connection: Connection, *, quarter: date, today: date) -> list[ProviderRecord]:
+    """All that may be offered today, with the places taken in the quarter."""
+    rows = await connection.fetch(
+        f"{_PROVIDERS} WHERE p.active AND (p.expires_on IS NULL OR p.expires_on > $2)", quarter, today
+    )
+    return [_provider(row) for row in rows]
+
+
 async def providers_by_id(connection: Connection, provider_ids: Sequence[str]) -> dict[str, ProviderRecord]:
     """Withdrawn ones too; places taken are not looked up."""
     rows = await connection.fetch("SELECT *, 0 AS taken FROM provider WHERE id = ANY($1::text[])", list(provider_ids))
