@@ -20,6 +20,7 @@ QUARANTINE: Final = "smdih.ingest.quarantine.v1"
 DIRECTORY: Final = "smdih.ingest.directory.v1"
 ALARMS: Final = "smdih.anomaly.alarms.v1"
 OFFERS: Final = "smdih.matching.offers.v1"
+BOOKINGS: Final = "smdih.matching.bookings.v1"
 MATCHES: Final = "smdih.matching.matches.v1"
 AWARDS: Final = "smdih.funding.awards.v1"
 
@@ -33,6 +34,7 @@ TOPICS: Final = (
     Topic(DIRECTORY, partitions=1, retention_ms=None),
     Topic(ALARMS, partitions=4, retention_ms=90 * DAY_MS),
     Topic(OFFERS, partitions=4, retention_ms=90 * DAY_MS),
+    Topic(BOOKINGS, partitions=1, retention_ms=365 * DAY_MS),
     Topic(MATCHES, partitions=1, retention_ms=365 * DAY_MS),
     Topic(AWARDS, partitions=1, retention_ms=365 * DAY_MS),
     *(

@@ -18,15 +18,13 @@ from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.matching import api, upkeep
+from services.matching import edges, upkeep
 from services.matching.index import ProviderIndex
 from services.matching.needs import Limits
 from services.matching.ranking import Ranker
-from services.matching.rpc import MatchingServicer
 from services.matching.service import Matching
 from services.matching.stream import alarm_consumer
 from services.matching.text import Embedder
-from smdih.matching.v1 import matching_pb2, matching_pb2_grpc
 
 SCHEMA = "matching"
 USAGE = "usage: python -m services.matching.main api"
@@ -89,11 +87,11 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
-            register=[(matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching))],
-            service_names=[matching_pb2.DESCRIPTOR.services_by_name["MatchingService"].full_name],
+            register=edges.servicers(matching),
+            service_names=edges.SERVICE_NAMES,
         )
     )
-    app = application("SMDIH matching", runtime=runtime, directory=directory, routers=[api.router(matching)])
+    app = application("SMDIH matching", runtime=runtime, directory=directory, routers=edges.routers(matching))
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
     runtime.background("providers", index.run())
 

@@ -12,6 +12,7 @@ from services.matching.consents import Severity
 from services.matching.domain import Kind
 from services.matching.matches import Match, MatchState, Result
 from services.matching.needs import Offer, OfferState, event_id
+from services.matching.sessions import Booking, BookingState, Session
 from smdih.anomaly.v1 import events_pb2 as anomaly_pb
 from smdih.matching.v1 import events_pb2 as pb
 
@@ -97,6 +98,34 @@ def match_event(match: Match) -> bytes:
         partner_id=match.partner_id,
         result=pb.RESULT_UNSPECIFIED if match.result is None else RESULTS[match.result],
         correlation_id=match.correlation_id,
+    ).SerializeToString()
+
+
+BOOKING_STATES = {
+    BookingState.CONFIRMED: pb.BOOKING_STATE_CONFIRMED,
+    BookingState.WAITING: pb.BOOKING_STATE_WAITING,
+    BookingState.OFFERED: pb.BOOKING_STATE_OFFERED,
+    BookingState.CANCELLED: pb.BOOKING_STATE_CANCELLED,
+    BookingState.EXPIRED: pb.BOOKING_STATE_EXPIRED,
+}
+
+
+def booking_event(booking: Booking, session: Session) -> bytes:
+    """The event of the change that brought the booking into its state."""
+    return pb.BookingEvent(
+        event_id=event_id(booking.id, f"{booking.state}-{booking.sequence}"),
+        state=BOOKING_STATES[booking.state],
+        changed_us=to_us(booking.changed),
+        booking_id=booking.id,
+        session_id=session.id,
+        provider_id=session.provider_id,
+        partner_id=booking.partner_id,
+        firm_id=booking.firm_id,
+        title=session.title,
+        starts_us=to_us(session.starts),
+        ends_us=to_us(session.ends),
+        confirm_by_us=0 if booking.confirm_by is None else to_us(booking.confirm_by),
+        correlation_id=booking.correlation_id,
     ).SerializeToString()
 
 

@@ -24,17 +24,16 @@ from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime
 from services.common.settings import Settings
-from services.matching import api, upkeep
+from services.matching import edges, upkeep
 from services.matching.index import ProviderIndex
 from services.matching.needs import Limits
 from services.matching.ranking import Ranker
-from services.matching.rpc import MatchingServicer
 from services.matching.service import Matching
 from services.matching.stream import alarm_consumer
 from services.matching.text import Embedder
 from smdih.anomaly.v1 import events_pb2 as anomaly_pb
 from smdih.directory.v1 import directory_pb2
-from smdih.matching.v1 import events_pb2, matching_pb2_grpc
+from smdih.matching.v1 import events_pb2, matching_pb2_grpc, sessions_pb2_grpc
 
 FIRM, OTHER_FIRM = 1, 2
 PARTNER, OTHER_PARTNER = 1, 2
@@ -162,6 +161,7 @@ class Hub:
     publisher: Publisher
     client: httpx.AsyncClient
     stub: "matching_pb2_grpc.MatchingServiceAsyncStub"
+    sessions: "sessions_pb2_grpc.SessionServiceAsyncStub"
 
     async def call(self, who: str, method: str, path: str, json: Any = None) -> httpx.Response:
         headers = {"authorization": f"Bearer {KEYS[who]}"} if who else {}
@@ -253,15 +253,15 @@ async def running_hub(
             tasks.append(asyncio.create_task(alarm_consumer(cluster, pool, publisher, matching).run()))
         if upkeep_runs:
             tasks.append(asyncio.create_task(upkeep.run(matching)))
-        app = application("SMDIH matching", runtime=Runtime(), directory=directory, routers=[api.router(matching)])
+        app = application("SMDIH matching", runtime=Runtime(), directory=directory, routers=edges.routers(matching))
         http_port = await stack.enter_async_context(serve_http(app, host="127.0.0.1", port=0))
         grpc_port = await stack.enter_async_context(
             serve_rpc(
                 host="127.0.0.1",
                 port=0,
                 directory=directory,
-                register=[(matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching))],
-                service_names=["smdih.matching.v1.MatchingService"],
+                register=edges.servicers(matching),
+                service_names=edges.SERVICE_NAMES,
             )
         )
         client = await stack.enter_async_context(
@@ -269,7 +269,7 @@ async def running_hub(
         )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}"))
         stub = matching_pb2_grpc.MatchingServiceStub(channel)
-        yield Hub(matching, index, pool, clock, publisher, client, stub)
+        yield Hub(matching, index, pool, clock, publisher, client, stub, sessions_pb2_grpc.SessionServiceStub(channel))
 
 
 async def offer_events(cluster: Cluster) -> list[events_pb2.OfferEvent]:

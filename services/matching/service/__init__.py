@@ -15,6 +15,7 @@ from services.matching.service.needs import Needs
 from services.matching.service.offers import Offers
 from services.matching.service.providers import Providers
 from services.matching.service.rounds import Rounds
+from services.matching.service.sessions import Sessions
 
 
 class Matching:
@@ -37,4 +38,5 @@ class Matching:
         self.rounds = Rounds(pool, index, relay, self.offers, clock=clock, limits=limits)
         self.matches = Matches(pool, index, relay, clock=clock, limits=limits)
         self.assessors = Assessors(pool, index, directory)
+        self.sessions = Sessions(pool, relay, Known(directory), clock=clock)
         self.needs = Needs(pool, index, relay, directory, self.offers, clock=clock, limits=limits)
