@@ -21,6 +21,7 @@ DIRECTORY: Final = "smdih.ingest.directory.v1"
 ALARMS: Final = "smdih.anomaly.alarms.v1"
 OFFERS: Final = "smdih.matching.offers.v1"
 BOOKINGS: Final = "smdih.matching.bookings.v1"
+ROOMS: Final = "smdih.matching.rooms.v1"
 MATCHES: Final = "smdih.matching.matches.v1"
 AWARDS: Final = "smdih.funding.awards.v1"
 
@@ -35,6 +36,8 @@ TOPICS: Final = (
     Topic(ALARMS, partitions=4, retention_ms=90 * DAY_MS),
     Topic(OFFERS, partitions=4, retention_ms=90 * DAY_MS),
     Topic(BOOKINGS, partitions=1, retention_ms=365 * DAY_MS),
+    # One partition: every reader replays it whole, in order.
+    Topic(ROOMS, partitions=1, retention_ms=None),
     Topic(MATCHES, partitions=1, retention_ms=365 * DAY_MS),
     Topic(AWARDS, partitions=1, retention_ms=365 * DAY_MS),
     *(

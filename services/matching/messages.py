@@ -12,6 +12,7 @@ from services.matching.consents import Severity
 from services.matching.domain import Kind
 from services.matching.matches import Match, MatchState, Result
 from services.matching.needs import Offer, OfferState, event_id
+from services.matching.rooms import Room, RoomState
 from services.matching.sessions import Booking, BookingState, Session
 from smdih.anomaly.v1 import events_pb2 as anomaly_pb
 from smdih.matching.v1 import events_pb2 as pb
@@ -126,6 +127,35 @@ def booking_event(booking: Booking, session: Session) -> bytes:
         ends_us=to_us(session.ends),
         confirm_by_us=0 if booking.confirm_by is None else to_us(booking.confirm_by),
         correlation_id=booking.correlation_id,
+    ).SerializeToString()
+
+
+ROOM_STATES = {
+    RoomState.OPEN: pb.ROOM_STATE_OPEN,
+    RoomState.RECALLED: pb.ROOM_STATE_RECALLED,
+    RoomState.EXPIRED: pb.ROOM_STATE_EXPIRED,
+    RoomState.MATCH_ENDED: pb.ROOM_STATE_MATCH_ENDED,
+}
+
+
+def room_event(room: Room) -> bytes:
+    """The room as it is now."""
+    return pb.RoomEvent(
+        event_id=event_id(room.id, room.state),
+        state=ROOM_STATES[room.state],
+        changed_us=to_us(room.ended or room.opens),
+        room_id=room.id,
+        match_id=room.match_id,
+        firm_id=room.firm_id,
+        partner_id=room.partner_id,
+        provider_id=room.provider_id,
+        signal_ids=room.signal_ids,
+        purpose=room.purpose,
+        data_from_us=to_us(room.data_from),
+        data_until_us=to_us(room.data_until),
+        opens_us=to_us(room.opens),
+        closes_us=to_us(room.closes),
+        correlation_id=room.correlation_id,
     ).SerializeToString()
 
 

@@ -1,4 +1,4 @@
-"""What happens by itself: offers lapse, matches expire and close, freed seats pass on, needs without offers are tried again."""
+"""What happens by itself: offers lapse, matches, seats and rooms run out, and needs without offers are tried again."""
 
 import asyncio
 
@@ -9,6 +9,7 @@ from services.common.logs import get_logger
 from services.matching.service import Matching
 from services.matching.service.matches import CLOSINGS_AT_ONCE_MAX, EXPIRIES_AT_ONCE_MAX
 from services.matching.service.offers import LAPSES_AT_ONCE_MAX
+from services.matching.service.rooms import EXPIRIES_AT_ONCE_MAX as ROOM_EXPIRIES_AT_ONCE_MAX
 from services.matching.service.sessions import CONFIRMATIONS_AT_ONCE_MAX
 
 log = get_logger(__name__)
@@ -39,6 +40,8 @@ async def run(matching: Matching) -> None:
             while await matching.matches.close_due_matches() >= CLOSINGS_AT_ONCE_MAX:
                 pass
             while await matching.sessions.expire_due_bookings() >= CONFIRMATIONS_AT_ONCE_MAX:
+                pass
+            while await matching.rooms.expire_due_rooms() >= ROOM_EXPIRIES_AT_ONCE_MAX:
                 pass
             await matching.offers.offer_again()
         except (asyncpg.PostgresError, TryAgain) as error:

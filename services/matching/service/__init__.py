@@ -14,6 +14,7 @@ from services.matching.service.matches import Matches
 from services.matching.service.needs import Needs
 from services.matching.service.offers import Offers
 from services.matching.service.providers import Providers
+from services.matching.service.rooms import Rooms
 from services.matching.service.rounds import Rounds
 from services.matching.service.sessions import Sessions
 
@@ -38,5 +39,6 @@ class Matching:
         self.rounds = Rounds(pool, index, relay, self.offers, clock=clock, limits=limits)
         self.matches = Matches(pool, index, relay, clock=clock, limits=limits)
         self.assessors = Assessors(pool, index, directory)
+        self.rooms = Rooms(pool, relay, directory, Known(directory), clock=clock)
         self.sessions = Sessions(pool, relay, Known(directory), clock=clock)
         self.needs = Needs(pool, index, relay, directory, self.offers, clock=clock, limits=limits)

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from services.common.clock import Clock, from_us
 from services.common.database import Connection, Pool, transaction
-from services.common.errors import Conflict, Invalid, NotFound
+from services.common.errors import Conflict, Invalid
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.common.outbox import OutboxRelay
@@ -16,11 +16,12 @@ from services.matching.service.checks import (
     NOTE_CHARACTERS_MAX,
     before_token,
     check_text,
-    known_form,
     page_size_of,
     page_token_of,
 )
 from services.matching.service.publishing import publish_match, publish_offers
+from services.matching.service.rooms import end_rooms_of_match
+from services.matching.service.sight import match_seen_by
 from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
 from services.matching.store import offers as offers_store
@@ -198,6 +199,8 @@ class Matches:
     async def _keep(self, connection: Connection, match: Match, *, by: int | None = None) -> Match:
         with correlated(match.correlation_id):
             await matches_store.keep_match(connection, match, by=by)
+            if match.state not in (MatchState.ACCEPTED, MatchState.ENGAGED):
+                await end_rooms_of_match(connection, match.id, ended=match.changed)
             await publish_match(connection, match)
             log.info("match changed", match=match.id, state=match.state, need=match.need_id, provider=match.provider_id)
         return match
@@ -223,18 +226,6 @@ class Matches:
 
     def _now(self) -> datetime:
         return from_us(self._clock.now_us())
-
-
-async def match_seen_by(connection: Connection, caller: Caller, match_id: str) -> Match:
-    """Raises NotFound for what the caller has no part in."""
-    found = await matches_store.match(connection, known_form(match_id))
-    if found is None or not {
-        Role.OPERATOR: True,
-        Role.FIRM: found.firm_id == caller.firm_id,
-        Role.PARTNER: found.partner_id == caller.partner_id,
-    }.get(caller.role, False):
-        raise NotFound()
-    return found
 
 
 def _as_seen_by(caller: Caller, match: Match) -> Match:

@@ -32,7 +32,7 @@ from services.matching.service.checks import (
     page_token_of,
     session_token,
 )
-from services.matching.service.matches import match_seen_by
+from services.matching.service.sight import match_seen_by
 from services.matching.sessions import Booking, BookingState, Session, SessionState
 from services.matching.store import needs as needs_store
 from services.matching.store import providers as providers_store
