@@ -7,12 +7,16 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter
 
 from services.common.http import Authenticated
+from services.funding.applications import ApplicationService
+from services.funding.balances import BalanceService
+from services.funding.calls import CallService
+from services.funding.decisions import DecisionService
 from services.funding.domain import Application, ApplicationState, Call, CallState, Cost, CostCategory, Declaration
+from services.funding.judging import View
 from services.funding.rules.assistance import AssistanceKind
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition, Investor, Size
-from services.funding.service import FundingService, View
 
 _declaration = TypeAdapter(Declaration)
 
@@ -238,39 +242,43 @@ class TrialBalanceOut(_Out):
 PageSize = Annotated[int, Query(description="at most 100; 0 means 50")]
 
 
-def router(service: FundingService) -> APIRouter:
+def router(
+    *, calls: CallService, applications: ApplicationService, decisions: DecisionService, balances: BalanceService
+) -> APIRouter:
     """Calls, pre-check, applications and the trial balance."""
     routes = APIRouter(prefix="/v1")
 
     def call_out(call: Call) -> CallOut:
         fields = {name: getattr(call, name) for name in CallOut.model_fields if name != "state"}
-        return CallOut(state=service.state_of(call), **fields)
+        return CallOut(state=calls.state_of(call), **fields)
 
     @routes.post("/calls", status_code=201)
     async def create_call(caller: Authenticated, body: CallIn) -> CallOut:
-        return call_out(await service.create_call(caller, **body.model_dump()))
+        return call_out(await calls.create_call(caller, **body.model_dump()))
 
     @routes.get("/calls")
     async def list_calls(caller: Authenticated, page_size: PageSize = 0, page_token: str = "") -> CallPageOut:
-        calls, token = await service.list_calls(caller, page_size=page_size, page_token=page_token)
-        return CallPageOut(calls=[call_out(call) for call in calls], next_page_token=token)
+        found, token = await calls.list_calls(caller, page_size=page_size, page_token=page_token)
+        return CallPageOut(calls=[call_out(call) for call in found], next_page_token=token)
 
     @routes.get("/calls/{call_id}")
     async def get_call(caller: Authenticated, call_id: str) -> CallOut:
-        return call_out(await service.get_call(caller, call_id))
+        return call_out(await calls.get_call(caller, call_id))
 
     @routes.post("/pre-check")
     async def pre_check(caller: Authenticated, body: PreCheckIn) -> AssessmentOut:
         fields = body.model_dump(exclude={"declaration"})
         return AssessmentOut.model_validate(
-            await service.pre_check(caller, declaration=body.declaration.declared(), **fields)
+            await applications.pre_check(caller, declaration=body.declaration.declared(), **fields)
         )
 
     @routes.post("/applications", status_code=201)
     async def create_application(caller: Authenticated, body: ApplicationIn) -> ApplicationOut:
         fields = body.model_dump(exclude={"declaration", "costs"})
         costs = [Cost(category=cost.category, amount_pence=cost.amount_pence) for cost in body.costs]
-        view = await service.create_application(caller, declaration=body.declaration.declared(), costs=costs, **fields)
+        view = await applications.create_application(
+            caller, declaration=body.declaration.declared(), costs=costs, **fields
+        )
         return _application_out(view)
 
     @routes.get("/applications")
@@ -283,7 +291,7 @@ def router(service: FundingService) -> APIRouter:
         page_token: str = "",
     ) -> ApplicationPageOut:
         """Without pledges and assessment: a single application has them."""
-        found, token = await service.list_applications(
+        found, token = await applications.list_applications(
             caller, firm_id=firm_id, call_id=call_id, state=state, page_size=page_size, page_token=page_token
         )
         outs = [_out(application) for application in found]
@@ -291,37 +299,37 @@ def router(service: FundingService) -> APIRouter:
 
     @routes.get("/applications/{application_id}")
     async def get_application(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await service.get_application(caller, application_id))
+        return _application_out(await applications.get_application(caller, application_id))
 
     @routes.post("/applications/{application_id}/pledges", status_code=201)
     async def add_pledge(caller: Authenticated, application_id: str, body: PledgeIn) -> PledgeOut:
-        return PledgeOut.model_validate(await service.add_pledge(caller, application_id, **body.model_dump()))
+        return PledgeOut.model_validate(await applications.add_pledge(caller, application_id, **body.model_dump()))
 
     @routes.post("/applications/{application_id}/pledges/{pledge_id}/confirm")
     async def confirm_pledge(caller: Authenticated, application_id: str, pledge_id: str, body: EvidenceIn) -> PledgeOut:
         return PledgeOut.model_validate(
-            await service.confirm_pledge(caller, application_id, pledge_id, evidence=body.evidence)
+            await applications.confirm_pledge(caller, application_id, pledge_id, evidence=body.evidence)
         )
 
     @routes.post("/applications/{application_id}/submit")
     async def submit(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await service.submit(caller, application_id))
+        return _application_out(await applications.submit(caller, application_id))
 
     @routes.post("/applications/{application_id}/withdraw")
     async def withdraw(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await service.withdraw(caller, application_id))
+        return _application_out(await applications.withdraw(caller, application_id))
 
     @routes.post("/applications/{application_id}/waive-ratio")
     async def waive_ratio(caller: Authenticated, application_id: str, body: ReasonIn) -> ApplicationOut:
-        return _application_out(await service.waive_ratio(caller, application_id, reason=body.reason))
+        return _application_out(await decisions.waive_ratio(caller, application_id, reason=body.reason))
 
     @routes.post("/applications/{application_id}/decide")
     async def decide(caller: Authenticated, application_id: str, body: DecisionIn) -> ApplicationOut:
-        return _application_out(await service.decide(caller, application_id, award=body.award, reason=body.reason))
+        return _application_out(await decisions.decide(caller, application_id, award=body.award, reason=body.reason))
 
     @routes.get("/ledger/trial-balance")
     async def trial_balance(caller: Authenticated) -> TrialBalanceOut:
-        return TrialBalanceOut.model_validate(await service.trial_balance(caller))
+        return TrialBalanceOut.model_validate(await balances.trial_balance(caller))
 
     return routes
 

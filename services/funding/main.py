@@ -15,11 +15,15 @@ from services.common.settings import Settings
 from services.funding import agreement_api, api, ledger, open_data_api
 from services.funding.agreement_rpc import AgreementRpc
 from services.funding.agreements import AgreementService
+from services.funding.applications import ApplicationService
+from services.funding.balances import BalanceService, watch
+from services.funding.calls import CallService
+from services.funding.decisions import DecisionService
+from services.funding.judging import Judge
 from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
 from services.funding.rpc import FundingRpc
 from services.funding.rules.exact import gbp
-from services.funding.service import FundingService, watch
 from services.funding.stream import keep_matches
 from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, funding_pb2, funding_pb2_grpc
 
@@ -38,21 +42,29 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
     runtime.background("directory", directory.run())
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
-    service = FundingService(pool, table=load_parameters(), directory=directory, clock=clock, kick=relay.kick)
-    agreements = AgreementService(pool, table=load_parameters(), clock=clock, kick=relay.kick)
-    await service.open_programme()
+    table = load_parameters()
+    judge = Judge(table=table, clock=clock)
+    calls = CallService(pool, table=table, clock=clock)
+    applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
+    decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=relay.kick)
+    balances = BalanceService(pool)
+    agreements = AgreementService(pool, table=table, clock=clock, kick=relay.kick)
+    await calls.open_programme()
     matches = PositionedConsumer(
         cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.funding.matches", handler=keep_matches
     )
     runtime.background("matches", matches.run())
-    runtime.background("watch", watch(service))
+    runtime.background("watch", watch(balances))
     await runtime.enter(
         rpc.serve(
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
             register=[
-                (funding_pb2_grpc.add_FundingServiceServicer_to_server, FundingRpc(service)),
+                (
+                    funding_pb2_grpc.add_FundingServiceServicer_to_server,
+                    FundingRpc(calls=calls, applications=applications, decisions=decisions, balances=balances),
+                ),
                 (agreement_pb2_grpc.add_AgreementServiceServicer_to_server, AgreementRpc(agreements)),
             ],
             service_names=[
@@ -62,7 +74,11 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
         )
     )
     open_data = OpenDataService(pool, directory=directory, clock=clock)
-    routers = [api.router(service), agreement_api.router(agreements), open_data_api.router(open_data)]
+    routers = [
+        api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
+        agreement_api.router(agreements),
+        open_data_api.router(open_data),
+    ]
     app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=routers)
     await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
     runtime.ready_when("kafka", publisher.answers)

@@ -6,24 +6,38 @@ from typing import Any
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from services.funding import domain
+from services.funding.applications import ApplicationService
+from services.funding.balances import BalanceService
+from services.funding.calls import CallService
+from services.funding.decisions import DecisionService
+from services.funding.judging import View
 from services.funding.rules.assistance import AssistanceKind
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition, Investor
-from services.funding.service import FundingService, View
 from services.funding.words import number_of, word_of
 from smdih.funding.v1 import funding_pb2 as pb
 from smdih.funding.v1.funding_pb2_grpc import FundingServiceServicer
 
 
 class FundingRpc(FundingServiceServicer):
-    """Translates; what is right and who may do it is the service's business."""
+    """Translates; what is right and who may do it is the services' business."""
 
-    def __init__(self, service: FundingService) -> None:
-        self._service = service
+    def __init__(
+        self,
+        *,
+        calls: CallService,
+        applications: ApplicationService,
+        decisions: DecisionService,
+        balances: BalanceService,
+    ) -> None:
+        self._calls = calls
+        self._applications = applications
+        self._decisions = decisions
+        self._balances = balances
 
     async def CreateCall(self, request: pb.CreateCallRequest, context: Any) -> pb.CreateCallResponse:
-        call = await self._service.create_call(
+        call = await self._calls.create_call(
             current_caller(),
             request_id=request.request_id,
             title=request.title,
@@ -38,16 +52,16 @@ class FundingRpc(FundingServiceServicer):
         return pb.CreateCallResponse(call=self._call(call))
 
     async def ListCalls(self, request: pb.ListCallsRequest, context: Any) -> pb.ListCallsResponse:
-        calls, token = await self._service.list_calls(
+        calls, token = await self._calls.list_calls(
             current_caller(), page_size=request.page_size, page_token=request.page_token
         )
         return pb.ListCallsResponse(calls=[self._call(call) for call in calls], next_page_token=token)
 
     async def GetCall(self, request: pb.GetCallRequest, context: Any) -> pb.GetCallResponse:
-        return pb.GetCallResponse(call=self._call(await self._service.get_call(current_caller(), request.call_id)))
+        return pb.GetCallResponse(call=self._call(await self._calls.get_call(current_caller(), request.call_id)))
 
     async def PreCheck(self, request: pb.PreCheckRequest, context: Any) -> pb.PreCheckResponse:
-        assessment = await self._service.pre_check(
+        assessment = await self._applications.pre_check(
             current_caller(),
             call_id=request.call_id,
             declaration=_declared(request.declaration),
@@ -61,7 +75,7 @@ class FundingRpc(FundingServiceServicer):
     async def CreateApplication(
         self, request: pb.CreateApplicationRequest, context: Any
     ) -> pb.CreateApplicationResponse:
-        view = await self._service.create_application(
+        view = await self._applications.create_application(
             current_caller(),
             request_id=request.request_id,
             call_id=request.call_id,
@@ -80,11 +94,11 @@ class FundingRpc(FundingServiceServicer):
         return pb.CreateApplicationResponse(application=_view(view))
 
     async def GetApplication(self, request: pb.GetApplicationRequest, context: Any) -> pb.GetApplicationResponse:
-        view = await self._service.get_application(current_caller(), request.application_id)
+        view = await self._applications.get_application(current_caller(), request.application_id)
         return pb.GetApplicationResponse(application=_view(view))
 
     async def ListApplications(self, request: pb.ListApplicationsRequest, context: Any) -> pb.ListApplicationsResponse:
-        found, token = await self._service.list_applications(
+        found, token = await self._applications.list_applications(
             current_caller(),
             firm_id=request.firm_id,
             call_id=request.call_id,
@@ -99,7 +113,7 @@ class FundingRpc(FundingServiceServicer):
         )
 
     async def AddPledge(self, request: pb.AddPledgeRequest, context: Any) -> pb.AddPledgeResponse:
-        pledge = await self._service.add_pledge(
+        pledge = await self._applications.add_pledge(
             current_caller(),
             request.application_id,
             request_id=request.request_id,
@@ -111,7 +125,7 @@ class FundingRpc(FundingServiceServicer):
         return pb.AddPledgeResponse(pledge=_pledge(pledge))
 
     async def ConfirmPledge(self, request: pb.ConfirmPledgeRequest, context: Any) -> pb.ConfirmPledgeResponse:
-        pledge = await self._service.confirm_pledge(
+        pledge = await self._applications.confirm_pledge(
             current_caller(), request.application_id, request.pledge_id, evidence=request.evidence
         )
         return pb.ConfirmPledgeResponse(pledge=_pledge(pledge))
@@ -119,23 +133,23 @@ class FundingRpc(FundingServiceServicer):
     async def SubmitApplication(
         self, request: pb.SubmitApplicationRequest, context: Any
     ) -> pb.SubmitApplicationResponse:
-        view = await self._service.submit(current_caller(), request.application_id)
+        view = await self._applications.submit(current_caller(), request.application_id)
         return pb.SubmitApplicationResponse(application=_view(view))
 
     async def WithdrawApplication(
         self, request: pb.WithdrawApplicationRequest, context: Any
     ) -> pb.WithdrawApplicationResponse:
-        view = await self._service.withdraw(current_caller(), request.application_id)
+        view = await self._applications.withdraw(current_caller(), request.application_id)
         return pb.WithdrawApplicationResponse(application=_view(view))
 
     async def WaiveRatio(self, request: pb.WaiveRatioRequest, context: Any) -> pb.WaiveRatioResponse:
-        view = await self._service.waive_ratio(current_caller(), request.application_id, reason=request.reason)
+        view = await self._decisions.waive_ratio(current_caller(), request.application_id, reason=request.reason)
         return pb.WaiveRatioResponse(application=_view(view))
 
     async def Decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
         if request.decision not in (pb.DECISION_AWARD, pb.DECISION_REJECT):
             raise Invalid("decision is DECISION_AWARD or DECISION_REJECT.", reason="DECISION_MISSING")
-        view = await self._service.decide(
+        view = await self._decisions.decide(
             current_caller(),
             request.application_id,
             award=request.decision == pb.DECISION_AWARD,
@@ -144,7 +158,7 @@ class FundingRpc(FundingServiceServicer):
         return pb.DecideResponse(application=_view(view))
 
     async def TrialBalance(self, request: pb.TrialBalanceRequest, context: Any) -> pb.TrialBalanceResponse:
-        trial = await self._service.trial_balance(current_caller())
+        trial = await self._balances.trial_balance(current_caller())
         return pb.TrialBalanceResponse(
             accounts=[
                 pb.AccountBalance(
@@ -166,7 +180,7 @@ class FundingRpc(FundingServiceServicer):
         return pb.Call(
             id=call.id,
             title=call.title,
-            state=number_of(pb.CallState, "CALL_STATE", self._service.state_of(call)),
+            state=number_of(pb.CallState, "CALL_STATE", self._calls.state_of(call)),
             opens_us=call.opens_us,
             closes_us=call.closes_us,
             category=number_of(pb.Category, "CATEGORY", call.category),

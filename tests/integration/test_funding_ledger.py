@@ -13,7 +13,7 @@ import pytest_asyncio
 from services.common.clock import SystemClock
 from services.common.database import Pool, create_pool, transaction
 from services.common.errors import Invalid
-from services.funding import ledger, programme, store
+from services.funding import award_store, call_store, ledger, programme
 from services.funding.domain import AMOUNT_PENCE_MAX, Call
 from services.funding.ledger import (
     CALL_KINDS,
@@ -55,7 +55,7 @@ async def new_call(pool: Pool, budget_pence: int = 0) -> str:
         created_us=CLOCK.now_us(),
     )
     async with transaction(pool) as connection:
-        await store.add_call(connection, call, request_id=call_id, content_sha256=b"")
+        await call_store.add_call(connection, call, request_id=call_id, content_sha256=b"")
         await ledger.open_accounts(connection, call_id)
         if budget_pence:
             to = AccountKind.PROGRAMME_BUDGET
@@ -222,7 +222,7 @@ async def test_what_is_written_stays_written(pool: Pool, statement: str) -> None
     call_id = await new_call(pool, 1_000)
     if "audit" in statement:
         async with transaction(pool) as connection:
-            await store.audit(connection, "a", credential_id=1, now_us=1, call_id=call_id, detail={})
+            await award_store.audit(connection, "a", credential_id=1, now_us=1, call_id=call_id, detail={})
     with pytest.raises(asyncpg.IntegrityConstraintViolationError, match="refused"):
         await pool.execute(statement)
     await assert_in_order(pool)

@@ -1,0 +1,77 @@
+"""Awards and the audit record in the database: SQL in, domain types out. Every function works in the caller's transaction."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import asyncpg
+from pydantic import TypeAdapter
+
+from services.common.clock import from_us, to_us
+from services.common.database import Connection
+from services.common.logs import current_correlation_id
+from services.funding.checks import Given
+from services.funding.domain import Award, Finding
+
+_findings = TypeAdapter(tuple[Finding, ...])
+_detail = TypeAdapter(dict[str, str | int])
+
+
+async def add_award(connection: Connection, award: Award) -> None:
+    await connection.execute(
+        "INSERT INTO award (id, application_id, call_id, firm_id, match_id, grant_pence, co_investment_pence, awarded, "
+        "awarded_on, parameters_version, database_entry_due, findings, correlation_id) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        award.id,
+        award.application_id,
+        award.call_id,
+        award.firm_id,
+        award.match_id,
+        award.grant_pence,
+        award.co_investment_pence,
+        from_us(award.awarded_us),
+        award.awarded_on,
+        award.parameters_version,
+        award.database_entry_due,
+        _findings.dump_json(award.findings).decode(),
+        award.correlation_id,
+    )
+
+
+async def given_to(connection: Connection, firm_id: int) -> list[Given]:
+    """What this fund has awarded to the firm; of an award that has ended, what it came to."""
+    rows = await connection.fetch(
+        "SELECT w.awarded_on, w.grant_pence - coalesce(g.restored_pence, 0) AS grant_pence "
+        "FROM award w LEFT JOIN agreement g ON g.award_id = w.id WHERE w.firm_id = $1",
+        firm_id,
+    )
+    return [Given(on=row["awarded_on"], amount_pence=row["grant_pence"]) for row in rows]
+
+
+def award_from(row: asyncpg.Record) -> Award:
+    fields: dict[str, Any] = dict(row)
+    findings = _findings.validate_json(fields.pop("findings"))
+    return Award(awarded_us=to_us(fields.pop("awarded")), findings=findings, **fields)
+
+
+async def audit(
+    connection: Connection,
+    action: str,
+    *,
+    credential_id: int,
+    now_us: int,
+    call_id: str,
+    application_id: str | None = None,
+    detail: Mapping[str, str | int],
+) -> None:
+    """Who did what. Append-only, in the transaction of what was done."""
+    await connection.execute(
+        "INSERT INTO audit (at, credential_id, action, call_id, application_id, detail, correlation_id) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        from_us(now_us),
+        credential_id,
+        action,
+        call_id,
+        application_id,
+        _detail.dump_json(dict(detail)).decode(),
+        current_correlation_id(),
+    )
