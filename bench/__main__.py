@@ -17,6 +17,7 @@ import asyncpg
 import httpx
 import numpy as np
 
+from bench import funding
 from bench.plant import SIGNALS, Plant, frames, register, seconds
 from localstack.hub import Hub
 from localstack.servers import LOCAL, LocalServers, Servers, named_in_environment
@@ -215,6 +216,7 @@ async def main() -> None:
             await door_to_stored(hub, database, limits)
             await historian(hub, database, limits)
             await door_to_stored_small(hub, database)
+            await funding.measure(hub.settings.database_dsn, tell)
             await database.close()
         finally:
             await hub.stop()

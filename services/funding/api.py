@@ -85,6 +85,12 @@ class CallIn(_In):
     in_kind_allowed: StrictBool = False
 
 
+class BudgetIn(_In):
+    request_id: str
+    change_pence: StrictInt = Field(description="above zero: from the programme, below zero: back to it")
+    reason: str
+
+
 class PreCheckIn(_In):
     call_id: str
     declaration: DeclarationIn
@@ -264,6 +270,11 @@ def router(
     @routes.get("/calls/{call_id}")
     async def get_call(caller: Authenticated, call_id: str) -> CallOut:
         return call_out(await calls.get_call(caller, call_id))
+
+    @routes.post("/calls/{call_id}/budget")
+    async def move_budget(caller: Authenticated, call_id: str, body: BudgetIn) -> CallOut:
+        """Operators: more from the programme, or, below zero, back to it."""
+        return call_out(await calls.move_budget(caller, call_id, **body.model_dump()))
 
     @routes.post("/pre-check")
     async def pre_check(caller: Authenticated, body: PreCheckIn) -> AssessmentOut:

@@ -1,6 +1,7 @@
 """Awards and the audit record in the database: SQL in, domain types out. Every function works in the caller's transaction."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
@@ -51,6 +52,31 @@ def award_from(row: asyncpg.Record) -> Award:
     fields: dict[str, Any] = dict(row)
     findings = _findings.validate_json(fields.pop("findings"))
     return Award(awarded_us=to_us(fields.pop("awarded")), findings=findings, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What the audit record says of something that was done."""
+
+    action: str
+    call_id: str | None = None
+    application_id: str | None = None
+    detail: Mapping[str, str | int]
+
+
+async def audit_all(connection: Connection, notes: Sequence[tuple[int, Note, str]], *, now_us: int) -> None:
+    """Notes of several people, each with the credential and the correlation id, in one statement."""
+    await connection.execute(
+        "INSERT INTO audit (at, credential_id, action, call_id, application_id, detail, correlation_id) "
+        "SELECT $1, n.* FROM unnest($2::bigint[], $3::text[], $4::text[], $5::text[], $6::jsonb[], $7::text[]) AS n",
+        from_us(now_us),
+        [credential_id for credential_id, _, _ in notes],
+        [note.action for _, note, _ in notes],
+        [note.call_id for _, note, _ in notes],
+        [note.application_id for _, note, _ in notes],
+        [_detail.dump_json(dict(note.detail)).decode() for _, note, _ in notes],
+        [correlation_id for _, _, correlation_id in notes],
+    )
 
 
 async def audit(

@@ -40,10 +40,13 @@ async def match_of(connection: Connection, match_id: str) -> Match | None:
 
 # Calls
 
+# The budget is what the ledger has of it: what the call was given, with what was moved in or out since.
 _CALL = (
-    "SELECT c.*, a.committed_pence FROM call c CROSS JOIN LATERAL ("
-    "  SELECT sum(balance_pence)::bigint AS committed_pence FROM ledger_account WHERE call_id = c.id "
-    "  AND kind IN ('public_committed', 'public_held', 'public_paid', 'public_recovered')) a "
+    "SELECT c.*, a.committed_pence, a.left_pence FROM call c CROSS JOIN LATERAL ("
+    "  SELECT coalesce(sum(balance_pence) FILTER (WHERE kind <> 'public_budget'), 0)::bigint AS committed_pence, "
+    "    coalesce(sum(balance_pence) FILTER (WHERE kind = 'public_budget'), 0)::bigint AS left_pence "
+    "  FROM ledger_account WHERE call_id = c.id AND kind IN "
+    "    ('public_budget', 'public_committed', 'public_held', 'public_paid', 'public_recovered')) a "
 )
 
 
@@ -95,7 +98,7 @@ def _call(row: asyncpg.Record) -> Call:
     return Call(
         id=row["id"],
         title=row["title"],
-        budget_pence=row["budget_pence"],
+        budget_pence=row["committed_pence"] + row["left_pence"],
         opens_us=to_us(row["opens"]),
         closes_us=to_us(row["closes"]),
         category=Category(row["category"]),

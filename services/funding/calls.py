@@ -8,6 +8,7 @@ from services.common.database import Pool, transaction
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from services.funding import award_store, call_store, ledger, programme
+from services.funding.award_store import Note
 from services.funding.domain import (
     TITLE_CHARACTERS_MAX,
     Call,
@@ -19,7 +20,9 @@ from services.funding.domain import (
     checked_times,
     uk_day,
 )
+from services.funding.journal import Journal
 from services.funding.judging import call_of, there
+from services.funding.ledger import Account, AccountKind, Event, Purpose, Transfer
 from services.funding.paging import next_token, page
 from services.funding.parameters import ParameterTable
 from services.funding.requests import check_same, content_sha256, understood
@@ -32,8 +35,9 @@ log = get_logger(__name__)
 class CallService:
     """The use cases. Every method takes the caller first and raises Forbidden or NotFound where it may not or cannot see."""
 
-    def __init__(self, pool: Pool, *, table: ParameterTable, clock: Clock) -> None:
+    def __init__(self, pool: Pool, *, journal: Journal, table: ParameterTable, clock: Clock) -> None:
         self._pool = pool
+        self._journal = journal
         self._table = table
         self._clock = clock
 
@@ -98,6 +102,38 @@ class CallService:
             )
         log.info("call created", call_id=call.id, budget_pence=call.budget_pence)
         return call
+
+    async def move_budget(
+        self, caller: Caller, call_id: str, *, request_id: str, change_pence: int, reason: str
+    ) -> Call:
+        """Give a call more of what the programme has left, or (below zero) return what the call has promised nobody."""
+        caller.require(Role.OPERATOR)
+        with understood():
+            checked_request_id(request_id)
+            checked_amount("change_pence without its sign", abs(change_pence))
+            reason = checked_text("reason", reason)
+        async with transaction(self._pool) as connection:
+            await call_of(connection, call_id)
+        of_call = Account(call_id, AccountKind.PUBLIC_BUDGET)
+        more = change_pence > 0
+        moved = Transfer(
+            debit=programme.BUDGET if more else of_call,
+            credit=of_call if more else programme.BUDGET,
+            amount_pence=abs(change_pence),
+            purpose=Purpose.BUDGET_MOVED,
+            subject_id=f"{call_id}/{request_id}",
+        )
+        event = Event(
+            request_id=f"call:{call_id}:moved:{request_id}",
+            kind="budget_moved",
+            transfers=(moved,),
+            credential_id=caller.credential_id,
+        )
+        detail: dict[str, str | int] = {"change_pence": change_pence, "reason": reason}
+        await self._journal.post(event, Note(action="budget_moved", call_id=call_id, detail=detail))
+        log.info("budget moved", call_id=call_id, change_pence=change_pence)
+        async with transaction(self._pool) as connection:
+            return await call_of(connection, call_id)
 
     async def get_call(self, caller: Caller, call_id: str) -> Call:
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)

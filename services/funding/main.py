@@ -12,13 +12,14 @@ from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.funding import agreement_api, api, ledger, open_data_api
+from services.funding import agreement_api, api, ledger, ledger_replay, open_data_api
 from services.funding.agreement_rpc import AgreementRpc
 from services.funding.agreements import AgreementService
 from services.funding.applications import ApplicationService
 from services.funding.balances import BalanceService, watch
 from services.funding.calls import CallService
 from services.funding.decisions import DecisionService
+from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
@@ -44,7 +45,9 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
     runtime.background("outbox", relay.run())
     table = load_parameters()
     judge = Judge(table=table, clock=clock)
-    calls = CallService(pool, table=table, clock=clock)
+    journal = Journal(pool, clock)
+    runtime.on_stop(journal.close)
+    calls = CallService(pool, journal=journal, table=table, clock=clock)
     applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
     decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=relay.kick)
     balances = BalanceService(pool)
@@ -98,17 +101,17 @@ async def trial_balance(pool: Pool) -> int:
     return 0 if trial.in_order else 1
 
 
-async def replay(pool: Pool) -> int:
+async def replay_all(pool: Pool) -> int:
     """Rebuild hashes and balances from the rows and print what differs; 0 when nothing does, else 1."""
     async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
-        read = await ledger.replay(connection)
+        read = await ledger_replay.replay(connection)
     for fault in read.faults:
         _say(fault)
     _say(f"{len(read.faults)} faults in {read.events} events, {read.transfers} transfers, head {read.head_hash}")
     return 1 if read.faults else 0
 
 
-CHECKS = {"trial-balance": trial_balance, "replay": replay}
+CHECKS = {"trial-balance": trial_balance, "replay": replay_all}
 
 
 async def check(name: str, settings: Settings) -> int:

@@ -60,6 +60,16 @@ class FundingRpc(FundingServiceServicer):
     async def GetCall(self, request: pb.GetCallRequest, context: Any) -> pb.GetCallResponse:
         return pb.GetCallResponse(call=self._call(await self._calls.get_call(current_caller(), request.call_id)))
 
+    async def MoveBudget(self, request: pb.MoveBudgetRequest, context: Any) -> pb.MoveBudgetResponse:
+        call = await self._calls.move_budget(
+            current_caller(),
+            request.call_id,
+            request_id=request.request_id,
+            change_pence=request.change_pence,
+            reason=request.reason,
+        )
+        return pb.MoveBudgetResponse(call=self._call(call))
+
     async def PreCheck(self, request: pb.PreCheckRequest, context: Any) -> pb.PreCheckResponse:
         assessment = await self._applications.pre_check(
             current_caller(),

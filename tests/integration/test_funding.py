@@ -26,8 +26,8 @@ from services.common.directory import entity_key
 from services.common.identity import Role, key_prefix, key_sha256, new_key
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
-from services.funding import ledger
 from services.funding.domain import uk_day
+from services.funding.ledger_replay import replay
 from services.funding.rules.calendar import add_months
 from smdih.directory.v1 import directory_pb2
 from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, events_pb2, funding_pb2, funding_pb2_grpc
@@ -124,7 +124,7 @@ class Hub:
         connection = await asyncpg.connect(self.dsn, server_settings={"search_path": "funding"})
         try:
             async with connection.transaction(isolation="repeatable_read", readonly=True):
-                assert (await ledger.replay(connection)).faults == ()
+                assert (await replay(connection)).faults == ()
         finally:
             await connection.close()
 
@@ -1039,6 +1039,31 @@ async def test_an_award_above_the_limit_is_listed_until_its_subsidy_entry_is_mad
         assert (await hub.ask("POST", f"{where}/{due['id']}", {"reference": "SC10001"})).status_code == 204
     left = [entry["award_id"] for entry in (await hub.done("GET", where))["entries"]]
     assert due["id"] not in left
+
+
+async def test_a_budget_moves_between_programme_and_call_as_far_as_it_is_free(hub: Hub) -> None:
+    call = await hub.call(budget_pence=1_000_00)
+    path, fund = f"/v1/calls/{call['id']}/budget", await hub.done("GET", "/v1/fund")
+    back = {"request_id": "back", "change_pence": -400_00, "reason": "less demand than planned"}
+    for process in (0, 1):  # the second is a repeat, to the other process
+        moved = await hub.done("POST", path, back, process=process)
+        assert (moved["budget_pence"], moved["left_pence"], moved["committed_pence"]) == (600_00, 600_00, 0)
+    assert (await hub.done("GET", "/v1/fund"))["unallotted_pence"] == fund["unallotted_pence"] + 400_00
+    more = await hub.done("POST", path, {**back, "request_id": "more", "change_pence": 100_00})
+    assert more["budget_pence"] == 700_00
+    await hub.refused(409, "BUDGET_EXHAUSTED", "POST", path, {**back, "request_id": "all", "change_pence": -700_01})
+    await hub.refused(409, "REQUEST_ID_REUSED", "POST", path, {**back, "change_pence": -400_01})
+    await hub.refused(400, "AMOUNT_OUT_OF_RANGE", "POST", path, {**back, "request_id": "none", "change_pence": 0})
+    await hub.refused(404, "CALL_UNKNOWN", "POST", "/v1/calls/none/budget", back)
+    for who in ("firm", "partner", "device"):
+        await hub.refused(403, "FORBIDDEN", "POST", path, back, who=who)
+    await hub.refused(401, "UNAUTHENTICATED", "POST", path, back, who="")
+    connection = await asyncpg.connect(hub.dsn)
+    noted = "SELECT count(*) FROM funding.audit WHERE call_id = $1 AND action = 'budget_moved'"
+    assert await connection.fetchval(noted, call["id"]) == 2
+    await connection.close()
+    await hub.trial_balance()
+    await hub.assert_replay_agrees()
 
 
 async def test_calls_that_race_for_the_last_of_the_programme_get_no_more_than_there_is(hub: Hub) -> None:

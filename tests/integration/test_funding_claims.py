@@ -25,8 +25,10 @@ from services.funding.award_store import given_to
 from services.funding.calls import CallService
 from services.funding.decisions import DecisionService
 from services.funding.domain import Cost, CostCategory, Declaration, Match, SizeFigures
+from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.ledger import AccountKind
+from services.funding.ledger_replay import replay
 from services.funding.parameters import load_parameters
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
@@ -162,7 +164,7 @@ class Fund:
     async def assert_in_order(self) -> None:
         async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
             assert (await ledger.trial_balance(connection)).in_order
-            assert (await ledger.replay(connection)).faults == ()
+            assert (await replay(connection)).faults == ()
 
 
 def line(pence: int, category: CostCategory = CostCategory.LABOUR, evidence: str = "") -> CostLine:
@@ -183,7 +185,7 @@ async def fund(dsn: str, cluster: Cluster) -> AsyncIterator[Fund]:
     directory = Directory(cluster, clock=clock, kinds=("firm",))
     directory.firms[FIRM_ID] = directory_pb2.Firm(id=FIRM_ID, name="Firm", sic="25.62")
     judge = Judge(table=table, clock=clock)
-    calls = CallService(pool, table=table, clock=clock)
+    calls = CallService(pool, journal=Journal(pool, clock), table=table, clock=clock)
     applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
     decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=lambda: None)
     await calls.open_programme()
