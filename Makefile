@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR):$(CURDIR)/gen
 
-.PHONY: help setup demo test test-unit bench check format up down lock clean
+.PHONY: help setup demo test test-unit bench chaos check format up down lock clean
 
 help: ## list the targets
 	@awk -F ":.*## " '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test-unit: setup ## only the tests that need no server
 
 bench: setup ## how fast it is, as ratios to limits of the same run (JSON lines)
 	@$(PY) -m bench
+
+chaos: setup ## faults under load, judged by what was acknowledged (JSON lines; about 20 minutes)
+	@$(PY) -m chaos
 
 check: setup ## what CI runs before the tests: style, types, import rules, contracts, docs
 	@.venv/bin/ruff check .

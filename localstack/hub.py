@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,25 @@ class Hub:
     """The hub's processes on given servers. Logs go to `folder`/<name>.log."""
 
     def __init__(
-        self, servers: Servers, folder: Path, *, topic_prefix: str = "", roles: Collection[str] | None = None
+        self,
+        servers: Servers,
+        folder: Path,
+        *,
+        topic_prefix: str = "",
+        roles: Collection[str] | None = None,
+        copies: Mapping[str, int] | None = None,
     ) -> None:
+        """`roles`: only these, by name. `copies`: more than one process of a role; the second is called NAME-2."""
         self._folder = folder
         self.settings = Settings(
             kafka_bootstrap=servers.kafka_bootstrap, database_dsn=servers.database_dsn, kafka_topic_prefix=topic_prefix
         )
-        self._roles = [role for role in ROLES if roles is None or role.name in roles]
+        self._roles = [
+            role if number == 1 else replace(role, name=f"{role.name}-{number}")
+            for role in ROLES
+            if roles is None or role.name in roles
+            for number in range(1, (copies or {}).get(role.name, 1) + 1)
+        ]
         self.processes: dict[str, Running] = {}
         self.operator_key = ""
         self._stopping = False

@@ -1,6 +1,7 @@
 """A real Kafka and a real TimescaleDB on this machine: started on free ports, found again, and stopped by who started them."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -74,6 +75,7 @@ class LocalServers:
             raise ServersError("the local servers are not installed: run `make setup`")
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._read() or {"secret": secrets.token_hex(16), "kafka": {}, "postgres": {}}
+        self._write(state)
         await asyncio.gather(self._start_kafka(state), self._start_postgres(state))
         servers = Servers(
             kafka_bootstrap=f"127.0.0.1:{state['kafka']['port']}",
@@ -124,6 +126,26 @@ class LocalServers:
         state = self._read()
         assert state is not None
         await self._start_kafka(state)
+        await self._prove_kafka(Servers(f"127.0.0.1:{state['kafka']['port']}", ""), state)
+
+    def pause_kafka(self, paused: bool) -> None:
+        """Stop the broker from answering while its connections stay open, or let it go on."""
+        state = self._read()
+        process = self._running(state["kafka"]) if state else None
+        if process is not None:
+            (process.suspend if paused else process.resume)()
+
+    def kill_postgres(self) -> None:
+        """SIGKILL the database server and every process of it."""
+        state = self._read()
+        server = self._running(state["postgres"]) if state else None
+        if server is None:
+            return
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
 
     async def stop_postgres_at_once(self) -> None:
         """Stop the database without a clean shutdown, as a crash would."""
@@ -201,7 +223,7 @@ class LocalServers:
                 start_new_session=True,
             )
         kafka["pid"], kafka["started"] = process.pid, psutil.Process(process.pid).create_time()
-        self._write(state)
+        self._write_part("kafka", kafka)
 
     async def _start_postgres(self, state: dict[str, Any]) -> None:
         postgres = state["postgres"]
@@ -244,7 +266,7 @@ class LocalServers:
         )
         pid = int((data / "postmaster.pid").read_text().split("\n")[0])
         postgres["pid"], postgres["started"] = pid, psutil.Process(pid).create_time()
-        self._write(state)
+        self._write_part("postgres", postgres)
 
     async def _pg(self, program: str, *arguments: str) -> None:
         command = ["chroot", "--userspec=postgres:postgres", str(PG_ROOT), f"{PG_BIN}/{program}", *arguments]
@@ -293,6 +315,12 @@ class LocalServers:
             return None
         state: dict[str, Any] = json.loads(self._state_file.read_text())
         return state
+
+    def _write_part(self, part: str, found: dict[str, Any]) -> None:
+        # The other one may have been started anew meanwhile.
+        state = self._read()
+        assert state is not None
+        self._write({**state, part: found})
 
     def _write(self, state: dict[str, Any]) -> None:
         temporary = self._state_file.with_suffix(".tmp")
