@@ -433,7 +433,7 @@ class AgreementService:
         self._kick()
 
     async def _assistance(self, connection: Connection, agreement: Agreement, elsewhere_pence: int) -> AssistanceCheck:
-        """The grant beside what others gave the group, as it says, and what this fund gave the firm, as it knows itself."""
+        """The grant beside what others gave the group, as it says, and what this fund gave it, as it knows itself."""
         award = agreement.award
         here = await given_to(connection, award.firm_id)
         here.remove(Given(on=award.awarded_on, amount_pence=award.grant_pence))

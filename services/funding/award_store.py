@@ -39,10 +39,12 @@ async def add_award(connection: Connection, award: Award) -> None:
 
 
 async def given_to(connection: Connection, firm_id: int) -> list[Given]:
-    """What this fund has awarded to the firm; of an award that has ended, what it came to."""
+    """What this fund has awarded to the firm and its group; of an award that has ended, what it came to."""
     rows = await connection.fetch(
         "SELECT w.awarded_on, w.grant_pence - coalesce(g.restored_pence, 0) AS grant_pence "
-        "FROM award w LEFT JOIN agreement g ON g.award_id = w.id WHERE w.firm_id = $1",
+        "FROM award w LEFT JOIN agreement g ON g.award_id = w.id "
+        "WHERE w.firm_id = $1 OR w.firm_id IN (SELECT other.firm_id FROM firm_group own "
+        "  JOIN firm_group other ON other.group_id = own.group_id WHERE own.firm_id = $1)",
         firm_id,
     )
     return [Given(on=row["awarded_on"], amount_pence=row["grant_pence"]) for row in rows]
@@ -77,6 +79,11 @@ async def audit_all(connection: Connection, notes: Sequence[tuple[int, Note, str
         [_detail.dump_json(dict(note.detail)).decode() for _, note, _ in notes],
         [correlation_id for _, _, correlation_id in notes],
     )
+
+
+async def audit_note(connection: Connection, credential_id: int, note: Note, *, now_us: int) -> None:
+    """One note, under the correlation id of what is being done."""
+    await audit_all(connection, [(credential_id, note, current_correlation_id())], now_us=now_us)
 
 
 async def audit(

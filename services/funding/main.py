@@ -12,13 +12,14 @@ from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.funding import agreement_api, api, ledger, ledger_replay, open_data_api
+from services.funding import agreement_api, api, group_api, ledger, ledger_replay, open_data_api
 from services.funding.agreement_rpc import AgreementRpc
 from services.funding.agreements import AgreementService
 from services.funding.applications import ApplicationService
 from services.funding.balances import BalanceService, watch
 from services.funding.calls import CallService
 from services.funding.decisions import DecisionService
+from services.funding.groups import GroupService
 from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.open_data import OpenDataService
@@ -76,10 +77,12 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
             ],
         )
     )
+    groups = GroupService(pool, table=table, directory=directory, clock=clock)
     open_data = OpenDataService(pool, directory=directory, clock=clock)
     routers = [
         api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
         agreement_api.router(agreements),
+        group_api.router(groups),
         open_data_api.router(open_data),
     ]
     app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=routers)

@@ -34,8 +34,16 @@ from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, events_pb2, fund
 from smdih.matching.v1 import events_pb2 as matching_pb2
 from tests.polling import eventually
 
-FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER, LARGE_AWARDS = 11, 12, 13, 14, 15
-FIRMS = {FIRM: "25.62", OTHER_FIRM: "28.99", SOFTWARE_FIRM: "62.01", TOOLMAKER: "25.73", LARGE_AWARDS: "28.41"}
+FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER, LARGE_AWARDS, SISTER, OTHER_SISTER = 11, 12, 13, 14, 15, 16, 17
+FIRMS = {
+    FIRM: "25.62",
+    OTHER_FIRM: "28.99",
+    SOFTWARE_FIRM: "62.01",
+    TOOLMAKER: "25.73",
+    LARGE_AWARDS: "28.41",
+    SISTER: "25.11",
+    OTHER_SISTER: "25.12",
+}
 DAY_US = 86_400_000_000
 PROCESSES = 2
 
@@ -593,6 +601,58 @@ async def test_two_calls_cannot_both_use_the_same_headroom_of_a_firm(hub: Hub) -
     answers = await asyncio.gather(*(hub.decide(one, process=number) for number, one in enumerate(waiting)))
     assert sorted(answer.status_code for answer in answers) == [200, 409]
     assert next(answer.json()["reason"] for answer in answers if answer.status_code == 409) == "MFA_LIMIT"
+
+
+async def test_sister_firms_share_one_limit_and_of_two_that_race_for_it_one_wins(hub: Hub) -> None:
+    path = "/v1/groups/hammersmith-holdings"
+    group = {"firm_ids": [SISTER, OTHER_SISTER], "source": "persons with significant control, 3 November"}
+    assert (await hub.done("PUT", path, group))["firm_ids"] == [SISTER, OTHER_SISTER]
+    earlier = [{"given_on": "2026-05-01", "amount_pence": 311_000_00, "kind": "SPEI"}]
+    waiting = []
+    for firm_id in (SISTER, OTHER_SISTER):
+        call = await hub.call()
+        made = await hub.application(
+            call["id"],
+            firm_id,
+            costs=[{"category": "labour", "amount_pence": 20_000_00}],
+            requested_pence=4_000_00,
+            declaration=declaration(earlier_assistance=earlier),
+        )
+        await hub.pledge(made["id"], 16_000_00)
+        await hub.done("POST", f"/v1/applications/{made['id']}/submit")
+        waiting.append(made["id"])
+    answers = await asyncio.gather(*(hub.decide(one, process=number) for number, one in enumerate(waiting)))
+    assert sorted(answer.status_code for answer in answers) == [200, 409]
+    assert next(answer.json()["reason"] for answer in answers if answer.status_code == 409) == "MFA_LIMIT"
+    for firm_id in (SISTER, OTHER_SISTER):
+        seen = await hub.done("GET", f"/v1/assistance?firm_id={firm_id}")
+        assert (seen["firm_ids"], seen["counted_pence"], seen["headroom_pence"]) == (
+            [SISTER, OTHER_SISTER],
+            4_000_00,
+            311_000_00,
+        )
+    # Once the group is given up each stands for itself.
+    loser = next(one for one, answer in zip(waiting, answers, strict=True) if answer.status_code == 409)
+    await hub.done("PUT", path, {**group, "firm_ids": []})
+    assert (await hub.decide(loser)).status_code == 200
+
+
+async def test_a_group_that_makes_no_sense_is_refused_and_is_for_operators(hub: Hub) -> None:
+    body = {"firm_ids": [FIRM, TOOLMAKER], "source": "filing"}
+    for who in ("firm", "partner", "device"):
+        await hub.refused(403, "FORBIDDEN", "PUT", "/v1/groups/g1", body, who=who)
+        await hub.refused(403, "FORBIDDEN", "GET", "/v1/groups/g1", who=who)
+    await hub.refused(401, "UNAUTHENTICATED", "PUT", "/v1/groups/g1", body, who="")
+    await hub.refused(404, "FIRM_UNKNOWN", "PUT", "/v1/groups/g1", {**body, "firm_ids": [FIRM, 999]})
+    for odd in ([FIRM], [FIRM, FIRM], list(range(1, 202))):
+        await hub.refused(400, "GROUP_INVALID", "PUT", "/v1/groups/g1", {**body, "firm_ids": odd})
+    await hub.refused(404, "GROUP_UNKNOWN", "GET", "/v1/groups/g1")
+    await hub.done("PUT", "/v1/groups/g1", body)
+    await hub.refused(409, "FIRM_IN_OTHER_GROUP", "PUT", "/v1/groups/g2", {**body, "firm_ids": [FIRM, OTHER_FIRM]})
+    await hub.done("PUT", "/v1/groups/g1", {**body, "firm_ids": []})
+    assert (await hub.done("GET", "/v1/assistance", who="firm"))["firm_ids"] == [FIRM]
+    await hub.refused(403, "FORBIDDEN", "GET", f"/v1/assistance?firm_id={OTHER_FIRM}", who="firm")
+    await hub.refused(403, "FORBIDDEN", "GET", "/v1/assistance", who="partner")
 
 
 async def test_an_award_below_the_programme_ratio_needs_two_different_operators(hub: Hub) -> None:
