@@ -11,11 +11,12 @@ from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.http import Authenticated
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
-from services.matching.domain import Kind, Size, Source, Urgency
+from services.matching.domain import Assesses, Kind, Size, Source, Urgency
 from services.matching.messages import asked_time
 from services.matching.needs import Match, Need, NeedState, Offer, OfferState
 from services.matching.providers import ProviderRecord
-from services.matching.service import Matching, NewNeed
+from services.matching.service import Matching
+from services.matching.service.needs import NewNeed
 
 # Ids of the registry; 0: none named.
 RegistryId = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -46,6 +47,10 @@ class ProviderBody(_Body):
     # Left out for courses, which have no limit.
     capacity_per_quarter: int | None = None
     lead_days: int = 0
+    # Experts only: whether it assesses applications to the fund, "only" if it is never offered to firms.
+    assesses: Assesses = Assesses.NO
+    # Organisations whose applications it must not judge, by name.
+    conflict_organisations: list[str] = []
     conflict_firm_ids: list[RegistryId] = []
     # First day on which it is not offered any more.
     expires_on: date | None = None
@@ -67,6 +72,8 @@ class ProviderBody(_Body):
             skills=tuple(self.skills),
             capacity_per_quarter=None if self.kind is Kind.COURSE else capacity,
             lead_days=self.lead_days,
+            assesses=self.assesses,
+            conflict_organisations=tuple(self.conflict_organisations),
             conflict_firm_ids=tuple(self.conflict_firm_ids),
             expires_on=self.expires_on,
         )
@@ -237,11 +244,11 @@ def _providers(matching: Matching) -> APIRouter:
     @routes.put("/{provider_id}")
     async def put_provider(caller: Authenticated, provider_id: str, body: ProviderBody) -> ProviderView:
         """Create a provider, or replace the one with this id."""
-        return _provider_view(await matching.put_provider(caller, body.record(provider_id)))
+        return _provider_view(await matching.providers.put_provider(caller, body.record(provider_id)))
 
     @routes.get("/{provider_id}")
     async def get_provider(caller: Authenticated, provider_id: str) -> ProviderView:
-        return _provider_view(await matching.get_provider(caller, provider_id))
+        return _provider_view(await matching.providers.get_provider(caller, provider_id))
 
     @routes.get("")
     async def list_providers(
@@ -252,7 +259,7 @@ def _providers(matching: Matching) -> APIRouter:
         page_token: PageToken = "",
     ) -> ProvidersPage:
         """In order of id. Partners and operators see withdrawn and expired ones too."""
-        found, token = await matching.list_providers(
+        found, token = await matching.providers.list_providers(
             caller, partner_id=partner_id, kind=kind, page_size=page_size, page_token=page_token
         )
         return ProvidersPage(providers=[_provider_view(each) for each in found], next_page_token=token)
@@ -260,7 +267,7 @@ def _providers(matching: Matching) -> APIRouter:
     @routes.post("/{provider_id}/withdraw")
     async def withdraw_provider(caller: Authenticated, provider_id: str) -> ProviderView:
         """No new offers; those still open lapse; matches stay."""
-        return _provider_view(await matching.withdraw_provider(caller, provider_id))
+        return _provider_view(await matching.providers.withdraw_provider(caller, provider_id))
 
     return routes
 
@@ -279,18 +286,20 @@ def _consents(matching: Matching) -> APIRouter:
             valid_until=asked_time("until_us", body.until_us),
             note=body.note,
         )
-        return _consent_view(await matching.give_consent(caller, body.firm_id, new, request_id=body.request_id))
+        return _consent_view(
+            await matching.consents.give_consent(caller, body.firm_id, new, request_id=body.request_id)
+        )
 
     @routes.post("/revoke")
     async def revoke_consent(caller: Authenticated, body: FirmBody | None = None) -> RevokedView:
         """From now on no alarm opens a need."""
-        ended = await matching.revoke_consent(caller, body.firm_id if body else 0)
+        ended = await matching.consents.revoke_consent(caller, body.firm_id if body else 0)
         return RevokedView(consent=None if ended is None else _consent_view(ended))
 
     @routes.get("")
     async def get_consent(caller: Authenticated, firm_id: RegistryId = 0) -> ConsentsView:
         """The consent in force and those before it, newest first."""
-        found = await matching.get_consent(caller, firm_id)
+        found = await matching.consents.get_consent(caller, firm_id)
         return ConsentsView(
             current=None if found.current is None else _consent_view(found.current),
             history=[_consent_view(each) for each in found.ended],
@@ -306,7 +315,7 @@ def _needs(matching: Matching) -> APIRouter:
     async def open_need(caller: Authenticated, body: NeedBody) -> OpenedView:
         """Open a need in the firm's own words and make offers for it."""
         new = NewNeed(text=body.text, urgency=body.urgency, machine_id=body.machine_id)
-        opened = await matching.open_need(caller, body.firm_id, new, request_id=body.request_id)
+        opened = await matching.needs.open_need(caller, body.firm_id, new, request_id=body.request_id)
         return OpenedView(need=_need_view(opened.need), offers=_offer_views(opened.offers))
 
     @routes.get("")
@@ -319,19 +328,19 @@ def _needs(matching: Matching) -> APIRouter:
         page_token: PageToken = "",
     ) -> NeedsPage:
         """Newest first. Firm 0 for operators: all firms."""
-        found, token = await matching.list_needs(
+        found, token = await matching.needs.list_needs(
             caller, firm_id=firm_id, state=state, machine_id=machine_id, page_size=page_size, page_token=page_token
         )
         return NeedsPage(needs=[_need_view(each) for each in found], next_page_token=token)
 
     @routes.get("/{need_id}")
     async def get_need(caller: Authenticated, need_id: str) -> NeedView:
-        return _need_view(await matching.get_need(caller, need_id))
+        return _need_view(await matching.needs.get_need(caller, need_id))
 
     @routes.get("/{need_id}/offers")
     async def offers_of_need(caller: Authenticated, need_id: str, state: OfferState | None = None) -> OffersPage:
         """Best first, all on one page."""
-        found = await matching.offers_of_need(caller, need_id, state)
+        found = await matching.offers.offers_of_need(caller, need_id, state)
         return OffersPage(offers=_offer_views(found), next_page_token="")
 
     return routes
@@ -348,19 +357,21 @@ def _offers(matching: Matching) -> APIRouter:
         page_token: PageToken = "",
     ) -> OffersPage:
         """All that the caller may see, newest first: a firm's own, those of a partner's providers."""
-        found, token = await matching.list_offers(caller, state=state, page_size=page_size, page_token=page_token)
+        found, token = await matching.offers.list_offers(
+            caller, state=state, page_size=page_size, page_token=page_token
+        )
         return OffersPage(offers=_offer_views(found), next_page_token=token)
 
     @routes.post("/{offer_id}/accept")
     async def accept_offer(caller: Authenticated, offer_id: str) -> AcceptedView:
         """Take a place of the provider and make the match. 409 with reason CAPACITY_FULL: no place is left this quarter."""
-        match, offer = await matching.accept_offer(caller, offer_id)
+        match, offer = await matching.offers.accept_offer(caller, offer_id)
         return AcceptedView(match=_match_view(match), offer=_offer_view(offer))
 
     @routes.post("/{offer_id}/decline")
     async def decline_offer(caller: Authenticated, offer_id: str, body: DeclineBody) -> OfferView:
         """By the firm, or by the partner for its provider."""
-        return _offer_view(await matching.decline_offer(caller, offer_id, body.reason))
+        return _offer_view(await matching.offers.decline_offer(caller, offer_id, body.reason))
 
     return routes
 
@@ -394,6 +405,8 @@ def _provider_view(provider: ProviderRecord) -> ProviderView:
         skills=list(provider.skills),
         capacity_per_quarter=provider.capacity_per_quarter,
         lead_days=provider.lead_days,
+        assesses=provider.assesses,
+        conflict_organisations=list(provider.conflict_organisations),
         conflict_firm_ids=list(provider.conflict_firm_ids),
         expires_on=provider.expires_on,
         active=provider.active,

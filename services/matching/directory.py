@@ -1,6 +1,6 @@
 """All providers in memory, column by column, so that a rule runs once per distinct value and not once per provider."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import replace
 from datetime import date
 from typing import Generic, TypeVar
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from services.matching.domain import (
     LEAD_DAYS_MAX,
+    Assesses,
+    Assessment,
     FilterCode,
     Kind,
     MatchingError,
@@ -17,6 +19,7 @@ from services.matching.domain import (
     Provider,
     Size,
     canonical_region,
+    division_of,
     serves_region,
 )
 
@@ -54,6 +57,9 @@ class Directory:
         self._providers: list[Provider | None] = []
         self._free_slots: list[int] = []
         self._conflicts: dict[str, set[int]] = {}
+        self._organisations: _Field[frozenset[str]] = _Field()
+        self._owners: _Field[str] = _Field()
+        self._assesses: _Field[Assesses] = _Field()
 
     def find(self, provider_id: str) -> Provider | None:
         slot = self.slots.get(provider_id)
@@ -89,6 +95,9 @@ class Directory:
         self._active.put(slot, provider.active)
         self._occupied.put(slot, True)
         self._places.put(slot, (provider.places_left, provider.capacity_per_quarter))
+        self._organisations.put(slot, provider.conflict_organisations)
+        self._owners.put(slot, provider.owner)
+        self._assesses.put(slot, provider.assesses)
         return slot
 
     def set_places(self, provider_id: str, left: int) -> None:
@@ -123,7 +132,8 @@ class Directory:
         fields: dict[FilterCode, Mask] = {
             FilterCode.INACTIVE: self._active.test(lambda active: not active),
             FilterCode.EXPIRED: self._expiry.test(lambda expiry: expiry <= today),
-            FilterCode.CONFLICT_OF_INTEREST: self._in_conflict(need.firm_id),
+            FilterCode.ASSESSES_ONLY: self._assesses.test(lambda assesses: assesses is Assesses.ONLY),
+            FilterCode.CONFLICT_OF_INTEREST: self._in_conflict({need.firm_id}),
             FilterCode.SECTOR_EXCLUDED: self._excluded.test(lambda excluded: division in excluded),
             FilterCode.SIZE_NOT_SERVED: self._sizes.test(lambda sizes: bool(sizes) and need.size not in sizes),
             FilterCode.OUT_OF_REGION: self._reach.test(
@@ -133,6 +143,27 @@ class Directory:
             FilterCode.NO_CAPACITY: self._places.test(lambda places: places[0] <= 0),
         }
         return {code: mask & occupied for code, mask in fields.items()}
+
+    @property
+    def assessors(self) -> Mask:
+        """Those who assess applications."""
+        return self._assesses.test(lambda assesses: assesses is not Assesses.NO) & self.occupied
+
+    def blocked_as_assessors(self, asked: Assessment, today: date) -> dict[FilterCode, Mask]:
+        """For each filter the assessors it takes out. Places, regions and sizes are about helping firms: no filter here."""
+        division, worked = division_of(asked.sic), np.zeros(self.size, dtype=np.bool_)
+        worked[[self.slots[each] for each in asked.worked_for if each in self.slots]] = True
+        names = self._organisations.test(lambda names: bool(names & asked.organisations))
+        fields: dict[FilterCode, Mask] = {
+            FilterCode.INACTIVE: self._active.test(lambda active: not active),
+            FilterCode.EXPIRED: self._expiry.test(lambda expiry: expiry <= today),
+            FilterCode.CONFLICT_OF_INTEREST: self._in_conflict(asked.firm_ids),
+            FilterCode.CONFLICT_ORGANISATION: names | self._owners.test(lambda owner: owner in asked.owners),
+            FilterCode.WORKED_FOR_FIRM: worked,
+            FilterCode.SECTOR_EXCLUDED: self._excluded.test(lambda excluded: division in excluded),
+        }
+        assessors = self.assessors
+        return {code: mask & assessors for code, mask in fields.items()}
 
     def best(self, scores: Column, limit: int) -> list[int]:
         """Slots of the best `limit` scores above -inf, best first; equal scores by provider id."""
@@ -149,9 +180,9 @@ class Directory:
         self.size += 1
         return self.size - 1
 
-    def _in_conflict(self, firm_id: str) -> Mask:
+    def _in_conflict(self, firm_ids: Set[str]) -> Mask:
         mask = np.zeros(self.size, dtype=np.bool_)
-        if firm_id:
+        for firm_id in firm_ids:
             mask[list(self._conflicts.get(firm_id, ()))] = True
         return mask
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 
-from services.matching.domain import Kind, Provider, Size
+from services.matching.domain import Assesses, Kind, Provider, Size, organisation_name
 
 UNLIMITED = 1_000_000
 
@@ -27,6 +27,8 @@ class ProviderRecord:
     # None: no limit, for courses.
     capacity_per_quarter: int | None
     lead_days: int = 0
+    assesses: Assesses = Assesses.NO
+    conflict_organisations: tuple[str, ...] = ()
     conflict_firm_ids: tuple[int, ...] = ()
     expires_on: date | None = None
     active: bool = True
@@ -60,9 +62,11 @@ class ProviderRecord:
             lead_days=self.lead_days,
             active=self.active,
             expires_on=self.expires_on,
+            assesses=self.assesses,
+            conflict_organisations=frozenset(map(organisation_name, self.conflict_organisations)),
             conflicts=frozenset(str(firm_id) for firm_id in self.conflict_firm_ids),
         )
 
     def without_conflicts(self) -> "ProviderRecord":
         """As others than its partner may see it."""
-        return replace(self, conflict_firm_ids=())
+        return replace(self, conflict_firm_ids=(), conflict_organisations=())

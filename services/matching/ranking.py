@@ -15,10 +15,12 @@ from threading import RLock
 import numpy as np
 from numpy.typing import NDArray
 
+from services.matching.catalogue import passages
 from services.matching.directory import Directory, Mask, UnknownProviderError, any_of, filter_key, provider_places
 from services.matching.domain import (
     ANY_DIVISION,
     REGION_SAME,
+    Assessment,
     FilterCode,
     Kind,
     Need,
@@ -38,6 +40,8 @@ Today = Callable[[], date]
 
 PLACES = 6
 EXCLUDED_SHOWN_MAX = 20
+ASSESSMENT_PASSAGES_MAX = 8
+"""Passages of an application that are embedded, some 700 words; the rest is seen by the words only."""
 URGENCY_SUITS = 0.8
 
 
@@ -112,6 +116,7 @@ class Ranking:
     ranked: tuple[Ranked, ...]
     excluded: tuple[Excluded, ...]
     excluded_counts: Mapping[FilterCode, int]
+    excluded_total: int
     considered: int
     model_id: str
     weights_version: str
@@ -190,24 +195,26 @@ class Ranker:
         """The best `limit` feasible providers, best first; ties by provider id. Embeds the need unless `question`."""
         vector = self._index.question(need.text) if question is None else question
         with self._lock:
-            meaning, words = self._index.meaning(vector), self._index.words(need.text)
-            parts = self._parts(need, meaning, words)
-            total = _total(parts)
+            parts = self._parts(need, self._index.meaning(vector), self._index.words(need.text))
             blocked = self._directory.blocked(need, self._today())
-            free = self._directory.occupied & ~any_of(blocked, len(total))
-            best = self._directory.best(np.where(free, total, -np.inf), limit)
-            ranked = tuple(self._explain(need, slot, parts) for slot in best)
-            text_score = parts["meaning"] + parts["words"]
-            excluded, counts = self._excluded(blocked, text_score)
-            return Ranking(
-                ranked=ranked,
-                excluded=excluded,
-                excluded_counts=counts,
-                considered=int(free.sum()),
-                model_id=self.model_id,
-                weights_version=self._weights.version,
-                degraded=self.degraded,
-            )
+            return self._ranking(need, parts, blocked, self._directory.occupied, limit, _sentences)
+
+    # -- an application
+
+    def rank_assessors(self, asked: Assessment, limit: int = 10) -> Ranking:
+        """The best `limit` assessors without a conflict, best first; `excluded` are assessors only.
+
+        An application is long, so its meaning is the mean of its first passages. Urgency, size and free places are about
+        helping firms and add nothing here.
+        """
+        vector = self._index.question_of_passages(passages(asked.text)[:ASSESSMENT_PASSAGES_MAX])
+        need = Need(id="assessment", text=asked.text, sic=asked.sic, region=asked.region)
+        with self._lock:
+            parts = self._parts(need, self._index.meaning(vector), self._index.words(need.text))
+            for name in ("urgency", "size", "capacity"):
+                parts[name][:] = 0.0
+            blocked = self._directory.blocked_as_assessors(asked, self._today())
+            return self._ranking(need, parts, blocked, self._directory.assessors, limit, _assessor_sentences)
 
     # -- a round of needs
 
@@ -242,6 +249,30 @@ class Ranker:
 
     # -- inside
 
+    def _ranking(
+        self,
+        need: Need,
+        parts: Mapping[str, NDArray[np.float64]],
+        blocked: Mapping[FilterCode, Mask],
+        among: Mask,
+        limit: int,
+        sentences: "Sentences",
+    ) -> Ranking:
+        total = _total(parts)
+        free = among & ~any_of(blocked, len(total))
+        best = self._directory.best(np.where(free, total, -np.inf), limit)
+        excluded, counts = self._excluded(blocked, parts["meaning"] + parts["words"])
+        return Ranking(
+            ranked=tuple(self._explain(need, slot, parts, sentences) for slot in best),
+            excluded=excluded,
+            excluded_counts=counts,
+            excluded_total=int(any_of(blocked, len(total)).sum()),
+            considered=int(free.sum()),
+            model_id=self.model_id,
+            weights_version=self._weights.version,
+            degraded=self.degraded,
+        )
+
     def _parts(self, need: Need, meaning: Scores, words: Scores) -> dict[str, NDArray[np.float64]]:
         text = {"meaning": self._weights.meaning * meaning, "words": self._weights.words * words}
         every = {**text, **self._structured(need)}
@@ -259,7 +290,9 @@ class Ranker:
             "capacity": weights.capacity * directory.free_share,
         }
 
-    def _explain(self, need: Need, slot: int, parts: Mapping[str, NDArray[np.float64]]) -> Ranked:
+    def _explain(
+        self, need: Need, slot: int, parts: Mapping[str, NDArray[np.float64]], sentences: "Sentences"
+    ) -> Ranked:
         own = {name: float(parts[name][slot]) for name in PARTS}
         provider = self._directory.at(slot)
         terms = self._index.matched_words(need.text, slot)
@@ -267,7 +300,7 @@ class Ranker:
             provider_id=provider.id,
             score=round(math.fsum(own.values()), PLACES),
             parts=own,
-            reasons=_sentences(need, provider, own, terms, self._weights),
+            reasons=sentences(need, provider, own, terms, self._weights),
             matched_terms=terms,
         )
 
@@ -306,18 +339,36 @@ def _nearest(need_region: str, places: tuple[str, ...]) -> float:
     return max(region_nearness(need_region, place) for place in places)
 
 
-def _sentences(
-    need: Need, provider: Provider, parts: Mapping[str, float], terms: tuple[str, ...], weights: Weights
-) -> tuple[str, ...]:
-    """Why this provider, for a person: the text first, then what else spoke for or against it."""
+Sentences = Callable[[Need, Provider, Mapping[str, float], tuple[str, ...], Weights], tuple[str, ...]]
+
+
+def _text_sentences(parts: Mapping[str, float], terms: tuple[str, ...], weights: Weights, asked: str) -> list[str]:
     told: list[str] = []
     similarity = parts["meaning"] / weights.meaning if weights.meaning else 0.0
     if similarity > 0:
         told.append(
-            f"Its profile is {_closeness_word(similarity)} in meaning to the need (similarity {similarity:.2f})."
+            f"Its profile is {_closeness_word(similarity)} in meaning to the {asked} (similarity {similarity:.2f})."
         )
     if terms:
         told.append(f"It uses the same words: {', '.join(terms)}.")
+    return told
+
+
+def _assessor_sentences(
+    need: Need, provider: Provider, parts: Mapping[str, float], terms: tuple[str, ...], weights: Weights
+) -> tuple[str, ...]:
+    """Why this assessor, for a person."""
+    told = _text_sentences(parts, terms, weights, "application")
+    told += [_sector_sentence(need, provider), _region_sentence(need, provider)]
+    told.append("No conflict with the firms and organisations of the application is known.")
+    return tuple(sentence for sentence in told if sentence)
+
+
+def _sentences(
+    need: Need, provider: Provider, parts: Mapping[str, float], terms: tuple[str, ...], weights: Weights
+) -> tuple[str, ...]:
+    """Why this provider, for a person: the text first, then what else spoke for or against it."""
+    told = _text_sentences(parts, terms, weights, "need")
     if shared := sorted(need.skills & provider.skills):
         told.append(f"It offers {len(shared)} of the {len(need.skills)} skills asked for: {', '.join(shared)}.")
     told.append(_sector_sentence(need, provider))

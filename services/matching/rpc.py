@@ -8,11 +8,13 @@ from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
-from services.matching.domain import Kind, Size, Source, Urgency
+from services.matching.domain import Assesses, Kind, Size, Source, Urgency
 from services.matching.messages import KINDS, asked_time, offer_message
 from services.matching.needs import Match, Need, NeedState, Offer, OfferState
 from services.matching.providers import ProviderRecord
-from services.matching.service import Matching, NewNeed
+from services.matching.service import Matching
+from services.matching.service.assessors import Application
+from services.matching.service.needs import NewNeed
 from smdih.matching.v1 import matching_pb2 as pb
 from smdih.matching.v1 import matching_pb2_grpc
 
@@ -47,6 +49,11 @@ _OFFER_STATES: Mapping[int, OfferState] = {
     pb.OFFER_STATE_DECLINED: OfferState.DECLINED,
     pb.OFFER_STATE_LAPSED: OfferState.LAPSED,
 }
+_ASSESSES: Mapping[int, Assesses] = {
+    pb.ASSESSES_UNSPECIFIED: Assesses.NO,
+    pb.ASSESSES_ALSO: Assesses.ALSO,
+    pb.ASSESSES_ONLY: Assesses.ONLY,
+}
 _SHARED_NUMBERS = {
     SharedItem.FAULT: pb.SHARED_ITEM_FAULT,
     SharedItem.FIGURES: pb.SHARED_ITEM_FIGURES,
@@ -65,15 +72,15 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
         self._matching = matching
 
     async def PutProvider(self, request: pb.PutProviderRequest, context: Any) -> pb.PutProviderResponse:
-        put = await self._matching.put_provider(current_caller(), _provider(request.provider))
+        put = await self._matching.providers.put_provider(current_caller(), _provider(request.provider))
         return pb.PutProviderResponse(provider=_provider_message(put))
 
     async def GetProvider(self, request: pb.GetProviderRequest, context: Any) -> pb.GetProviderResponse:
-        found = await self._matching.get_provider(current_caller(), request.provider_id)
+        found = await self._matching.providers.get_provider(current_caller(), request.provider_id)
         return pb.GetProviderResponse(provider=_provider_message(found))
 
     async def ListProviders(self, request: pb.ListProvidersRequest, context: Any) -> pb.ListProvidersResponse:
-        found, token = await self._matching.list_providers(
+        found, token = await self._matching.providers.list_providers(
             current_caller(),
             partner_id=request.partner_id,
             kind=_filter("kind", _KINDS, request.kind),
@@ -83,7 +90,7 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
         return pb.ListProvidersResponse(providers=map(_provider_message, found), next_page_token=token)
 
     async def WithdrawProvider(self, request: pb.WithdrawProviderRequest, context: Any) -> pb.WithdrawProviderResponse:
-        withdrawn = await self._matching.withdraw_provider(current_caller(), request.provider_id)
+        withdrawn = await self._matching.providers.withdraw_provider(current_caller(), request.provider_id)
         return pb.WithdrawProviderResponse(provider=_provider_message(withdrawn))
 
     async def GiveConsent(self, request: pb.GiveConsentRequest, context: Any) -> pb.GiveConsentResponse:
@@ -95,15 +102,17 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
             valid_until=asked_time("until_us", request.until_us),
             note=request.note,
         )
-        given = await self._matching.give_consent(current_caller(), request.firm_id, new, request_id=request.request_id)
+        given = await self._matching.consents.give_consent(
+            current_caller(), request.firm_id, new, request_id=request.request_id
+        )
         return pb.GiveConsentResponse(consent=_consent_message(given))
 
     async def RevokeConsent(self, request: pb.RevokeConsentRequest, context: Any) -> pb.RevokeConsentResponse:
-        ended = await self._matching.revoke_consent(current_caller(), request.firm_id)
+        ended = await self._matching.consents.revoke_consent(current_caller(), request.firm_id)
         return pb.RevokeConsentResponse(consent=None if ended is None else _consent_message(ended))
 
     async def GetConsent(self, request: pb.GetConsentRequest, context: Any) -> pb.GetConsentResponse:
-        found = await self._matching.get_consent(current_caller(), request.firm_id)
+        found = await self._matching.consents.get_consent(current_caller(), request.firm_id)
         return pb.GetConsentResponse(
             current=None if found.current is None else _consent_message(found.current),
             history=map(_consent_message, found.ended),
@@ -115,14 +124,18 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
             urgency=_member("urgency", _URGENCIES, request.urgency),
             machine_id=request.machine_id,
         )
-        opened = await self._matching.open_need(current_caller(), request.firm_id, new, request_id=request.request_id)
+        opened = await self._matching.needs.open_need(
+            current_caller(), request.firm_id, new, request_id=request.request_id
+        )
         return pb.OpenNeedResponse(need=_need_message(opened.need), offers=map(_offer_details, opened.offers))
 
     async def GetNeed(self, request: pb.GetNeedRequest, context: Any) -> pb.GetNeedResponse:
-        return pb.GetNeedResponse(need=_need_message(await self._matching.get_need(current_caller(), request.need_id)))
+        return pb.GetNeedResponse(
+            need=_need_message(await self._matching.needs.get_need(current_caller(), request.need_id))
+        )
 
     async def ListNeeds(self, request: pb.ListNeedsRequest, context: Any) -> pb.ListNeedsResponse:
-        found, token = await self._matching.list_needs(
+        found, token = await self._matching.needs.list_needs(
             current_caller(),
             firm_id=request.firm_id,
             state=_filter("state", _NEED_STATES, request.state),
@@ -137,20 +150,55 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
         token = ""
         found: Sequence[Offer]
         if request.need_id:
-            found = await self._matching.offers_of_need(current_caller(), request.need_id, state)
+            found = await self._matching.offers.offers_of_need(current_caller(), request.need_id, state)
         else:
-            found, token = await self._matching.list_offers(
+            found, token = await self._matching.offers.list_offers(
                 current_caller(), state=state, page_size=request.page_size, page_token=request.page_token
             )
         return pb.ListOffersResponse(offers=map(_offer_details, found), next_page_token=token)
 
     async def AcceptOffer(self, request: pb.AcceptOfferRequest, context: Any) -> pb.AcceptOfferResponse:
-        match, offer = await self._matching.accept_offer(current_caller(), request.offer_id)
+        match, offer = await self._matching.offers.accept_offer(current_caller(), request.offer_id)
         return pb.AcceptOfferResponse(match=_match_message(match), offer=_offer_details(offer))
 
     async def DeclineOffer(self, request: pb.DeclineOfferRequest, context: Any) -> pb.DeclineOfferResponse:
-        declined = await self._matching.decline_offer(current_caller(), request.offer_id, request.reason)
+        declined = await self._matching.offers.decline_offer(current_caller(), request.offer_id, request.reason)
         return pb.DeclineOfferResponse(offer=_offer_details(declined))
+
+    async def ProposeAssessors(self, request: pb.ProposeAssessorsRequest, context: Any) -> pb.ProposeAssessorsResponse:
+        application = Application(
+            text=request.text,
+            sic=request.sic,
+            region=request.region,
+            firm_ids=list(request.conflict_firm_ids),
+            organisations=list(request.conflict_organisations),
+        )
+        proposal = await self._matching.assessors.propose_assessors(current_caller(), application, request.count)
+        return pb.ProposeAssessorsResponse(
+            assessors=[
+                pb.ProposedAssessor(
+                    provider_id=each.provider.id,
+                    name=each.provider.title,
+                    partner_id=each.provider.partner_id,
+                    score=each.ranked.score,
+                    parts=[pb.ScorePart(name=name, points=points) for name, points in each.ranked.parts.items()],
+                    reasons=each.ranked.reasons,
+                )
+                for each in proposal.assessors
+            ],
+            excluded=[
+                pb.ExcludedAssessor(
+                    provider_id=each.provider.id,
+                    name=each.provider.title,
+                    codes=list(each.excluded.codes),
+                    reasons=each.reasons,
+                )
+                for each in proposal.excluded
+            ],
+            excluded_count=proposal.excluded_count,
+            degraded=proposal.degraded,
+            ranker_version=proposal.ranker_version,
+        )
 
 
 # --- messages to values --------------------------------------------------------------------------------------------
@@ -198,6 +246,8 @@ def _provider(message: pb.Provider) -> ProviderRecord:
         skills=tuple(message.skills),
         capacity_per_quarter=None if kind is Kind.COURSE else message.capacity_per_quarter,
         lead_days=message.lead_days,
+        assesses=_member("assesses", _ASSESSES, message.assesses),
+        conflict_organisations=tuple(message.conflict_organisations),
         conflict_firm_ids=tuple(message.conflict_firm_ids),
         expires_on=_date("expires_on", message.expires_on),
     )
@@ -226,6 +276,8 @@ def _provider_message(provider: ProviderRecord) -> pb.Provider:
         sic_excluded=provider.sic_excluded,
         sizes_served=provider.sizes_served,
         lead_days=provider.lead_days,
+        assesses=_number(_ASSESSES, provider.assesses),  # type: ignore[arg-type]
+        conflict_organisations=provider.conflict_organisations,
         conflict_firm_ids=provider.conflict_firm_ids,
     )
 

@@ -187,7 +187,7 @@ async def test_alarms_of_one_machine_taken_in_by_two_processes_at_once_open_one_
         events = [alarm_event(f"process-{process}-{machine}", machine) for machine in machines]
         alarms = [alarm for alarm in map(raised_alarm, events) if alarm is not None]
         async with hub.pool.acquire() as connection, connection.transaction():
-            await hub.matching.take_alarms(connection, alarms)
+            await hub.matching.needs.take_alarms(connection, alarms)
 
     await asyncio.gather(take(1, machines), take(2, machines[::-1]), take(3, machines))
     for machine in machines:
