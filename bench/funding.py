@@ -8,12 +8,15 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import asyncpg
 
+from bench.report import tell
+from localstack.servers import Servers
 from services.common.clock import SystemClock
-from services.common.database import Connection, create_pool, transaction
+from services.common.database import Connection, create_pool, migrate, transaction
 from services.funding import call_store, ledger, programme
 from services.funding.allocation import Application, Call, Method, Quota, allocate, allocation_input
 from services.funding.checker import check_allocation
@@ -30,24 +33,28 @@ ROUND_S = 3.0
 APPLICATIONS = 1_000
 ALLOCATION_LIMIT_S = 2.0
 CLOCK = SystemClock()
+MIGRATIONS = Path(__file__).resolve().parents[1] / "services/funding/migrations"
 
 
-class Tell(Protocol):
-    """Prints one line of the result."""
-
-    def __call__(self, measure: str, value: float, unit: str, limit: float | None = None, **detail: Any) -> None: ...
-
-
-async def measure(database_dsn: str, tell: Tell) -> None:
-    """Both rows; the database has every migration and may be written to."""
-    await ledger_transfers(database_dsn, tell)
-    allocation_1000_s(tell)
+async def run(servers: Servers) -> None:
+    """Both rows, on a database of their own."""
+    admin = await asyncpg.connect(servers.database_dsn)
+    await admin.execute("DROP DATABASE IF EXISTS bench_funding WITH (FORCE)")
+    await admin.execute("CREATE DATABASE bench_funding")
+    dsn = servers.database_dsn.rpartition("/")[0] + "/bench_funding"
+    try:
+        await migrate(dsn, schema="funding", folder=MIGRATIONS)
+        await ledger_transfers(dsn)
+    finally:
+        await admin.execute("DROP DATABASE bench_funding WITH (FORCE)")
+        await admin.close()
+    allocation_1000_s()
 
 
 # The ledger
 
 
-async def ledger_transfers(database_dsn: str, tell: Tell) -> None:
+async def ledger_transfers(database_dsn: str) -> None:
     """Durable transfers a second, each an event of its own with its place in the line of hashes, by clients that each wait for one
     answer before they ask again; beside single-row commits by as many clients of the same program on the same database."""
     database = await asyncpg.connect(database_dsn)
@@ -160,7 +167,7 @@ def _transfer(call_id: str, name: str) -> Event:
 # Allocation
 
 
-def allocation_1000_s(tell: Tell) -> None:
+def allocation_1000_s() -> None:
     """A call with quotas decided to the proven optimum, again with the applications in another order, and checked by a program
     that shares no code with the solver."""
     declared, applications = large_call(APPLICATIONS)

@@ -5,10 +5,11 @@ import contextlib
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from localstack.hub import Hub
 from services.common import topics
 from services.common.database import Connection
 from services.common.errors import TryAgain
-from services.common.kafka import Cluster, Publisher
+from services.common.kafka import DEAD_LETTERS_IN_A_ROW_MAX, Cluster, Message, Publisher
 from services.ingest.binarycopy import Ints
 
 MACHINES = 30
@@ -32,7 +33,7 @@ FAULTS_A_ROUND = 3
 SILENT_S = 30.0
 DRAINED_WITHIN_S = 60.0
 GATEWAY_DEADLINE_S = 180.0
-HISTORY_S = 6 * 3600  # how far back the frames' own clock begins
+HISTORY_S = 5 * 86_400  # how far back the frames' own clock begins
 
 
 class _Load:
@@ -304,4 +305,127 @@ def _cluster(hub: Hub) -> Cluster:
     return Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
 
 
-SCENARIOS = (Scenario("telemetry", 20, telemetry),)
+@asynccontextmanager
+async def all_poison(stage: Stage) -> AsyncIterator[Round]:
+    """Only unreadable records in a partition: the historian stops there, however often it is started, and goes on when told."""
+    async with stage.hub("all_poison", ("door", "historian")) as hub:
+        so_far = 0
+
+        async def play(rng: random.Random) -> Outcome:
+            nonlocal so_far
+            outcome = Outcome(faults=["all_poison"])
+            plant = await register(hub.settings.database_dsn, _cluster(hub), MACHINES)
+            database = await asyncpg.connect(hub.settings.database_dsn)
+            start_s = int(time.time()) - HISTORY_S
+            try:
+                await asyncio.sleep(1)
+                async with load(hub, plant, start_s, rng.randrange(2**31)) as sender:
+                    await asyncio.sleep(rng.uniform(1, 3))
+                    records = rng.randint(2, 4) * DEAD_LETTERS_IN_A_ROW_MAX
+                    async with Publisher(_cluster(hub)) as publisher:
+                        message = Message(
+                            topics.SAMPLES, POISON, partition=rng.randrange(hub.settings.kafka_partitions)
+                        )
+                        await publisher.publish_all([message] * records)
+                    starts = hub.processes["historian"].starts
+
+                    async def started_again() -> bool:
+                        return hub.processes["historian"].starts >= starts + 3
+
+                    await poll("the historian stops", started_again, deadline_s=60)
+                    sent = await sender.stop()
+                    ledger = np.loadtxt(sender.ledger, dtype=np.int64, ndmin=2)
+                buried = len(await _buried(hub))
+                before = outcome.detail["buried_by_itself"] = buried - so_far
+                if before > DEAD_LETTERS_IN_A_ROW_MAX:
+                    outcome.broken.append(f"{before} records buried without anybody saying so")
+
+                # A person looks and says so.
+                await database.execute("UPDATE ingest.position SET unreadable_in_a_row = -$1::int", records)
+
+                async def has_gone_on() -> bool:
+                    return not await _lag(hub, database)
+
+                await poll("lag 0 after the word to go on", has_gone_on, deadline_s=60)
+                unreadable, dead = await _unreadable(hub), await _buried(hub)
+                so_far = len(dead)
+                if unreadable != dead:
+                    outcome.broken.append(f"{len(unreadable)} unreadable records, {len(dead)} dead letters")
+                outcome.detail |= {**sent, "poison": records}
+                await judge(hub, plant, ledger, start_s, time.monotonic(), outcome)
+            finally:
+                await database.close()
+            return outcome
+
+        yield play
+
+
+BUFFER_DISK_BYTES = 6 * 1024 * 1024
+
+
+@asynccontextmanager
+async def full_disk(stage: Stage) -> AsyncIterator[Round]:
+    """A gateway is cut off until the disk of its buffer is full, is killed then, and later delivers all that it kept."""
+    async with stage.hub("full_disk", ("door", "historian")) as hub:
+
+        async def play(rng: random.Random) -> Outcome:
+            outcome = Outcome(faults=["cut_off", "full_disk", "kill_gateway"])
+            plant = await register(hub.settings.database_dsn, _cluster(hub), 1)
+            await asyncio.sleep(1)
+            start_s = int(time.time()) - HISTORY_S
+            with _disk(BUFFER_DISK_BYTES) as disk, tempfile.TemporaryDirectory() as folder:
+                ledger = Path(folder) / "ledger"
+                gateway = await _buffered_gateway(hub, plant, disk, start_s, ledger)
+                await asyncio.sleep(rng.uniform(0.5, 2))
+                await hub.pause("door")
+
+                async def is_full() -> bool:
+                    return ledger.with_suffix(".full").exists()
+
+                await poll("the disk is full", is_full, deadline_s=60)
+                await asyncio.sleep(rng.uniform(0, 1))
+                gateway.kill()
+                await gateway.wait()
+                gateway = await _buffered_gateway(hub, plant, disk, start_s, ledger)
+                await asyncio.sleep(rng.uniform(0.5, 2))
+                hub.resume("door")
+                await hub.wait_ready("door")
+                healed = time.monotonic()
+                async with asyncio.timeout(GATEWAY_DEADLINE_S):
+                    output, _ = await gateway.communicate(b"stop\n")
+                outcome.detail = json.loads(output)
+                await judge(hub, plant, np.loadtxt(ledger, dtype=np.int64, ndmin=2), start_s, healed, outcome)
+            return outcome
+
+        yield play
+
+
+async def _buffered_gateway(
+    hub: Hub, plant: Plant, disk: Path, start_s: int, ledger: Path
+) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "chaos.buffered_gateway", hub.processes["door"].grpc, str(plant.machine_ids[0])),
+        *(str(disk / "buffer"), str(start_s), str(ledger)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"SMDIH_KEY": plant.key},
+    )
+
+
+@contextlib.contextmanager
+def _disk(size: int) -> Iterator[Path]:
+    """A small file system of its own (needs root, as the local servers do)."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "chaos", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+SCENARIOS = (
+    Scenario("telemetry", 20, telemetry),
+    Scenario("full_disk", 20, full_disk),
+    Scenario("all_poison", 3, all_poison),
+)

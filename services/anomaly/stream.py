@@ -100,6 +100,7 @@ class _Partition:
         self.saved_position = position
         # Taken, but not below the saved position: acknowledged once a checkpoint covers them.
         self.uncovered: deque[Any] = deque()
+        self.unreadable_in_a_row = 0
         # The hole that the consumer was last sent back for.
         self.sought: int | None = None
         # A checkpoint failed half-way: nothing more is stored, the next owner goes on from the one before.
@@ -265,7 +266,10 @@ class Worker:
             except Poison as error:
                 bad.append((event.message, str(error)))
                 records.append((event.message.offset, ()))
-        await self._until_answered(lambda: self._dead_letters.bury(topics.SAMPLES, bad, records=len(records)))
+        messages = [event.message for event in events]
+        partition.unreadable_in_a_row = await self._until_answered(
+            lambda: self._dead_letters.bury(topics.SAMPLES, messages, bad, in_a_row=partition.unreadable_in_a_row)
+        )
         taken = partition.scorer.take(records)
         await self._raise_alarms(taken)
         for event in events:

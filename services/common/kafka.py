@@ -237,23 +237,30 @@ class TooManyDeadLetters(Exception):
 
 
 class DeadLetters:
-    """Takes the records that a consumer could not read, durably, and stops the consumer at a run of them."""
+    """Takes the records that a consumer could not read, durably, and stops the consumer at a run of them.
+
+    The length of the run is stored with the position: a consumer that is started again and again does not empty the topic
+    bit by bit.
+    """
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
-        self._in_a_row = 0
 
-    async def bury(self, topic: str, bad: Sequence[tuple[ConsumerRecord, str]], *, records: int) -> None:
-        """Keep the bad ones among `records` records of the topic (named without prefix), each with its reason.
+    async def bury(self, topic: str, records: Sequence[Any], bad: Sequence[tuple[Any, str]], *, in_a_row: int) -> int:
+        """Keep the bad ones among these records of one partition (topic named without prefix), each with its reason.
 
-        Returns once the dead-letter topic holds them. Raises TooManyDeadLetters, TryAgain.
+        `in_a_row` is how many unreadable ones came directly before; returns how many there are at the end, once the
+        dead-letter topic holds them. Raises TooManyDeadLetters, before anything is kept, and TryAgain.
         """
-        if not bad:
-            self._in_a_row = 0
-            return
-        self._in_a_row = self._in_a_row + len(bad) if len(bad) == records else len(bad)
-        if self._in_a_row > DEAD_LETTERS_IN_A_ROW_MAX:
-            raise TooManyDeadLetters(f"{self._in_a_row} unreadable records in a row; the first reason now: {bad[0][1]}")
+        offsets = {record.offset for record, _ in bad}
+        for record in records:
+            in_a_row = in_a_row + 1 if record.offset in offsets else 0
+            if in_a_row > DEAD_LETTERS_IN_A_ROW_MAX:
+                raise TooManyDeadLetters(
+                    f"{topic}/{record.partition}: {in_a_row} unreadable records in a row at offset {record.offset} ({bad[0][1]}). "
+                    "They stay where they are. Run a release that reads them; or, if they are rightly unreadable, set "
+                    "position.unreadable_in_a_row of this partition to minus the number that may be buried."
+                )
         for record, reason in bad:
             headers = [
                 ("topic", record.topic.encode()),
@@ -266,6 +273,7 @@ class DeadLetters:
             )
             dead_letters_total.labels(topic=topic).inc()
             log.error("dead letter", topic=topic, partition=record.partition, offset=record.offset, reason=reason)
+        return in_a_row
 
 
 Handler = Callable[[Connection, Sequence[ConsumerRecord]], Awaitable[Sequence[tuple[ConsumerRecord, str]]]]
@@ -305,10 +313,11 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         self._poll_bytes_max = poll_bytes_max
         self._on_change = on_change
         self._positions: dict[TopicPartition, int] = {}
+        self._unreadable_in_a_row: dict[TopicPartition, int] = {}
         self._assigned = asyncio.Event()
         self._working = asyncio.Lock()
         self._broken: BaseException | None = None
-        self._dead_letters = {name: DeadLetters(publisher) for name in topic_names}
+        self._dead_letters = DeadLetters(publisher)
         self._last_progress = time.monotonic()
         self._last_offset_commit = 0.0
         self._consumer: AIOKafkaConsumer | None = None
@@ -407,17 +416,22 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         await self._tell_broker(consumer)
 
     async def _store(self, records: Sequence[ConsumerRecord]) -> None:
-        ends: dict[TopicPartition, int] = {}
+        by_partition: dict[TopicPartition, list[ConsumerRecord]] = {}
         for record in records:
-            ends[TopicPartition(record.topic, record.partition)] = record.offset + 1
+            by_partition.setdefault(TopicPartition(record.topic, record.partition), []).append(record)
+        ends = {partition: found[-1].offset + 1 for partition, found in by_partition.items()}
+        runs: dict[TopicPartition, int] = {}
         delay_s = 0.1
         while True:
             try:
                 async with self._pool.acquire(timeout=10) as connection, connection.transaction():
                     bad = await self._handler(connection, records)
-                    await self._bury(records, bad)
-                    for partition, end in ends.items():
-                        await self._move(connection, partition, end)
+                    for partition, found in by_partition.items():
+                        mine = [one for one in bad if (one[0].topic, one[0].partition) == tuple(partition)]
+                        runs[partition] = await self._dead_letters.bury(
+                            self._topics[partition.topic], found, mine, in_a_row=self._unreadable_in_a_row[partition]
+                        )
+                        await self._move(connection, partition, ends[partition], runs[partition])
                 break
             except Fenced:
                 log.warning("fenced: another process stored these records")
@@ -434,25 +448,17 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 if self._on_change is not None:
                     await self._on_change()
         self._positions.update(ends)
+        self._unreadable_in_a_row.update(runs)
 
-    async def _move(self, connection: Connection, partition: TopicPartition, end: int) -> None:
+    async def _move(self, connection: Connection, partition: TopicPartition, end: int, run: int) -> None:
         expected = self._positions[partition]
         moved = await connection.fetchval(
-            "UPDATE position SET next_offset = $4 WHERE topic = $1 AND partition = $2 AND next_offset = $3 RETURNING 1",
-            partition.topic,
-            partition.partition,
-            expected,
-            end,
+            "UPDATE position SET next_offset = $4, unreadable_in_a_row = $5 "
+            "WHERE topic = $1 AND partition = $2 AND next_offset = $3 RETURNING 1",
+            *(partition.topic, partition.partition, expected, end, run),
         )
         if moved is None:
             raise Fenced(f"{partition} is not at {expected} any more")
-
-    async def _bury(self, records: Sequence[ConsumerRecord], bad: Sequence[tuple[ConsumerRecord, str]]) -> None:
-        for full_name, name in self._topics.items():
-            of_topic = [one for one in bad if one[0].topic == full_name]
-            count = sum(record.topic == full_name for record in records)
-            if count:
-                await self._dead_letters[name].bury(name, of_topic, records=count)
 
     async def _load_positions(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         loaded: dict[TopicPartition, int] = {}
@@ -461,12 +467,16 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             try:
                 async with self._pool.acquire(timeout=10) as connection:
                     for partition in partitions:
-                        loaded[partition] = await connection.fetchval(
+                        row = await connection.fetchrow(
                             "INSERT INTO position AS p (topic, partition, next_offset) VALUES ($1, $2, 0) "
-                            "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = p.next_offset RETURNING next_offset",
+                            "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = p.next_offset "
+                            "RETURNING next_offset, unreadable_in_a_row",
                             partition.topic,
                             partition.partition,
                         )
+                        assert row is not None
+                        loaded[partition] = row["next_offset"]
+                        self._unreadable_in_a_row[partition] = row["unreadable_in_a_row"]
                 return loaded
             except AWAY as error:
                 log.warning("positions cannot be loaded yet", error=repr(error))

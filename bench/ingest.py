@@ -1,0 +1,186 @@
+"""Ingest: from the doors to rows and rollups in the database, beside the database's own COPY of the same samples."""
+
+import asyncio
+import io
+import json
+import sys
+import time
+from typing import Any
+
+import asyncpg
+import httpx
+import numpy as np
+
+from bench.plant import SIGNALS, Plant, frames, register, seconds
+from bench.report import tell
+from localstack.hub import Hub
+from localstack.servers import LOCAL, Servers
+from services.common.database import Connection
+from services.common.kafka import Cluster
+from services.ingest.binarycopy import HEADER, POSTGRES_EPOCH_US, TRAILER, keyed_rows
+
+COPY_MACHINES, COPY_ROWS = 200, 1_000
+DOOR_MACHINES, DOOR_ROWS, DOOR_ROWS_A_BATCH, DOOR_CONNECTIONS = 200, 1_000, 25, 4
+SMALL_MACHINES, SMALL_ROUNDS, SMALL_CONNECTIONS = 10_000, 15, 50
+REPEATS = 3
+STORED_DEADLINE_S = 180
+
+
+async def copy_frames(database: Connection) -> float:
+    """Samples a second by binary COPY of ready-made frames into the historian's own table: the limit."""
+    start_us = (time.time_ns() // 1_000_000_000 - 40 * 86_400) * 1_000_000
+    best = 0.0
+    for repeat in range(REPEATS):
+        machines = np.repeat(np.arange(COPY_MACHINES, dtype=np.int64) + 10_000_000 * (repeat + 1), COPY_ROWS)
+        times = np.tile(seconds(COPY_ROWS, start_us), COPY_MACHINES)
+        values = np.tile(frames(COPY_ROWS), (COPY_MACHINES, 1))
+        payload = HEADER + keyed_rows(machines, np.zeros_like(machines), times, [values]) + TRAILER
+        began = time.monotonic()
+        columns = ["machine_id", "first_position", "ts", "values"]
+        await database.copy_to_table(
+            "frame", schema_name="ingest", columns=columns, source=io.BytesIO(payload), format="binary"
+        )
+        best = max(best, values.size / (time.monotonic() - began))
+    return best
+
+
+async def copy_narrow(database: Connection) -> float:
+    """Samples a second by binary COPY of the same samples as narrow rows with the usual index."""
+    await database.execute(
+        "CREATE TABLE narrow (signal_id bigint NOT NULL, ts timestamptz NOT NULL, value float8 NOT NULL)"
+    )
+    await database.execute(
+        "SELECT create_hypertable('narrow', by_range('ts', INTERVAL '7 days'), create_default_indexes => false)"
+    )
+    await database.execute("CREATE UNIQUE INDEX ON narrow (signal_id, ts)")
+    start_us = (time.time_ns() // 1_000_000_000 - 40 * 86_400) * 1_000_000
+    row = np.dtype(
+        [
+            *(("columns", ">i2"), ("id_len", ">i4"), ("id", ">i8"), ("ts_len", ">i4"), ("ts", ">i8")),
+            *(("value_len", ">i4"), ("value", ">f8")),
+        ]
+    )
+    rows = np.empty(COPY_MACHINES * SIGNALS * COPY_ROWS // 4, dtype=row)
+    count = len(rows) // COPY_ROWS
+    rows["columns"], rows["id_len"], rows["ts_len"], rows["value_len"] = 3, 8, 8, 8
+    rows["id"] = np.repeat(np.arange(count), COPY_ROWS)
+    rows["ts"] = np.tile(seconds(COPY_ROWS, start_us), count) - POSTGRES_EPOCH_US
+    rows["value"] = np.resize(frames(COPY_ROWS).T.ravel(), len(rows))
+    payload = HEADER + rows.tobytes() + TRAILER
+    began = time.monotonic()
+    await database.copy_to_table("narrow", source=io.BytesIO(payload), format="binary")
+    took_s = time.monotonic() - began
+    await database.execute("DROP TABLE narrow")
+    return len(rows) / took_s
+
+
+async def stored_samples(database: Connection, plant: Plant) -> int:
+    """Frames of the plant times signals; every frame of the bench is full."""
+    found = await database.fetchval(
+        "SELECT count(*) FROM ingest.frame WHERE machine_id BETWEEN $1 AND $2",
+        plant.machine_ids[0],
+        plant.machine_ids[-1],
+    )
+    return int(found) * SIGNALS
+
+
+async def wait_stored(database: Connection, plant: Plant, samples: int) -> None:
+    until = time.monotonic() + STORED_DEADLINE_S
+    while await stored_samples(database, plant) < samples:
+        if time.monotonic() > until:
+            raise TimeoutError(f"{await stored_samples(database, plant)} of {samples} samples stored")
+        await asyncio.sleep(0.05)
+
+
+async def send(
+    hub: Hub, plant: Plant, connections: int, rows: int, rows_a_batch: int, rate: float = 0.0
+) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "bench.sender", hub.processes["door"].grpc, plant.key, str(connections)),
+        *(f"{plant.machine_ids[0]}:{plant.machine_ids[-1]}", str(rows), str(rows_a_batch), str(rate)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError("the sender failed")
+    found: dict[str, Any] = json.loads(output)
+    return found
+
+
+async def door_to_stored(hub: Hub, database: Connection, limits: dict[str, float]) -> None:
+    """500-sample batches from the gRPC door to rows and rollups, sender included, on the cores that all of it shares."""
+    cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
+    rates = []
+    for _ in range(REPEATS):
+        plant = await register(hub.settings.database_dsn, cluster, DOOR_MACHINES)
+        await _known(hub, plant)
+        sent = await send(hub, plant, DOOR_CONNECTIONS, DOOR_ROWS, DOOR_ROWS_A_BATCH)
+        await wait_stored(database, plant, sent["samples"])
+        rates.append(sent["samples"] / (time.monotonic() - sent["began"]))
+    best = max(rates)
+    detail = {"samples": sent["samples"], "runs": [round(rate) for rate in rates]}
+    tell(
+        "door_to_stored",
+        best,
+        "samples/s",
+        limits["copy_frames"],
+        to_copy_narrow=round(best / limits["copy_narrow"], 3),
+        **detail,
+    )
+
+
+async def door_to_stored_small(hub: Hub, database: Connection) -> None:
+    """10,000 machines with one frame of 20 signals a message, from 50 connections, as fast as it is acknowledged."""
+    cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
+    plant = await register(hub.settings.database_dsn, cluster, SMALL_MACHINES)
+    await _known(hub, plant)
+    sent = await send(hub, plant, SMALL_CONNECTIONS, SMALL_ROUNDS, 1)
+    await wait_stored(database, plant, sent["samples"])
+    tell(
+        "door_to_stored_small",
+        sent["samples"] / (time.monotonic() - sent["began"]),
+        "samples/s",
+        samples=sent["samples"],
+    )
+
+
+async def historian(hub: Hub, database: Connection, limits: dict[str, float]) -> None:
+    """The historian alone, from a topic that was filled while it was stopped."""
+    cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
+    plant = await register(hub.settings.database_dsn, cluster, DOOR_MACHINES)
+    await _known(hub, plant)
+    await hub.pause("historian")
+    sent = await send(hub, plant, DOOR_CONNECTIONS, DOOR_ROWS, DOOR_ROWS_A_BATCH)
+    hub.resume("historian")
+    while not await stored_samples(database, plant):
+        await asyncio.sleep(0.01)
+    already, began = await stored_samples(database, plant), time.monotonic()
+    await wait_stored(database, plant, sent["samples"])
+    rate = (sent["samples"] - already) / (time.monotonic() - began)
+    tell("historian", rate, "samples/s", limits["copy_frames"], samples=sent["samples"])
+
+
+async def _known(hub: Hub, plant: Plant) -> None:
+    """Wait until the door knows the last machine and the key."""
+    headers = {"Authorization": f"Bearer {plant.key}"}
+    async with httpx.AsyncClient(base_url=hub.processes["door"].http, headers=headers) as client:
+        while (await client.get(f"/v1/machines/{plant.machine_ids[-1]}")).status_code != 200:
+            await asyncio.sleep(0.1)
+
+
+async def run(servers: Servers) -> None:
+    """All measures of ingest, on a hub of its own."""
+    hub = Hub(servers, LOCAL / "log" / "bench", roles=("door", "historian"))
+    try:
+        await hub.start()
+        database = await asyncpg.connect(hub.settings.database_dsn)
+        limits = {"copy_frames": await copy_frames(database), "copy_narrow": await copy_narrow(database)}
+        for name, value in limits.items():
+            tell(name, value, "samples/s")
+        await door_to_stored(hub, database, limits)
+        await historian(hub, database, limits)
+        await door_to_stored_small(hub, database)
+        await database.close()
+    finally:
+        await hub.stop()
