@@ -1,7 +1,6 @@
-"""The fund's money: clients of the ledger and the database are killed amid random operations, and calls race for the last pound.
+"""The fund's money: clients of the ledger and the database are killed amid random operations.
 
-Nothing acknowledged may be missing or there twice, no penny may be lost or made, no account overdrawn; and of two decisions that
-race for the same last pound, or for the last headroom of one group, exactly one wins.
+Nothing acknowledged may be missing or there twice, no penny may be lost or made, no account overdrawn.
 """
 
 import asyncio
@@ -11,14 +10,15 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import asyncpg
 
+from chaos import races
+from chaos.fund_database import database
 from chaos.ledger_client import BUDGET_PENCE, CALLS, call_name, operation
 from chaos.stage import Outcome, Round, Scenario, Stage
 from services.common.clock import SystemClock
-from services.common.database import Pool, create_pool, migrate, transaction
+from services.common.database import Pool, create_pool, transaction
 from services.funding import call_store, ledger
 from services.funding.domain import Call
 from services.funding.ledger import PROGRAMME, Account, AccountKind, Event, Purpose, Transfer
@@ -36,24 +36,6 @@ KILL_EVERY_S = (1.5, 5.0)
 DATABASE_SHARE = 0.1
 ROUND_DEADLINE_S = 300
 CLOCK = SystemClock()
-MIGRATIONS = Path(__file__).resolve().parents[1] / "services/funding/migrations"
-
-
-@asynccontextmanager
-async def database(stage: Stage, name: str) -> AsyncIterator[str]:
-    """A database of the fund alone; yields its DSN."""
-    admin = await asyncpg.connect(stage.servers.database_dsn)
-    await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-    await admin.execute(f"CREATE DATABASE {name}")
-    await admin.close()
-    dsn = stage.servers.database_dsn.rpartition("/")[0] + f"/{name}"
-    await migrate(dsn, schema="funding", folder=MIGRATIONS)
-    try:
-        yield dsn
-    finally:
-        admin = await asyncpg.connect(stage.servers.database_dsn)
-        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-        await admin.close()
 
 
 # Random operations
@@ -310,4 +292,4 @@ async def _judge(pool: Pool, seed: int, answers: Answers, outcome: Outcome) -> N
     }
 
 
-SCENARIOS = (Scenario("ledger", ROUNDS, prepare_ledger),)
+SCENARIOS = (Scenario("ledger", ROUNDS, prepare_ledger), *races.SCENARIOS)
