@@ -195,6 +195,8 @@ class Hub:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        if "matching" in self.processes:
+            environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
         delay_s = RESTART_DELAY_S
         while not self._stopping:
             started = time.monotonic()

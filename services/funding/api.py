@@ -11,14 +11,28 @@ from services.funding.applications import ApplicationService
 from services.funding.balances import BalanceService
 from services.funding.calls import CallService
 from services.funding.decisions import DecisionService
-from services.funding.domain import Application, ApplicationState, Call, CallState, Cost, CostCategory, Declaration
+from services.funding.domain import (
+    AnswerKind,
+    Application,
+    ApplicationState,
+    Call,
+    CallState,
+    Content,
+    Cost,
+    CostCategory,
+    Declaration,
+    Terms,
+)
 from services.funding.judging import View
 from services.funding.rules.assistance import AssistanceKind
-from services.funding.rules.intensity import Category
+from services.funding.rules.intensity import Category, Organisation
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition, Investor, Size
+from services.funding.selection import Method
 
 _declaration = TypeAdapter(Declaration)
+_terms = TypeAdapter(Terms)
+_content = TypeAdapter(Content)
 
 
 class _In(BaseModel):
@@ -73,6 +87,40 @@ class CostIn(_In):
     amount_pence: StrictInt
 
 
+class QuestionIn(_In):
+    id: str = Field(description="lower case letters, digits and _, by which answers name it")
+    text: str
+    kind: AnswerKind
+    required: StrictBool = True
+    characters_max: StrictInt = Field(2_000, description="of a text")
+    least: StrictInt | None = Field(None, description="of a whole number")
+    most: StrictInt | None = None
+    choices: list[str] = []
+
+
+class PotLimitIn(_In):
+    pot: str = Field(description="region:NAME, size:NAME or first-time, in lower case")
+    floor_pence: StrictInt | None = None
+    ceiling_pence: StrictInt | None = None
+    share_min: str | None = Field(None, description="of all money awarded, such as 0.30")
+    share_max: str | None = None
+
+
+class TermsIn(_In):
+    """What a call declares before it opens; it does not change afterwards."""
+
+    scope: str = ""
+    questions: list[QuestionIn] = []
+    method: Method = Method.TOP_DOWN_SKIP
+    limits: list[PotLimitIn] = Field([], description="floors and shares need the method portfolio")
+    adoption_max_pence: StrictInt = Field(
+        0, description="above zero: an adoption call, for small manufacturers, with this much for each at most"
+    )
+
+    def declared(self) -> Terms:
+        return _terms.validate_python(self.model_dump())
+
+
 class CallIn(_In):
     request_id: str
     title: str
@@ -83,6 +131,7 @@ class CallIn(_In):
     size_definition: Definition
     rate_max: str = Field("", description="the call's own maximum rate; it lowers the lawful rate, never raises it")
     in_kind_allowed: StrictBool = False
+    terms: TermsIn = TermsIn()
 
 
 class BudgetIn(_In):
@@ -100,6 +149,23 @@ class PreCheckIn(_In):
     other_public_pence: StrictInt = 0
 
 
+class ProjectPartnerIn(_In):
+    name: str
+    organisation: Organisation
+    costs: list[CostIn]
+    size: SizeFiguresIn | None = Field(None, description="of a business, by the call's definition")
+    other_public_pence: StrictInt = 0
+
+
+class AttachmentIn(_In):
+    """A document kept elsewhere; the hash says which."""
+
+    name: str
+    sha256: str
+    size_bytes: StrictInt
+    media_type: str
+
+
 class ApplicationIn(_In):
     request_id: str
     call_id: str
@@ -108,6 +174,14 @@ class ApplicationIn(_In):
     declaration: DeclarationIn
     requested_pence: StrictInt = Field(0, description="0: the most that the rules allow")
     other_public_pence: StrictInt = 0
+    answers: dict[str, str] = Field({}, description="to the call's questions, by their ids")
+    partners: list[ProjectPartnerIn] = []
+    attachments: list[AttachmentIn] = []
+    machine_ids: list[StrictInt] = Field([], description="machines of the firm that the project is about")
+
+    def content(self) -> Content:
+        plain = self.model_dump(include={"partners", "attachments", "machine_ids"})
+        return _content.validate_python({**plain, "answers": list(self.answers.items())})
 
 
 class PledgeIn(_In):
@@ -149,6 +223,7 @@ class CallOut(_Out):
     committed_pence: int
     left_pence: int
     created_us: int
+    terms: Any = Field(description="as the call declared them")
 
 
 class CallPageOut(_Out):
@@ -221,6 +296,7 @@ class ApplicationOut(_Out):
     submitted_us: int | None
     decided_us: int | None
     correlation_id: str
+    content: Any = Field(description="answers, partners, attachments and machines")
     assessment: AssessmentOut | None = None
 
 
@@ -260,7 +336,8 @@ def router(
 
     @routes.post("/calls", status_code=201)
     async def create_call(caller: Authenticated, body: CallIn) -> CallOut:
-        return call_out(await calls.create_call(caller, **body.model_dump()))
+        fields = body.model_dump(exclude={"terms"})
+        return call_out(await calls.create_call(caller, terms=body.terms.declared(), **fields))
 
     @routes.get("/calls")
     async def list_calls(caller: Authenticated, page_size: PageSize = 0, page_token: str = "") -> CallPageOut:
@@ -285,10 +362,11 @@ def router(
 
     @routes.post("/applications", status_code=201)
     async def create_application(caller: Authenticated, body: ApplicationIn) -> ApplicationOut:
-        fields = body.model_dump(exclude={"declaration", "costs"})
+        said = {"declaration", "costs", "answers", "partners", "attachments", "machine_ids"}
+        fields = body.model_dump(exclude=said)
         costs = [Cost(category=cost.category, amount_pence=cost.amount_pence) for cost in body.costs]
         view = await applications.create_application(
-            caller, declaration=body.declaration.declared(), costs=costs, **fields
+            caller, declaration=body.declaration.declared(), costs=costs, content=body.content(), **fields
         )
         return _application_out(view)
 

@@ -10,12 +10,13 @@ from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.errors import Conflict
 from services.funding.award_store import award_from
-from services.funding.domain import Application, ApplicationState, Award, Cost, Declaration, Pledge
+from services.funding.domain import Application, ApplicationState, Award, Content, Cost, Declaration, Pledge
 from services.funding.paging import Place
 from services.funding.rules.match import PledgeKind
 
 _costs = TypeAdapter(tuple[Cost, ...])
 _declaration = TypeAdapter(Declaration)
+_content = TypeAdapter(Content)
 
 
 class MatchInUse(Conflict):
@@ -34,8 +35,8 @@ async def add_application(
     try:
         done = await connection.execute(
             "INSERT INTO application (id, request_id, content_sha256, call_id, match_id, firm_id, state, costs, declaration, "
-            "sic, requested_pence, other_public_pence, created, correlation_id) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) "
+            "sic, requested_pence, other_public_pence, created, correlation_id, content) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) "
             "ON CONFLICT (firm_id, request_id) DO NOTHING",
             application.id,
             request_id,
@@ -51,6 +52,7 @@ async def add_application(
             application.other_public_pence,
             from_us(application.created_us),
             application.correlation_id,
+            _content.dump_json(application.content).decode(),
         )
     except asyncpg.UniqueViolationError as error:
         if error.constraint_name == "application_match_id_live_key":
@@ -113,6 +115,17 @@ async def applications(
     return [_application(row, pledges=(), award=None, ratio_waivers=0) for row in rows]
 
 
+async def submitted_of(connection: Connection, call_id: str, *, limit: int) -> list[Application]:
+    """All of a call that were submitted and not withdrawn, in order of submission, without pledges."""
+    rows = await connection.fetch(
+        "SELECT * FROM application WHERE call_id = $1 AND state IN ('submitted', 'awarded', 'rejected') "
+        "ORDER BY submitted, id LIMIT $2",
+        call_id,
+        limit,
+    )
+    return [_application(row, pledges=(), award=None, ratio_waivers=0) for row in rows]
+
+
 async def set_submitted(connection: Connection, application_id: str, *, grant_pence: int, now_us: int) -> None:
     await connection.execute(
         "UPDATE application SET state = 'submitted', grant_pence = $2, submitted = $3 WHERE id = $1",
@@ -161,6 +174,7 @@ def _application(
         pledges=tuple(pledges),
         award=award,
         ratio_waivers=ratio_waivers,
+        content=_content.validate_json(row["content"]),
     )
 
 

@@ -19,6 +19,7 @@ from services.funding.domain import (
     Assessment,
     Call,
     CallState,
+    Content,
     Cost,
     Declaration,
     Pledge,
@@ -44,10 +45,12 @@ from services.funding.paging import next_token, page
 from services.funding.pledge_money import post_pledges, release_pledges
 from services.funding.requests import check_same, content_sha256, understood
 from services.funding.rules.match import PledgeKind
+from services.funding.terms import checked_content
 
 log = get_logger(__name__)
 
 INT64_MAX = 2**63 - 1
+NO_CONTENT = Content()
 
 
 class ApplicationService:
@@ -100,6 +103,7 @@ class ApplicationService:
         declaration: Declaration,
         requested_pence: int,
         other_public_pence: int,
+        content: Content = NO_CONTENT,
     ) -> View:
         caller.require(Role.FIRM, Role.OPERATOR)
         now_us = self._clock.now_us()
@@ -118,6 +122,9 @@ class ApplicationService:
                     reason="MATCH_UNKNOWN",
                 )
             call = await call_of(connection, call_id)
+            with understood():
+                content = checked_content(content, call.terms)
+            self._check_machines(match.firm_id, content)
             application = Application(
                 id=uuid.uuid4().hex,
                 call_id=call.id,
@@ -135,8 +142,9 @@ class ApplicationService:
                 decided_us=None,
                 decision_reason="",
                 correlation_id=match.correlation_id,
+                content=content,
             )
-            content = content_sha256(dataclasses.replace(application, id="", created_us=0))
+            hashed = content_sha256(dataclasses.replace(application, id="", created_us=0))
             first = await application_store.application_by_request(connection, match.firm_id, request_id)
             if first is None:
                 self._check_open(call)
@@ -144,7 +152,7 @@ class ApplicationService:
                 # Facts that no rule can read are refused now, not at the decision.
                 await self._judge.assess_application(connection, application, call)
                 if await application_store.add_application(
-                    connection, application, request_id=request_id, content_sha256=content
+                    connection, application, request_id=request_id, content_sha256=hashed
                 ):
                     await audit_application(
                         connection, self._clock, caller, "application_created", application, {"match_id": match.id}
@@ -153,7 +161,7 @@ class ApplicationService:
                     return await self._judge.view(connection, application, call)
                 first = there(await application_store.application_by_request(connection, match.firm_id, request_id))
             first_content, application_id = first
-            check_same(first_content, content)
+            check_same(first_content, hashed)
             return await self._judge.view(
                 connection, there(await application_store.application_of(connection, application_id)), call
             )
@@ -328,6 +336,12 @@ class ApplicationService:
                 f"{from_us(call.closes_us).isoformat()}.",
                 reason="CALL_NOT_OPEN",
             )
+
+    def _check_machines(self, firm_id: int, content: Content) -> None:
+        for machine_id in content.machine_ids:
+            machine = self._directory.machines.get(machine_id)
+            if machine is None or machine.firm_id != firm_id:
+                raise NotFound(f"This firm has no machine {machine_id}.", reason="MACHINE_UNKNOWN")
 
     def _sic(self, firm_id: int) -> str:
         firm = self._directory.firms.get(firm_id)

@@ -1,13 +1,16 @@
 """Matches and calls in the database: SQL in, domain types out. Every function works in the caller's transaction."""
 
 import asyncpg
+from pydantic import TypeAdapter
 
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
-from services.funding.domain import Call, Match
+from services.funding.domain import Call, Match, Terms
 from services.funding.paging import Place
 from services.funding.rules.intensity import Category
 from services.funding.rules.size import Definition
+
+_terms = TypeAdapter(Terms)
 
 # Matches
 
@@ -54,7 +57,7 @@ async def add_call(connection: Connection, call: Call, *, request_id: str, conte
     """False when there is one of that request id already."""
     done = await connection.execute(
         "INSERT INTO call (id, request_id, content_sha256, title, budget_pence, opens, closes, category, size_definition, "
-        "rate_max, in_kind_allowed, created) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) "
+        "rate_max, in_kind_allowed, created, terms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) "
         "ON CONFLICT (request_id) DO NOTHING",
         call.id,
         request_id,
@@ -68,6 +71,7 @@ async def add_call(connection: Connection, call: Call, *, request_id: str, conte
         call.rate_max,
         call.in_kind_allowed,
         from_us(call.created_us),
+        _terms.dump_json(call.terms).decode(),
     )
     return done == "INSERT 0 1"
 
@@ -106,5 +110,6 @@ def _call(row: asyncpg.Record) -> Call:
         rate_max=row["rate_max"],
         in_kind_allowed=row["in_kind_allowed"],
         created_us=to_us(row["created"]),
+        terms=_terms.validate_json(row["terms"]),
         committed_pence=row["committed_pence"],
     )

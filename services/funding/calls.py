@@ -13,6 +13,7 @@ from services.funding.domain import (
     TITLE_CHARACTERS_MAX,
     Call,
     CallState,
+    Terms,
     checked_amount,
     checked_rate,
     checked_request_id,
@@ -28,8 +29,11 @@ from services.funding.parameters import ParameterTable
 from services.funding.requests import check_same, content_sha256, understood
 from services.funding.rules.intensity import Category
 from services.funding.rules.size import Definition
+from services.funding.terms import checked_terms
 
 log = get_logger(__name__)
+
+NO_TERMS = Terms()
 
 
 class CallService:
@@ -60,6 +64,7 @@ class CallService:
         size_definition: Definition,
         rate_max: str,
         in_kind_allowed: bool,
+        terms: Terms = NO_TERMS,
     ) -> Call:
         caller.require(Role.OPERATOR)
         now_us = self._clock.now_us()
@@ -77,6 +82,7 @@ class CallService:
                 rate_max=checked_rate("rate_max", rate_max) if rate_max else "",
                 in_kind_allowed=in_kind_allowed,
                 created_us=now_us,
+                terms=checked_terms(terms, budget_pence=budget_pence),
             )
         content = content_sha256(dataclasses.replace(call, id="", created_us=0))
         async with transaction(self._pool) as connection:

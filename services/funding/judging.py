@@ -48,6 +48,7 @@ class Judge:
             eligible_pence=application.eligible_pence,
             requested_pence=application.grant_pence or application.requested_pence,
             other_public_pence=application.other_public_pence,
+            partners=application.content.partners,
             pledges=application.pledges,
             given=await award_store.given_to(connection, application.firm_id),
         )

@@ -4,6 +4,8 @@ import asyncio
 import functools
 import sys
 
+from pydantic import Field
+
 from services.common import http, logs, rpc, topics
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
@@ -12,10 +14,11 @@ from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.funding import agreement_api, api, group_api, ledger, ledger_replay, open_data_api
+from services.funding import agreement_api, api, group_api, ledger, ledger_replay, open_data_api, review_api
 from services.funding.agreement_rpc import AgreementRpc
 from services.funding.agreements import AgreementService
 from services.funding.applications import ApplicationService
+from services.funding.assessor_finder import AssessorFinder
 from services.funding.balances import BalanceService, watch
 from services.funding.calls import CallService
 from services.funding.decisions import DecisionService
@@ -24,6 +27,7 @@ from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
+from services.funding.reviews import ReviewService
 from services.funding.rpc import FundingRpc
 from services.funding.rules.exact import gbp
 from services.funding.stream import keep_matches
@@ -33,14 +37,20 @@ SCHEMA = "funding"
 USAGE = "usage: python -m services.funding.main api|trial-balance|replay"
 
 
-async def start_api(runtime: Runtime, settings: Settings) -> None:
+class FundingSettings(Settings):
+    matching_grpc: str = Field(
+        "", description="host:port of the matching service's gRPC; without it nobody is proposed"
+    )
+
+
+async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     """The fund by gRPC and HTTP; takes matches in and sends awards out."""
     clock = SystemClock()
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
-    directory = Directory(cluster, clock=clock, kinds=("firm",))
+    directory = Directory(cluster, clock=clock, kinds=("firm", "partner", "machine"))
     runtime.background("directory", directory.run())
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
@@ -77,12 +87,16 @@ async def start_api(runtime: Runtime, settings: Settings) -> None:
             ],
         )
     )
+    finder = AssessorFinder(settings.matching_grpc)
+    runtime.on_stop(finder.close)
+    reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
     groups = GroupService(pool, table=table, directory=directory, clock=clock)
     open_data = OpenDataService(pool, directory=directory, clock=clock)
     routers = [
         api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
         agreement_api.router(agreements),
         group_api.router(groups),
+        review_api.router(reviews),
         open_data_api.router(open_data),
     ]
     app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=routers)
@@ -133,7 +147,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in ("api", *CHECKS):
         print(USAGE, file=sys.stderr)  # noqa: T201  a command line
         sys.exit(2)
-    settings = Settings()
+    settings = FundingSettings()
     logs.configure(f"funding-{arguments[0]}", settings.log_level)
     if arguments[0] in CHECKS:
         sys.exit(asyncio.run(check(arguments[0], settings)))

@@ -5,7 +5,7 @@ from typing import Any
 
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
-from services.funding import domain
+from services.funding import domain, terms_rpc
 from services.funding.applications import ApplicationService
 from services.funding.balances import BalanceService
 from services.funding.calls import CallService
@@ -14,7 +14,7 @@ from services.funding.judging import View
 from services.funding.rules.assistance import AssistanceKind
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
-from services.funding.rules.size import Definition, Investor
+from services.funding.rules.size import Definition
 from services.funding.words import number_of, word_of
 from smdih.funding.v1 import funding_pb2 as pb
 from smdih.funding.v1.funding_pb2_grpc import FundingServiceServicer
@@ -48,6 +48,7 @@ class FundingRpc(FundingServiceServicer):
             size_definition=word_of(Definition, pb.SizeDefinition, "SIZE_DEFINITION", request.size_definition),
             rate_max=request.rate_max,
             in_kind_allowed=request.in_kind_allowed,
+            terms=terms_rpc.terms_of(request.terms),
         )
         return pb.CreateCallResponse(call=self._call(call))
 
@@ -100,6 +101,7 @@ class FundingRpc(FundingServiceServicer):
             declaration=_declared(request.declaration),
             requested_pence=request.requested_pence,
             other_public_pence=request.other_public_pence,
+            content=terms_rpc.content_of(request),
         )
         return pb.CreateApplicationResponse(application=_view(view))
 
@@ -201,30 +203,13 @@ class FundingRpc(FundingServiceServicer):
             committed_pence=call.committed_pence,
             left_pence=call.left_pence,
             created_us=call.created_us,
+            terms=terms_rpc.terms_message(call.terms),
         )
 
 
 def _declared(message: pb.Declaration) -> domain.Declaration:
-    size = message.size
     return domain.Declaration(
-        size=domain.SizeFigures(
-            headcount=size.headcount,
-            turnover_minor=size.turnover_minor,
-            balance_minor=size.balance_minor,
-            period_start=size.period_start,
-            relations=tuple(
-                domain.Relation(
-                    percent=relation.percent,
-                    upstream=relation.upstream,
-                    investor=word_of(Investor, pb.Investor, "INVESTOR", relation.investor),
-                    headcount=relation.headcount,
-                    turnover_minor=relation.turnover_minor,
-                    balance_minor=relation.balance_minor,
-                    dominant_influence=relation.dominant_influence,
-                )
-                for relation in size.relations
-            ),
-        ),
+        size=terms_rpc.size_of(message.size),
         uk_registered=message.uk_registered,
         insolvent=message.insolvent,
         ailing=message.ailing,
@@ -242,26 +227,8 @@ def _declared(message: pb.Declaration) -> domain.Declaration:
 
 
 def _declaration(declaration: domain.Declaration) -> pb.Declaration:
-    size = declaration.size
     return pb.Declaration(
-        size=pb.SizeFigures(
-            headcount=size.headcount,
-            turnover_minor=size.turnover_minor,
-            balance_minor=size.balance_minor,
-            period_start=size.period_start,
-            relations=[
-                pb.Relation(
-                    percent=relation.percent,
-                    upstream=relation.upstream,
-                    investor=number_of(pb.Investor, "INVESTOR", relation.investor),
-                    headcount=relation.headcount,
-                    turnover_minor=relation.turnover_minor,
-                    balance_minor=relation.balance_minor,
-                    dominant_influence=relation.dominant_influence,
-                )
-                for relation in size.relations
-            ],
-        ),
+        size=terms_rpc.size_message(declaration.size),
         uk_registered=declaration.uk_registered,
         insolvent=declaration.insolvent,
         ailing=declaration.ailing,
@@ -322,6 +289,7 @@ def _award(award: domain.Award) -> pb.AwardDetail:
 
 
 def _application(application: domain.Application) -> pb.Application:
+    content = application.content
     return pb.Application(
         id=application.id,
         call_id=application.call_id,
@@ -345,6 +313,10 @@ def _application(application: domain.Application) -> pb.Application:
         submitted_us=application.submitted_us,
         decided_us=application.decided_us,
         correlation_id=application.correlation_id,
+        answers=dict(content.answers),
+        partners=[terms_rpc.partner_message(partner) for partner in content.partners],
+        attachments=[terms_rpc.attachment_message(attachment) for attachment in content.attachments],
+        machine_ids=content.machine_ids,
     )
 
 
