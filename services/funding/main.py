@@ -14,9 +14,19 @@ from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.funding import agreement_api, api, group_api, ledger, ledger_replay, open_data_api, review_api
+from services.funding import (
+    agreement_api,
+    allocation_api,
+    api,
+    group_api,
+    ledger,
+    ledger_replay,
+    open_data_api,
+    review_api,
+)
 from services.funding.agreement_rpc import AgreementRpc
 from services.funding.agreements import AgreementService
+from services.funding.allocations import AllocationService
 from services.funding.applications import ApplicationService
 from services.funding.assessor_finder import AssessorFinder
 from services.funding.balances import BalanceService, watch
@@ -90,6 +100,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     finder = AssessorFinder(settings.matching_grpc)
     runtime.on_stop(finder.close)
     reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
+    allocations = AllocationService(pool, judge=judge, reviews=reviews, decisions=decisions, table=table, clock=clock)
     groups = GroupService(pool, table=table, directory=directory, clock=clock)
     open_data = OpenDataService(pool, directory=directory, clock=clock)
     routers = [
@@ -97,6 +108,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
         agreement_api.router(agreements),
         group_api.router(groups),
         review_api.router(reviews),
+        allocation_api.router(allocations),
         open_data_api.router(open_data),
     ]
     app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=routers)
