@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from localstack.servers import ROOT, Servers, free_port
-from services.common.evidence import new_key
+from services.common.evidence import Signer, new_key
 from services.common.settings import Settings
 from services.ingest.main import operator_key
 from services.migrate import migrate_all
@@ -198,8 +198,12 @@ class Hub:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        if "matching" in self.processes:
+            environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
         if running.role.name == "door":  # nobody else signs
             environment["SMDIH_EVIDENCE_KEY"] = self.evidence_key
+        if running.role.name == "funding":
+            environment["SMDIH_EVIDENCE_PUBLIC_KEYS"] = Signer(self.evidence_key).public_key
         delay_s = RESTART_DELAY_S
         while not self._stopping:
             started = time.monotonic()
