@@ -40,6 +40,7 @@ ROLES = (
     Role("historian", "services.ingest.main", "historian", has_grpc=False),
     Role("anomaly-worker", "services.anomaly.main", "worker", has_grpc=False),
     Role("anomaly", "services.anomaly.main", "api", has_grpc=True),
+    Role("anomaly-notifier", "services.anomaly.main", "notifier", has_grpc=False),
     Role("matching", "services.matching.main", "api", has_grpc=True),
     Role("funding", "services.funding.main", "api", has_grpc=True),
 )
@@ -193,6 +194,8 @@ class Hub:
             "SMDIH_DATABASE_DSN": self.settings.database_dsn,
             "SMDIH_HTTP_PORT": str(running.http_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
+            # Where explanations of alarms get their samples.
+            "SMDIH_INGEST_GRPC": self.processes["door"].grpc if "door" in self.processes else "",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
             # One arithmetic thread a process: on a small machine more only get into each other's way.
             "OMP_NUM_THREADS": "1",
