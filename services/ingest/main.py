@@ -1,8 +1,10 @@
-"""The processes of ingest: `python -m services.ingest.main door|historian`, and `... operator-key` to make the first key."""
+"""The processes of ingest: `python -m services.ingest.main door|historian|mqtt`, and `... operator-key` to make the first key."""
 
 import asyncio
 import functools
 import sys
+
+from pydantic import Field
 
 from services.common import logs, topics
 from services.common.clock import SystemClock
@@ -20,12 +22,14 @@ from services.ingest import api, store
 from services.ingest.door import Door
 from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
+from services.ingest.mqttbridge import Births, Bridge, Host, Share
+from services.ingest.mqttlink import Broker
 from services.ingest.rpc import QueryServicer, RegistryServicer, TelemetryServicer
 from services.ingest.service import Queries, Registry, make_credential
 from smdih.ingest.v1 import query_pb2_grpc, registry_pb2_grpc, telemetry_pb2_grpc
 
 SCHEMA = "ingest"
-USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
+USAGE = "usage: python -m services.ingest.main door|historian|mqtt|operator-key"
 
 HISTORIAN_RECORDS_MAX = 500
 # A partition's share of a poll. Small polls let fetching and storing overlap and stay in the processor's caches: from a full
@@ -121,6 +125,59 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
     runtime.alive_when("quarantine", quarantine.is_turning)
 
 
+class MqttSettings(Settings):
+    """What the MQTT bridge needs besides: the broker, and as whom to come."""
+
+    mqtt_host: str = "127.0.0.1"
+    mqtt_port: int = Field(1883, ge=1, le=65535)
+    mqtt_user: str = ""
+    mqtt_password: str = Field("", repr=False)
+    mqtt_tls: bool = False
+    mqtt_host_id: str = Field("smdih", description="the Sparkplug host that nodes wait for: spBv1.0/STATE/<this>")
+
+
+async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
+    """From an MQTT broker into the message log."""
+    found = MqttSettings()
+    broker = Broker(found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls)
+    clock = SystemClock()
+    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    publisher = await runtime.enter(Publisher(cluster))
+    directory = Directory(cluster, clock=clock, kinds=("firm", "machine"))
+    runtime.background("directory", directory.run())
+    group_commit = GroupCommit(publisher, partitions=await publisher.partitions(topics.SAMPLES))
+    runtime.on_stop(group_commit.close)
+    door = Door(directory, group_commit, clock)
+    births = Births(cluster, publisher)
+    name = cluster.name("smdih-bridge")
+
+    def share(number: int, shares: int) -> Share:
+        return Share(
+            number,
+            shares,
+            broker=broker,
+            client_id=f"{name}-{number}",
+            births=births,
+            directory=directory,
+            door=door,
+            clock=clock,
+        )
+
+    host = Host(broker, host_id=found.mqtt_host_id, client_id=f"{name}-host", clock=clock)
+    bridge = Bridge(cluster, births, share=share, host=host)
+
+    async def serve() -> None:
+        await directory.wait_caught_up()  # a message of a firm that is not known yet would be nobody's
+        await bridge.run()
+
+    app = application("SMDIH MQTT bridge", runtime=runtime, directory=None)
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    runtime.background("bridge", serve())
+    runtime.ready_when("kafka", publisher.answers)
+    runtime.ready_when("mqtt", bridge.is_serving)
+    runtime.alive_when("shares", bridge.is_turning)
+
+
 async def operator_key(settings: Settings) -> str:
     """Make an operator's key; needs the database only, so it is how the first one is had."""
     now_us = SystemClock().now_us()
@@ -135,7 +192,7 @@ async def operator_key(settings: Settings) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    roles = {"door": start_door, "historian": start_historian}
+    roles = {"door": start_door, "historian": start_historian, "mqtt": start_mqtt}
     if len(arguments) != 1 or arguments[0] not in (*roles, "operator-key"):
         print(USAGE, file=sys.stderr)  # noqa: T201  a command line
         sys.exit(2)
