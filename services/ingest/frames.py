@@ -50,12 +50,14 @@ class Checked:
 class _MachineView:
     """What the check needs of a machine, as arrays."""
 
-    def __init__(self, machine: directory_pb2.Machine, version: int) -> None:
+    __slots__ = ("firm_id", "high", "id", "low", "positions", "version", "width")
+
+    def __init__(self, machine: directory_pb2.Machine, version: object, positions: dict[str, int]) -> None:
+        self.positions = positions
         self.version = version
         self.id = machine.id
         self.firm_id = machine.firm_id
         self.width = len(machine.signals)
-        self.positions = {signal.name: position for position, signal in enumerate(machine.signals)}
         limited = any(s.HasField("range_min") or s.HasField("range_max") for s in machine.signals)
         self.low: Floats | None = None
         self.high: Floats | None = None
@@ -71,6 +73,8 @@ class FrameCheck:
         self._directory = directory
         self._clock = clock
         self._views: dict[int, _MachineView] = {}
+        # Machines of a kind name their signals alike and share one table of them.
+        self._positions: dict[tuple[str, ...], dict[str, int]] = {}
 
     def check(self, sender: Sender, batch: telemetry_pb2.Batch) -> Checked:
         """Sort the samples of a batch into frames to store and samples to quarantine. Never raises for what a sender can send."""
@@ -177,17 +181,16 @@ class FrameCheck:
 
     def _machine(self, sender: Sender, machine_id: int, path: str) -> _MachineView | None:
         if not machine_id:
-            by_path = self._directory.machine_by_path(path)
-            if by_path is None:
-                return None
-            machine_id = by_path.id
-        version = self._directory.machine_versions.get(machine_id, 0)
+            machine_id = self._directory.machine_id(path)
+        version = self._directory.machine_version(machine_id)
+        if version is None:
+            return None
         view = self._views.get(machine_id)
-        if view is None or view.version != version:
-            machine = self._directory.machines.get(machine_id)
-            if machine is None:
-                return None
-            view = self._views[machine_id] = _MachineView(machine, version)
+        if view is None or view.version is not version:
+            machine = self._directory.machines[machine_id]
+            names = tuple(signal.name for signal in machine.signals)
+            positions = self._positions.setdefault(names, {name: position for position, name in enumerate(names)})
+            view = self._views[machine_id] = _MachineView(machine, version, positions)
         return view if view.firm_id == sender.firm_id else None
 
     @staticmethod

@@ -33,7 +33,8 @@ class HeldPublisher:
 def door_with(publisher: HeldPublisher) -> Door:
     directory = Directory(Cluster("nowhere"), clock=FixedClock(), kinds=("machine",))
     signals = [directory_pb2.Signal(id=1, name="a"), directory_pb2.Signal(id=2, name="b", range_max=1)]
-    directory.machines[5] = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
+    machine = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
+    directory.machines.entries[5] = directory_pb2.DirectoryEntry(machine=machine).SerializeToString()
     return Door(directory, GroupCommit(cast(Publisher, publisher), partitions=2), FixedClock())
 
 

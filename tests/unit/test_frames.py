@@ -22,8 +22,8 @@ class FixedClock:
 
 def check_with(*signals: directory_pb2.Signal) -> FrameCheck:
     directory = Directory(Cluster("nowhere"), clock=FixedClock(), kinds=("machine",))
-    directory.machines[5] = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
-    directory.machine_versions[5] = 1
+    machine = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
+    directory.machines.entries[5] = directory_pb2.DirectoryEntry(machine=machine).SerializeToString()
     return FrameCheck(directory, FixedClock())
 
 
