@@ -236,7 +236,7 @@ class Share:
         path = message.topic.removeprefix(f"{ROOT}/")
         sender = self._sender(path.partition("/")[0], "mqtt")
         read = mqttpayload.read(path, message.payload)
-        machine_id = self._machine_id(read.machine)
+        machine_id = self._directory.machine_id(read.machine)
         for sample in read.samples:
             turn.gathered.add(sender, machine_id, read.machine, sample.name, sample.time_us, sample.value)
         turn.aside.extend(_Aside(sender, fault, message.payload) for fault in read.faults)
@@ -265,7 +265,9 @@ class Share:
             log.info("sparkplug state", kind=topic.kind, group=topic.group, node=topic.node, device=topic.device)
             self._count_nodes()
         paths = machine_paths(topic)
-        machine_id, path = next(((found, path) for path in paths if (found := self._machine_id(path))), (0, paths[0]))
+        machine_id, path = next(
+            ((found, path) for path in paths if (found := self._directory.machine_id(path))), (0, paths[0])
+        )
         for sample in heard.samples:
             turn.gathered.add(sender, machine_id, path, sample.name, sample.time_us, sample.value)
         turn.aside.extend(_Aside(sender, fault, message.payload) for fault in heard.faults)
@@ -288,10 +290,6 @@ class Share:
     def _sender(self, slug: str, source: str) -> Sender:
         # The broker's access list is what binds an account to its firm's topics; no key of the hub takes part.
         return Sender(self._firms.get(slug, 0), 0, source, "mqtt", current_correlation_id())
-
-    def _machine_id(self, path: str) -> int:
-        machine = self._directory.machine_by_path(path)
-        return 0 if machine is None else machine.id
 
     def _count_nodes(self) -> None:
         nodes_online.labels(str(self._number)).set(sum(node.is_online for node in self._nodes.values()))
