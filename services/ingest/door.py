@@ -49,16 +49,25 @@ class Taken:
             await commit.wait()
 
     def result(self) -> telemetry_pb2.BatchResult:
-        problems = [
-            telemetry_pb2.Problem(reason=record.reason, detail=record.detail, samples=record.samples)
-            for record in self.checked.quarantine
-        ]
-        return telemetry_pb2.BatchResult(
-            sequence=self.checked.sequence,
-            accepted=self.checked.accepted,
-            quarantined=sum(record.samples for record in self.checked.quarantine),
-            problems=problems,
-        )
+        return _result(self.checked)
+
+
+def _result(checked: Checked) -> telemetry_pb2.BatchResult:
+    problems = [
+        telemetry_pb2.Problem(reason=record.reason, detail=record.detail, samples=record.samples)
+        for record in checked.quarantine
+    ]
+    return telemetry_pb2.BatchResult(
+        sequence=checked.sequence,
+        accepted=checked.accepted,
+        quarantined=sum(record.samples for record in checked.quarantine),
+        problems=problems,
+    )
+
+
+def _check_number(batches: Sequence[telemetry_pb2.Batch]) -> None:
+    if len(batches) > BATCHES_PER_REQUEST_MAX:
+        raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
 
 
 class _InFlight:
@@ -134,10 +143,14 @@ class Door:
             raise Invalid(str(error)) from error
         return Sender(caller.firm_id, caller.credential_id, source, door, current_correlation_id())
 
+    def check(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
+        """What would become of batches; nothing is kept or counted. Raises Invalid."""
+        _check_number(batches)
+        return [_result(self._check.check(sender, batch)) for batch in batches]
+
     def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[Taken]:
         """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid."""
-        if len(batches) > BATCHES_PER_REQUEST_MAX:
-            raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
+        _check_number(batches)
         self._group_commit.check_room()
         self._in_flight.check_room(sender.credential_id)
         return [self._take(sender, batch) for batch in batches]
