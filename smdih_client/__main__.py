@@ -1,4 +1,9 @@
-"""The client's command line: python -m smdih_client replay|backfill (key in SMDIH_KEY)."""
+"""A gateway's command line.
+
+python -m smdih_client claim CODE --target HOST:PORT: get a key; it goes into smdih.key.
+python -m smdih_client replay --file F --machine PATH --target HOST:PORT: stream a CSV file (key in SMDIH_KEY).
+python -m smdih_client backfill PATH --machine PATH --target HOST:PORT: send history, CSV or Parquet (key in SMDIH_KEY).
+"""
 
 import argparse
 import asyncio
@@ -9,6 +14,7 @@ from pathlib import Path
 
 from smdih_client.backfill import Hub, Job, Progress, jobs, send, when
 from smdih_client.buffer import BufferFull, BufferInUse
+from smdih_client.claim import KeyFileExists, claim
 from smdih_client.recording import NotARecording, Recording, read
 from smdih_client.telemetry import BUFFERED_SAMPLES_PER_S_MAX, Refused, TelemetryClient
 
@@ -98,6 +104,10 @@ def _arguments() -> argparse.Namespace:
     command.add_argument("--dry-run", action="store_true", help="say what would be refused and why; store nothing")
     command.add_argument("--progress", type=Path, help="where to note how far it is; default: PATH.progress.json")
     command.add_argument("--rate", type=_rate, default=BUFFERED_SAMPLES_PER_S_MAX, help="samples a second at most")
+    command = commands.add_parser("claim", help="exchange a claim code for this gateway's key")
+    command.add_argument("code", help="such as 7KQ4-M2XP-9RTV")
+    command.add_argument("--target", required=True, help="host:port of the gRPC door")
+    command.add_argument("--key-file", type=Path, default=Path("smdih.key"), help="where the key goes (mode 0600)")
     return parser.parse_args()
 
 
@@ -129,6 +139,8 @@ async def _run(arguments: argparse.Namespace, key: str) -> int:
 
 def main() -> int:
     arguments = _arguments()
+    if arguments.command == "claim":
+        return _claim(arguments.code, arguments.target, arguments.key_file)
     key = os.environ.get("SMDIH_KEY", "")
     if not key:
         print("put a device key into the environment variable SMDIH_KEY", file=sys.stderr)
@@ -141,6 +153,17 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _claim(code: str, target: str, key_file: Path) -> int:
+    try:
+        claimed = asyncio.run(claim(code, target=target, key_file=key_file))
+    except (KeyFileExists, Refused, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f'The key is in {claimed.key_file}. Use it with: export SMDIH_KEY="$(cat {claimed.key_file})"')
+    print(f"It is for {claimed.machine or 'machines of ' + claimed.site}.")
+    return 0
 
 
 if __name__ == "__main__":

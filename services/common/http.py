@@ -65,10 +65,12 @@ def application(
     runtime: Runtime,
     directory: Directory | None,
     routers: Sequence[APIRouter] = (),
+    open_routers: Sequence[APIRouter] = (),
     body_bytes_max: int = BODY_BYTES_MAX,
     on_too_large: Callable[[Request, int], Awaitable[None]] | None = None,
 ) -> FastAPI:
-    """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes.
+    """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes. Those of
+    `open_routers` need none and guard themselves.
 
     `on_too_large(request, bytes)` is told of a body over the limit, before it is refused.
     """
@@ -93,6 +95,8 @@ def application(
     app.include_router(probes)
     for router in routers:
         app.include_router(router, dependencies=[Depends(authenticated)])
+    for router in open_routers:
+        app.include_router(router)
 
     @app.exception_handler(HubError)
     async def refused(request: Request, error: HubError) -> Response:
@@ -141,6 +145,7 @@ class _Entry:
         correlation_id = accepted_correlation_id(request.headers.get("x-correlation-id"))
         started = time.perf_counter()
         status = 500
+        has_started = False
         received = 0
 
         async def limited() -> Message:
@@ -152,9 +157,9 @@ class _Entry:
             return message
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-correlation-id", correlation_id.encode())]
             await send(message)
 
@@ -167,6 +172,9 @@ class _Entry:
             except _BodyTooLarge as error:
                 await self._refuse_too_large(request, error.size, scope, receive, sending)
             except Exception as error:
+                if has_started:  # the server breaks the connection off, so that no reader takes a part for the whole
+                    log.exception("answer broken off", path=request.url.path)
+                    raise
                 if _is_too_large(error):
                     await self._refuse_too_large(request, received, scope, receive, sending)
                 else:

@@ -1,4 +1,4 @@
-"""HTTP edges of ingest."""
+"""HTTP edges of the telemetry door."""
 
 import math
 import zlib
@@ -10,18 +10,14 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field
 
 from services.common.clock import to_us
 from services.common.errors import HubError, Invalid, TooLarge
 from services.common.http import BODY_BYTES_MAX, Authenticated, authenticated, problem
-from services.common.identity import Role
 from services.common.logs import get_logger
-from services.ingest.domain import NewFirm, NewMachine, NewSignal, NewSite, Reason
+from services.ingest.domain import Reason
 from services.ingest.door import Door, LinesResult
 from services.ingest.lineprotocol import PRECISIONS
-from services.ingest.service import Queries, Registry
-from services.ingest.store import Bucket, Quarantined
 from smdih.ingest.v1 import telemetry_pb2
 
 log = get_logger(__name__)
@@ -31,65 +27,6 @@ LINES_BYTES_MAX = BODY_BYTES_MAX
 LINES_PROBLEMS_SHOWN = 20
 # Every member copies what is behind it.
 GZIP_MEMBERS_MAX = 100
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class SignalBody(_Body):
-    name: str
-    unit: str = ""
-    range_min: float | None = None
-    range_max: float | None = None
-
-    def new(self) -> NewSignal:
-        return NewSignal(self.name, self.unit, self.range_min, self.range_max)
-
-
-class FirmBody(_Body):
-    name: str
-    slug: str
-    sic: str
-    region: str
-    size: str
-
-
-class PartnerBody(_Body):
-    name: str
-    region: str
-
-
-class SiteBody(_Body):
-    firm_id: int = 0
-    slug: str
-    name: str
-    timezone: str = "Europe/London"
-
-
-class MachineBody(_Body):
-    site_id: int
-    path: str
-    name: str
-    kind: str
-    signals: list[SignalBody] = Field(default_factory=list)
-
-
-class SignalsBody(_Body):
-    signals: list[SignalBody]
-
-
-class CredentialBody(_Body):
-    role: Role
-    firm_id: int = 0
-    partner_id: int = 0
-    label: str = ""
-    valid_from_us: int = 0
-    valid_to_us: int = 0
-
-
-class ReplayBody(_Body):
-    machine_id: int = 0
 
 
 def telemetry_router(door: Door) -> APIRouter:
@@ -178,7 +115,9 @@ def lines_router(door: Door) -> APIRouter:
         """
         sender = door.sender(caller, "", "lines")
         if precision not in PRECISIONS:
-            raise Invalid(f"precision: one of {', '.join(PRECISIONS)}.")
+            unknown = Invalid(f"precision: one of {', '.join(PRECISIONS)}.")
+            door.note_refused(sender, unknown)
+            raise unknown
         raw = await request.body()
         try:
             body = _inflated(request.headers.get("content-encoding", ""), raw)
@@ -347,151 +286,6 @@ def _time_us(ts: Any, where: str) -> int:
         except ValueError:
             pass
     raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.ts: milliseconds since 1970 UTC, or RFC 3339 with a zone.")
-
-
-def registry_router(registry: Registry) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["registry"])
-
-    @router.post("/firms", status_code=201)
-    async def create_firm(body: FirmBody, caller: Authenticated) -> dict[str, Any]:
-        return _dict(await registry.create_firm(caller, NewFirm(**body.model_dump())))
-
-    @router.post("/partners", status_code=201)
-    async def create_partner(body: PartnerBody, caller: Authenticated) -> dict[str, Any]:
-        return _dict(await registry.create_partner(caller, body.name, body.region))
-
-    @router.post("/sites", status_code=201)
-    async def create_site(body: SiteBody, caller: Authenticated) -> dict[str, Any]:
-        return _dict(await registry.create_site(caller, NewSite(**body.model_dump())))
-
-    @router.post("/machines", status_code=201)
-    async def create_machine(body: MachineBody, caller: Authenticated) -> dict[str, Any]:
-        signals = [signal.new() for signal in body.signals]
-        return _dict(
-            await registry.create_machine(caller, NewMachine(body.site_id, body.path, body.name, body.kind, signals))
-        )
-
-    @router.post("/machines/{machine_id}/signals", status_code=201)
-    async def add_signals(machine_id: int, body: SignalsBody, caller: Authenticated) -> dict[str, Any]:
-        return _dict(await registry.add_signals(caller, machine_id, [signal.new() for signal in body.signals]))
-
-    @router.get("/machines")
-    async def list_machines(
-        caller: Authenticated, firm_id: int = 0, page_size: int = 0, page_token: str = ""
-    ) -> dict[str, Any]:
-        machines, token = await registry.list_machines(caller, firm_id, page_size, page_token)
-        return {"machines": [_dict(machine) for machine in machines], "next_page_token": token}
-
-    @router.post("/credentials", status_code=201)
-    async def issue_credential(body: CredentialBody, caller: Authenticated) -> dict[str, Any]:
-        """The key is in this answer and nowhere else, ever."""
-        key, credential = await registry.issue_credential(
-            caller,
-            body.role,
-            firm_id=body.firm_id,
-            partner_id=body.partner_id,
-            label=body.label,
-            valid_from_us=body.valid_from_us,
-            valid_to_us=body.valid_to_us,
-        )
-        return {"key": key, "id": credential.id, "prefix": credential.prefix}
-
-    @router.delete("/credentials/{credential_id}", status_code=204)
-    async def revoke_credential(credential_id: int, caller: Authenticated) -> None:
-        await registry.revoke_credential(caller, credential_id)
-
-    return router
-
-
-def _dict(message: Any) -> dict[str, Any]:
-    # Not protobuf's own JSON: it writes 64-bit integers as text, which would make ids unlike those in every other answer.
-    found: dict[str, Any] = {}
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            found[field.name] = [_dict(one) for one in value] if field.is_repeated else _dict(value)
-        elif field.type != field.TYPE_BYTES:
-            found[field.name] = value
-    return found
-
-
-def query_router(queries: Queries) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["queries"])
-
-    @router.get("/machines/{machine_id}")
-    async def machine(machine_id: int, caller: Authenticated) -> dict[str, Any]:
-        return _dict(await queries.machine(caller, machine_id))
-
-    @router.get("/machines/{machine_id}/latest")
-    async def latest(machine_id: int, caller: Authenticated) -> dict[str, Any]:
-        values = await queries.latest(caller, machine_id)
-        return {
-            "values": [
-                {
-                    "signal_id": one.signal_id,
-                    "name": one.name,
-                    "unit": one.unit,
-                    "time_us": to_us(one.ts),
-                    "value": one.value,
-                }
-                for one in values
-            ]
-        }
-
-    @router.get("/signals/{signal_id}/history")
-    async def history(
-        signal_id: int,
-        caller: Authenticated,
-        from_us: int,
-        to_us: int,
-        resolution: str = "raw",
-        page_size: int = 0,
-        page_token: str = "",
-    ) -> dict[str, Any]:
-        found = await queries.history(caller, signal_id, from_us, to_us, resolution, page_size, page_token)
-        return {
-            "samples": [{"time_us": time_us, "value": value} for time_us, value in found.samples],
-            "buckets": [_bucket(bucket) for bucket in found.buckets],
-            "next_page_token": found.next_page_token,
-        }
-
-    @router.get("/quarantine")
-    async def quarantine(
-        caller: Authenticated, firm_id: int = 0, page_size: int = 0, page_token: str = ""
-    ) -> dict[str, Any]:
-        items, token = await queries.quarantine(caller, firm_id, page_size, page_token)
-        return {"items": [_item(item) for item in items], "next_page_token": token}
-
-    @router.post("/quarantine/{item_id}/replay")
-    async def replay(item_id: str, body: ReplayBody, caller: Authenticated) -> dict[str, Any]:
-        result = await queries.replay(caller, item_id, body.machine_id)
-        return {"accepted": result.accepted, "quarantined": result.quarantined}
-
-    return router
-
-
-def _bucket(bucket: Bucket) -> dict[str, Any]:
-    return {
-        "time_us": to_us(bucket.ts),
-        "count": bucket.count,
-        "sum": bucket.sum,
-        "min": bucket.min,
-        "max": bucket.max,
-        "last": bucket.last,
-    }
-
-
-def _item(item: Quarantined) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "firm_id": item.firm_id,
-        "source": item.source,
-        "door": item.door,
-        "reason": item.reason,
-        "detail": item.detail,
-        "samples": item.samples,
-        "received_us": to_us(item.received),
-        "replayed_us": to_us(item.replayed) if item.replayed else None,
-    }
 
 
 async def note_too_large(request: Request, size: int, *, door: Door) -> None:

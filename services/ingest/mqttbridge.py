@@ -25,6 +25,7 @@ from services.common.errors import SlowDown, TryAgain
 from services.common.kafka import Cluster, Message, Publisher
 from services.common.logs import correlated, current_correlation_id, get_logger, new_correlation_id
 from services.ingest import mqttpayload, sparkplug
+from services.ingest.domain import Reason
 from services.ingest.door import Door
 from services.ingest.frames import Sender
 from services.ingest.mqttbatches import Gathered
@@ -64,6 +65,12 @@ shares_connected = Gauge("smdih_ingest_mqtt_shares_connected", "Shares served by
 firms_subscribed = Gauge("smdih_ingest_mqtt_firms", "Firms whose topics are read", ["share"])
 # Nodes of those shares that are alive.
 nodes_online = Gauge("smdih_ingest_mqtt_nodes_online", "Sparkplug nodes online", ["share"])
+
+
+_OVER_QUOTA = (
+    "The firm sends more samples a second than its quota; send less often, or ask an operator for more, "
+    "then replay this item from quarantine."
+)
 
 
 def share_of(slug: str, shares: int) -> int:
@@ -276,7 +283,13 @@ class Share:
         """Return when Kafka holds what the turn's messages hold. Raises SlowDown, TryAgain."""
         taken = []
         for sender, batches in turn.gathered.batches().items():
-            taken += self._door.take(sender, batches)
+            try:
+                taken += self._door.take(sender, batches)
+            except SlowDown as error:
+                if error.reason != Reason.QUOTA_SAMPLES:
+                    raise
+                # Nobody can be told to wait, and the other firms of the share must not.
+                await self._door.keep_aside(sender, Reason.QUOTA_SAMPLES, _OVER_QUOTA, batches)
         await asyncio.gather(
             *(one.durable() for one in taken),
             *(
