@@ -36,6 +36,8 @@ from services.ingest.door import Door
 from services.ingest.export import Export
 from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
+from services.ingest.import_api import import_router
+from services.ingest.imports import Imports
 from services.ingest.kpi import KpiService
 from services.ingest.kpi_api import kpi_router
 from services.ingest.kpi_rpc import KpiServicer
@@ -156,6 +158,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             quota_router(quotas),
             claim_code_router(claims),
             audit_router(Audit(pool)),
+            import_router(Imports(pool, relay, directory, clock)),
         ],
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),
