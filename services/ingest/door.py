@@ -240,8 +240,10 @@ class Door:
         bucket.spend(checked.accepted)
         commits = [self._group_commit.put_frames(frames) for frames in checked.frames]
         _accepted_total(sender.door).inc(checked.accepted)
-        if checked.accepted:
+        if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)
+        if checked.unknown:
+            self._sightings.proposed(sender, checked.machine_id, checked.unknown)
         for record in checked.quarantine:
             bucket.spend(record.samples)
             commits.append(self._group_commit.put_quarantine(record))

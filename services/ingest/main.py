@@ -33,6 +33,8 @@ from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
 from services.ingest.import_api import import_router
 from services.ingest.imports import Imports
+from services.ingest.proposal_api import proposal_router
+from services.ingest.proposals import Proposals
 from services.ingest.quarantine import Quarantine
 from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
@@ -81,11 +83,11 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     partitions = await publisher.partitions(topics.SAMPLES)
     group_commit = GroupCommit(publisher, partitions=partitions)
     runtime.on_stop(group_commit.close)
+    ends = TopicEnds(cluster)
+    runtime.on_stop(ends.close)
     buckets = Buckets(directory)
     runtime.background("quotas", BucketsSharer(pool, buckets, clock).run())
     door = Door(directory, group_commit, clock, sightings, buckets)
-    ends = TopicEnds(cluster)
-    runtime.on_stop(ends.close)
     samples = Partitions(cluster.name(topics.SAMPLES), partitions)
     quotas = Quotas(pool, relay, clock)
     claims = Claims(pool, relay, directory, clock)
@@ -93,7 +95,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     diagnoses = Diagnoses(pool, directory, clock, writer, ends=ends, partitions=samples)
     registry = Registry(pool, relay, directory, clock)
     credentials = Credentials(pool, relay, directory, clock, writer)
-    queries, quarantine = Queries(pool, directory), Quarantine(pool, directory, door)
+    queries, quarantine = Queries(pool, directory), Quarantine(pool, directory, door, ends)
+    proposals = Proposals(pool, relay, clock, writer, registry, quarantine)
     await runtime.enter(
         serve_rpc(
             host=settings.grpc_host,
@@ -135,6 +138,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             claim_code_router(claims),
             audit_router(Audit(pool)),
             import_router(Imports(pool, relay, directory, clock)),
+            proposal_router(proposals),
         ],
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),

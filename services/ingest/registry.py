@@ -117,6 +117,15 @@ class Registry:
         await self._known_here(machine)
         return machine
 
+    async def machine(self, caller: Caller, machine_id: int) -> pb.Machine:
+        """As it is in the database. Raises NotFound."""
+        caller.require(Role.OPERATOR, Role.FIRM)
+        check_id(machine_id, "machine_id")
+        async with transaction(self._pool) as connection:
+            machine = await store.machine_by_id(connection, machine_id)
+        caller.check_sees_firm(machine.firm_id)
+        return machine
+
     async def list_machines(
         self, caller: Caller, firm_id: int, page_size: int, page_token: str
     ) -> tuple[list[pb.Machine], str]:

@@ -37,16 +37,18 @@ async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.F
 async def publish_firm(connection: Connection, firm_id: int, now_us: int) -> pb.Firm:
     """Tell everybody what the firm is now. Raises NotFound."""
     row = await connection.fetchrow(
-        "SELECT f.id, f.name, f.slug, f.sic, f.region, f.size, q.samples_per_s, q.signals, q.stored_days "
+        "SELECT f.id, f.name, f.slug, f.sic, f.region, f.size, f.unknown_signals = 'propose' AS propose_unknown_signals, "
+        "q.samples_per_s, q.signals, q.stored_days "
         "FROM firm f LEFT JOIN firm_quota q ON q.firm_id = f.id WHERE f.id = $1",
         firm_id,
     )
     if row is None:
         raise NotFound(f"There is no firm {firm_id}.")
-    *of_firm, samples_per_s, signals, stored_days = row.values()
-    firm = pb.Firm(**dict(zip(("id", "name", "slug", "sic", "region", "size"), of_firm, strict=True)))
-    if samples_per_s or signals or stored_days:
-        firm.quota.MergeFrom(pb.Quota(samples_per_s=samples_per_s, signals=signals, stored_days=stored_days))
+    fields = dict(row)
+    quota = {name: fields.pop(name) for name in ("samples_per_s", "signals", "stored_days")}
+    firm = pb.Firm(**fields)
+    if any(quota.values()):
+        firm.quota.MergeFrom(pb.Quota(**quota))
     await publish(connection, "firm", pb.DirectoryEntry(firm=firm), firm_id, now_us)
     return firm
 
