@@ -27,6 +27,9 @@ class Plant:
     machine_ids: list[int]
     key: str
 
+    def path(self, machine_id: int) -> str:
+        return f"bench/works/m{machine_id}"
+
 
 async def register(dsn: str, cluster: Cluster, machines: int) -> Plant:
     """Registers a firm and its machines in one go: the tables by set, the directory by batches."""

@@ -145,6 +145,7 @@ class _Entry:
         correlation_id = accepted_correlation_id(request.headers.get("x-correlation-id"))
         started = time.perf_counter()
         status = 500
+        has_started = False
         received = 0
 
         async def limited() -> Message:
@@ -156,9 +157,9 @@ class _Entry:
             return message
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-correlation-id", correlation_id.encode())]
             await send(message)
 
@@ -171,6 +172,9 @@ class _Entry:
             except _BodyTooLarge as error:
                 await self._refuse_too_large(request, error.size, scope, receive, sending)
             except Exception as error:
+                if has_started:  # the server breaks the connection off, so that no reader takes a part for the whole
+                    log.exception("answer broken off", path=request.url.path)
+                    raise
                 if _is_too_large(error):
                     await self._refuse_too_large(request, received, scope, receive, sending)
                 else:

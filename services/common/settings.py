@@ -22,4 +22,7 @@ class Settings(BaseSettings):
     http_port: int = Field(0, ge=0, le=65535)
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(0, ge=0, le=65535)
+    evidence_key: str = Field(
+        "", repr=False, description="base64 of the private Ed25519 key that the ingest door signs evidence with"
+    )
     log_level: str = "INFO"

@@ -8,6 +8,7 @@ from services.common import logs, topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool, transaction
 from services.common.directory import Directory
+from services.common.evidence import Signer
 from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.identity import Role
@@ -17,6 +18,7 @@ from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
 from services.ingest import api, credential_store
+from services.ingest.access import Access
 from services.ingest.audit import Audit
 from services.ingest.audit_api import audit_router
 from services.ingest.buckets import Buckets, BucketsSharer
@@ -29,10 +31,14 @@ from services.ingest.diagnosis import Diagnoses, Partitions
 from services.ingest.diagnosis_api import diagnosis_router
 from services.ingest.diagnosis_rpc import DiagnosisServicer
 from services.ingest.door import Door
+from services.ingest.export import Export
 from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
 from services.ingest.import_api import import_router
 from services.ingest.imports import Imports
+from services.ingest.kpi import KpiService
+from services.ingest.kpi_api import kpi_router
+from services.ingest.kpi_rpc import KpiServicer
 from services.ingest.proposal_api import proposal_router
 from services.ingest.proposals import Proposals
 from services.ingest.quarantine import Quarantine
@@ -47,13 +53,17 @@ from services.ingest.registry import Registry
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
 from services.ingest.rpc import TelemetryServicer
+from services.ingest.series_api import series_router
+from services.ingest.series_rpc import SeriesServicer
 from services.ingest.sightings import Sightings, SightingsWriter
 from smdih.ingest.v1 import (
     claim_pb2_grpc,
     diagnosis_pb2_grpc,
+    kpi_pb2_grpc,
     query_pb2_grpc,
     quota_pb2_grpc,
     registry_pb2_grpc,
+    series_pb2_grpc,
     telemetry_pb2_grpc,
 )
 
@@ -95,7 +105,11 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     diagnoses = Diagnoses(pool, directory, clock, writer, ends=ends, partitions=samples)
     registry = Registry(pool, relay, directory, clock)
     credentials = Credentials(pool, relay, directory, clock, writer)
-    queries, quarantine = Queries(pool, directory), Quarantine(pool, directory, door, ends)
+    access = Access()
+    queries, export = Queries(pool, directory, access), Export(pool, directory, access)
+    signer = Signer(settings.evidence_key) if settings.evidence_key else None
+    kpi = KpiService(pool, directory, clock, signer)
+    quarantine = Quarantine(pool, directory, door, ends)
     proposals = Proposals(pool, relay, clock, writer, registry, quarantine)
     await runtime.enter(
         serve_rpc(
@@ -109,6 +123,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (claim_pb2_grpc.add_ClaimServiceServicer_to_server, ClaimServicer(claims)),
                 (quota_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaServicer(quotas)),
                 (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
+                (series_pb2_grpc.add_SeriesServiceServicer_to_server, SeriesServicer(queries, export)),
+                (kpi_pb2_grpc.add_KpiServiceServicer_to_server, KpiServicer(kpi)),
             ],
             service_names=[
                 "smdih.ingest.v1.TelemetryService",
@@ -117,6 +133,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.DiagnosisService",
                 "smdih.ingest.v1.QuotaService",
                 "smdih.ingest.v1.ClaimService",
+                "smdih.ingest.v1.SeriesService",
+                "smdih.ingest.v1.KpiService",
             ],
             on_malformed=door.note_malformed,
             open_methods=OPEN_METHODS,
@@ -132,6 +150,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             registry_router(registry),
             credential_router(credentials),
             query_router(queries),
+            series_router(queries, export),
+            kpi_router(kpi),
             quarantine_router(quarantine),
             diagnosis_router(diagnoses),
             quota_router(quotas),

@@ -1,5 +1,6 @@
 """SQL of the queries: rows out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -57,6 +58,18 @@ async def signal_place(connection: Connection, signal_id: int) -> SignalPlace:
     if row is None:
         raise NotFound(f"There is no signal {signal_id}.")
     return SignalPlace(**dict(row))
+
+
+async def signal_places(connection: Connection, signal_ids: Sequence[int]) -> list[SignalPlace]:
+    """In the order asked for. Raises NotFound."""
+    rows = await connection.fetch(
+        "SELECT id, firm_id, machine_id, position, name, unit FROM signal WHERE id = ANY($1::bigint[])", signal_ids
+    )
+    found = {row["id"]: SignalPlace(**dict(row)) for row in rows}
+    for signal_id in signal_ids:
+        if signal_id not in found:
+            raise NotFound(f"There is no signal {signal_id}.")
+    return [found[signal_id] for signal_id in signal_ids]
 
 
 async def latest(connection: Connection, machine: pb.Machine) -> list[Latest]:

@@ -4,6 +4,7 @@ A bucket is closed when a frame of a later bucket arrives; only then it is writt
 arrays, so the work is per batch of frames, not per machine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -44,6 +45,24 @@ class Stats:
             values,
         )
 
+    @classmethod
+    def none(cls, width: int) -> "Stats":
+        """No rows."""
+        return _empty(0, width)
+
+    def column(self, number: int) -> "Stats":
+        """The same rows for one of the signals, those without a value of it left out."""
+        here = self.take(self.counts[:, number] > 0)
+        return Stats(
+            here.slots,
+            here.buckets,
+            here.counts[:, number : number + 1],
+            here.sums[:, number : number + 1],
+            here.mins[:, number : number + 1],
+            here.maxs[:, number : number + 1],
+            here.lasts[:, number : number + 1],
+        )
+
     def take(self, which: Ints | Bools) -> "Stats":
         return Stats(
             self.slots[which],
@@ -61,6 +80,8 @@ class Stats:
 
     def reduced(self) -> "Stats":
         """Neighbouring rows of the same slot and bucket become one."""
+        if not len(self.slots):
+            return self
         changes = np.flatnonzero((np.diff(self.slots) != 0) | (np.diff(self.buckets) != 0)) + 1
         starts = np.concatenate([[0], changes])
         if len(starts) == len(self.slots):
@@ -136,7 +157,7 @@ class OpenBuckets:
         self._partial[stats.slots[last]] = partial[last]
 
         closed_now, closed_now_partial = merged.take(~last), partial[~last]
-        closed = _joined(closed_before, closed_now)
+        closed = joined([closed_before, closed_now])
         is_partial = np.concatenate([closed_before_partial, closed_now_partial])
         return closed.take(~is_partial), closed.take(is_partial)
 
@@ -156,5 +177,5 @@ def _empty(size: int, width: int) -> Stats:
     )
 
 
-def _joined(one: Stats, other: Stats) -> Stats:
-    return Stats(*(np.concatenate([getattr(one, name), getattr(other, name)]) for name in _FIELDS))
+def joined(parts: Sequence[Stats]) -> Stats:
+    return Stats(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
