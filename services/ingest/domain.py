@@ -66,6 +66,10 @@ class Reason:
     WRONG_TYPE = "WRONG_TYPE"
     MALFORMED = "MALFORMED"
     TOO_LARGE = "TOO_LARGE"
+    # Of Sparkplug nodes.
+    DATA_BEFORE_BIRTH = "DATA_BEFORE_BIRTH"
+    NOT_IN_BIRTH = "NOT_IN_BIRTH"
+    BAD_QUALITY = "BAD_QUALITY"
     # These are sent back and not kept: the sender still has what it sent.
     QUOTA_SAMPLES = "QUOTA_SAMPLES"
     SLOW_DOWN = "SLOW_DOWN"

@@ -120,7 +120,7 @@ class Quarantine:
         after: tuple[datetime, str] | None = None
         while replayed.items < REPLAYED_ITEMS_MAX:
             async with transaction(self._pool) as connection:
-                items = await store.waiting(connection, machine_id, reason, after, REPLAYED_AT_ONCE)
+                items = await store.waiting(connection, machine_id, machine.firm_id, reason, after, REPLAYED_AT_ONCE)
             if not items:
                 break
             after = (items[-1].received, items[-1].id)
@@ -129,7 +129,7 @@ class Quarantine:
             except SlowDown:
                 break  # what is left is told; the same call goes on with it
         async with transaction(self._pool) as connection:
-            left = await store.count_waiting(connection, machine_id, reason, LEFT_COUNTED_MAX)
+            left = await store.count_waiting(connection, machine_id, machine.firm_id, reason, LEFT_COUNTED_MAX)
         return replace(replayed, left=left)
 
     async def _replay_some(self, items: Sequence[Quarantined], signal: str) -> Replayed:

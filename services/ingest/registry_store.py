@@ -157,17 +157,26 @@ async def add_signals(connection: Connection, machine_id: int, signals: Sequence
 
 async def machine_by_id(connection: Connection, machine_id: int) -> pb.Machine:
     """Raises NotFound."""
-    row = await connection.fetchrow(
-        "SELECT id, firm_id, site_id, path, name, kind FROM machine WHERE id = $1", machine_id
-    )
-    if row is None:
+    found = await machines_by_id(connection, [machine_id])
+    if not found:
         raise NotFound(f"There is no machine {machine_id}.")
-    machine = pb.Machine(**dict(row))
-    for signal in await connection.fetch(
-        "SELECT id, name, unit, range_min, range_max FROM signal WHERE machine_id = $1 ORDER BY position", machine_id
+    return found[machine_id]
+
+
+async def machines_by_id(connection: Connection, machine_ids: Sequence[int]) -> dict[int, pb.Machine]:
+    """Those that there are, with their signals."""
+    rows = await connection.fetch(
+        "SELECT id, firm_id, site_id, path, name, kind FROM machine WHERE id = ANY($1::bigint[])", list(machine_ids)
+    )
+    machines = {row["id"]: pb.Machine(**dict(row)) for row in rows}
+    for row in await connection.fetch(
+        "SELECT machine_id, id, name, unit, range_min, range_max FROM signal WHERE machine_id = ANY($1::bigint[]) "
+        "ORDER BY machine_id, position",
+        list(machine_ids),
     ):
-        machine.signals.add(**dict(signal))
-    return machine
+        fields = dict(row)
+        machines[fields.pop("machine_id")].signals.add(**fields)
+    return machines
 
 
 async def list_machine_ids(connection: Connection, firm_id: int, after: int, limit: int) -> list[int]:

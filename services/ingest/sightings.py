@@ -215,6 +215,13 @@ class SightingsWriter:
                 log.warning("sightings wait", error=repr(error))
                 await asyncio.sleep(FLUSH_INTERVAL_S)
 
+    async def close(self) -> None:
+        """Write what is noted still; where the database is away it is lost."""
+        try:
+            await self.write()
+        except (*AWAY, asyncpg.PostgresError, HubError) as error:
+            log.warning("the last sightings are lost", error=repr(error))
+
     async def write(self, *, machines: bool = True) -> None:
         """Write what has been noted. Raises TryAgain; the notes are kept then (and may be counted twice)."""
         async with self._writing:

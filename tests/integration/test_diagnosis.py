@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import asyncpg
 import grpc
 import httpx
 import pytest
@@ -221,3 +222,19 @@ async def test_the_same_by_grpc(hub: RegistryHub, firm: FirmAtHub) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.DiagnoseMachine(request)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_what_a_door_has_noted_is_written_when_it_stops(hub: RegistryHub, firm: FirmAtHub, dsn: str) -> None:
+    machine = await firm.machine()
+    assert (await firm.send(machine["id"])).status_code == 200
+    await hub.hub.pause("door")
+    try:
+        connection = await asyncpg.connect(dsn)
+        source = await connection.fetchval(
+            "SELECT source FROM ingest.machine_seen WHERE machine_id = $1", machine["id"]
+        )
+        await connection.close()
+        assert source == "gateway-1"
+    finally:
+        hub.hub.resume("door")
+        await hub.hub.wait_ready("door")

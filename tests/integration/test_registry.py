@@ -687,3 +687,45 @@ async def test_dismissed_proposals_stay_away_and_those_of_others_are_not_touched
     assert await proposals_of(firm) == []
     (again,) = await proposals_of(firm, dismissed=True)
     assert (again["id"], again["example"]) == (one["id"], 6)
+
+
+async def test_firms_and_sites_are_listed_for_those_who_may_see_them(hub: RegistryHub, firm: FirmAtHub) -> None:
+    other = await hub.firm()
+    assert [one["id"] for one in (await firm.admin.get("/v1/firms")).json()["firms"]] == [firm.id]
+    assert [one["id"] for one in (await firm.admin.get("/v1/sites")).json()["sites"]] == [firm.site_id]
+    seen: list[int] = []
+    token = ""
+    while True:
+        page = (await firm.operator.get("/v1/firms", params={"page_size": 2, "page_token": token})).json()
+        seen += [one["id"] for one in page["firms"]]
+        token = page["next_page_token"]
+        if not token:
+            break
+    assert seen == sorted(set(seen))
+    assert {firm.id, other.id} <= set(seen)
+    sites = (await firm.operator.get("/v1/sites", params={"firm_id": other.id})).json()["sites"]
+    assert [(one["id"], one["slug"]) for one in sites] == [(other.site_id, "leeds")]
+    assert (await firm.admin.get("/v1/sites", params={"firm_id": other.id})).status_code == 403
+    for path in ("/v1/firms", "/v1/sites"):
+        assert (await firm.device.get(path)).status_code == 403
+        assert (await hub.client("").get(path)).status_code == 401
+
+
+async def test_names_are_checked_and_every_change_leaves_one_entry(firm: FirmAtHub) -> None:
+    machine = await firm.machine()
+    signals = f"/v1/machines/{machine['id']}/signals"
+    for names in (["Temperature"], ["a", "A"]):
+        refused = await firm.admin.post(signals, json={"signals": [{"name": name} for name in names]})
+        assert (refused.status_code, refused.json()["reason"]) == (400, "BAD_NAME")
+    same = await firm.admin.post(signals, json={"signals": [{"name": "temperature"}]})
+    assert (same.status_code, same.json()["reason"]) == (409, "ALREADY_EXISTS")
+    body = {"site_id": firm.site_id, "name": "x", "kind": "press"}
+    for path in ("unknown", "a/null", "/".join(["x" * 63] * 4) + "y", "Press", ""):
+        refused = await firm.admin.post("/v1/machines", json=body | {"path": path})
+        assert (refused.status_code, refused.json()["reason"]) == (400, "BAD_NAME")
+    await created(firm.admin, signals, {"signals": [{"name": "speed"}]})
+    entries = (await firm.admin.get("/v1/audit")).json()["entries"]
+    assert [one["action"] for one in entries] == [
+        *("signals added", "machine registered", "key issued", "key issued", "site registered", "firm registered"),
+    ]
+    assert all(one["firm_id"] == firm.id and one["credential_id"] and one["correlation_id"] for one in entries)
