@@ -218,6 +218,14 @@ def _wrong_names(facts: Facts, good_us: int) -> Iterator[Cause]:
     likeness = {one: _likeness(one.subject, facts.path) for one in _newest_first(unknown)[:NAMES_COMPARED_MAX]}
     for one in sorted(likeness, key=lambda one: (-likeness[one], -one.last_us)):
         is_close = likeness[one] >= SIMILAR
+        if one.subject.lower() == facts.path:
+            yield Cause(
+                "REGISTERED_LATER",
+                f"{_sender(one)} sent for this machine before it was registered; what came then waits in quarantine.",
+                'Replay it: POST /v1/machines/{id}/replay with {"reason": "UNKNOWN_MACHINE"}. What comes from now on is taken.',
+                *(one.last_us, one.times, one.samples, one.credential_id, one.example),
+            )
+            continue
         if is_close or not facts.received_us:
             yield Cause(
                 "UNKNOWN_MACHINE",

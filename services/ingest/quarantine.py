@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Self
@@ -18,7 +18,7 @@ from services.common.identity import Caller, Role
 from services.common.kafka import TopicEnds
 from services.ingest import quarantine_store as store
 from services.ingest.asked import PAGE_SIZE_DEFAULT, check_id, checked_time, number_in_token, page_size_of
-from services.ingest.domain import PAGE_SIZE_MAX
+from services.ingest.domain import PAGE_SIZE_MAX, Reason
 from services.ingest.door import Door
 from services.ingest.frames import Sender
 from services.ingest.quarantine_store import Quarantined
@@ -26,6 +26,7 @@ from smdih.ingest.v1 import telemetry_pb2
 
 REPLAYED_AT_ONCE = 50
 REPLAYED_ITEMS_MAX = 5_000
+LOOKED_AT_MAX = 50_000
 LEFT_COUNTED_MAX = 100_000
 CAUGHT_UP_WITHIN_S = 5.0
 CAUGHT_UP_POLL_S = 0.05
@@ -33,7 +34,8 @@ CAUGHT_UP_POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Replayed:
-    """Items that were sent again, what became of their samples, and how many items wait still (at most LEFT_COUNTED_MAX).
+    """Items that were sent again, what became of their samples, and how many items wait still (at most LEFT_COUNTED_MAX; for
+    UNKNOWN_MACHINE those of all names that the firm's senders use).
 
     `is_complete`: nothing was on its way into quarantine that this did not see.
     """
@@ -108,7 +110,8 @@ class Quarantine:
     async def replay_all(self, caller: Caller, machine_id: int, reason: str, *, signal: str = "") -> Replayed:
         """Send everything of a machine that waits for this reason (and names `signal`, if given) through the door again.
 
-        What is on its way into quarantine now is waited for, for CAUGHT_UP_WITHIN_S. Repeating the call does no harm.
+        For UNKNOWN_MACHINE that is what came for its path before it was registered. What is on its way into quarantine now is
+        waited for, for CAUGHT_UP_WITHIN_S. Repeating the call does no harm.
         """
         caller.require(Role.OPERATOR, Role.FIRM)
         check_id(machine_id, "machine_id")
@@ -116,30 +119,39 @@ class Quarantine:
         if machine is None:
             raise NotFound(f"There is no machine {machine_id}.")
         caller.check_sees_firm(machine.firm_id)
+        noted_as = 0 if reason == Reason.UNKNOWN_MACHINE else machine_id
+
+        def is_meant(batch: telemetry_pb2.Batch) -> bool:
+            return (not signal or signal in batch.signals) and (
+                bool(noted_as) or batch.machine_path.lower() == machine.path
+            )
+
         replayed = Replayed(0, 0, 0, 0, await self._caught_up())
         after: tuple[datetime, str] | None = None
-        while replayed.items < REPLAYED_ITEMS_MAX:
+        for _ in range(LOOKED_AT_MAX // REPLAYED_AT_ONCE):
             async with transaction(self._pool) as connection:
-                items = await store.waiting(connection, machine_id, machine.firm_id, reason, after, REPLAYED_AT_ONCE)
-            if not items:
+                items = await store.waiting(connection, noted_as, machine.firm_id, reason, after, REPLAYED_AT_ONCE)
+            if not items or replayed.items >= REPLAYED_ITEMS_MAX:
                 break
             after = (items[-1].received, items[-1].id)
             try:
-                replayed = replayed.and_then(await self._replay_some(items, signal))
+                replayed = replayed.and_then(await self._replay_some(items, is_meant))
             except SlowDown:
                 break  # what is left is told; the same call goes on with it
         async with transaction(self._pool) as connection:
-            left = await store.count_waiting(connection, machine_id, machine.firm_id, reason, LEFT_COUNTED_MAX)
+            left = await store.count_waiting(connection, noted_as, machine.firm_id, reason, LEFT_COUNTED_MAX)
         return replace(replayed, left=left)
 
-    async def _replay_some(self, items: Sequence[Quarantined], signal: str) -> Replayed:
+    async def _replay_some(
+        self, items: Sequence[Quarantined], is_meant: Callable[[telemetry_pb2.Batch], bool]
+    ) -> Replayed:
         chosen = []
         for item in items:
             try:
                 batch = telemetry_pb2.Batch.FromString(item.batch or b"")
             except DecodeError:
                 continue
-            if not signal or signal in batch.signals:
+            if is_meant(batch):
                 chosen.append((item, batch))
         # Taken in this order; what comes later has the last word about a sample, as it had when it came.
         sent = await asyncio.gather(

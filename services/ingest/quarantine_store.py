@@ -70,8 +70,7 @@ async def waiting(
     """Items of a machine that have not been replayed, oldest first, above `after` (received, id)."""
     at, item_id = after or (None, "")
     rows = await connection.fetch(
-        _QUARANTINED
-        + "WHERE machine_id = $1 AND machine_id > 0 AND reason = $2 AND replayed IS NULL AND batch IS NOT NULL "
+        _QUARANTINED + "WHERE machine_id = $1 AND reason = $2 AND replayed IS NULL AND batch IS NOT NULL "
         "AND ($3::timestamptz IS NULL OR (received, id) > ($3, $4)) AND firm_id = $6 ORDER BY received, id LIMIT $5",
         *(machine_id, reason, at, item_id, limit, firm_id),
     )
@@ -80,7 +79,7 @@ async def waiting(
 
 async def count_waiting(connection: Connection, machine_id: int, firm_id: int, reason: str, limit: int) -> int:
     found: int = await connection.fetchval(
-        "SELECT count(*) FROM (SELECT 1 FROM quarantine WHERE machine_id = $1 AND machine_id > 0 AND reason = $2 "
+        "SELECT count(*) FROM (SELECT 1 FROM quarantine WHERE machine_id = $1 AND reason = $2 "
         "AND replayed IS NULL AND firm_id = $4 LIMIT $3) AS counted",
         *(machine_id, reason, limit, firm_id),
     )

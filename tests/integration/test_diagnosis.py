@@ -117,6 +117,10 @@ async def test_a_body_that_cannot_be_read_and_a_wrong_setting_are_told_to_the_fi
     assert {"MALFORMED", "INVALID"} <= set(causes(await firm.diagnosis(machine["id"])))
     listed = (await firm.admin.get("/v1/refusals")).json()["refusals"]
     assert {one["reason"] for one in listed} == {"MALFORMED", "INVALID"}
+    first = (await firm.admin.get("/v1/refusals", params={"page_size": 1})).json()
+    rest = (await firm.admin.get("/v1/refusals", params={"page_token": first["next_page_token"]})).json()
+    assert [*first["refusals"], *rest["refusals"]] == listed
+    assert rest["next_page_token"] == ""
 
 
 async def test_keys_that_are_revoked_expired_too_early_or_mistyped(hub: RegistryHub, firm: FirmAtHub) -> None:

@@ -729,3 +729,20 @@ async def test_names_are_checked_and_every_change_leaves_one_entry(firm: FirmAtH
         *("signals added", "machine registered", "key issued", "key issued", "site registered", "firm registered"),
     ]
     assert all(one["firm_id"] == firm.id and one["credential_id"] and one["correlation_id"] for one in entries)
+
+
+async def test_what_came_before_a_machine_was_registered_is_replayed_when_it_is(firm: FirmAtHub, dsn: str) -> None:
+    start_ms = int(time.time() * 1000) - 60_000
+    for number in range(3):
+        await firm.send(f"{firm.slug}/leeds/Late", {"current": number}, ts=start_ms + number * 1000)
+        await firm.send(f"{firm.slug}/leeds/other", {"current": number}, ts=start_ms + number * 1000)
+    machine = await firm.machine("late")
+    found = await firm.diagnosis(machine["id"])
+    assert found["verdict"] == "REGISTERED_LATER"
+    replay = await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json={"reason": "UNKNOWN_MACHINE"})
+    assert replay.json() == {"items": 3, "accepted": 3, "quarantined": 0, "left": 3, "is_complete": True}
+
+    async def stored() -> bool:
+        return await frames_of(firm, dsn, machine["id"]) == [[None, 0.0], [None, 1.0], [None, 2.0]]
+
+    await eventually(stored)

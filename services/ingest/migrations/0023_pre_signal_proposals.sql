@@ -23,4 +23,4 @@ CREATE INDEX signal_proposal_firm_id_idx ON signal_proposal (firm_id, id);
 
 -- The machine that the samples were meant for, where it was known: what was mended for a machine is replayed for it.
 ALTER TABLE quarantine ADD COLUMN machine_id bigint NOT NULL DEFAULT 0;
-CREATE INDEX quarantine_waiting_idx ON quarantine (machine_id, reason, received) WHERE replayed IS NULL AND machine_id > 0;
+CREATE INDEX quarantine_waiting_idx ON quarantine (firm_id, machine_id, reason, received, id) WHERE replayed IS NULL;
