@@ -31,7 +31,7 @@ from smdih.ingest.v1 import (
     telemetry_pb2,
     telemetry_pb2_grpc,
 )
-from smdih_client import TelemetryClient
+from smdih_client import Refused, TelemetryClient
 from smdih_client.claim import claim
 from tests.integration.registry_hub import FirmAtHub, RegistryHub, created, running
 from tests.polling import eventually
@@ -746,3 +746,27 @@ async def test_what_came_before_a_machine_was_registered_is_replayed_when_it_is(
         return await frames_of(firm, dsn, machine["id"]) == [[None, 0.0], [None, 1.0], [None, 2.0]]
 
     await eventually(stored)
+
+
+async def test_an_open_stream_ends_when_its_key_does(hub: RegistryHub, firm: FirmAtHub) -> None:
+    machine = await firm.machine()
+    rotated = await created(firm.admin, f"/v1/credentials/{firm.device_credential_id}/rotate", {"overlap_s": 2})
+    at_us = (int(time.time()) - 60) * 1_000_000
+
+    async def send_until_refused(key: str) -> str:
+        client = TelemetryClient(hub.grpc, key, source="long-lived")
+        try:
+            async with asyncio.timeout(20), client:
+                for number in range(10_000):
+                    await client.send(machine["id"], [at_us + number], [[20.0, 1.0]])
+                    await client.flush()
+                    if number == 3:
+                        await firm.admin.delete(f"/v1/credentials/{rotated['id']}")
+                    await asyncio.sleep(0.02)
+        except Refused as refused:
+            assert client.totals.reconnects == 0  # it was the open stream that ended
+            return refused.reason
+        return "never refused"
+
+    ends = await asyncio.gather(send_until_refused(rotated["key"]), send_until_refused(firm.device_key))
+    assert list(ends) == ["KEY_REVOKED", "KEY_EXPIRED"]
