@@ -44,6 +44,7 @@ from services.ingest.kpi_rpc import KpiServicer
 from services.ingest.mqttbridge import Births, Bridge, Host, Share
 from services.ingest.mqttlink import Broker
 from services.ingest.proposal_api import proposal_router
+from services.ingest.proposal_rpc import ProposalServicer
 from services.ingest.proposals import Proposals
 from services.ingest.quarantine import Quarantine
 from services.ingest.quarantine_api import quarantine_router
@@ -66,6 +67,7 @@ from smdih.ingest.v1 import (
     claim_pb2_grpc,
     diagnosis_pb2_grpc,
     kpi_pb2_grpc,
+    proposal_pb2_grpc,
     query_pb2_grpc,
     quota_pb2_grpc,
     registry_pb2_grpc,
@@ -135,6 +137,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry, credentials)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
+                (proposal_pb2_grpc.add_ProposalServiceServicer_to_server, ProposalServicer(proposals, quarantine)),
                 (claim_pb2_grpc.add_ClaimServiceServicer_to_server, ClaimServicer(claims)),
                 (quota_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaServicer(quotas)),
                 (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
@@ -148,6 +151,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.DiagnosisService",
                 "smdih.ingest.v1.QuotaService",
                 "smdih.ingest.v1.ClaimService",
+                "smdih.ingest.v1.ProposalService",
                 "smdih.ingest.v1.SeriesService",
                 "smdih.ingest.v1.KpiService",
             ],

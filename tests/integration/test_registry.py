@@ -24,6 +24,8 @@ from services.ingest.domain import QUOTA_BURST_S, QUOTA_SAMPLES_PER_S_DEFAULT, Q
 from smdih.ingest.v1 import (
     claim_pb2,
     claim_pb2_grpc,
+    proposal_pb2,
+    proposal_pb2_grpc,
     quota_pb2,
     quota_pb2_grpc,
     registry_pb2,
@@ -770,3 +772,42 @@ async def test_an_open_stream_ends_when_its_key_does(hub: RegistryHub, firm: Fir
 
     ends = await asyncio.gather(send_until_refused(rotated["key"]), send_until_refused(firm.device_key))
     assert list(ends) == ["KEY_REVOKED", "KEY_EXPIRED"]
+
+
+async def test_proposals_by_grpc(hub: RegistryHub, firm: FirmAtHub) -> None:
+    machine = await firm.machine()
+    as_operator = (("authorization", f"Bearer {hub.hub.operator_key}"),)
+    as_device = (("authorization", f"Bearer {firm.device_key}"),)
+    async with grpc.aio.insecure_channel(hub.grpc) as channel:
+        stub = proposal_pb2_grpc.ProposalServiceStub(channel)
+        policy = proposal_pb2.SetUnknownSignalPolicyRequest(firm_id=firm.id, propose=True)
+        ask = proposal_pb2.ListSignalProposalsRequest(machine_id=machine["id"])
+        for call in (
+            stub.SetUnknownSignalPolicy(policy, metadata=as_device),
+            stub.ListSignalProposals(ask, metadata=as_device),
+            stub.AcceptSignalProposal(proposal_pb2.AcceptSignalProposalRequest(id=1), metadata=as_device),
+            stub.DismissSignalProposal(proposal_pb2.DismissSignalProposalRequest(id=1), metadata=as_device),
+            stub.ReplayMachine(proposal_pb2.ReplayMachineRequest(machine_id=machine["id"]), metadata=as_device),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        await stub.SetUnknownSignalPolicy(policy, metadata=as_operator)
+
+        async def proposed() -> bool:
+            await firm.send(machine["path"], {"motor_rpm": 900, "door": 1})
+            return len((await stub.ListSignalProposals(ask, metadata=as_operator)).proposals) == 2
+
+        await eventually(proposed)
+        by_name = {one.name: one for one in (await stub.ListSignalProposals(ask, metadata=as_operator)).proposals}
+        assert (by_name["motor_rpm"].guessed_unit, by_name["motor_rpm"].guessed_kind) == ("1/min", "whole")
+        done = await stub.AcceptSignalProposal(
+            proposal_pb2.AcceptSignalProposalRequest(id=by_name["motor_rpm"].id, unit="1/min", range_max=5000),
+            metadata=as_operator,
+        )
+        assert done.machine.signals[-1].range_max == 5000
+        assert (done.replayed.accepted >= 1, done.replayed.complete) == (True, True)
+        await stub.DismissSignalProposal(
+            proposal_pb2.DismissSignalProposalRequest(id=by_name["door"].id), metadata=as_operator
+        )
+        assert not (await stub.ListSignalProposals(ask, metadata=as_operator)).proposals
