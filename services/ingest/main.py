@@ -34,6 +34,8 @@ from services.ingest.query_rpc import QueryServicer
 from services.ingest.registry import Registry, make_credential
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
+from services.ingest.retention import Enforcer, Retention
+from services.ingest.retention_api import retention_router
 from services.ingest.rpc import TelemetryServicer
 from services.ingest.series_api import series_router
 from services.ingest.series_rpc import SeriesServicer
@@ -67,6 +69,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     queries, export = Queries(pool, directory, access), Export(pool, directory, access)
     signer = Signer(settings.evidence_key) if settings.evidence_key else None
     kpi = KpiService(pool, directory, clock, signer)
+    retention = Retention(pool, clock, disk_bytes=settings.database_disk_bytes)
     quarantine = Quarantine(pool, directory, door)
     await runtime.enter(
         serve_rpc(
@@ -101,6 +104,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             query_router(queries),
             series_router(queries, export),
             kpi_router(kpi),
+            retention_router(retention),
             quarantine_router(quarantine),
         ],
         on_too_large=functools.partial(api.note_too_large, door=door),
@@ -141,6 +145,8 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
     runtime.background("samples", samples.run())
     runtime.background("quarantine", quarantine.run())
+    enforcer = Enforcer(pool, SystemClock(), disk_bytes=settings.database_disk_bytes)
+    runtime.background("retention", enforcer.run())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
     runtime.ready_when("partitions", samples.is_assigned)

@@ -1,0 +1,108 @@
+"""How long data are kept, and until which time they may therefore be removed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+HOUR_US: Final = 3_600 * 1_000_000
+DAY_US: Final = 24 * HOUR_US
+
+# Coarser data are kept longer: an hour of a signal takes a thousandth of what its samples take.
+RAW_DAYS_DEFAULT: Final = 400
+MINUTE_DAYS_DEFAULT: Final = 1_100
+HOUR_DAYS_DEFAULT: Final = 3_660
+# A shorter time would remove what is still arriving late, and alarms would have nothing to show.
+DAYS_MIN: Final = 7
+DAYS_MAX: Final = 36_600
+
+
+@dataclass(frozen=True)
+class Store:
+    """One resolution, in the order in which it outlives the ones before."""
+
+    name: str
+    table: str
+    chunk_days: int
+    days_default: int
+
+
+STORES: Final = (
+    Store("raw", "frame", 7, RAW_DAYS_DEFAULT),
+    Store("minute", "rollup_1m", 30, MINUTE_DAYS_DEFAULT),
+    Store("hour", "rollup_1h", 365, HOUR_DAYS_DEFAULT),
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an operator decided for a firm; None: the default."""
+
+    raw_days: int | None = None
+    minute_days: int | None = None
+    hour_days: int | None = None
+    # Nothing is removed, whatever the days say.
+    is_on_hold: bool = False
+    reason: str = ""
+
+    def days(self, store: Store) -> int:
+        own: int | None = getattr(self, f"{store.name}_days")
+        return store.days_default if own is None else own
+
+    def check(self) -> None:
+        """Raises ValueError with what is wrong."""
+        days = [self.days(store) for store in STORES]
+        if not all(DAYS_MIN <= number <= DAYS_MAX for number in days):
+            raise ValueError(f"days: {DAYS_MIN} to {DAYS_MAX}")
+        if days != sorted(days):
+            raise ValueError("hours must be kept at least as long as minutes, and minutes as long as raw samples")
+
+
+@dataclass(frozen=True)
+class Cutoffs:
+    """Of one store at one time: before them nothing needs to be kept."""
+
+    # Of all firms together; None: somebody's data are on hold.
+    everybody_us: int | None
+    # Of the firms whose data need not wait for everybody's.
+    firms_us: Mapping[int, int]
+
+
+def cutoffs(store: Store, firm_ids: Sequence[int], rules: Mapping[int, Rule], now_us: int) -> Cutoffs:
+    """Whole hours, so that no bucket loses a part of its frames."""
+    by_firm: dict[int, int] = {}
+    is_held = False
+    for firm_id in firm_ids:
+        rule = rules.get(firm_id, Rule())
+        if rule.is_on_hold:
+            is_held = True
+        else:
+            by_firm[firm_id] = (now_us - rule.days(store) * DAY_US) // HOUR_US * HOUR_US
+    everybody = None if is_held or not by_firm else min(by_firm.values())
+    return Cutoffs(everybody, {firm_id: us for firm_id, us in by_firm.items() if everybody is None or us > everybody})
+
+
+@dataclass(frozen=True)
+class ChunkSize:
+    start_us: int
+    end_us: int
+    size_bytes: int
+
+
+# What is grown by is taken from the chunks of the last days.
+GROWTH_DAYS: Final = 28
+# Less time says nothing about a day.
+KNOWN_DAYS_MIN: Final = 0.5
+
+
+def growth_bytes_a_day(chunks: Sequence[ChunkSize], first_us: int, now_us: int) -> float | None:
+    """By the size of the newest chunks over the time that they cover so far; None: too little is known.
+
+    `first_us`: before it nothing arrived as it happened (what was loaded as history is not growth).
+    """
+    recent = [chunk for chunk in chunks if chunk.end_us > now_us - GROWTH_DAYS * DAY_US and chunk.start_us < now_us]
+    covered_us = sum(
+        min(chunk.end_us, now_us) - max(chunk.start_us, first_us) for chunk in recent if chunk.end_us > first_us
+    )
+    if covered_us < KNOWN_DAYS_MIN * DAY_US:
+        return None
+    return sum(chunk.size_bytes for chunk in recent if chunk.end_us > first_us) / covered_us * DAY_US
