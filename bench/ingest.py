@@ -5,11 +5,15 @@ import io
 import json
 import sys
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import httpx
 import numpy as np
+import orjson
+import psutil
 
 from bench.plant import SIGNALS, Plant, frames, register, seconds
 from bench.report import tell
@@ -22,6 +26,10 @@ from services.ingest.binarycopy import HEADER, POSTGRES_EPOCH_US, TRAILER, keyed
 COPY_MACHINES, COPY_ROWS = 200, 1_000
 DOOR_MACHINES, DOOR_ROWS, DOOR_ROWS_A_BATCH, DOOR_CONNECTIONS = 200, 1_000, 25, 4
 SMALL_MACHINES, SMALL_ROUNDS, SMALL_CONNECTIONS = 10_000, 15, 50
+PACED_MACHINES, PACED_ROUNDS = 5_000, 20
+PROBES, PROBE_EVERY_S = 100, 0.02
+TEXT_MACHINES, TEXT_ROWS, TEXT_REQUESTS = 10, 25, 41
+REGISTERED_SIGNALS = 1_000_000
 REPEATS = 3
 STORED_DEADLINE_S = 180
 
@@ -112,6 +120,7 @@ async def door_to_stored(hub: Hub, database: Connection, limits: dict[str, float
     """500-sample batches from the gRPC door to rows and rollups, sender included, on the cores that all of it shares."""
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     rates = []
+    bytes_before = await database.fetchval(_STORED_BYTES)
     for _ in range(REPEATS):
         plant = await register(hub.settings.database_dsn, cluster, DOOR_MACHINES)
         await _known(hub, plant)
@@ -128,6 +137,14 @@ async def door_to_stored(hub: Hub, database: Connection, limits: dict[str, float
         to_copy_narrow=round(best / limits["copy_narrow"], 3),
         **detail,
     )
+    await database.execute("CHECKPOINT")
+    stored = (await database.fetchval(_STORED_BYTES) - bytes_before) / (sent["samples"] * REPEATS)
+    tell("bytes_per_sample", stored, "B", tables="frames with index, minutes and hours", signals=SIGNALS, every_s=1)
+
+
+_STORED_BYTES = """
+SELECT (hypertable_size('ingest.frame') + hypertable_size('ingest.rollup_1m') + hypertable_size('ingest.rollup_1h'))::bigint
+"""
 
 
 async def door_to_stored_small(hub: Hub, database: Connection) -> None:
@@ -143,6 +160,115 @@ async def door_to_stored_small(hub: Hub, database: Connection) -> None:
         "samples/s",
         samples=sent["samples"],
     )
+
+
+async def door_to_stored_p99(hub: Hub, database: Connection) -> None:
+    """From the moment a frame is due to the moment a query finds it, at half of the load that door_to_stored_small asks for."""
+    cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
+    plant = await register(hub.settings.database_dsn, cluster, PACED_MACHINES)
+    await _known(hub, plant)
+    probes = plant.machine_ids[:: PACED_MACHINES // PROBES]
+    seen = dict.fromkeys(probes, datetime.now(UTC))
+    late_s: list[float] = []
+    sending = asyncio.create_task(send(hub, plant, SMALL_CONNECTIONS, PACED_ROUNDS, 1, rate=1.0))
+    until = None
+    while until is None or (len(late_s) < PROBES * PACED_ROUNDS and time.monotonic() < until):
+        found = await database.fetch(_SINCE, list(seen), list(seen.values()))
+        now = datetime.now(UTC)
+        for row in found:
+            seen[row["machine_id"]] = max(seen[row["machine_id"]], row["ts"])
+            late_s.append((now - row["ts"]).total_seconds())
+        if until is None and sending.done():
+            until = time.monotonic() + STORED_DEADLINE_S
+        await asyncio.sleep(PROBE_EVERY_S)
+    sent = await sending
+    tell(
+        "door_to_stored_p99_s",
+        float(np.quantile(late_s, 0.99)),
+        "s",
+        p50=round(float(np.median(late_s)), 3),
+        frames_probed=len(late_s),
+        samples_a_second=PACED_MACHINES * SIGNALS,
+        samples=sent["samples"],
+    )
+
+
+_SINCE = """
+SELECT asked.machine_id, f.ts FROM unnest($1::bigint[], $2::timestamptz[]) AS asked (machine_id, after),
+LATERAL (SELECT ts FROM ingest.frame f WHERE f.machine_id = asked.machine_id AND f.first_position = 0 AND f.ts > asked.after) f
+"""
+
+
+async def json_door(hub: Hub) -> None:
+    """CPU time of the door a sample, 500-sample batches as JSON."""
+
+    def body(plant: Plant, start_us: int) -> bytes:
+        values = frames(TEXT_ROWS).tolist()
+        names = [f"s{number}" for number in range(SIGNALS)]
+        rows = [
+            {"ts": start_us // 1_000 + number * 1_000, "values": dict(zip(names, row, strict=True))}
+            for number, row in enumerate(values)
+        ]
+        batches = [{"machine": machine, "frames": rows} for machine in plant.machine_ids]
+        return orjson.dumps({"source": "bench", "batches": batches})
+
+    await _text_door(hub, "json_us_per_sample", "/v1/telemetry", "application/json", body)
+
+
+async def line_protocol_door(hub: Hub) -> None:
+    """CPU time of the door a sample, as Telegraf writes: one line a machine and second with all its fields."""
+
+    def body(plant: Plant, start_us: int) -> bytes:
+        lines = []
+        for machine in plant.machine_ids:
+            for number, row in enumerate(frames(TEXT_ROWS).tolist()):
+                fields = ",".join(f"s{column}={value}" for column, value in enumerate(row))
+                lines.append(f"bench,machine={plant.path(machine)} {fields} {(start_us // 1_000_000 + number) * 10**9}")
+        return "\n".join(lines).encode()
+
+    await _text_door(hub, "line_protocol_us_per_sample", "/api/v2/write", "text/plain", body)
+
+
+async def _text_door(hub: Hub, measure: str, path: str, content_type: str, body: Callable[[Plant, int], bytes]) -> None:
+    cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
+    plant = await register(hub.settings.database_dsn, cluster, TEXT_MACHINES)
+    await _known(hub, plant)
+    start_us = (time.time_ns() // 1_000_000_000 - 86_400) * 1_000_000
+    bodies = [body(plant, start_us + number * TEXT_ROWS * 1_000_000) for number in range(TEXT_REQUESTS)]
+    running = hub.processes["door"].process
+    assert running is not None
+    door = psutil.Process(running.pid)
+    headers = {"Authorization": f"Bearer {plant.key}", "Content-Type": content_type}
+    async with httpx.AsyncClient(base_url=hub.processes["door"].http, headers=headers, timeout=60) as client:
+        (await client.post(path, content=bodies[0])).raise_for_status()  # what is made once is not measured
+        before = door.cpu_times()
+        for one in bodies[1:]:
+            (await client.post(path, content=one)).raise_for_status()
+        after = door.cpu_times()
+    samples = (TEXT_REQUESTS - 1) * TEXT_MACHINES * TEXT_ROWS * SIGNALS
+    used_s = after.user + after.system - before.user - before.system
+    tell(measure, used_s * 1e6 / samples, "us CPU", samples=samples, samples_a_request=samples // (TEXT_REQUESTS - 1))
+
+
+async def memory(servers: Servers) -> None:
+    """What each process holds with 1,000,000 registered signals, started anew."""
+    hub = Hub(servers, LOCAL / "log" / "bench", topic_prefix="memory.")
+    try:
+        await hub.start()
+        cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
+        for _ in range(REGISTERED_SIGNALS // SIGNALS // SMALL_MACHINES):
+            await register(hub.settings.database_dsn, cluster, SMALL_MACHINES)
+        for name in hub.processes:
+            hub.kill(name)
+        await asyncio.sleep(1)
+        held = {}
+        for name, running in hub.processes.items():
+            await hub.wait_ready(name)
+            assert running.process is not None
+            held[name] = round(psutil.Process(running.process.pid).memory_info().rss / 1e6)
+        tell("memory_mb", max(held.values()), "MB", registered_signals=REGISTERED_SIGNALS, **held)
+    finally:
+        await hub.stop()
 
 
 async def historian(hub: Hub, database: Connection, limits: dict[str, float]) -> None:
@@ -181,6 +307,10 @@ async def run(servers: Servers) -> None:
         await door_to_stored(hub, database, limits)
         await historian(hub, database, limits)
         await door_to_stored_small(hub, database)
+        await door_to_stored_p99(hub, database)
+        await json_door(hub)
+        await line_protocol_door(hub)
         await database.close()
     finally:
         await hub.stop()
+    await memory(servers)

@@ -11,7 +11,8 @@ from services.common.directory import entity_key
 from services.common.identity import Role
 from services.common.kafka import Cluster, Message, Publisher
 from services.ingest.binarycopy import Floats, Ints
-from services.ingest.registry import make_credential
+from services.ingest.credentials import make_credential
+from services.ingest.domain import QUOTA_SAMPLES_PER_S_MAX
 from smdih.directory.v1 import directory_pb2 as pb
 
 SIGNALS = 20
@@ -25,6 +26,9 @@ class Plant:
     firm_id: int
     machine_ids: list[int]
     key: str
+
+    def path(self, machine_id: int) -> str:
+        return f"bench/works/m{machine_id}"
 
 
 async def register(dsn: str, cluster: Cluster, machines: int) -> Plant:
@@ -74,6 +78,14 @@ async def register(dsn: str, cluster: Cluster, machines: int) -> Plant:
         )
         for machine_id, machine in entries.items()
     ]
+    firm = pb.Firm(id=firm_id, name="Bench", slug="bench", quota=pb.Quota(samples_per_s=QUOTA_SAMPLES_PER_S_MAX))
+    messages.append(
+        Message(
+            topics.DIRECTORY,
+            pb.DirectoryEntry(firm=firm, changed_us=now_us).SerializeToString(),
+            entity_key("firm", firm_id).encode(),
+        )
+    )
     messages.append(
         Message(
             topics.DIRECTORY,

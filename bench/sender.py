@@ -1,7 +1,8 @@
 """A sender in a process of its own: python -m bench.sender TARGET KEY CONNECTIONS MACHINES(first:last) ROWS FRAMES_A_BATCH [RATE].
 
 Streams ROWS frames of every machine and prints one JSON line: samples, `began` (the first send, on the machine's monotonic
-clock) and the seconds until all were acknowledged. With a RATE every machine sends so many batches a second.
+clock) and the seconds until all were acknowledged. With a RATE every machine sends so many batches a second, the connections one
+after the other, and a frame's time is the time at which it was to be sent: what waits in the sender counts as late too.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ async def main(
         for row in rounds
     ]
     shares = [machines[number::connections] for number in range(connections)]
-    began = time.monotonic()
+    began, began_us = time.monotonic(), time.time_ns() // 1000
 
     async def connection(number: int) -> None:
         mine, source = shares[number], _source(number)
@@ -43,7 +44,11 @@ async def main(
             sequence = 0
             for number_of_round, body in enumerate(encoded):
                 if rate:
-                    await asyncio.sleep(max(0.0, began + number_of_round / rate - time.monotonic()))
+                    due_s = (number_of_round + number / connections) / rate
+                    await asyncio.sleep(max(0.0, began + due_s - time.monotonic()))
+                    due_us = began_us + round(due_s * 1e6)
+                    row = values[number_of_round].tolist()
+                    body = telemetry_pb2.Batch(times_us=[due_us], values=row).SerializeToString()
                 for chunk in range(0, len(mine), 100):
                     parts = []
                     for machine in mine[chunk : chunk + 100]:

@@ -1,4 +1,8 @@
-"""Replay a CSV file into the hub: python -m smdih_client replay --file F --machine PATH --target HOST:PORT (key in SMDIH_KEY)."""
+"""A gateway's command line.
+
+python -m smdih_client claim CODE --target HOST:PORT: get a key; it goes into smdih.key.
+python -m smdih_client replay --file F --machine PATH --target HOST:PORT: stream a CSV file (key in SMDIH_KEY).
+"""
 
 import argparse
 import asyncio
@@ -6,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from smdih_client.claim import KeyFileExists, claim
 from smdih_client.recording import NotARecording, Recording, read
 from smdih_client.telemetry import Refused, TelemetryClient
 
@@ -42,7 +47,13 @@ def main() -> int:
     command.add_argument("--machine", required=True, help="path of the machine, such as acme/leeds/press-3")
     command.add_argument("--target", required=True, help="host:port of the gRPC door")
     command.add_argument("--source", default="csv-replay")
+    command = commands.add_parser("claim", help="exchange a claim code for this gateway's key")
+    command.add_argument("code", help="such as 7KQ4-M2XP-9RTV")
+    command.add_argument("--target", required=True, help="host:port of the gRPC door")
+    command.add_argument("--key-file", type=Path, default=Path("smdih.key"), help="where the key goes (mode 0600)")
     arguments = parser.parse_args()
+    if arguments.command == "claim":
+        return _claim(arguments.code, arguments.target, arguments.key_file)
     key = os.environ.get("SMDIH_KEY", "")
     if not key:
         print("put a device key into the environment variable SMDIH_KEY", file=sys.stderr)
@@ -56,6 +67,17 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     return 1 if quarantined else 0
+
+
+def _claim(code: str, target: str, key_file: Path) -> int:
+    try:
+        claimed = asyncio.run(claim(code, target=target, key_file=key_file))
+    except (KeyFileExists, Refused, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f'The key is in {claimed.key_file}. Use it with: export SMDIH_KEY="$(cat {claimed.key_file})"')
+    print(f"It is for {claimed.machine or 'machines of ' + claimed.site}.")
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Every service holds one, so no request waits for another service, and the teleme
 
 import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
@@ -36,6 +37,16 @@ def entity_key(kind: str, entity_id: int) -> str:
     return f"{kind}/{entity_id}"
 
 
+class KeyWatch(Protocol):
+    """Told of every key that is shown here; called for each request, so it must be quick."""
+
+    def used(self, credential_id: int) -> None: ...
+
+    def key_refused(self, key: str, credential: pb.Credential | None, reason: str, detail: str) -> None:
+        """`credential`: where the key is one of the hub's, but not valid now."""
+        ...
+
+
 class _Machines(Mapping[int, pb.Machine]):
     """Machines by id, kept as the bytes they came in and read when asked for: a seventh of the memory of read ones."""
 
@@ -61,8 +72,11 @@ class Directory:
     `kinds` names what to keep ("firm", "site", "machine", "partner"); credentials are always kept.
     """
 
-    def __init__(self, cluster: Cluster, *, clock: Clock, kinds: Collection[str]) -> None:
+    def __init__(
+        self, cluster: Cluster, *, clock: Clock, kinds: Collection[str], key_watch: KeyWatch | None = None
+    ) -> None:
         self._cluster = cluster
+        self._key_watch = key_watch
         self._clock = clock
         self._kinds = frozenset(kinds)
         self._caught_up = asyncio.Event()
@@ -85,16 +99,29 @@ class Directory:
         """Whose key this is. Raises Unauthenticated for none, unknown, not yet valid, expired and revoked keys alike."""
         credential = self._credentials.get(key_sha256(key)) if key else None
         if credential is None:
+            if key and self._key_watch is not None:
+                self._key_watch.key_refused(key, None, "KEY_UNKNOWN", "")
             raise Unauthenticated()
         now_us = self._clock.now_us()
-        if now_us < credential.valid_from_us or (credential.valid_to_us and now_us >= credential.valid_to_us):
-            raise Unauthenticated("This key is not valid now; ask for a new one.", reason="KEY_EXPIRED")
+        if now_us < credential.valid_from_us:
+            raise self._not_now(
+                key, credential, "KEY_NOT_YET_VALID", "This key is not valid yet; use the one before it."
+            )
+        if credential.valid_to_us and now_us >= credential.valid_to_us:
+            raise self._not_now(key, credential, "KEY_EXPIRED", "This key is not valid any more; ask for a new one.")
+        if self._key_watch is not None:
+            self._key_watch.used(credential.id)
         return Caller(
             credential_id=credential.id,
             role=_ROLES[credential.role],
             firm_id=credential.firm_id,
             partner_id=credential.partner_id,
         )
+
+    def _not_now(self, key: str, credential: pb.Credential, reason: str, detail: str) -> Unauthenticated:
+        if self._key_watch is not None:
+            self._key_watch.key_refused(key, credential, reason, detail)
+        return Unauthenticated(detail, reason=reason)
 
     def machine_id(self, path: str) -> int:
         """0: no machine has this path."""

@@ -65,10 +65,12 @@ def application(
     runtime: Runtime,
     directory: Directory | None,
     routers: Sequence[APIRouter] = (),
+    open_routers: Sequence[APIRouter] = (),
     body_bytes_max: int = BODY_BYTES_MAX,
     on_too_large: Callable[[Request, int], Awaitable[None]] | None = None,
 ) -> FastAPI:
-    """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes.
+    """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes. Those of
+    `open_routers` need none and guard themselves.
 
     `on_too_large(request, bytes)` is told of a body over the limit, before it is refused.
     """
@@ -93,6 +95,8 @@ def application(
     app.include_router(probes)
     for router in routers:
         app.include_router(router, dependencies=[Depends(authenticated)])
+    for router in open_routers:
+        app.include_router(router)
 
     @app.exception_handler(HubError)
     async def refused(request: Request, error: HubError) -> Response:

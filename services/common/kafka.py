@@ -224,6 +224,38 @@ async def _abandon(producer: AIOKafkaProducer) -> None:
         await producer.client.close()
 
 
+class TopicEnds:
+    """Where the partitions of topics end now, for those who want to know how much is still on its way."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._consumer: AIOKafkaConsumer | None = None
+        self._asking = asyncio.Lock()
+
+    async def end_of(self, topic: str, partition: int, *, timeout_s: float) -> int | None:
+        """Offset of the next record of the partition; None when no broker says so in time."""
+        where = TopicPartition(self._cluster.name(topic), partition)
+        try:
+            async with asyncio.timeout(timeout_s), self._asking:
+                if self._consumer is None:
+                    consumer = AIOKafkaConsumer(bootstrap_servers=self._cluster.bootstrap, group_id=None)
+                    try:
+                        await consumer.start()
+                    except BaseException:
+                        await consumer.stop()
+                        raise
+                    self._consumer = consumer
+                end: int = (await self._consumer.end_offsets([where]))[where]
+                return end
+        except (KafkaError, OSError, TimeoutError) as error:
+            log.info("no end of the partition", topic=topic, partition=partition, error=repr(error))
+            return None
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            await self._consumer.stop()
+
+
 class Poison(Exception):
     """A record that cannot be read; it goes to the dead letters."""
 

@@ -52,8 +52,11 @@ class _Malformed:
 class _Gate(grpc.aio.ServerInterceptor):
     """Every call passes here: key, correlation id, errors, metrics. Deny by default."""
 
-    def __init__(self, directory: Directory, on_malformed: OnMalformed | None) -> None:
+    def __init__(
+        self, directory: Directory, on_malformed: OnMalformed | None, open_methods: Sequence[str] = ()
+    ) -> None:
         self._directory = directory
+        self._open_methods = frozenset(open_methods)
         self._on_malformed = on_malformed
 
     async def intercept_service(
@@ -71,8 +74,11 @@ class _Gate(grpc.aio.ServerInterceptor):
 
     def _guarded(self, handler: Any, method: str, key: str, correlation_id: str) -> Any:
         directory = self._directory
+        is_open = method in self._open_methods
 
         async def admit() -> None:
+            if is_open:
+                return
             if not await directory.is_caught_up():
                 detail = "The hub has just started and does not know its keys yet."
                 raise TryAgain(detail, reason="STARTING", retry_after_s=1)
@@ -86,7 +92,7 @@ class _Gate(grpc.aio.ServerInterceptor):
 
         async def well_formed(request: Any) -> None:
             if isinstance(request, _Malformed):
-                if self._on_malformed is not None:
+                if self._on_malformed is not None and not is_open:
                     await self._on_malformed(current_caller(), method, request.data)
                 raise Invalid("The body is not a message of this call.", reason="MALFORMED")
 
@@ -166,10 +172,14 @@ async def serve(
     service_names: Sequence[str],
     message_bytes_max: int = MESSAGE_BYTES_MAX,
     on_malformed: OnMalformed | None = None,
+    open_methods: Sequence[str] = (),
 ) -> AsyncIterator[int]:
-    """Serve until the context ends; yields the port. `register` pairs generated add_..._to_server functions with servicers."""
+    """Serve until the context ends; yields the port. `register` pairs generated add_..._to_server functions with servicers.
+
+    `open_methods` ("/package.Service/Method") need no key and guard themselves.
+    """
     server = grpc.aio.server(
-        interceptors=[_Gate(directory, on_malformed)],
+        interceptors=[_Gate(directory, on_malformed, open_methods)],
         options=[
             ("grpc.max_receive_message_length", message_bytes_max),
             ("grpc.max_concurrent_streams", 1_000),

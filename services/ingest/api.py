@@ -115,7 +115,9 @@ def lines_router(door: Door) -> APIRouter:
         """
         sender = door.sender(caller, "", "lines")
         if precision not in PRECISIONS:
-            raise Invalid(f"precision: one of {', '.join(PRECISIONS)}.")
+            unknown = Invalid(f"precision: one of {', '.join(PRECISIONS)}.")
+            door.note_refused(sender, unknown)
+            raise unknown
         raw = await request.body()
         try:
             body = _inflated(request.headers.get("content-encoding", ""), raw)

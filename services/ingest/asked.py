@@ -4,6 +4,7 @@ from datetime import datetime
 
 from services.common.clock import from_us
 from services.common.errors import Invalid
+from services.ingest.domain import BadName
 
 PAGE_SIZE_DEFAULT = 100
 ID_MAX = 2**63 - 1
@@ -37,3 +38,14 @@ def checked_time(time_us: int, what: str) -> datetime:
         return from_us(time_us)
     except OverflowError as error:
         raise Invalid(f"{what}: microseconds since 1970, in the years 1 to 9999.") from error
+
+
+class names:
+    """Inside, a broken name is an invalid request."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, BadName):
+            raise Invalid(str(error), reason="BAD_NAME") from error

@@ -16,6 +16,16 @@ HISTORY_PAGE_SIZE_MAX: Final = 10_000
 FUTURE_S_MAX: Final = 10 * 60
 PAST_DAYS_MAX: Final = 15 * 366
 
+# What a firm may use unless an operator says otherwise. A door lets it go over its rate for QUOTA_BURST_S, so that gateways
+# that were cut off catch up.
+QUOTA_SAMPLES_PER_S_DEFAULT: Final = 500_000
+QUOTA_SIGNALS_DEFAULT: Final = 50_000
+QUOTA_STORED_DAYS_DEFAULT: Final = 400
+QUOTA_BURST_S: Final = 60
+QUOTA_SAMPLES_PER_S_MAX: Final = 100_000_000
+QUOTA_SIGNALS_MAX: Final = 10_000_000
+QUOTA_STORED_DAYS_MAX: Final = PAST_DAYS_MAX
+
 REGIONS: Final = (
     "North East",
     "North West",
@@ -38,7 +48,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Reason:
-    """Why samples are in quarantine. Stable: dashboards and senders rely on the words."""
+    """Why samples are in quarantine or were refused. Stable: dashboards and senders rely on the words."""
 
     UNKNOWN_MACHINE = "UNKNOWN_MACHINE"
     UNKNOWN_SIGNAL = "UNKNOWN_SIGNAL"
@@ -50,6 +60,15 @@ class Reason:
     WRONG_TYPE = "WRONG_TYPE"
     MALFORMED = "MALFORMED"
     TOO_LARGE = "TOO_LARGE"
+    # These are sent back and not kept: the sender still has what it sent.
+    QUOTA_SAMPLES = "QUOTA_SAMPLES"
+    SLOW_DOWN = "SLOW_DOWN"
+    FORBIDDEN = "FORBIDDEN"
+    INVALID = "INVALID"
+    KEY_UNKNOWN = "KEY_UNKNOWN"
+    KEY_REVOKED = "KEY_REVOKED"
+    KEY_EXPIRED = "KEY_EXPIRED"
+    KEY_NOT_YET_VALID = "KEY_NOT_YET_VALID"
 
 
 @dataclass(frozen=True)

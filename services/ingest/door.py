@@ -1,6 +1,7 @@
 """The door: takes batches, answers only for what the message log holds."""
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,13 +9,15 @@ from prometheus_client import Counter
 
 from services.common.clock import Clock
 from services.common.directory import Directory
-from services.common.errors import Invalid, SlowDown, TooLarge
+from services.common.errors import Forbidden, HubError, Invalid, SlowDown, TooLarge
 from services.common.identity import Caller, Role
 from services.common.logs import current_correlation_id, get_logger
+from services.ingest.buckets import Bucket, Buckets
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, check_text
 from services.ingest.frames import Checked, FrameCheck, Sender, quarantined
 from services.ingest.groupcommit import RETRY_AFTER_S, WAITING_BYTES_MAX, Commit, GroupCommit
 from services.ingest.lineprotocol import Fault, TooMany, batches, by_reason, read
+from services.ingest.sightings import Sightings
 from smdih.ingest.v1 import telemetry_pb2
 
 log = get_logger(__name__)
@@ -30,6 +33,11 @@ LINES_ROWS_AT_ONCE = 10_000
 samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
 # Quarantined samples by reason.
 quarantined_total = Counter("smdih_ingest_door_quarantined_samples_total", "Samples put into quarantine", ["reason"])
+
+
+@functools.cache  # a door's name is one of a few, and looking the counter up took longer than counting
+def _accepted_total(door: str) -> Counter:
+    return samples_total.labels(door, "accepted")
 
 
 @dataclass(frozen=True)
@@ -117,35 +125,54 @@ class LinesResult:
 class Door:
     """Checks batches and commits them to the message log; every protocol's edge calls this one."""
 
-    def __init__(self, directory: Directory, group_commit: GroupCommit, clock: Clock) -> None:
+    def __init__(
+        self, directory: Directory, group_commit: GroupCommit, clock: Clock, sightings: Sightings, buckets: Buckets
+    ) -> None:
         self._check = FrameCheck(directory, clock)
+        self._sightings = sightings
+        self._buckets = buckets
         self._group_commit = group_commit
         self._in_flight = _InFlight()
         self._clock = clock
 
     def sender(self, caller: Caller, source: str, door: str) -> Sender:
         """Who sends, after a check that it may. Raises Forbidden, Invalid."""
-        caller.require(Role.DEVICE, Role.FIRM)
+        if caller.role not in (Role.DEVICE, Role.FIRM):
+            detail = f"A key of role {caller.role} sends no telemetry; give the gateway a device key."
+            unnamed = Sender(caller.firm_id, caller.credential_id, "", door, "")
+            self._sightings.refused(unnamed, Reason.FORBIDDEN, detail)
+            raise Forbidden(detail)
         try:
             source = (
                 check_text(source, what="source", length_max=128) if source else f"credential-{caller.credential_id}"
             )
         except ValueError as error:
-            raise Invalid(str(error)) from error
+            invalid = Invalid(str(error))
+            self.note_refused(Sender(caller.firm_id, caller.credential_id, "", door, ""), invalid)
+            raise invalid from error
         return Sender(caller.firm_id, caller.credential_id, source, door, current_correlation_id())
 
     def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[Taken]:
         """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid."""
-        if len(batches) > BATCHES_PER_REQUEST_MAX:
-            raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
-        self._group_commit.check_room()
-        self._in_flight.check_room(sender.credential_id)
-        return [self._take(sender, batch) for batch in batches]
+        try:
+            if len(batches) > BATCHES_PER_REQUEST_MAX:
+                raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
+            self._group_commit.check_room()
+            self._in_flight.check_room(sender.credential_id)
+            bucket = self._buckets.checked(sender.firm_id)
+        except HubError as error:
+            self.note_refused(sender, error)
+            raise
+        return [self._take(sender, batch, bucket) for batch in batches]
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
         """Take batches and wait until they are durable. Raises SlowDown, TryAgain, Invalid."""
         taken = self.take(sender, batches)
-        await asyncio.gather(*(one.durable() for one in taken))
+        try:
+            await asyncio.gather(*(one.durable() for one in taken))
+        except HubError as error:
+            self.note_refused(sender, error)
+            raise
         return [one.result() for one in taken]
 
     async def send_lines(self, sender: Sender, body: bytes, precision: str) -> LinesResult:
@@ -161,10 +188,16 @@ class Door:
             else:
                 reading = read(body, precision=precision, now_us=now_us)
         except TooMany as error:
-            raise TooLarge(f"The body has {error}; nothing was taken, send it in smaller parts.") from error
+            too_large = TooLarge(f"The body has {error}; nothing was taken, send it in smaller parts.")
+            self.note_refused(sender, too_large)
+            raise too_large from error
         to_send = batches(reading.blocks, lambda machine, path: self._check.signals_of(sender, machine, path))
         if len(to_send) > BATCHES_PER_REQUEST_MAX:
-            raise TooLarge(f"The lines make {len(to_send)} batches; send at most {BATCHES_PER_REQUEST_MAX} at once.")
+            too_many = TooLarge(
+                f"The lines make {len(to_send)} batches; send at most {BATCHES_PER_REQUEST_MAX} at once."
+            )
+            self.note_refused(sender, too_many)
+            raise too_many
         results: list[telemetry_pb2.BatchResult] = []
         together: list[telemetry_pb2.Batch] = []
         rows = 0
@@ -183,11 +216,16 @@ class Door:
             await self.set_aside(sender, faults[0].reason, detail, raw, sum(fault.samples for fault in faults))
         return LinesResult(results, reading.faults)
 
+    def note_refused(self, sender: Sender, error: HubError) -> None:
+        """Telemetry was sent back with this error and is not kept: whoever looks for it shall find out."""
+        self._sightings.refused(sender, error.reason, error.detail)
+
     async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0) -> None:
         """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
         record = quarantined(sender, reason, detail, samples, self._clock.now_us(), raw=raw)
         samples_total.labels(sender.door, "quarantined").inc(samples)
         quarantined_total.labels(reason).inc(samples)
+        self._sightings.refused(sender, reason, detail, samples=samples)
         log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
         await self._group_commit.put_quarantine(record).wait()
 
@@ -197,14 +235,27 @@ class Door:
             sender = self.sender(caller, "", "grpc")
             await self.set_aside(sender, Reason.MALFORMED, f"The body is not a message of {method}.", raw)
 
-    def _take(self, sender: Sender, batch: telemetry_pb2.Batch) -> Taken:
+    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, bucket: Bucket) -> Taken:
         checked = self._check.check(sender, batch)
+        bucket.spend(checked.accepted)
         commits = [self._group_commit.put_frames(frames) for frames in checked.frames]
-        samples_total.labels(sender.door, "accepted").inc(checked.accepted)
+        _accepted_total(sender.door).inc(checked.accepted)
+        if checked.accepted:
+            self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)
         for record in checked.quarantine:
+            bucket.spend(record.samples)
             commits.append(self._group_commit.put_quarantine(record))
             samples_total.labels(sender.door, "quarantined").inc(record.samples)
             quarantined_total.labels(record.reason).inc(record.samples)
+            self._sightings.refused(
+                sender,
+                record.reason,
+                record.detail,
+                machine_id=checked.machine_id,
+                subject="" if checked.machine_id else batch.machine_path or f"id {batch.machine_id}",
+                samples=record.samples,
+                clock_off_us=checked.clock_off_us if record.reason == Reason.TIME_OUT_OF_WINDOW else 0,
+            )
             log.info(
                 "samples quarantined",
                 reason=record.reason,

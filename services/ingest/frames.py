@@ -45,6 +45,11 @@ class Checked:
     frames: list[records_pb2.FrameBatch]
     quarantine: list[records_pb2.QuarantineRecord]
     machine_id: int = 0
+    received_us: int = 0
+    # Time of the newest good row, where there is one.
+    newest_us: int = 0
+    # Of the first time outside the window, where there is one: that time less the door's.
+    clock_off_us: int = 0
 
 
 class _MachineView:
@@ -85,13 +90,14 @@ class FrameCheck:
         present = _present(batch.absent, len(values))
         samples = len(values) if present is None else int(present.sum())
 
-        def refuse_all(reason: str, detail: str) -> Checked:
+        def refuse_all(reason: str, detail: str, machine_id: int = 0) -> Checked:
             record = quarantined(sender, reason, detail, samples, received_us, batch=batch.SerializeToString())
-            return Checked(batch.sequence, 0, [], [record])
+            return Checked(batch.sequence, 0, [], [record], machine_id)
 
-        if rows == 0 or len(values) == 0:
-            return refuse_all(Reason.EMPTY_BATCH, "The batch holds no values; send times_us and values.")
         machine = self._machine(sender, batch.machine_id, batch.machine_path)
+        if rows == 0 or len(values) == 0:
+            machine_id = machine.id if machine is not None else 0
+            return refuse_all(Reason.EMPTY_BATCH, "The batch holds no values; send times_us and values.", machine_id)
         if machine is None:
             named = batch.machine_path or f"id {batch.machine_id}"
             return refuse_all(
@@ -103,6 +109,7 @@ class FrameCheck:
             return refuse_all(
                 Reason.SHAPE_MISMATCH,
                 f"{len(values)} values do not fill {rows} rows evenly; send times x signals values.",
+                machine.id,
             )
         earliest = received_us - PAST_DAYS_MAX * _DAY_US
         latest = received_us + FUTURE_S_MAX * 1_000_000
@@ -110,25 +117,29 @@ class FrameCheck:
         if plain and _is_clean(machine, times, values.reshape(rows, columns), earliest, latest):
             # Nearly all batches: every signal in order, nothing wrong. The rest of this function would find the same, slower.
             whole = _frame_batch(sender, batch.sequence, machine.id, 0, columns, times, values, received_us)
-            return Checked(batch.sequence, len(values), [whole], [], machine.id)
+            return Checked(batch.sequence, len(values), [whole], [], machine.id, received_us, int(times[-1]))
         if batch.absent and present is None:
             return refuse_all(
                 Reason.SHAPE_MISMATCH,
                 f"The bitmap of absent values has {len(batch.absent)} bytes for {len(values)} values.",
+                machine.id,
             )
         positions, unknown = _positions(machine, batch, columns)
         if len(positions) != columns:
             return refuse_all(
-                Reason.SHAPE_MISMATCH, f"{len(positions)} signals are named for {columns} columns of values."
+                Reason.SHAPE_MISMATCH,
+                f"{len(positions)} signals are named for {columns} columns of values.",
+                machine.id,
             )
 
         known = positions[positions >= 0]
         if len(np.unique(known)) != len(known):
-            return refuse_all(Reason.SHAPE_MISMATCH, "A signal is named for two columns of values.")
+            return refuse_all(Reason.SHAPE_MISMATCH, "A signal is named for two columns of values.", machine.id)
 
         matrix = values.reshape(rows, columns)
         good = np.ones((rows, columns), dtype=bool) if present is None else present.reshape(rows, columns)
         quarantine: list[records_pb2.QuarantineRecord] = []
+        clock_off_us = 0
 
         def set_aside(bad: Bools, reason: str, detail: str) -> None:
             nonlocal good
@@ -151,6 +162,7 @@ class FrameCheck:
             )
         if times.min() < earliest or times.max() > latest:
             bad_rows = (times < earliest) | (times > latest)
+            clock_off_us = int(times[bad_rows][0]) - received_us
             set_aside(
                 np.broadcast_to(bad_rows[:, None], good.shape),
                 Reason.TIME_OUT_OF_WINDOW,
@@ -172,7 +184,8 @@ class FrameCheck:
 
         accepted = int(good.sum())
         frames = self._frames(sender, batch, machine, positions, times, matrix, good, received_us) if accepted else []
-        return Checked(batch.sequence, accepted, frames, quarantine, machine.id)
+        newest_us = int(times[good.any(axis=1)].max()) if accepted else 0
+        return Checked(batch.sequence, accepted, frames, quarantine, machine.id, received_us, newest_us, clock_off_us)
 
     def signals_of(self, sender: Sender, machine_id: int, path: str) -> Container[str]:
         """Names of a machine's signals; none where the sender's firm has no such machine."""

@@ -12,13 +12,24 @@ from services.common.evidence import Signer
 from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.identity import Role
-from services.common.kafka import Cluster, PositionedConsumer, Publisher
+from services.common.kafka import Cluster, PositionedConsumer, Publisher, TopicEnds
 from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.ingest import api, registry_store
+from services.ingest import api, credential_store
 from services.ingest.access import Access
+from services.ingest.audit import Audit
+from services.ingest.audit_api import audit_router
+from services.ingest.buckets import Buckets, BucketsSharer
+from services.ingest.claim_api import claim_code_router, claim_router
+from services.ingest.claim_rpc import OPEN_METHODS, ClaimServicer
+from services.ingest.claims import Claims
+from services.ingest.credential_api import credential_router
+from services.ingest.credentials import Credentials, make_credential
+from services.ingest.diagnosis import Diagnoses, Partitions
+from services.ingest.diagnosis_api import diagnosis_router
+from services.ingest.diagnosis_rpc import DiagnosisServicer
 from services.ingest.door import Door
 from services.ingest.export import Export
 from services.ingest.groupcommit import GroupCommit
@@ -31,7 +42,10 @@ from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
 from services.ingest.query_api import query_router
 from services.ingest.query_rpc import QueryServicer
-from services.ingest.registry import Registry, make_credential
+from services.ingest.quota_api import quota_router
+from services.ingest.quota_rpc import QuotaServicer
+from services.ingest.quotas import Quotas
+from services.ingest.registry import Registry
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
 from services.ingest.retention import Enforcer, Retention
@@ -39,7 +53,17 @@ from services.ingest.retention_api import retention_router
 from services.ingest.rpc import TelemetryServicer
 from services.ingest.series_api import series_router
 from services.ingest.series_rpc import SeriesServicer
-from smdih.ingest.v1 import kpi_pb2_grpc, query_pb2_grpc, registry_pb2_grpc, series_pb2_grpc, telemetry_pb2_grpc
+from services.ingest.sightings import Sightings, SightingsWriter
+from smdih.ingest.v1 import (
+    claim_pb2_grpc,
+    diagnosis_pb2_grpc,
+    kpi_pb2_grpc,
+    query_pb2_grpc,
+    quota_pb2_grpc,
+    registry_pb2_grpc,
+    series_pb2_grpc,
+    telemetry_pb2_grpc,
+)
 
 SCHEMA = "ingest"
 USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
@@ -57,14 +81,28 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
-    directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"))
+    sightings = Sightings(clock)
+    writer = SightingsWriter(pool, sightings, clock)
+    runtime.background("sightings", writer.run())
+    directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"), key_watch=sightings)
     runtime.background("directory", directory.run())
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
-    group_commit = GroupCommit(publisher, partitions=await publisher.partitions(topics.SAMPLES))
+    partitions = await publisher.partitions(topics.SAMPLES)
+    group_commit = GroupCommit(publisher, partitions=partitions)
     runtime.on_stop(group_commit.close)
-    door = Door(directory, group_commit, clock)
+    buckets = Buckets(directory)
+    runtime.background("quotas", BucketsSharer(pool, buckets, clock).run())
+    door = Door(directory, group_commit, clock, sightings, buckets)
+    ends = TopicEnds(cluster)
+    runtime.on_stop(ends.close)
+    samples = Partitions(cluster.name(topics.SAMPLES), partitions)
+    quotas = Quotas(pool, relay, clock)
+    claims = Claims(pool, relay, directory, clock)
+    runtime.background("claim codes", claims.run())
+    diagnoses = Diagnoses(pool, directory, clock, writer, ends=ends, partitions=samples)
     registry = Registry(pool, relay, directory, clock)
+    credentials = Credentials(pool, relay, directory, clock, writer)
     access = Access()
     queries, export = Queries(pool, directory, access), Export(pool, directory, access)
     signer = Signer(settings.evidence_key) if settings.evidence_key else None
@@ -78,8 +116,11 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             directory=directory,
             register=[
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
-                (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry)),
+                (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry, credentials)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
+                (claim_pb2_grpc.add_ClaimServiceServicer_to_server, ClaimServicer(claims)),
+                (quota_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaServicer(quotas)),
+                (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
                 (series_pb2_grpc.add_SeriesServiceServicer_to_server, SeriesServicer(queries, export)),
                 (kpi_pb2_grpc.add_KpiServiceServicer_to_server, KpiServicer(kpi)),
             ],
@@ -87,10 +128,14 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.TelemetryService",
                 "smdih.ingest.v1.RegistryService",
                 "smdih.ingest.v1.QueryService",
+                "smdih.ingest.v1.DiagnosisService",
+                "smdih.ingest.v1.QuotaService",
+                "smdih.ingest.v1.ClaimService",
                 "smdih.ingest.v1.SeriesService",
                 "smdih.ingest.v1.KpiService",
             ],
             on_malformed=door.note_malformed,
+            open_methods=OPEN_METHODS,
         )
     )
     app = application(
@@ -101,12 +146,18 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             api.telemetry_router(door),
             api.lines_router(door),
             registry_router(registry),
+            credential_router(credentials),
             query_router(queries),
             series_router(queries, export),
             kpi_router(kpi),
             retention_router(retention),
             quarantine_router(quarantine),
+            diagnosis_router(diagnoses),
+            quota_router(quotas),
+            claim_code_router(claims),
+            audit_router(Audit(pool)),
         ],
+        open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),
     )
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
@@ -161,7 +212,7 @@ async def operator_key(settings: Settings) -> str:
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=1)
     try:
         async with transaction(pool) as connection:
-            await registry_store.create_credential(connection, credential, Role.OPERATOR, now_us)
+            await credential_store.create(connection, credential, Role.OPERATOR, now_us)
     finally:
         await pool.close()
     return key

@@ -8,16 +8,22 @@ from services.common.clock import Clock
 from services.common.database import Pool, transaction
 from services.common.directory import Directory
 from services.common.errors import Invalid, TryAgain
-from services.common.identity import Caller, Role, key_prefix, key_sha256, new_key
+from services.common.identity import Caller, Role
 from services.common.outbox import OutboxRelay
 from services.ingest import registry_store as store
-from services.ingest.asked import PAGE_SIZE_DEFAULT, check_id, check_one_of, checked_time, number_in_token, page_size_of
+from services.ingest.asked import (
+    PAGE_SIZE_DEFAULT,
+    check_id,
+    check_one_of,
+    names,
+    number_in_token,
+    page_size_of,
+)
 from services.ingest.domain import (
     PAGE_SIZE_MAX,
     REGIONS,
     SIGNALS_PER_MACHINE_MAX,
     SIZES,
-    BadName,
     NewFirm,
     NewMachine,
     NewSignal,
@@ -45,7 +51,7 @@ class Registry:
 
     async def create_firm(self, caller: Caller, new: NewFirm) -> pb.Firm:
         caller.require(Role.OPERATOR)
-        with _names():
+        with names():
             checked = NewFirm(
                 check_text(new.name, what="name"), check_slug(new.slug), check_sic(new.sic), new.region, new.size
             )
@@ -58,7 +64,7 @@ class Registry:
 
     async def create_partner(self, caller: Caller, name: str, region: str) -> pb.Partner:
         caller.require(Role.OPERATOR)
-        with _names():
+        with names():
             name = check_text(name, what="name")
         check_one_of(region, REGIONS, "region")
         async with transaction(self._pool) as connection:
@@ -70,7 +76,7 @@ class Registry:
         caller.require(Role.OPERATOR, Role.FIRM)
         new = replace(new, firm_id=caller.firm_or(new.firm_id))
         check_id(new.firm_id, "firm_id")
-        with _names():
+        with names():
             new = replace(new, slug=check_slug(new.slug), name=check_text(new.name, what="name"))
         try:
             ZoneInfo(new.timezone)
@@ -84,7 +90,7 @@ class Registry:
     async def create_machine(self, caller: Caller, new: NewMachine) -> pb.Machine:
         caller.require(Role.OPERATOR, Role.FIRM)
         check_id(new.site_id, "site_id")
-        with _names():
+        with names():
             check_path(new.path)
             new = replace(new, name=check_text(new.name, what="name"), kind=check_text(new.kind, what="kind"))
         new = replace(new, signals=_checked_signals(new.signals))
@@ -124,86 +130,10 @@ class Registry:
             machines = [await store.machine_by_id(connection, machine_id) for machine_id in ids[:size]]
         return machines, str(ids[size - 1]) if len(ids) > size else ""
 
-    async def issue_credential(
-        self,
-        caller: Caller,
-        role: Role,
-        *,
-        firm_id: int,
-        partner_id: int,
-        label: str,
-        valid_from_us: int,
-        valid_to_us: int,
-    ) -> tuple[str, pb.Credential]:
-        """A new key (shown here and never again) and what is kept of it."""
-        caller.require(Role.OPERATOR, Role.FIRM)
-        if caller.role is Role.FIRM:
-            if role not in (Role.DEVICE, Role.FIRM):
-                caller.require(Role.OPERATOR)
-            firm_id = caller.firm_or(firm_id)
-        for number, what in ((firm_id, "firm_id"), (partner_id, "partner_id")):
-            if number:
-                check_id(number, what)
-        with _names():
-            label = check_text(label or role.value, what="label")
-        belongs = {Role.DEVICE: bool(firm_id), Role.FIRM: bool(firm_id), Role.PARTNER: bool(partner_id)}
-        if not belongs.get(role, True):
-            raise Invalid(f"A {role} key needs a {'partner_id' if role is Role.PARTNER else 'firm_id'}.")
-        now_us = self._clock.now_us()
-        start_us = valid_from_us or now_us
-        if valid_to_us and valid_to_us <= start_us:
-            raise Invalid("valid_to_us must be after valid_from_us.")
-        checked_time(start_us, "valid_from_us")
-        checked_time(valid_to_us, "valid_to_us")
-        key, credential = make_credential(role, firm_id, partner_id, label, start_us, valid_to_us)
-        async with transaction(self._pool) as connection:
-            credential = await store.create_credential(connection, credential, role, now_us)
-        self._relay.kick()
-        if not await self._directory.wait_for_credential(credential.id):
-            raise TryAgain("The key was made but is not known everywhere yet; issue another.", retry_after_s=2)
-        return key, credential
-
-    async def revoke_credential(self, caller: Caller, credential_id: int) -> None:
-        caller.require(Role.OPERATOR, Role.FIRM)
-        check_id(credential_id, "credential_id")
-        async with transaction(self._pool) as connection:
-            firm_id = await store.revoke_credential(connection, credential_id)
-            caller.check_sees_firm(firm_id)
-        self._relay.kick()
-
     async def _known_here(self, machine: pb.Machine) -> None:
         self._relay.kick()
         if not await self._directory.wait_for_machine(machine.id, signals=len(machine.signals)):
             raise TryAgain(f"Machine {machine.id} is registered; the door will know it in a moment.", retry_after_s=2)
-
-
-def make_credential(
-    role: Role, firm_id: int, partner_id: int, label: str, valid_from_us: int, valid_to_us: int = 0
-) -> tuple[str, pb.Credential]:
-    """A new key and its credential, not stored yet."""
-    key = new_key(role)
-    credential = pb.Credential(
-        prefix=key_prefix(key),
-        sha256=key_sha256(key),
-        role=store.ROLE_NUMBERS[role],
-        firm_id=firm_id if role in (Role.DEVICE, Role.FIRM) else 0,
-        partner_id=partner_id if role is Role.PARTNER else 0,
-        label=label,
-        valid_from_us=valid_from_us,
-        valid_to_us=valid_to_us,
-    )
-    return key, credential
-
-
-class _names:
-    """Inside, a broken name is an invalid request."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BadName):
-            raise Invalid(str(error), reason="BAD_NAME") from error
 
 
 def _checked_signals(signals: list[NewSignal]) -> list[NewSignal]:
@@ -211,7 +141,7 @@ def _checked_signals(signals: list[NewSignal]) -> list[NewSignal]:
         raise Invalid(f"A machine has at most {SIGNALS_PER_MACHINE_MAX} signals.")
     checked = []
     for new in signals:
-        with _names():
+        with names():
             name = check_signal_name(new.name)
             unit = check_text(new.unit, what="unit", length_max=32) if new.unit else ""
         for bound in (new.range_min, new.range_max):

@@ -6,7 +6,6 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from services.common.http import Authenticated
-from services.common.identity import Role
 from services.ingest.domain import NewFirm, NewMachine, NewSignal, NewSite
 from services.ingest.forms import Body, as_dict
 from services.ingest.registry import Registry
@@ -54,15 +53,6 @@ class SignalsBody(Body):
     signals: list[SignalBody]
 
 
-class CredentialBody(Body):
-    role: Role
-    firm_id: int = 0
-    partner_id: int = 0
-    label: str = ""
-    valid_from_us: int = 0
-    valid_to_us: int = 0
-
-
 def registry_router(registry: Registry) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["registry"])
 
@@ -95,23 +85,5 @@ def registry_router(registry: Registry) -> APIRouter:
     ) -> dict[str, Any]:
         machines, token = await registry.list_machines(caller, firm_id, page_size, page_token)
         return {"machines": [as_dict(machine) for machine in machines], "next_page_token": token}
-
-    @router.post("/credentials", status_code=201)
-    async def issue_credential(body: CredentialBody, caller: Authenticated) -> dict[str, Any]:
-        """The key is in this answer and nowhere else, ever."""
-        key, credential = await registry.issue_credential(
-            caller,
-            body.role,
-            firm_id=body.firm_id,
-            partner_id=body.partner_id,
-            label=body.label,
-            valid_from_us=body.valid_from_us,
-            valid_to_us=body.valid_to_us,
-        )
-        return {"key": key, "id": credential.id, "prefix": credential.prefix}
-
-    @router.delete("/credentials/{credential_id}", status_code=204)
-    async def revoke_credential(credential_id: int, caller: Authenticated) -> None:
-        await registry.revoke_credential(caller, credential_id)
 
     return router

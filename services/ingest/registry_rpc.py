@@ -2,20 +2,23 @@
 
 from typing import Any
 
+from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.identity import Role
 from services.common.rpc import current_caller
+from services.ingest.credential_store import ROLE_NUMBERS
+from services.ingest.credentials import OVERLAP_S_DEFAULT, Credentials
 from services.ingest.domain import NewFirm, NewMachine, NewSignal, NewSite
 from services.ingest.registry import Registry
-from services.ingest.registry_store import ROLE_NUMBERS
 from smdih.ingest.v1 import registry_pb2, registry_pb2_grpc
 
 _ROLES = {number: role for role, number in ROLE_NUMBERS.items()}
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, credentials: Credentials) -> None:
         self._registry = registry
+        self._credentials = credentials
 
     async def CreateFirm(
         self, request: registry_pb2.CreateFirmRequest, context: Any
@@ -61,7 +64,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         role = _ROLES.get(request.role)
         if role is None:
             raise Invalid(f"role: one of {', '.join(Role)}.")
-        key, credential = await self._registry.issue_credential(
+        key, credential = await self._credentials.issue(
             current_caller(),
             role,
             firm_id=request.firm_id,
@@ -75,8 +78,30 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     async def RevokeCredential(
         self, request: registry_pb2.RevokeCredentialRequest, context: Any
     ) -> registry_pb2.RevokeCredentialResponse:
-        await self._registry.revoke_credential(current_caller(), request.credential_id)
+        await self._credentials.revoke(current_caller(), request.credential_id)
         return registry_pb2.RevokeCredentialResponse()
+
+    async def RotateCredential(
+        self, request: registry_pb2.RotateCredentialRequest, context: Any
+    ) -> registry_pb2.RotateCredentialResponse:
+        overlap_s = request.overlap_s if request.HasField("overlap_s") else OVERLAP_S_DEFAULT
+        key, credential = await self._credentials.rotate(current_caller(), request.credential_id, overlap_s)
+        return registry_pb2.RotateCredentialResponse(key=key, credential=credential)
+
+    async def ListCredentials(
+        self, request: registry_pb2.ListCredentialsRequest, context: Any
+    ) -> registry_pb2.ListCredentialsResponse:
+        listed, token = await self._credentials.page(
+            current_caller(), request.firm_id, request.page_size, request.page_token
+        )
+        response = registry_pb2.ListCredentialsResponse(next_page_token=token)
+        for one in listed:
+            item = response.credentials.add(credential=one.issued.as_directory_entry(), state=one.state)
+            item.credential.ClearField("sha256")
+            item.replaces = one.issued.replaces
+            if one.issued.used is not None:
+                item.last_used_us = to_us(one.issued.used)
+        return response
 
 
 def _signals(signals: Any) -> list[NewSignal]:

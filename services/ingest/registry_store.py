@@ -8,21 +8,12 @@ from collections.abc import Sequence
 import asyncpg
 
 from services.common import topics
-from services.common.clock import from_us
 from services.common.database import Connection
 from services.common.directory import entity_key
-from services.common.errors import AlreadyExists, Invalid, NotFound
-from services.common.identity import Role
+from services.common.errors import AlreadyExists, Conflict, Invalid, NotFound
 from services.common.outbox import write
-from services.ingest.domain import NewFirm, NewMachine, NewSignal, NewSite
+from services.ingest.domain import QUOTA_SIGNALS_DEFAULT, NewFirm, NewMachine, NewSignal, NewSite
 from smdih.directory.v1 import directory_pb2 as pb
-
-ROLE_NUMBERS = {
-    Role.DEVICE: pb.ROLE_DEVICE,
-    Role.FIRM: pb.ROLE_FIRM,
-    Role.PARTNER: pb.ROLE_PARTNER,
-    Role.OPERATOR: pb.ROLE_OPERATOR,
-}
 
 
 async def publish(connection: Connection, kind: str, entry: pb.DirectoryEntry, entity_id: int, changed_us: int) -> None:
@@ -40,9 +31,38 @@ async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.F
     )
     if firm_id is None:
         raise AlreadyExists(f"There is another firm {new.slug!r} already; choose another slug.")
-    firm = pb.Firm(id=firm_id, name=new.name, slug=new.slug, sic=new.sic, region=new.region, size=new.size)
+    return await publish_firm(connection, firm_id, now_us)
+
+
+async def publish_firm(connection: Connection, firm_id: int, now_us: int) -> pb.Firm:
+    """Tell everybody what the firm is now. Raises NotFound."""
+    row = await connection.fetchrow(
+        "SELECT f.id, f.name, f.slug, f.sic, f.region, f.size, q.samples_per_s, q.signals, q.stored_days "
+        "FROM firm f LEFT JOIN firm_quota q ON q.firm_id = f.id WHERE f.id = $1",
+        firm_id,
+    )
+    if row is None:
+        raise NotFound(f"There is no firm {firm_id}.")
+    *of_firm, samples_per_s, signals, stored_days = row.values()
+    firm = pb.Firm(**dict(zip(("id", "name", "slug", "sic", "region", "size"), of_firm, strict=True)))
+    if samples_per_s or signals or stored_days:
+        firm.quota.MergeFrom(pb.Quota(samples_per_s=samples_per_s, signals=signals, stored_days=stored_days))
     await publish(connection, "firm", pb.DirectoryEntry(firm=firm), firm_id, now_us)
     return firm
+
+
+async def check_signal_quota(connection: Connection, firm_id: int, adding: int) -> None:
+    """Raise Conflict where so many more signals are too many; until the end of the transaction nobody else adds any."""
+    most = await connection.fetchval(
+        "SELECT coalesce((SELECT signals FROM firm_quota WHERE firm_id = f.id), $2) FROM firm f WHERE id = $1 FOR NO KEY UPDATE",
+        *(firm_id, QUOTA_SIGNALS_DEFAULT),
+    )
+    have = await connection.fetchval("SELECT count(*) FROM signal WHERE firm_id = $1", firm_id)
+    if adding and have + adding > most:
+        raise Conflict(
+            f"The firm has {have} signals and may have {most}; {adding} more are too many. Ask an operator for a higher quota.",
+            reason="QUOTA_SIGNALS",
+        )
 
 
 async def create_partner(connection: Connection, name: str, region: str, now_us: int) -> pb.Partner:
@@ -109,9 +129,11 @@ async def _same_machine(connection: Connection, new: NewMachine, path: str) -> p
 
 async def add_signals(connection: Connection, machine_id: int, signals: Sequence[NewSignal], now_us: int) -> pb.Machine:
     """Append signals and return the machine as it then is. Raises NotFound, AlreadyExists, Invalid."""
-    row = await connection.fetchrow("SELECT firm_id FROM machine WHERE id = $1 FOR UPDATE", machine_id)
+    row = await connection.fetchrow("SELECT firm_id FROM machine WHERE id = $1", machine_id)
     if row is None:
         raise NotFound(f"There is no machine {machine_id}.")
+    # Locks the firm: nobody else appends signals until this is committed.
+    await check_signal_quota(connection, row["firm_id"], len(signals))
     have = await connection.fetchval("SELECT count(*) FROM signal WHERE machine_id = $1", machine_id)
     try:
         await connection.executemany(
@@ -144,41 +166,6 @@ async def machine_by_id(connection: Connection, machine_id: int) -> pb.Machine:
     ):
         machine.signals.add(**dict(signal))
     return machine
-
-
-async def create_credential(
-    connection: Connection, credential: pb.Credential, role: Role, now_us: int
-) -> pb.Credential:
-    """Store and publish a credential (its id is given here). Raises NotFound when its firm or partner does not exist."""
-    try:
-        credential.id = await connection.fetchval(
-            "INSERT INTO credential (prefix, sha256, role, firm_id, partner_id, label, valid_from, valid_to) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING id",
-            *(
-                credential.prefix,
-                credential.sha256,
-                role.value,
-                credential.firm_id or None,
-                credential.partner_id or None,
-            ),
-            *(credential.label, from_us(credential.valid_from_us)),
-            from_us(credential.valid_to_us) if credential.valid_to_us else None,
-        )
-    except asyncpg.ForeignKeyViolationError as error:
-        raise NotFound("There is no such firm or partner.") from error
-    await publish(connection, "credential", pb.DirectoryEntry(credential=credential), credential.id, now_us)
-    return credential
-
-
-async def revoke_credential(connection: Connection, credential_id: int) -> int:
-    """Revoke and publish; return the firm it belonged to (0: none). Raises NotFound."""
-    row = await connection.fetchrow(
-        "UPDATE credential SET revoked = coalesce(revoked, now()) WHERE id = $1 RETURNING firm_id", credential_id
-    )
-    if row is None:
-        raise NotFound(f"There is no credential {credential_id}.")
-    await write(connection, topics.DIRECTORY, key=entity_key("credential", credential_id), value=None)
-    return row["firm_id"] or 0
 
 
 async def list_machine_ids(connection: Connection, firm_id: int, after: int, limit: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import asyncpg
@@ -13,6 +13,7 @@ from services.common.database import AWAY, Connection, Pool, transaction
 from services.common.errors import Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
+from services.ingest import audit_store
 from services.ingest import retention_store as db
 from services.ingest.asked import check_id
 from services.ingest.domain import BadName, check_text
@@ -97,7 +98,8 @@ class Retention:
     async def decide(self, caller: Caller, firm_id: int, rule: Rule) -> Rule:
         """Set a firm's rule. What is already removed does not come back. Raises NotFound, Invalid."""
         caller.require(Role.OPERATOR)
-        await self.of_firm(caller, firm_id)
+        before = await self.of_firm(caller, firm_id)
+        rule = replace(rule, quota_days=before.quota_days)
         try:
             rule.check()
             check_text(rule.reason, what="reason", length_max=500)
@@ -105,6 +107,14 @@ class Retention:
             raise Invalid(f"{error}.") from error
         async with transaction(self._pool) as connection:
             await db.set_rule(connection, firm_id, rule, caller.credential_id)
+            await audit_store.note(
+                connection,
+                self._clock.now_us(),
+                firm_id=firm_id,
+                credential_id=caller.credential_id,
+                action="retention changed",
+                detail=f"{before} -> {rule}",
+            )
         return rule
 
     async def forecast(self, caller: Caller) -> Forecast:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from services.ingest.domain import QUOTA_STORED_DAYS_DEFAULT
+
 HOUR_US: Final = 3_600 * 1_000_000
 DAY_US: Final = 24 * HOUR_US
 
 # Coarser data are kept longer: an hour of a signal takes a thousandth of what its samples take.
-RAW_DAYS_DEFAULT: Final = 400
 MINUTE_DAYS_DEFAULT: Final = 1_100
 HOUR_DAYS_DEFAULT: Final = 3_660
 # A shorter time would remove what is still arriving late, and alarms would have nothing to show.
@@ -27,7 +28,7 @@ class Store:
 
 
 STORES: Final = (
-    Store("raw", "frame", 7, RAW_DAYS_DEFAULT),
+    Store("raw", "frame", 7, QUOTA_STORED_DAYS_DEFAULT),
     Store("minute", "rollup_1m", 30, MINUTE_DAYS_DEFAULT),
     Store("hour", "rollup_1h", 365, HOUR_DAYS_DEFAULT),
 )
@@ -35,7 +36,7 @@ STORES: Final = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What an operator decided for a firm; None: the default."""
+    """What an operator decided for a firm; None: the quota for samples, else the default."""
 
     raw_days: int | None = None
     minute_days: int | None = None
@@ -43,17 +44,21 @@ class Rule:
     # Nothing is removed, whatever the days say.
     is_on_hold: bool = False
     reason: str = ""
+    # The firm's quota of stored days; None: it has none of its own.
+    quota_days: int | None = None
 
     def days(self, store: Store) -> int:
-        own: int | None = getattr(self, f"{store.name}_days")
-        return store.days_default if own is None else own
+        """Coarser data are never kept for less time than finer."""
+        raw = self.raw_days or self.quota_days or STORES[0].days_default
+        minute = max(raw, self.minute_days or STORES[1].days_default)
+        return {"raw": raw, "minute": minute, "hour": max(minute, self.hour_days or STORES[2].days_default)}[store.name]
 
     def check(self) -> None:
         """Raises ValueError with what is wrong."""
-        days = [self.days(store) for store in STORES]
-        if not all(DAYS_MIN <= number <= DAYS_MAX for number in days):
-            raise ValueError(f"days: {DAYS_MIN} to {DAYS_MAX}")
-        if days != sorted(days):
+        said = (self.raw_days, self.minute_days, self.hour_days)
+        if not all(number is None or DAYS_MIN <= number <= DAYS_MAX for number in said):
+            raise ValueError(f"days: {DAYS_MIN} to {DAYS_MAX}, or left out")
+        if any(number is not None and number != self.days(store) for number, store in zip(said, STORES, strict=True)):
             raise ValueError("hours must be kept at least as long as minutes, and minutes as long as raw samples")
 
 

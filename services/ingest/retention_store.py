@@ -41,11 +41,13 @@ async def unlock(connection: Connection) -> None:
 
 
 async def rules(connection: Connection) -> dict[int, Rule]:
-    rows = await connection.fetch("SELECT firm_id, raw_days, minute_days, hour_days, is_on_hold, reason FROM retention")
-    return {
-        row["firm_id"]: Rule(row["raw_days"], row["minute_days"], row["hour_days"], row["is_on_hold"], row["reason"])
-        for row in rows
-    }
+    """Of the firms that have anything of their own: a rule, or a quota of stored days."""
+    rows = await connection.fetch(
+        "SELECT firm_id, r.raw_days, r.minute_days, r.hour_days, coalesce(r.is_on_hold, false) AS is_on_hold, "
+        "coalesce(r.reason, '') AS reason, q.stored_days AS quota_days "
+        "FROM retention r FULL JOIN firm_quota q USING (firm_id) WHERE r.firm_id IS NOT NULL OR q.stored_days IS NOT NULL"
+    )
+    return {row["firm_id"]: Rule(**{name: value for name, value in row.items() if name != "firm_id"}) for row in rows}
 
 
 async def set_rule(connection: Connection, firm_id: int, rule: Rule, changed_by: int) -> None:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
-from services.common.errors import Invalid
+from services.common.errors import Invalid, TryAgain
 from services.common.rpc import current_caller
 from services.ingest.door import Door, Taken
 from smdih.ingest.v1 import (
@@ -53,6 +53,9 @@ class TelemetryServicer(telemetry_pb2_grpc.TelemetryServiceServicer):
             async for answer in window.answers():
                 yield answer
             await reading  # what ended the reading with an error ends the stream with it
+        except TryAgain as error:
+            self._door.note_refused(sender, error)
+            raise
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)

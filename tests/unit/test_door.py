@@ -9,9 +9,11 @@ from services.common.directory import Directory
 from services.common.errors import HubError, SlowDown
 from services.common.kafka import Cluster, Publisher
 from services.ingest import door
+from services.ingest.buckets import Buckets
 from services.ingest.door import Door
 from services.ingest.frames import Sender
 from services.ingest.groupcommit import GroupCommit
+from services.ingest.sightings import Sightings
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import telemetry_pb2
 from tests.unit.test_frames import NOW_US, FixedClock
@@ -35,7 +37,9 @@ def door_with(publisher: HeldPublisher) -> Door:
     signals = [directory_pb2.Signal(id=1, name="a"), directory_pb2.Signal(id=2, name="b", range_max=1)]
     machine = directory_pb2.Machine(id=5, firm_id=1, path="acme/works/press", signals=signals)
     directory.machines.entries[5] = directory_pb2.DirectoryEntry(machine=machine).SerializeToString()
-    return Door(directory, GroupCommit(cast(Publisher, publisher), partitions=2), FixedClock())
+    directory.firms[1] = directory_pb2.Firm(id=1, quota=directory_pb2.Quota(samples_per_s=10_000_000))
+    group_commit = GroupCommit(cast(Publisher, publisher), partitions=2)
+    return Door(directory, group_commit, FixedClock(), Sightings(FixedClock()), Buckets(directory))
 
 
 def sender(credential_id: int) -> Sender:

@@ -47,7 +47,6 @@ def test_a_firm_on_hold_keeps_every_chunk_and_nobody_elses_rows() -> None:
     [
         Rule(raw_days=6),
         Rule(hour_days=36_601),
-        Rule(raw_days=1_200),
         Rule(minute_days=300),
         Rule(minute_days=2_000, hour_days=1_999),
     ],
@@ -56,6 +55,14 @@ def test_rules_that_cannot_be_meant_are_refused(rule: Rule) -> None:
     with pytest.raises(ValueError, match=r"days|kept"):
         rule.check()
     Rule(raw_days=7, minute_days=7, hour_days=7).check()
+
+
+def test_a_quota_of_stored_days_holds_where_no_rule_says_otherwise() -> None:
+    assert [Rule(quota_days=90).days(store) for store in STORES] == [90, 1_100, 3_660]
+    assert [Rule(quota_days=2_000).days(store) for store in STORES] == [2_000, 2_000, 3_660]
+    assert Rule(raw_days=30, quota_days=90).days(RAW) == 30
+    with pytest.raises(ValueError, match="kept"):
+        Rule(quota_days=2_000, minute_days=1_500).check()
 
 
 def test_growth_is_what_the_newest_chunks_took_while_data_came_in() -> None:

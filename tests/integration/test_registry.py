@@ -1,0 +1,430 @@
+"""The registry as firms and operators meet it."""
+
+import asyncio
+import os
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import grpc
+import httpx
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from localstack.servers import ROOT, Servers
+from services.common.settings import Settings
+from services.ingest import claimcodes
+from services.ingest.claims import WRONG_ATTEMPTS_MAX
+from services.ingest.domain import QUOTA_BURST_S, QUOTA_SAMPLES_PER_S_DEFAULT, QUOTA_SIGNALS_DEFAULT
+from smdih.ingest.v1 import (
+    claim_pb2,
+    claim_pb2_grpc,
+    quota_pb2,
+    quota_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+    telemetry_pb2,
+    telemetry_pb2_grpc,
+)
+from smdih_client import TelemetryClient
+from smdih_client.claim import claim
+from tests.integration.registry_hub import FirmAtHub, RegistryHub, created, running
+from tests.polling import eventually
+
+
+@pytest_asyncio.fixture(scope="module")
+async def hub(
+    servers: Servers, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[RegistryHub]:
+    async with running(servers, settings, tmp_path_factory.mktemp("hub")) as made:
+        yield made
+
+
+@pytest_asyncio.fixture
+async def firm(hub: RegistryHub) -> FirmAtHub:
+    return await hub.firm()
+
+
+async def set_quota(firm: FirmAtHub, **quota: int) -> dict[str, Any]:
+    answer = await firm.operator.put(f"/v1/firms/{firm.id}/quota", json=quota)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def test_a_firm_over_its_rate_is_told_when_to_send_again_and_others_are_not(
+    hub: RegistryHub, firm: FirmAtHub
+) -> None:
+    machine = await firm.machine()
+    frames = [{"ts": int(time.time() * 1000) - n * 1000, "values": {"current": n}} for n in range(100)]
+    body = {"batches": [{"machine": machine["path"], "frames": frames}]}
+    await set_quota(firm, samples_per_s=1)
+
+    async def refused() -> bool:
+        answer = await firm.device.post("/v1/telemetry", json=body)
+        if answer.status_code == 200:
+            return False
+        assert (answer.status_code, answer.json()["reason"]) == (429, "QUOTA_SAMPLES")
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        return True
+
+    await eventually(refused)
+    lines = await firm.device.post("/api/v2/write", content=f"{machine['path']} current=1".encode())
+    assert (lines.status_code, lines.json()["reason"]) == (429, "QUOTA_SAMPLES")
+    async with grpc.aio.insecure_channel(hub.grpc) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await telemetry_pb2_grpc.TelemetryServiceStub(channel).SendBatches(
+                telemetry_pb2.SendBatchesRequest(batches=[telemetry_pb2.Batch(machine_id=machine["id"])]),
+                metadata=(("authorization", f"Bearer {firm.device_key}"),),
+            )
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    told = {str(name): str(value) for name, value in caught.value.trailing_metadata()}
+    assert (told["reason"], int(told["retry-after"]) >= 1) == ("QUOTA_SAMPLES", True)
+    assert "QUOTA_SAMPLES" in [one["cause"] for one in (await firm.diagnosis(machine["id"]))["causes"]]
+    assert (await firm.device.get("/v1/quarantine")).json()["items"] == []  # the sender still has it
+
+    other = await hub.firm()
+    assert (await other.send((await other.machine())["path"])).status_code == 200
+    await set_quota(firm)  # the default again
+
+    async def taken() -> bool:
+        return (await firm.device.post("/v1/telemetry", json=body)).status_code == 200
+
+    await eventually(taken)
+
+
+async def test_a_client_over_the_quota_loses_nothing(hub: RegistryHub, firm: FirmAtHub) -> None:
+    machine = await firm.machine(signals=[{"name": "v"}])
+    await set_quota(firm, samples_per_s=100)
+
+    async def in_force() -> bool:
+        return (await firm.send(machine["id"], {"v": 1})).status_code == 200
+
+    await eventually(in_force)
+    rows, start_us = 100 * QUOTA_BURST_S // 10, (int(time.time()) - 86_400) * 1_000_000
+    async with TelemetryClient(hub.grpc, firm.device_key, source="eager") as client:
+        for number in range(11):
+            at = start_us + np.arange(number * rows, (number + 1) * rows) * 1_000_000
+            await client.send(machine["id"], at, np.full((rows, 1), 1.5))
+            await asyncio.sleep(0.05)  # a message each, so that the bucket is asked each time
+        while not client.totals.reconnects and client.totals.acknowledged < client.totals.sent:
+            await asyncio.sleep(0.05)
+        await set_quota(firm, samples_per_s=100_000)
+        async with asyncio.timeout(30):
+            await client.flush()
+        assert client.totals.acknowledged == client.totals.sent == 11 * rows
+        assert client.totals.quarantined == 0
+
+
+async def test_quota_and_use_are_shown_and_changed_by_operators_only(hub: RegistryHub, firm: FirmAtHub) -> None:
+    path = f"/v1/firms/{firm.id}/quota"
+    shown = (await firm.admin.get(path)).json()
+    assert (shown["samples_per_s"], shown["signals"]) == (QUOTA_SAMPLES_PER_S_DEFAULT, QUOTA_SIGNALS_DEFAULT)
+    assert shown["set_by_operator"] == {"samples_per_s": None, "signals": None, "stored_days": None}
+    assert shown["use"] == {"samples_per_s": 0, "signals": 0, "machines": 0, "oldest_sample_us": None}
+    machine = await firm.machine()
+    at_ms = int(time.time() * 1000) - 5000
+    await firm.send(machine["id"], ts=at_ms)
+
+    async def used() -> bool:
+        use = (await firm.admin.get(path)).json()["use"]
+        return bool(use["samples_per_s"] > 0 and use["oldest_sample_us"] == at_ms * 1000)
+
+    await eventually(used)
+    assert (await firm.admin.get(path)).json()["use"]["signals"] == 2
+
+    assert (await firm.admin.put(path, json={"signals": 10})).status_code == 403
+    assert (await (await hub.firm()).admin.get(path)).status_code == 404
+    assert (await firm.device.get(path)).status_code == 403
+    assert (await hub.client("").get(path)).status_code == 401
+    assert (await firm.operator.get("/v1/firms/99999999/quota")).status_code == 404
+    for bad in ({"signals": 0}, {"samples_per_s": -1}, {"stored_days": 10**6}):
+        assert (await firm.operator.put(path, json=bad)).status_code == 400
+    async with grpc.aio.insecure_channel(hub.grpc) as channel:
+        stub = quota_pb2_grpc.QuotaServiceStub(channel)
+        key = hub.hub.operator_key
+        as_operator = (("authorization", f"Bearer {key}"),)
+        await stub.SetQuota(quota_pb2.SetQuotaRequest(firm_id=firm.id, stored_days=30), metadata=as_operator)
+        quota = await stub.GetQuota(quota_pb2.GetQuotaRequest(firm_id=firm.id), metadata=as_operator)
+        assert (quota.stored_days, quota.signals, quota.used_signals) == (30, QUOTA_SIGNALS_DEFAULT, 2)
+
+
+async def test_signals_over_the_quota_are_refused_also_when_made_at_the_same_time(firm: FirmAtHub) -> None:
+    await set_quota(firm, signals=5)
+    machine = await firm.machine()
+
+    async def add(name: str) -> int:
+        body = {"signals": [{"name": name}]}
+        return (await firm.admin.post(f"/v1/machines/{machine['id']}/signals", json=body)).status_code
+
+    answers = await asyncio.gather(*(add(f"s{number}") for number in range(8)))
+    assert sorted(answers) == [201] * 3 + [409] * 5
+    answer = await firm.admin.post(
+        "/v1/machines",
+        json={"site_id": firm.site_id, "path": "m2", "name": "m2", "kind": "k", "signals": [{"name": "a"}]},
+    )
+    assert (answer.status_code, answer.json()["reason"]) == (409, "QUOTA_SIGNALS")
+    await firm.machine("empty", signals=[])
+    assert (await set_quota(firm, signals=6))["use"]["signals"] == 5
+
+
+async def claim_code(firm: FirmAtHub, **fields: Any) -> dict[str, Any]:
+    return await created(firm.admin, "/v1/claim-codes", {"label": "gateway 7", **fields})
+
+
+async def exchange(hub: RegistryHub, code: str, request_id: str = "a-gateway-s-request-1") -> httpx.Response:
+    while True:
+        answer = await hub.client("").post("/v1/claims", json={"code": code, "request_id": request_id})
+        if answer.status_code != 429:
+            return answer
+        await asyncio.sleep(0.5)  # the door takes a few a second, as it says
+
+
+async def test_a_code_gives_one_gateway_a_key_and_a_repeat_gets_the_same(hub: RegistryHub, firm: FirmAtHub) -> None:
+    machine = await firm.machine()
+    made = await claim_code(firm, machine_id=machine["id"], key_valid_days=30)
+    typed = made["code"].lower().replace("-", " ")
+    first = await exchange(hub, typed)
+    assert first.status_code == 201, first.text
+    assert (first.json()["site"], first.json()["machine"]) == (f"{firm.slug}/leeds", machine["path"])
+    assert (await firm.send(machine["path"], key=first.json()["key"])).status_code == 200
+    assert (await exchange(hub, made["code"])).json() == first.json()
+    other = await exchange(hub, made["code"], "another-gateways-request")
+    assert (other.status_code, other.json()["reason"]) == (409, "CLAIM_USED")
+
+    (listed,) = (await firm.admin.get("/v1/claim-codes")).json()["claim_codes"]
+    assert (listed["state"], listed["credential_id"]) == ("used", first.json()["credential_id"])
+    keys = {one["id"]: one for one in (await firm.admin.get("/v1/credentials")).json()["credentials"]}
+    key = keys[first.json()["credential_id"]]
+    assert (key["role"], key["label"], key["state"]) == ("device", "gateway 7", "valid")
+    assert key["last_used_us"]
+    assert 29.9 < (key["valid_to_us"] - key["valid_from_us"]) / 86_400e6 <= 30
+    audit = (await firm.admin.get("/v1/audit")).json()["entries"]
+    assert [one["action"] for one in audit][:2] == ["claim code exchanged", "claim code made"]
+
+
+async def test_neither_code_nor_key_stands_anywhere(hub: RegistryHub, firm: FirmAtHub, dsn: str) -> None:
+    """A copy of the database does not let anybody in, and after the time for repeats nothing of the key's making is left."""
+    made = await claim_code(firm)
+    code = made["code"].replace("-", "")
+    key = (await exchange(hub, code)).json()["key"]
+    connection = await asyncpg.connect(dsn)
+    try:
+        for table in ("claim_code", "credential", "audit", "outbox", "refusal"):
+            rows = await connection.fetch(f"SELECT to_json(t)::text AS row FROM ingest.{table} t")
+            for row in rows:
+                assert code[4:] not in row["row"]
+                assert key.rpartition("_")[2][4:] not in row["row"]
+        await connection.execute(
+            "UPDATE ingest.claim_code SET used = used - interval '11 minutes' WHERE id = $1", made["id"]
+        )
+    finally:
+        await connection.close()
+    assert (await exchange(hub, code)).json()["reason"] == "CLAIM_USED"
+
+
+async def test_a_code_is_locked_after_a_few_wrong_tries(hub: RegistryHub, firm: FirmAtHub) -> None:
+    code = (await claim_code(firm))["code"].replace("-", "")
+    wrong = claimcodes.new_code()
+    wrong = code[:4] + wrong[4:11]
+    wrong = next(wrong + last for last in claimcodes.ALPHABET if _is_code(wrong + last))
+    for _ in range(WRONG_ATTEMPTS_MAX):
+        answer = await exchange(hub, wrong)
+        assert (answer.status_code, answer.json()["reason"]) == (404, "CLAIM_UNKNOWN")
+    assert (await exchange(hub, code)).json()["reason"] == "CLAIM_LOCKED"
+    assert (await firm.admin.get("/v1/claim-codes")).json()["claim_codes"][0]["state"] == "locked"
+    assert (await firm.admin.get("/v1/audit")).json()["entries"][0]["action"] == "claim code locked"
+
+
+def _is_code(code: str) -> bool:
+    try:
+        return claimcodes.read(code) == code
+    except claimcodes.Mistyped:
+        return False
+
+
+async def test_codes_that_are_mistyped_expired_or_cancelled(hub: RegistryHub, firm: FirmAtHub) -> None:
+    code = (await claim_code(firm))["code"]
+    swapped = code[:-1] + ("0" if code[-1] != "0" else "1")
+    assert (await exchange(hub, swapped)).json()["reason"] == "CLAIM_MISTYPED"
+    assert (await exchange(hub, "short")).json()["reason"] == "CLAIM_MISTYPED"
+    assert (await exchange(hub, code, "short")).status_code == 400
+    brief = await claim_code(firm, expires_in_s=1)
+
+    async def expired() -> bool:
+        codes = (await firm.admin.get("/v1/claim-codes")).json()["claim_codes"]
+        return any(one["id"] == brief["id"] and one["state"] == "expired" for one in codes)
+
+    await eventually(expired)
+    assert (await exchange(hub, brief["code"])).json()["reason"] == "CLAIM_EXPIRED"
+    cancelled = await claim_code(firm)
+    assert (await firm.admin.delete(f"/v1/claim-codes/{cancelled['id']}")).status_code == 204
+    assert (await exchange(hub, cancelled["code"])).json()["reason"] == "CLAIM_EXPIRED"
+
+
+async def test_only_the_firm_makes_codes_for_what_is_its_own(hub: RegistryHub, firm: FirmAtHub) -> None:
+    other = await hub.firm()
+    machine = await other.machine()
+    for body, status in (
+        ({"firm_id": other.id}, 403),
+        ({"machine_id": machine["id"]}, 404),
+        ({"site_id": other.site_id}, 404),
+        ({"expires_in_s": 10**9}, 400),
+        ({"key_valid_days": -1}, 400),
+        ({"label": "\x07"}, 400),
+    ):
+        answer = await firm.admin.post("/v1/claim-codes", json=body)
+        assert (answer.status_code, body) == (status, body)
+    assert (await firm.device.post("/v1/claim-codes", json={})).status_code == 403
+    assert (await firm.operator.post("/v1/claim-codes", json={})).status_code == 400
+    assert (await hub.client("").post("/v1/claim-codes", json={})).status_code == 401
+    made = await claim_code(other)
+    assert (await firm.admin.delete(f"/v1/claim-codes/{made['id']}")).status_code == 404
+    assert (await firm.admin.get("/v1/claim-codes", params={"firm_id": other.id})).status_code == 403
+    assert (await firm.admin.get("/v1/audit", params={"firm_id": other.id})).status_code == 403
+    assert (await firm.device.get("/v1/audit")).status_code == 403
+
+
+async def test_many_exchanges_at_once_are_slowed_and_one_code_makes_one_key(hub: RegistryHub, firm: FirmAtHub) -> None:
+    code = (await claim_code(firm))["code"]
+
+    async def one(number: int) -> httpx.Response:
+        body = {"code": code, "request_id": f"racing-gateway-{number:04}"}
+        return await hub.client("").post("/v1/claims", json=body)
+
+    answers = await asyncio.gather(*(one(number) for number in range(40)))
+    assert sum(answer.status_code == 201 for answer in answers) == 1
+    assert any(answer.status_code == 429 for answer in answers)
+    assert {answer.status_code for answer in answers} == {201, 409, 429}
+
+
+async def test_the_gateways_command_keeps_its_key_to_itself(hub: RegistryHub, firm: FirmAtHub, tmp_path: Path) -> None:
+    machine = await firm.machine()
+    code = (await claim_code(firm))["code"]
+    key_file = tmp_path / "smdih.key"
+
+    async def run(code: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "smdih_client", "claim", code, "--target", hub.grpc, "--key-file", str(key_file)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"},
+        )
+        said, _ = await process.communicate()
+        return process.returncode or 0, said.decode()
+
+    status, said = await run("0000-0000-0001")
+    assert (status, "CLAIM_MISTYPED" in said) == (1, True)
+    assert not key_file.exists()
+    status, said = await run(code)
+    assert status == 0, said
+    key = key_file.read_text().strip()
+    assert key not in said
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["smdih.key"]
+    assert (await firm.send(machine["path"], key=key)).status_code == 200
+    status, said = await run(code)
+    assert (status, "exists already" in said) == (1, True)
+
+    # The answer to a first call was lost, and the gateway switched off: the second call is the same request.
+    code = (await claim_code(firm))["code"]
+    again = tmp_path / "again.key"
+    (tmp_path / "again.key.request").write_text("request-before-the-power-cut")
+    before = (await exchange(hub, code, "request-before-the-power-cut")).json()["key"]
+    claimed = await claim(code, target=hub.grpc, key_file=again)
+    assert again.read_text().strip() == before
+    assert claimed.site == firm.slug
+
+
+async def test_a_key_is_rotated_with_an_overlap(hub: RegistryHub, firm: FirmAtHub) -> None:
+    machine = await firm.machine()
+    path = f"/v1/credentials/{firm.device_credential_id}"
+    rotated = await created(firm.admin, f"{path}/rotate", {"overlap_s": 2})
+    for key in (firm.device_key, rotated["key"]):
+        assert (await firm.send(machine["path"], key=key)).status_code == 200
+    again = await firm.admin.post(f"{path}/rotate", json={})
+    assert (again.status_code, again.json()["reason"]) == (409, "ALREADY_ROTATED")
+
+    async def ended() -> bool:
+        return (await firm.send(machine["path"])).status_code == 401
+
+    await eventually(ended)
+    assert (await firm.send(machine["path"])).json()["reason"] == "KEY_EXPIRED"
+    assert (await firm.send(machine["path"], key=rotated["key"])).status_code == 200
+    assert (await firm.admin.post(f"{path}/rotate", json={})).json()["reason"] == "KEY_EXPIRED"
+    keys = {one["id"]: one for one in (await firm.admin.get("/v1/credentials")).json()["credentials"]}
+    assert keys[firm.device_credential_id]["state"] == "expired"
+    assert keys[rotated["id"]]["replaces"] == firm.device_credential_id
+    assert all("sha256" not in one and "key" not in one for one in keys.values())
+    page = (await firm.admin.get("/v1/credentials", params={"page_size": 1})).json()
+    assert len(page["credentials"]) == 1
+    rest = await firm.admin.get("/v1/credentials", params={"page_token": page["next_page_token"]})
+    assert len(rest.json()["credentials"]) == len(keys) - 1
+
+    assert (await firm.admin.delete(f"/v1/credentials/{rotated['id']}")).status_code == 204
+
+    async def revoked() -> bool:
+        return (await firm.send(machine["path"], key=rotated["key"])).status_code == 401
+
+    await eventually(revoked)
+    assert (await firm.admin.post(f"/v1/credentials/{rotated['id']}/rotate", json={})).json()["reason"] == "KEY_REVOKED"
+    assert [one["action"] for one in (await firm.admin.get("/v1/audit")).json()["entries"]][:2] == [
+        "key revoked",
+        "key rotated",
+    ]
+
+
+async def test_keys_of_others_are_neither_seen_nor_touched(hub: RegistryHub, firm: FirmAtHub) -> None:
+    other = await hub.firm()
+    path = f"/v1/credentials/{other.device_credential_id}"
+    assert (await firm.admin.post(f"{path}/rotate", json={})).status_code == 404
+    assert (await firm.admin.delete(path)).status_code == 404
+    assert (await other.send((await other.machine())["path"])).status_code == 200
+    assert (await firm.admin.get("/v1/credentials", params={"firm_id": other.id})).status_code == 403
+    for client in (firm.device, hub.client("")):
+        assert (await client.get("/v1/credentials")).status_code in (401, 403)
+        assert (await client.post(f"{path}/rotate", json={})).status_code in (401, 403)
+    assert (await firm.operator.post(f"{path}/rotate", json={"overlap_s": -1})).status_code == 400
+    seen = {one["firm_id"] for one in (await firm.operator.get("/v1/credentials")).json()["credentials"]}
+    assert {0, firm.id, other.id} <= seen
+    assert {one["firm_id"] for one in (await firm.admin.get("/v1/credentials")).json()["credentials"]} == {firm.id}
+
+
+async def test_claims_and_credentials_by_grpc(hub: RegistryHub, firm: FirmAtHub) -> None:
+    as_operator = (("authorization", f"Bearer {hub.hub.operator_key}"),)
+    async with grpc.aio.insecure_channel(hub.grpc) as channel:
+        claims, registry = claim_pb2_grpc.ClaimServiceStub(channel), registry_pb2_grpc.RegistryServiceStub(channel)
+        made = await claims.CreateClaimCode(claim_pb2.CreateClaimCodeRequest(firm_id=firm.id), metadata=as_operator)
+        request = claim_pb2.ExchangeClaimCodeRequest(code=made.code, request_id="grpc-gateway-request")
+        claimed = await claims.ExchangeClaimCode(request)
+        assert (await claims.ExchangeClaimCode(request)).key == claimed.key
+        for call, why in (
+            (claims.CreateClaimCode(claim_pb2.CreateClaimCodeRequest(firm_id=firm.id)), "UNAUTHENTICATED"),
+            (
+                claims.ExchangeClaimCode(claim_pb2.ExchangeClaimCodeRequest(code="x", request_id="y" * 16)),
+                "CLAIM_MISTYPED",
+            ),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            assert dict(refused.value.trailing_metadata() or ())["reason"] == why
+        rotated = await registry.RotateCredential(
+            registry_pb2.RotateCredentialRequest(credential_id=claimed.credential_id, overlap_s=0), metadata=as_operator
+        )
+        listed = await registry.ListCredentials(
+            registry_pb2.ListCredentialsRequest(firm_id=firm.id), metadata=as_operator
+        )
+        states = {one.credential.id: one.state for one in listed.credentials}
+        assert (states[claimed.credential_id], states[rotated.credential.id]) == ("expired", "valid")
+        assert not any(one.credential.sha256 for one in listed.credentials)
+        malformed: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/smdih.ingest.v1.ClaimService/ExchangeClaimCode"
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await malformed(b"\xff\xff")
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
