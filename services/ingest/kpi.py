@@ -28,6 +28,7 @@ from services.ingest.kpi_settings import Chosen, KpiSettings, chosen_signals
 from services.ingest.kpi_states import Codes, Levels, NoLevels, State, found_levels, runs, states
 from services.ingest.kpi_tariff import CarbonFactor, RateCost, Tariff, YearCarbon, carbon, costs, total_pence
 from services.ingest.queries import check_range
+from services.ingest.query_turns import Turns
 from smdih.directory.v1 import directory_pb2 as pb
 
 MINUTE_US = 60 * 1_000_000
@@ -123,10 +124,11 @@ class Kpis:
 
 
 class KpiService:
-    def __init__(self, pool: Pool, directory: Directory, clock: Clock, signer: Signer | None) -> None:
+    def __init__(self, pool: Pool, directory: Directory, clock: Clock, turns: Turns, signer: Signer | None) -> None:
         self._pool = pool
         self._directory = directory
         self._clock = clock
+        self._turns = turns
         self._signer = signer
 
     async def settings(self, caller: Caller, machine_id: int) -> tuple[int, KpiSettings]:
@@ -241,7 +243,8 @@ class KpiService:
         start, end = self._minutes(from_us, to_us)
         async with transaction(self._pool) as connection:
             revision, settings = await store.settings_of(connection, machine.id)
-        source, codes = await self._codes(settings, chosen_signals(settings, machine), machine, start, end)
+        async with self._turns.of(caller):
+            source, codes = await self._codes(settings, chosen_signals(settings, machine), machine, start, end)
         if source.levels is None:
             raise Conflict(f"{source.detail} Set off_below and working_from in the kpi-settings.", reason=source.how)
         starts, ends, values = runs(codes)
@@ -259,6 +262,10 @@ class KpiService:
         """All figures of a machine over whole minutes. Raises NotFound, Invalid; a figure that cannot be had says why itself."""
         machine = self._machine(caller, machine_id)
         start, end = self._minutes(from_us, to_us)
+        async with self._turns.of(caller):
+            return await self._kpis(machine, start, end, by_day=by_day)
+
+    async def _kpis(self, machine: pb.Machine, start: int, end: int, *, by_day: bool) -> Kpis:
         site = self._directory.sites.get(machine.site_id)
         region = self._region(machine.firm_id)
         own_grid = GRIDS[1] if region == "Northern Ireland" else GRIDS[0]
@@ -323,7 +330,8 @@ class KpiService:
         if start * MINUTE_US != from_us or end * MINUTE_US != to_us:
             raise Invalid("from_us and to_us: whole minutes that are over; evidence is for exactly what was asked.")
         if measure == "samples":
-            value, unit, coverage, method = await self._counted_samples(machine, from_us, to_us)
+            async with self._turns.of(caller):
+                value, unit, coverage, method = await self._counted_samples(machine, from_us, to_us)
         else:
             value, unit, coverage, method = await self._measured(caller, machine, measure, from_us, to_us)
         return self._signer.sign(

@@ -42,6 +42,7 @@ from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
 from services.ingest.query_api import query_router
 from services.ingest.query_rpc import QueryServicer
+from services.ingest.query_turns import Turns
 from services.ingest.quota_api import quota_router
 from services.ingest.quota_rpc import QuotaServicer
 from services.ingest.quotas import Quotas
@@ -103,10 +104,10 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     diagnoses = Diagnoses(pool, directory, clock, writer, ends=ends, partitions=samples)
     registry = Registry(pool, relay, directory, clock)
     credentials = Credentials(pool, relay, directory, clock, writer)
-    access = Access()
-    queries, export = Queries(pool, directory, access), Export(pool, directory, access)
+    access, turns = Access(), Turns()
+    queries, export = Queries(pool, directory, access, turns), Export(pool, directory, access)
     signer = Signer(settings.evidence_key) if settings.evidence_key else None
-    kpi = KpiService(pool, directory, clock, signer)
+    kpi = KpiService(pool, directory, clock, turns, signer)
     retention = Retention(pool, clock, disk_bytes=settings.database_disk_bytes)
     quarantine = Quarantine(pool, directory, door)
     await runtime.enter(

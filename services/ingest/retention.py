@@ -17,7 +17,16 @@ from services.ingest import audit_store
 from services.ingest import retention_store as db
 from services.ingest.asked import check_id
 from services.ingest.domain import BadName, check_text
-from services.ingest.retention_rules import STORES, Cutoffs, Rule, Store, cutoffs, growth_bytes_a_day
+from services.ingest.retention_rules import (
+    DAY_US,
+    QUARANTINE_DAYS,
+    STORES,
+    Cutoffs,
+    Rule,
+    Store,
+    cutoffs,
+    growth_bytes_a_day,
+)
 
 log = get_logger(__name__)
 
@@ -203,6 +212,10 @@ class Enforcer:
         try:
             for store in STORES:
                 await self._store(store, cutoffs(store, firm_ids, rules, now_us))
+            quarantine_cutoff = from_us(now_us - QUARANTINE_DAYS * DAY_US)
+            for firm_id in firm_ids:
+                if not rules.get(firm_id, Rule()).is_on_hold:
+                    await self._remove_quarantined(firm_id, quarantine_cutoff)
             problem = ""
         except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
             problem = repr(error)
@@ -268,8 +281,19 @@ class Enforcer:
             if store.table == "frame":
                 await db.close_buckets(connection, [group], cutoff)
             removed = await db.remove_rows(connection, store, group, cutoff, self._rows_per_step)
-        if removed:
-            self._rows += removed
-            rows_removed_total.labels(store.name).inc(removed)
-            await asyncio.sleep((time.monotonic() - started) * PAUSE_SHARE)
+        await self._removed(store.name, removed, started)
         return removed
+
+    async def _remove_quarantined(self, firm_id: int, cutoff: datetime) -> None:
+        removed = self._rows_per_step
+        while removed >= self._rows_per_step:
+            started = time.monotonic()
+            async with transaction(self._pool) as connection:
+                removed = await db.remove_quarantined(connection, firm_id, cutoff, self._rows_per_step)
+            await self._removed("quarantine", removed, started)
+
+    async def _removed(self, what: str, rows: int, started: float) -> None:
+        if rows:
+            self._rows += rows
+            rows_removed_total.labels(what).inc(rows)
+            await asyncio.sleep((time.monotonic() - started) * PAUSE_SHARE)

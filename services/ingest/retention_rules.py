@@ -12,6 +12,8 @@ DAY_US: Final = 24 * HOUR_US
 # Coarser data are kept longer: an hour of a signal takes a thousandth of what its samples take.
 MINUTE_DAYS_DEFAULT: Final = 1_100
 HOUR_DAYS_DEFAULT: Final = 3_660
+# What was refused and why, with what was sent, to be mended and replayed.
+QUARANTINE_DAYS: Final = 90
 # A shorter time would remove what is still arriving late, and alarms would have nothing to show.
 DAYS_MIN: Final = 7
 DAYS_MAX: Final = 36_600

@@ -136,6 +136,16 @@ async def remove_rows(connection: Connection, store: Store, group: Group, cutoff
     return int(status.rpartition(" ")[2])
 
 
+async def remove_quarantined(connection: Connection, firm_id: int, cutoff: datetime, limit: int) -> int:
+    """Remove at most `limit` of the firm's items received before the cutoff; how many there were."""
+    status = await connection.execute(
+        "DELETE FROM quarantine WHERE id = ANY(ARRAY("
+        "SELECT id FROM quarantine WHERE firm_id = $1 AND received < $2 ORDER BY received LIMIT $3))",
+        *(firm_id, cutoff, limit),
+    )
+    return int(status.rpartition(" ")[2])
+
+
 async def begin_run(connection: Connection, now_us: int) -> int:
     """Also forgets runs older than a year."""
     await connection.execute(

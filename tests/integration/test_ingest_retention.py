@@ -1,5 +1,6 @@
 """What is removed, what is kept, and that everything goes on afterwards; the historian and the door run meanwhile."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -136,6 +137,59 @@ async def test_nothing_is_removed_of_a_firm_on_hold_and_the_others_go_on(kept: K
     run = await kept.enforce()
     assert run["chunks_dropped"] > 0
     assert await kept.frames(held) == [10]
+
+
+async def test_a_run_that_is_cut_off_is_noted_and_the_next_one_goes_on(kept: Kept) -> None:
+    machine = await kept.machine("cut-1", 200, firm="cut")
+    rule = {"raw_days": 30, "reason": "less"}
+    await kept.plant.operator.put(f"/v1/firms/{machine['firm_id']}/retention", json=rule)
+    before = await kept.buckets(machine, 60, 200)
+
+    async def count() -> int:
+        found: int = await kept.plant.database.fetchval(
+            "SELECT count(*) FROM frame WHERE machine_id = $1", machine["id"]
+        )
+        return found
+
+    async def some_are_gone() -> bool:
+        return await count() < 540
+
+    run = asyncio.create_task(kept.enforcer.once())
+    await eventually(some_are_gone)
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+    # Whether it was in the middle or just through, what is left is whole.
+    assert await kept.buckets(machine, 60, 200) == before
+    if await count():
+        noted = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
+        assert (noted["finished_us"], noted["problem"]) == (None, "It was cut off.")
+        assert noted["rows_removed"] > 0
+    await kept.enforce()
+    assert await count() == 0
+    assert await kept.buckets(machine, 60, 200) == before
+
+
+async def test_old_items_leave_quarantine_but_not_of_a_firm_on_hold(kept: Kept) -> None:
+    firms = [kept.plant.firm["id"], (await kept.machine("hold-2", 1, firm="hold-2"))["firm_id"]]
+    rule = {"is_on_hold": True, "reason": "court case 8"}
+    await kept.plant.operator.put(f"/v1/firms/{firms[1]}/retention", json=rule)
+    for firm_id in firms:
+        await kept.plant.database.execute(
+            "INSERT INTO quarantine (id, firm_id, credential_id, source, door, reason, detail, samples, received, correlation_id) "
+            "SELECT $1::bigint::text || '-' || n, $1, 1, '', 'http', 'MALFORMED', '', 0, now() - n * interval '1 day', '' "
+            "FROM generate_series(1, 250) AS n",
+            firm_id,
+        )
+    assert (await kept.enforce())["rows_removed"] >= 160
+    left = [
+        await kept.plant.database.fetchval(
+            "SELECT count(*) FROM quarantine WHERE firm_id = $1 AND reason = 'MALFORMED'", firm_id
+        )
+        for firm_id in firms
+    ]
+    assert left[1] == 250
+    assert left[0] in (89, 90)
+    await kept.plant.operator.put(f"/v1/firms/{firms[1]}/retention", json={"reason": "closed"})
 
 
 async def test_what_arrives_after_its_time_was_removed_is_stored_and_spoils_no_bucket(kept: Kept) -> None:
