@@ -247,7 +247,7 @@ async def test_an_energy_counter_is_used_before_anything_else_and_its_gaps_are_s
     found = await plant.get(f"/v1/machines/{plant.meter['id']}/kpis", by_day=True)
     assert (found["energy_source"]["kind"], found["energy_source"]["detail"]) == (
         "counter",
-        "Differences of the energy counter, 1 resets.",
+        "Differences of the energy counter, which began anew 1 times.",
     )
     # 50 Wh a minute; of the ten minutes before the new counter was read first, 25 Wh are known.
     minutes = len(plant.truth.minutes)
