@@ -19,6 +19,7 @@ from services.ingest.asked import check_id
 from services.ingest.domain import BadName, check_text
 from services.ingest.retention_rules import (
     DAY_US,
+    GRACE_DAYS,
     QUARANTINE_DAYS,
     STORES,
     Cutoffs,
@@ -171,11 +172,20 @@ def _days_left(
 class Enforcer:
     """Removes what no rule keeps. Cut off at any moment, the next run goes on: every step stands for itself."""
 
-    def __init__(self, pool: Pool, clock: Clock, *, disk_bytes: int = 0, rows_per_step: int = ROWS_PER_STEP) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        clock: Clock,
+        *,
+        disk_bytes: int = 0,
+        rows_per_step: int = ROWS_PER_STEP,
+        grace_days: int = GRACE_DAYS,
+    ) -> None:
         self._pool = pool
         self._clock = clock
         self._disk_bytes = disk_bytes
         self._rows_per_step = rows_per_step
+        self._grace_us = grace_days * DAY_US
         self._chunks = 0
         self._rows = 0
 
@@ -242,14 +252,18 @@ class Enforcer:
         for firm_id, cutoff_us in due.firms_us.items():
             await self._remove_rows(store, firm_id, from_us(cutoff_us))
 
+    def _settled_before(self) -> datetime:
+        """What was made before is old enough for its age to count."""
+        return from_us(self._clock.now_us() - self._grace_us)
+
     async def _drop_chunks(self, store: Store, cutoff_us: int) -> None:
         async with transaction(self._pool) as connection:
-            ends = await db.chunks_before(connection, store, cutoff_us)
-        if ends and store.table == "frame":
-            await self._close_buckets(ends[-1])
-        for end in ends:
+            chunks = await db.chunks_before(connection, store, cutoff_us, self._settled_before())
+        if chunks and store.table == "frame":
+            await self._close_buckets(chunks[-1][1])
+        for start, end in chunks:
             async with transaction(self._pool) as connection:
-                dropped = await db.drop_chunks_before(connection, store, end)
+                dropped = await db.drop_chunks(connection, store, start, end)
             self._chunks += dropped
             chunks_dropped_total.labels(store.name).inc(dropped)
 
@@ -257,7 +271,7 @@ class Enforcer:
         after = 0
         while True:
             async with transaction(self._pool) as connection:
-                groups = await db.groups_page(connection, 0, after, MACHINES_PER_STEP)
+                groups = await db.groups_page(connection, 0, after, MACHINES_PER_STEP, from_us(self._clock.now_us()))
                 if not groups:
                     return
                 await db.close_buckets(connection, groups, end)
@@ -267,7 +281,7 @@ class Enforcer:
         after = 0
         while True:
             async with transaction(self._pool) as connection:
-                groups = await db.groups_page(connection, firm_id, after, MACHINES_PER_STEP)
+                groups = await db.groups_page(connection, firm_id, after, MACHINES_PER_STEP, self._settled_before())
             for group in groups:
                 while await self._remove_some(store, group, cutoff) >= self._rows_per_step:
                     pass

@@ -14,6 +14,8 @@ MINUTE_DAYS_DEFAULT: Final = 1_100
 HOUR_DAYS_DEFAULT: Final = 3_660
 # What was refused and why, with what was sent, to be mended and replayed.
 QUARANTINE_DAYS: Final = 90
+# History that was loaded stays so long before its age counts, to be looked at, exported and scored.
+GRACE_DAYS: Final = 30
 # A shorter time would remove what is still arriving late, and alarms would have nothing to show.
 DAYS_MIN: Final = 7
 DAYS_MAX: Final = 36_600

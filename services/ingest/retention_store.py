@@ -64,33 +64,38 @@ async def firm_ids(connection: Connection) -> list[int]:
     return [row["id"] for row in await connection.fetch("SELECT id FROM firm ORDER BY id")]
 
 
-async def groups_page(connection: Connection, firm_id: int, after_machine_id: int, machines: int) -> list[Group]:
-    """The channel groups of the next machines, in order; firm_id 0: of all firms."""
+async def groups_page(
+    connection: Connection, firm_id: int, after_machine_id: int, machines: int, created_before: datetime
+) -> list[Group]:
+    """The channel groups of the next machines that are so old, in order; firm_id 0: of all firms."""
     rows = await connection.fetch(
         "SELECT m.id, g.first_position FROM ("
-        "  SELECT id FROM machine WHERE ($1 = 0 OR firm_id = $1) AND id > $2 ORDER BY id LIMIT $3"
+        "  SELECT id FROM machine WHERE ($1 = 0 OR firm_id = $1) AND id > $2 AND created < $5 ORDER BY id LIMIT $3"
         ") AS m, LATERAL (SELECT coalesce(max(position), 0) AS last FROM signal WHERE machine_id = m.id) AS s, "
         "generate_series(0, s.last / $4 * $4, $4) AS g (first_position) ORDER BY m.id, g.first_position",
-        *(firm_id, after_machine_id, machines, CHANNEL_GROUP),
+        *(firm_id, after_machine_id, machines, CHANNEL_GROUP, created_before),
     )
     return [Group(row["id"], row["first_position"]) for row in rows]
 
 
-async def chunks_before(connection: Connection, store: Store, cutoff_us: int) -> list[datetime]:
-    """Ends of the chunks that lie before the cutoff wholly, oldest first."""
+async def chunks_before(
+    connection: Connection, store: Store, cutoff_us: int, created_before: datetime
+) -> list[tuple[datetime, datetime]]:
+    """Ranges of the chunks that lie before the cutoff wholly and were made before that time, oldest first."""
     rows = await connection.fetch(
-        "SELECT range_end FROM timescaledb_information.chunks WHERE hypertable_schema = current_schema() "
-        "AND hypertable_name = $1 AND range_end <= $2 ORDER BY range_end",
-        *(store.table, from_us(cutoff_us)),
+        "SELECT range_start, range_end FROM timescaledb_information.chunks WHERE hypertable_schema = current_schema() "
+        "AND hypertable_name = $1 AND range_end <= $2 AND chunk_creation_time < $3 ORDER BY range_end",
+        *(store.table, from_us(cutoff_us), created_before),
     )
-    return [row["range_end"] for row in rows]
+    return [(row["range_start"], row["range_end"]) for row in rows]
 
 
-async def drop_chunks_before(connection: Connection, store: Store, end: datetime) -> int:
+async def drop_chunks(connection: Connection, store: Store, start: datetime, end: datetime) -> int:
+    """Those of a range."""
     dropped: int = await connection.fetchval(
         "SELECT count(*) FROM public.drop_chunks("
-        "format('%I.%I', current_schema(), $1::text)::regclass, older_than => $2::timestamptz)",
-        *(store.table, end),
+        "format('%I.%I', current_schema(), $1::text)::regclass, older_than => $3::timestamptz, newer_than => $2::timestamptz)",
+        *(store.table, start, end),
     )
     return dropped
 

@@ -28,7 +28,9 @@ NOW_US = int(time.time()) // 3600 * 3600 * 1_000_000
 class Kept:
     def __init__(self, plant: StoredPlant, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self.plant = plant
-        self.enforcer = Enforcer(pool, SystemClock(), rows_per_step=100)  # more than one step for each machine
+        # More than one step for each machine, and what was just loaded counts as old.
+        self.enforcer = Enforcer(pool, SystemClock(), rows_per_step=100, grace_days=0)
+        self.by_default = Enforcer(pool, SystemClock())
 
     async def enforce(self) -> dict[str, Any]:
         """One whole run (the historian may be at one of its own); what it noted."""
@@ -93,6 +95,17 @@ async def kept(servers: Servers, settings: Settings, tmp_path_factory: pytest.Te
             yield Kept(plant, pool)
         finally:
             await pool.close()
+
+
+async def test_history_that_was_just_loaded_stays_for_a_while(kept: Kept) -> None:
+    machine = await kept.machine("loaded-1", 1_000, 500, 10)
+    short = await kept.machine("loaded-2", 500, 10, firm="loaded")
+    rule = {"raw_days": 30, "reason": "less"}
+    await kept.plant.operator.put(f"/v1/firms/{short['firm_id']}/retention", json=rule)
+    await eventually(kept.by_default.once)
+    run = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
+    assert (run["chunks_dropped"], run["rows_removed"], run["problem"]) == (0, 0, None)
+    assert (await kept.frames(machine), await kept.frames(short)) == ([1_000, 500, 10], [500, 10])
 
 
 async def test_old_samples_go_by_chunks_and_their_minutes_and_hours_stay(kept: Kept) -> None:
