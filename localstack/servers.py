@@ -172,7 +172,7 @@ class LocalServers:
         kafka = state["kafka"]
         if self._running(kafka) is not None:
             return
-        kafka["port"] = _port_again(kafka.get("port"))
+        kafka["port"] = port_again(kafka.get("port"))
         controller_port = free_port()
         data = self.folder / "kafka"
         config = self.folder / "kafka.properties"
@@ -236,7 +236,7 @@ class LocalServers:
                 "the local database needs root (a chroot): run as root, or name running servers in "
                 "SMDIH_KAFKA_BOOTSTRAP and SMDIH_DATABASE_DSN, or use compose.yaml"
             )
-        postgres["port"] = _port_again(postgres.get("port"))
+        postgres["port"] = port_again(postgres.get("port"))
         data = PG_ROOT / self._pg_data.lstrip("/")
         if not (data / "PG_VERSION").exists():
             shutil.rmtree(data, ignore_errors=True)
@@ -276,7 +276,7 @@ class LocalServers:
 
     async def _prove_kafka(self, servers: Servers, state: dict[str, Any]) -> None:
         until = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < until and self._running(state["kafka"]) and not _listens(state["kafka"]["port"]):
+        while time.monotonic() < until and self._running(state["kafka"]) and not listens(state["kafka"]["port"]):
             await asyncio.sleep(0.1)
         while True:
             admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
@@ -331,12 +331,13 @@ class LocalServers:
         temporary.replace(self._state_file)
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody answers there."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _port_again(port: int | None) -> int:
+def port_again(port: int | None) -> int:
     """The port of last time if it is still free, else a free one."""
     if port is None:
         return free_port()
