@@ -39,6 +39,8 @@ LEVEL_DAYS = 28
 # Read before the range: where a counter stood, and which state a machine was in.
 LEAD_MINUTES = 24 * 60
 RUNS_MAX = 10_000
+# No power, current or count is larger: such a value is a fault, and sums of it would be no numbers.
+VALUE_MAX = 1e12
 RATES_MAX = 20
 TARIFFS_PER_SITE_MAX = 200
 
@@ -514,6 +516,8 @@ class _History:
             found["means"][at] = (some.sums / some.counts)[:, 0]
             for name in ("mins", "maxs", "lasts"):
                 found[name][at] = getattr(some, name)[:, 0]
+        for values in found.values():
+            values[np.abs(values) > VALUE_MAX] = np.nan
         return found
 
 

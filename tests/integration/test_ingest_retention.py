@@ -176,7 +176,6 @@ async def test_a_run_that_is_cut_off_is_noted_and_the_next_one_goes_on(kept: Kep
     if await count():
         noted = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
         assert (noted["finished_us"], noted["problem"]) == (None, "It was cut off.")
-        assert noted["rows_removed"] > 0
     await kept.enforce()
     assert await count() == 0
     assert await kept.buckets(machine, 60, 200) == before
