@@ -15,7 +15,7 @@ import httpx
 
 from localstack.mosquitto import BRIDGE, Mosquitto
 from localstack.servers import ROOT, Servers, free_port
-from services.common.evidence import new_key
+from services.common.evidence import Signer, new_key
 from services.common.settings import Settings
 from services.ingest.main import operator_key
 from services.migrate import migrate_all
@@ -43,6 +43,7 @@ ROLES = (
     Role("mqtt-bridge", "services.ingest.main", "mqtt", has_grpc=False, needs_mqtt=True),
     Role("anomaly-worker", "services.anomaly.main", "worker", has_grpc=False),
     Role("anomaly", "services.anomaly.main", "api", has_grpc=True),
+    Role("anomaly-notifier", "services.anomaly.main", "notifier", has_grpc=False),
     Role("matching", "services.matching.main", "api", has_grpc=True),
     Role("funding", "services.funding.main", "api", has_grpc=True),
 )
@@ -201,6 +202,8 @@ class Hub:
             "SMDIH_DATABASE_DSN": self.settings.database_dsn,
             "SMDIH_HTTP_PORT": str(running.http_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
+            # Where explanations of alarms get their samples.
+            "SMDIH_INGEST_GRPC": self.processes["door"].grpc if "door" in self.processes else "",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
             # One arithmetic thread a process: on a small machine more only get into each other's way.
             "OMP_NUM_THREADS": "1",
@@ -212,8 +215,12 @@ class Hub:
                 "SMDIH_MQTT_USER": BRIDGE,
                 "SMDIH_MQTT_PASSWORD": self._mqtt.passwords[BRIDGE],
             }
+        if "matching" in self.processes:
+            environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
         if running.role.name == "door":  # nobody else signs
             environment["SMDIH_EVIDENCE_KEY"] = self.evidence_key
+        if running.role.name == "funding":
+            environment["SMDIH_EVIDENCE_PUBLIC_KEYS"] = Signer(self.evidence_key).public_key
         delay_s = RESTART_DELAY_S
         while not self._stopping:
             started = time.monotonic()

@@ -24,6 +24,8 @@ LOCAL = ROOT / ".local"
 KAFKA_LIBS = LOCAL / "servers/kafka"
 PG_ROOT = LOCAL / "servers/timescaledb/root"
 PG_BIN = "/usr/lib/postgresql/17/bin"
+# A broker for one small machine: little compiling, one collector thread.
+JAVA_OPTIONS = ("-Xmx512m", "-Xms256m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 20
 
@@ -216,7 +218,7 @@ class LocalServers:
             )
         with (self.folder / "kafka.log").open("ab") as log:
             process = self._kafka = subprocess.Popen(
-                [*java[:1], "-Xmx512m", "-Xms256m", "-XX:TieredStopAtLevel=1", *java[1:], "kafka.Kafka", str(config)],
+                [*java[:1], *JAVA_OPTIONS, *java[1:], "kafka.Kafka", str(config)],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

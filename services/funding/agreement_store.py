@@ -11,9 +11,10 @@ from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.errors import Conflict
 from services.funding.agreement import Agreement, AgreementState, Claim, ClaimState, CostLine, Decision
-from services.funding.domain import Award, Cost, Finding
+from services.funding.domain import Award, Content, Cost, Finding
 
 _award_costs = TypeAdapter(tuple[Cost, ...])
+_content = TypeAdapter(Content)
 _findings = TypeAdapter(tuple[Finding, ...])
 _lines = TypeAdapter(tuple[CostLine, ...])
 _decision = TypeAdapter(Decision)
@@ -34,7 +35,7 @@ class PeriodOverlaps(Conflict):
 async def agreement_of(connection: Connection, award_id: str) -> Agreement | None:
     """The whole agreement; None when there is no such award."""
     row = await connection.fetchrow(
-        "SELECT w.*, p.costs, g.award_id, g.state, g.retention_rate, g.project_start, g.project_end, g.accepted, "
+        "SELECT w.*, p.costs, p.content, g.award_id, g.state, g.retention_rate, g.project_start, g.project_end, g.accepted, "
         "g.assistance_confirmed, g.assistance_elsewhere_pence, g.final_report, g.accountant_report, g.ended, g.end_reason, "
         "g.paid_pence, g.held_pence, g.restored_pence, g.recovered_pence, g.business_paid_pence "
         "FROM award w JOIN application p ON p.id = w.application_id LEFT JOIN agreement g ON g.award_id = w.id "
@@ -46,7 +47,7 @@ async def agreement_of(connection: Connection, award_id: str) -> Agreement | Non
     claims = await connection.fetch("SELECT * FROM claim WHERE award_id = $1 ORDER BY number", award_id)
     return Agreement(
         award=_award(row),
-        costs=_award_costs.validate_json(row["costs"]),
+        costs=_project_costs(row),
         # Without a row nobody has answered the offer.
         state=AgreementState(row["state"] or AgreementState.OFFERED),
         retention_rate=row["retention_rate"] or "",
@@ -65,6 +66,14 @@ async def agreement_of(connection: Connection, award_id: str) -> Agreement | Non
         recovered_pence=row["recovered_pence"] or 0,
         business_paid_pence=row["business_paid_pence"] or 0,
         claims=tuple(_claim(claim) for claim in claims),
+    )
+
+
+def _project_costs(row: asyncpg.Record) -> tuple[Cost, ...]:
+    """The applicant's and its partners'."""
+    content = _content.validate_json(row["content"])
+    return _award_costs.validate_json(row["costs"]) + tuple(
+        cost for partner in content.partners for cost in partner.costs
     )
 
 

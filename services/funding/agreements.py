@@ -34,6 +34,7 @@ from services.funding.agreement import (
     checked_lines,
     checked_project,
 )
+from services.funding.award_store import audit, given_to
 from services.funding.checks import GROUP, Given
 from services.funding.domain import checked_amount, checked_date, checked_request_id, checked_text, is_id, uk_day
 from services.funding.ledger import PROGRAMME, Account, AccountKind, Event, Purpose, Transfer
@@ -44,7 +45,6 @@ from services.funding.rules.calendar import add_months
 from services.funding.rules.claims import ClaimFacts, decide_claim, payable_before_completion
 from services.funding.rules.exact import decimal, gbp, rate_text
 from services.funding.rules.match import FundRatio, fund_ratio
-from services.funding.store import audit, given_to
 from smdih.funding.v1 import events_pb2
 
 log = get_logger(__name__)
@@ -433,7 +433,7 @@ class AgreementService:
         self._kick()
 
     async def _assistance(self, connection: Connection, agreement: Agreement, elsewhere_pence: int) -> AssistanceCheck:
-        """The grant beside what others gave the group, as it says, and what this fund gave the firm, as it knows itself."""
+        """The grant beside what others gave the group, as it says, and what this fund gave it, as it knows itself."""
         award = agreement.award
         here = await given_to(connection, award.firm_id)
         here.remove(Given(on=award.awarded_on, amount_pence=award.grant_pence))

@@ -54,6 +54,8 @@ from services.ingest.quotas import Quotas
 from services.ingest.registry import Registry
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
+from services.ingest.rooms import RoomReads, Rooms
+from services.ingest.rooms_api import rooms_router
 from services.ingest.rpc import TelemetryServicer
 from services.ingest.series_api import series_router
 from services.ingest.series_rpc import SeriesServicer
@@ -107,7 +109,15 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     diagnoses = Diagnoses(pool, directory, clock, writer, ends=ends, partitions=samples)
     registry = Registry(pool, relay, directory, clock)
     credentials = Credentials(pool, relay, directory, clock, writer)
-    access = Access()
+    rooms = Rooms(cluster, clock=clock)
+    runtime.background("rooms", rooms.run())
+    # Of its own: a query holds a connection of the other pool while its read is noted.
+    log_pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=1)
+    runtime.on_stop(log_pool.close)
+    room_reads = RoomReads(log_pool, rooms, clock=clock)
+    runtime.on_stop(room_reads.flush)
+    runtime.background("room reads", room_reads.run())
+    access = Access(rooms.grants, note=room_reads.note)
     queries, export = Queries(pool, directory, access), Export(pool, directory, access)
     signer = Signer(settings.evidence_key) if settings.evidence_key else None
     kpi = KpiService(pool, directory, clock, signer)
@@ -159,6 +169,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             claim_code_router(claims),
             audit_router(Audit(pool)),
             import_router(Imports(pool, relay, directory, clock)),
+            rooms_router(room_reads),
         ],
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),

@@ -1,6 +1,6 @@
 """All providers in memory, column by column, so that a rule runs once per distinct value and not once per provider."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import replace
 from datetime import date
 from typing import Generic, TypeVar
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from services.matching.domain import (
     LEAD_DAYS_MAX,
+    Assesses,
+    Assessment,
     FilterCode,
     Kind,
     MatchingError,
@@ -17,6 +19,7 @@ from services.matching.domain import (
     Provider,
     Size,
     canonical_region,
+    division_of,
     serves_region,
 )
 
@@ -39,21 +42,25 @@ class Directory:
     def __init__(self) -> None:
         self.slots: dict[str, int] = {}
         self.size = 0
-        self.kinds: _Field[Kind] = _Field()
-        self.divisions: _Field[frozenset[str]] = _Field()
-        self.regions: _Field[tuple[str, ...]] = _Field()
-        self.skills: _Field[frozenset[str]] = _Field()
-        self._excluded: _Field[frozenset[str]] = _Field()
-        self._sizes: _Field[frozenset[Size]] = _Field()
-        self._reach: _Field[tuple[bool, tuple[str, ...]]] = _Field()
-        self._lead_days: _Field[int] = _Field()
-        self._expiry: _Field[date] = _Field()
-        self._active: _Field[bool] = _Field()
-        self._occupied: _Field[bool] = _Field()
-        self._places: _Field[tuple[int, int]] = _Field()
+        self.kinds: Field[Kind] = Field()
+        self.divisions: Field[frozenset[str]] = Field()
+        self.regions: Field[tuple[str, ...]] = Field()
+        self.skills: Field[frozenset[str]] = Field()
+        self._excluded: Field[frozenset[str]] = Field()
+        self._sizes: Field[frozenset[Size]] = Field()
+        self._reach: Field[tuple[bool, tuple[str, ...]]] = Field()
+        self._lead_days: Field[int] = Field()
+        self._expiry: Field[date] = Field()
+        self._active: Field[bool] = Field()
+        self._occupied: Field[bool] = Field()
+        self.places: Field[tuple[int, int]] = Field()
         self._providers: list[Provider | None] = []
         self._free_slots: list[int] = []
         self._conflicts: dict[str, set[int]] = {}
+        self._organisations: Field[frozenset[str]] = Field()
+        self._owners: Field[str] = Field()
+        self._assesses: Field[Assesses] = Field()
+        self.outcomes: Field[tuple[int, int]] = Field()
 
     def find(self, provider_id: str) -> Provider | None:
         slot = self.slots.get(provider_id)
@@ -88,7 +95,11 @@ class Directory:
         self._expiry.put(slot, provider.expires_on or date.max)
         self._active.put(slot, provider.active)
         self._occupied.put(slot, True)
-        self._places.put(slot, (provider.places_left, provider.capacity_per_quarter))
+        self.places.put(slot, (provider.places_left, provider.capacity_per_quarter))
+        self._organisations.put(slot, provider.conflict_organisations)
+        self._owners.put(slot, provider.owner)
+        self._assesses.put(slot, provider.assesses)
+        self.outcomes.put(slot, (provider.outcome_firms, provider.outcome_points))
         return slot
 
     def set_places(self, provider_id: str, left: int) -> None:
@@ -96,7 +107,7 @@ class Directory:
         if slot is None:
             raise UnknownProviderError(f"no provider {provider_id}")
         self._providers[slot] = provider = replace(self.at(slot), capacity_left=left)
-        self._places.put(slot, (left, provider.capacity_per_quarter))
+        self.places.put(slot, (left, provider.capacity_per_quarter))
 
     def drop(self, provider_id: str) -> int | None:
         slot = self.slots.pop(provider_id, None)
@@ -111,11 +122,6 @@ class Directory:
     def occupied(self) -> Mask:
         return self._occupied.test(bool)
 
-    @property
-    def free_share(self) -> Column:
-        """Places left over places per quarter, 0..1."""
-        return self._places.map(lambda places: min(places[0] / places[1], 1.0) if places[1] else 0.0)
-
     def blocked(self, need: Need, today: date) -> dict[FilterCode, Mask]:
         """For each filter the slots it takes out, in the order of the codes."""
         occupied = self.occupied
@@ -123,16 +129,38 @@ class Directory:
         fields: dict[FilterCode, Mask] = {
             FilterCode.INACTIVE: self._active.test(lambda active: not active),
             FilterCode.EXPIRED: self._expiry.test(lambda expiry: expiry <= today),
-            FilterCode.CONFLICT_OF_INTEREST: self._in_conflict(need.firm_id),
+            FilterCode.ASSESSES_ONLY: self._assesses.test(lambda assesses: assesses is Assesses.ONLY),
+            FilterCode.CONFLICT_OF_INTEREST: self._in_conflict({need.firm_id}),
             FilterCode.SECTOR_EXCLUDED: self._excluded.test(lambda excluded: division in excluded),
             FilterCode.SIZE_NOT_SERVED: self._sizes.test(lambda sizes: bool(sizes) and need.size not in sizes),
             FilterCode.OUT_OF_REGION: self._reach.test(
                 lambda reach: not serves_region(need.region, home=reach[1][0], served=reach[1][1:], bound=reach[0])
             ),
             FilterCode.LEAD_TIME_TOO_LONG: self._lead_days.test(lambda days: days > wait),
-            FilterCode.NO_CAPACITY: self._places.test(lambda places: places[0] <= 0),
+            FilterCode.NO_CAPACITY: self.places.test(lambda places: places[0] <= 0),
         }
         return {code: mask & occupied for code, mask in fields.items()}
+
+    @property
+    def assessors(self) -> Mask:
+        """Those who assess applications."""
+        return self._assesses.test(lambda assesses: assesses is not Assesses.NO) & self.occupied
+
+    def blocked_as_assessors(self, asked: Assessment, today: date) -> dict[FilterCode, Mask]:
+        """For each filter the assessors it takes out. Places, regions and sizes are about helping firms: no filter here."""
+        division, worked = division_of(asked.sic), np.zeros(self.size, dtype=np.bool_)
+        worked[[self.slots[each] for each in asked.worked_for if each in self.slots]] = True
+        names = self._organisations.test(lambda names: bool(names & asked.organisations))
+        fields: dict[FilterCode, Mask] = {
+            FilterCode.INACTIVE: self._active.test(lambda active: not active),
+            FilterCode.EXPIRED: self._expiry.test(lambda expiry: expiry <= today),
+            FilterCode.CONFLICT_OF_INTEREST: self._in_conflict(asked.firm_ids),
+            FilterCode.CONFLICT_ORGANISATION: names | self._owners.test(lambda owner: owner in asked.owners),
+            FilterCode.WORKED_FOR_FIRM: worked,
+            FilterCode.SECTOR_EXCLUDED: self._excluded.test(lambda excluded: division in excluded),
+        }
+        assessors = self.assessors
+        return {code: mask & assessors for code, mask in fields.items()}
 
     def best(self, scores: Column, limit: int) -> list[int]:
         """Slots of the best `limit` scores above -inf, best first; equal scores by provider id."""
@@ -149,9 +177,9 @@ class Directory:
         self.size += 1
         return self.size - 1
 
-    def _in_conflict(self, firm_id: str) -> Mask:
+    def _in_conflict(self, firm_ids: Set[str]) -> Mask:
         mask = np.zeros(self.size, dtype=np.bool_)
-        if firm_id:
+        for firm_id in firm_ids:
             mask[list(self._conflicts.get(firm_id, ()))] = True
         return mask
 
@@ -162,7 +190,7 @@ class Directory:
                 del self._conflicts[firm_id]
 
 
-class _Field(Generic[Value]):
+class Field(Generic[Value]):
     """One field of all providers: a table of distinct values and a code per slot."""
 
     def __init__(self) -> None:
@@ -179,6 +207,9 @@ class _Field(Generic[Value]):
             self._values.append(value)
         self._codes[slot] = code
         self._used = max(self._used, slot + 1)
+
+    def at(self, slot: int) -> Value:
+        return self._values[int(self._codes[slot])]
 
     def map(self, rule: Callable[[Value], float]) -> Column:
         return np.array([rule(value) for value in self._values], dtype=np.float64)[self._codes[: self._used]]

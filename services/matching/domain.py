@@ -3,6 +3,7 @@
 Standard library only. Everything here is pure; the clock, the models and the database live elsewhere.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -33,6 +34,11 @@ class Kind(StrEnum):
     WORKSHOP = "workshop"
     COURSE = "course"
 
+    @property
+    def is_safety_net(self) -> bool:
+        """Of use to nearly everybody, when nothing nearer to the need is to be had."""
+        return self in (Kind.WORKSHOP, Kind.COURSE)
+
 
 class Size(StrEnum):
     MICRO = "micro"
@@ -52,12 +58,23 @@ class Source(StrEnum):
     ANOMALY = "anomaly"
 
 
+class Assesses(StrEnum):
+    """Whether an expert assesses applications to the fund, beside helping firms or instead of it."""
+
+    NO = "no"
+    ALSO = "also"
+    ONLY = "only"
+
+
 class FilterCode(StrEnum):
-    """Why a provider cannot take a need at all, whatever its score. Checked in this order."""
+    """Why a provider cannot take a need, or an assessment, at all, whatever its score. Checked in this order."""
 
     INACTIVE = "INACTIVE"
     EXPIRED = "EXPIRED"
+    ASSESSES_ONLY = "ASSESSES_ONLY"
     CONFLICT_OF_INTEREST = "CONFLICT_OF_INTEREST"
+    CONFLICT_ORGANISATION = "CONFLICT_ORGANISATION"
+    WORKED_FOR_FIRM = "WORKED_FOR_FIRM"
     SECTOR_EXCLUDED = "SECTOR_EXCLUDED"
     SIZE_NOT_SERVED = "SIZE_NOT_SERVED"
     OUT_OF_REGION = "OUT_OF_REGION"
@@ -105,7 +122,9 @@ class Provider:
 
     `capacity_left` is what is free in the running quarter (places, not yet reserved or confirmed); None means all of
     `capacity_per_quarter`. `region_bound` providers serve only `region` and `regions_served`. `conflicts` holds firm
-    ids. `sizes_served` empty means all. `expires_on` is the first day on which the profile no longer counts.
+    ids, `conflict_organisations` names in the form of `organisation_name`. `sizes_served` empty means all.
+    `outcome_points` is the sum of the scores, 1 to 5, that `outcome_firms` firms have given its work.
+    `expires_on` is the first day on which the profile no longer counts.
     """
 
     id: str
@@ -126,6 +145,10 @@ class Provider:
     active: bool = True
     expires_on: date | None = None
     conflicts: frozenset[str] = frozenset()
+    conflict_organisations: frozenset[str] = frozenset()
+    assesses: Assesses = Assesses.NO
+    outcome_firms: int = 0
+    outcome_points: int = 0
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -136,6 +159,8 @@ class Provider:
             raise InvalidNeedError(f"provider {self.id} has a negative capacity or lead time")
         if self.capacity_left is not None and self.capacity_left < 0:
             raise InvalidNeedError(f"provider {self.id} has a negative capacity left")
+        if not self.outcome_firms <= self.outcome_points <= 5 * self.outcome_firms:
+            raise InvalidNeedError(f"provider {self.id} has scores that are not 1 to 5")
 
     @property
     def places_left(self) -> int:
@@ -145,6 +170,47 @@ class Provider:
     def profile(self) -> str:
         """Title and text as one passage, as they are searched and embedded."""
         return f"{self.title.strip()}. {self.text.strip()}".strip(". ") if self.title.strip() else self.text.strip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assessment:
+    """An application that assessors are sought for, and who takes part in it: nobody judges what is their own.
+
+    `organisations` are names in the form of `organisation_name`, `owners` the partners among them (`Provider.owner`).
+    `worked_for` holds the ids of providers that have a match with one of the firms.
+    """
+
+    text: str
+    sic: str = ""
+    region: str = ""
+    firm_ids: frozenset[str] = frozenset()
+    organisations: frozenset[str] = frozenset()
+    owners: frozenset[str] = frozenset()
+    worked_for: frozenset[str] = frozenset()
+
+
+_LEGAL_FORMS = frozenset({"ltd", "limited", "plc", "llp", "lp", "inc", "gmbh", "cic", "co", "company", "the"})
+
+
+def organisation_name(name: str) -> str:
+    """A name as organisations are compared: "The Acme Company Ltd." and "ACME" are the same."""
+    words = re.findall(r"\w+", name.casefold())
+    return " ".join(word for word in words if word not in _LEGAL_FORMS) or " ".join(words)
+
+
+# --- outcomes ---------------------------------------------------------------------------------------------------
+
+OUTCOME_PRIOR_MEAN, OUTCOME_PRIOR_FIRMS = 0.75, 8
+"""A provider nobody has scored counts as if eight firms had scored 4 of 5, which is (4 - 1) / 4 of the scale: what good
+work gets. So few scores move little, and what is usual moves nothing."""
+OUTCOME_FIRMS_SHOWN_MIN = 3
+"""A mean of fewer firms would tell what one firm has said."""
+
+
+def outcome_lift(firms: int, points: int) -> float:
+    """How far the scores lift a provider over one without any, -0.75 to 0.25: the shrunk mean less its prior."""
+    scaled = (points - firms) / 4  # the sum of scores as 0..1
+    return (OUTCOME_PRIOR_MEAN * OUTCOME_PRIOR_FIRMS + scaled) / (OUTCOME_PRIOR_FIRMS + firms) - OUTCOME_PRIOR_MEAN
 
 
 # --- sector -----------------------------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ from prometheus_client import Gauge, Histogram
 
 from services.common.clock import Clock, today
 from services.common.database import AWAY, Pool, transaction
-from services.common.errors import TryAgain
+from services.common.errors import SlowDown, TryAgain
 from services.common.logs import get_logger
-from services.matching import store
-from services.matching.domain import Need
+from services.matching.domain import Assessment, Need
 from services.matching.needs import quarter_of
 from services.matching.providers import ProviderRecord
 from services.matching.ranking import Ranker, Ranking
-from services.matching.store import ChangedProvider
+from services.matching.store import providers as store
+from services.matching.store.providers import ChangedProvider
 from services.matching.text import Embedder
 
 log = get_logger(__name__)
@@ -34,6 +34,8 @@ RETRY_DELAY_S = 1.0
 CHANGES_MAX = 500
 # Ranking computes; two at a time leave the loop free to answer on a small machine.
 THREADS = 2
+# Rankings that may wait for a thread before new needs are asked to come later.
+RANKS_WAITING_MAX = 200
 
 # Providers that can be ranked, withdrawn and expired ones not counted.
 providers_known = Gauge("smdih_matching_providers", "Providers in the index")
@@ -70,6 +72,11 @@ class ProviderIndex:
         return f"{self._ranker.weights_version}/{self._ranker.model_id}"
 
     @property
+    def model_id(self) -> str:
+        """Of the vectors in use."""
+        return self._ranker.model_id
+
+    @property
     def waiting(self) -> int:
         """Rankings asked for and not yet answered."""
         return self._waiting
@@ -84,6 +91,15 @@ class ProviderIndex:
     async def wait_loaded(self) -> None:
         await self._loaded.wait()
 
+    async def check_takes_rankings(self) -> None:
+        """Raise TryAgain while the providers are not read, SlowDown while too many rankings wait."""
+        if not self._loaded.is_set():
+            raise TryAgain(
+                "The hub has just started and still reads its providers.", reason="STARTING", retry_after_s=2
+            )
+        if self._waiting >= RANKS_WAITING_MAX:
+            raise SlowDown("Too many needs wait to be ranked; send again in a moment.", retry_after_s=1)
+
     async def rank(self, need: Need, limit: int) -> Ranking:
         """The best providers for the need; see Ranker.rank. The loop goes on meanwhile."""
         self._waiting += 1
@@ -91,6 +107,18 @@ class ProviderIndex:
             return await self._in_thread(lambda: self._timed(need, limit))
         finally:
             self._waiting -= 1
+
+    async def rank_assessors(self, asked: Assessment, limit: int) -> Ranking:
+        """The best assessors for an application; see Ranker.rank_assessors."""
+        self._waiting += 1
+        try:
+            return await self._in_thread(lambda: self._ranker.rank_assessors(asked, limit))
+        finally:
+            self._waiting -= 1
+
+    async def compute(self, work: Callable[[Ranker], T]) -> T:
+        """Let something be computed with the ranker, in a thread; the loop goes on meanwhile."""
+        return await self._in_thread(lambda: work(self._ranker))
 
     def kick(self) -> None:
         """Look now rather than at the next poll."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 
-from services.matching.domain import Kind, Provider, Size
+from services.matching.domain import Assesses, Kind, Provider, Size, organisation_name
 
 UNLIMITED = 1_000_000
 
@@ -27,11 +27,16 @@ class ProviderRecord:
     # None: no limit, for courses.
     capacity_per_quarter: int | None
     lead_days: int = 0
+    assesses: Assesses = Assesses.NO
+    conflict_organisations: tuple[str, ...] = ()
     conflict_firm_ids: tuple[int, ...] = ()
     expires_on: date | None = None
     active: bool = True
     change: int = 0
     changed: datetime | None = None
+    # What firms have scored: how many firms, and the sum of their newest scores.
+    outcome_firms: int = 0
+    outcome_points: int = 0
     # Places taken in the quarter that was asked about.
     taken: int = 0
 
@@ -60,9 +65,13 @@ class ProviderRecord:
             lead_days=self.lead_days,
             active=self.active,
             expires_on=self.expires_on,
+            assesses=self.assesses,
+            conflict_organisations=frozenset(map(organisation_name, self.conflict_organisations)),
+            outcome_firms=self.outcome_firms,
+            outcome_points=self.outcome_points,
             conflicts=frozenset(str(firm_id) for firm_id in self.conflict_firm_ids),
         )
 
     def without_conflicts(self) -> "ProviderRecord":
         """As others than its partner may see it."""
-        return replace(self, conflict_firm_ids=())
+        return replace(self, conflict_firm_ids=(), conflict_organisations=())

@@ -72,10 +72,25 @@ class PassageIndex:
         mean = self._embedder.embed(forms, tokens_max=ROUTING_TOKENS_MAX).mean(axis=0)
         return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
 
+    def question_of_passages(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The mean direction of several passages of one long text, shape (384,); zeros when degraded."""
+        if self._embedder is None:
+            return np.zeros(DIMENSIONS, dtype=np.float32)
+        mean = self._embedder.embed(texts).mean(axis=0)
+        return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
+
     def meaning(self, questions: NDArray[np.float32]) -> Scores:
         """Cosine of each question with each slot, negative ones as 0; (384,) -> (size,), (n, 384) -> (n, size)."""
         cosines: Scores = questions @ self._vectors[: self.size].T
         return np.maximum(cosines, np.float32(0.0), out=cosines)
+
+    def meaning_at(self, question: NDArray[np.float32], slot: int) -> float:
+        """`meaning` of one question with one slot."""
+        return max(float(question @ self._vectors[slot]), 0.0)
+
+    def words_at(self, text: str, slot: int) -> float:
+        """`words` of one slot."""
+        return self._lexical.score_at(text, slot)
 
     def likeness(self, slots: NDArray[np.intp]) -> Scores:
         """Cosines of these passages with each other, shape (n, n)."""

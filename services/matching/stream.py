@@ -28,7 +28,7 @@ def alarm_consumer(cluster: Cluster, pool: Pool, publisher: Publisher, matching:
                 continue
             if alarm is not None:
                 alarms.append(alarm)
-        await matching.take_alarms(connection, alarms)
+        await matching.needs.take_alarms(connection, alarms)
         return bad
 
     return PositionedConsumer(

@@ -17,16 +17,22 @@ from services.common.directory import Directory
 from services.common.errors import HubError
 from services.common.identity import Caller, Role
 from services.common.kafka import Cluster
-from services.funding import ledger, store
+from services.funding import call_store, ledger
 from services.funding.agreement import Agreement, AgreementState, ClaimState, CostLine
 from services.funding.agreements import AgreementService
+from services.funding.applications import ApplicationService
+from services.funding.award_store import given_to
+from services.funding.calls import CallService
+from services.funding.decisions import DecisionService
 from services.funding.domain import Cost, CostCategory, Declaration, Match, SizeFigures
+from services.funding.journal import Journal
+from services.funding.judging import Judge
 from services.funding.ledger import AccountKind
+from services.funding.ledger_replay import replay
 from services.funding.parameters import load_parameters
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition
-from services.funding.service import FundingService
 from smdih.directory.v1 import directory_pb2
 
 FIRM_ID = 21
@@ -52,7 +58,9 @@ class TurnedClock:
 class Fund:
     pool: Pool
     clock: TurnedClock
-    funding: FundingService
+    calls: CallService
+    applications: ApplicationService
+    decisions: DecisionService
     agreements: AgreementService
 
     async def award(self, *, accept: bool = True, confirm: bool = True) -> str:
@@ -72,8 +80,8 @@ class Fund:
             correlation_id=f"corr-{match_id}",
         )
         async with transaction(self.pool) as connection:
-            await store.add_match(connection, match)
-        call = await self.funding.create_call(
+            await call_store.add_match(connection, match)
+        call = await self.calls.create_call(
             FIRST,
             request_id=match_id,
             title="Digital spindles",
@@ -86,7 +94,7 @@ class Fund:
             in_kind_allowed=False,
         )
         size = SizeFigures(headcount="9", turnover_minor=1, balance_minor=1, period_start="2026-01-01")
-        view = await self.funding.create_application(
+        view = await self.applications.create_application(
             FIRM,
             request_id=match_id,
             call_id=call.id,
@@ -97,7 +105,7 @@ class Fund:
             other_public_pence=0,
         )
         application_id = view.application.id
-        pledge = await self.funding.add_pledge(
+        pledge = await self.applications.add_pledge(
             FIRM,
             application_id,
             request_id="p",
@@ -106,9 +114,9 @@ class Fund:
             public_body=False,
             amount_pence=BUSINESS,
         )
-        await self.funding.confirm_pledge(FIRST, application_id, pledge.id, evidence="statement")
-        await self.funding.submit(FIRM, application_id)
-        decided = await self.funding.decide(FIRST, application_id, award=True, reason="best")
+        await self.applications.confirm_pledge(FIRST, application_id, pledge.id, evidence="statement")
+        await self.applications.submit(FIRM, application_id)
+        decided = await self.decisions.decide(FIRST, application_id, award=True, reason="best")
         assert decided.application.award is not None
         award_id = decided.application.award.id
         if accept:
@@ -156,7 +164,7 @@ class Fund:
     async def assert_in_order(self) -> None:
         async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
             assert (await ledger.trial_balance(connection)).in_order
-            assert (await ledger.replay(connection)).faults == ()
+            assert (await replay(connection)).faults == ()
 
 
 def line(pence: int, category: CostCategory = CostCategory.LABOUR, evidence: str = "") -> CostLine:
@@ -176,9 +184,13 @@ async def fund(dsn: str, cluster: Cluster) -> AsyncIterator[Fund]:
     clock, table = TurnedClock(), load_parameters()
     directory = Directory(cluster, clock=clock, kinds=("firm",))
     directory.firms[FIRM_ID] = directory_pb2.Firm(id=FIRM_ID, name="Firm", sic="25.62")
-    funding = FundingService(pool, table=table, directory=directory, clock=clock, kick=lambda: None)
-    await funding.open_programme()
-    yield Fund(pool, clock, funding, AgreementService(pool, table=table, clock=clock, kick=lambda: None))
+    judge = Judge(table=table, clock=clock)
+    calls = CallService(pool, journal=Journal(pool, clock), table=table, clock=clock)
+    applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
+    decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=lambda: None)
+    await calls.open_programme()
+    agreements = AgreementService(pool, table=table, clock=clock, kick=lambda: None)
+    yield Fund(pool, clock, calls, applications, decisions, agreements)
     await pool.close()
 
 
@@ -235,7 +247,7 @@ async def test_without_the_firms_written_confirmation_nothing_is_paid(fund: Fund
     await refused("ASSISTANCE_UNCONFIRMED", fund.settle(award_id, claim_id))
     async with transaction(fund.pool) as connection:
         # This grant is one of them.
-        here = sum(item.amount_pence for item in await store.given_to(connection, FIRM_ID))
+        here = sum(item.amount_pence for item in await given_to(connection, FIRM_ID))
     limit = 315_000_00 - here
     confirm = fund.agreements.confirm_assistance
     await refused("MFA_LIMIT", confirm(FIRM, award_id, elsewhere_pence=limit + 1, statement="we, the board"))
@@ -341,7 +353,7 @@ async def test_withdrawing_restores_the_budget_and_frees_the_headroom(fund: Fund
     assert (ended.paid_pence, ended.restored_pence) == (400_00, GRANT - 400_00)
     assert (await fund.balances(begun))["public_budget"] == GRANT - 400_00
     async with transaction(fund.pool) as connection:
-        given = await store.given_to(connection, FIRM_ID)
+        given = await given_to(connection, FIRM_ID)
     assert sum(item.amount_pence == 400_00 for item in given) >= 1
     assert paid.award.firm_id == FIRM_ID
     await fund.assert_in_order()

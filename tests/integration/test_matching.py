@@ -44,7 +44,7 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
     """Without live providers, places taken or consent."""
     await one_hub.withdraw_all()
-    await one_hub.pool.execute("DELETE FROM provider_quarter")
+    await one_hub.clear_places()
     await one_hub.index.refresh()
     await one_hub.ok("firm", "POST", "/v1/consents/revoke")
     yield one_hub
@@ -187,7 +187,7 @@ async def test_alarms_of_one_machine_taken_in_by_two_processes_at_once_open_one_
         events = [alarm_event(f"process-{process}-{machine}", machine) for machine in machines]
         alarms = [alarm for alarm in map(raised_alarm, events) if alarm is not None]
         async with hub.pool.acquire() as connection, connection.transaction():
-            await hub.matching.take_alarms(connection, alarms)
+            await hub.matching.needs.take_alarms(connection, alarms)
 
     await asyncio.gather(take(1, machines), take(2, machines[::-1]), take(3, machines))
     for machine in machines:

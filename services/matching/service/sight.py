@@ -1,0 +1,47 @@
+"""Who sees what of needs, offers and matches."""
+
+from dataclasses import replace
+
+from services.common.database import Connection
+from services.common.errors import NotFound
+from services.common.identity import Caller, Role
+from services.matching.matches import Match
+from services.matching.needs import Need, Offer, OfferState
+from services.matching.service.checks import known_form
+from services.matching.store import matches as matches_store
+from services.matching.store import needs as needs_store
+
+
+async def need_seen_by(connection: Connection, caller: Caller, need_id: str) -> Need:
+    need = await needs_store.need(connection, known_form(need_id))
+    if need is None:
+        raise NotFound()
+    caller.check_sees_firm(need.firm_id)
+    return need
+
+
+async def match_seen_by(connection: Connection, caller: Caller, match_id: str) -> Match:
+    """Raises NotFound for what the caller has no part in."""
+    found = await matches_store.match(connection, known_form(match_id))
+    if found is None or not {
+        Role.OPERATOR: True,
+        Role.FIRM: found.firm_id == caller.firm_id,
+        Role.PARTNER: found.partner_id == caller.partner_id,
+    }.get(caller.role, False):
+        raise NotFound()
+    return found
+
+
+def sees_offer(caller: Caller, offer: Offer) -> bool:
+    return {
+        Role.OPERATOR: True,
+        Role.FIRM: offer.firm_id == caller.firm_id,
+        Role.PARTNER: offer.partner_id == caller.partner_id,
+    }.get(caller.role, False)
+
+
+def offer_as_seen_by(caller: Caller, offer: Offer) -> Offer:
+    """A partner learns whose need it is once the firm has accepted."""
+    if caller.role is Role.PARTNER and offer.state is not OfferState.ACCEPTED:
+        return replace(offer, firm_id=0, machine_id=0, alarm_id="")
+    return offer

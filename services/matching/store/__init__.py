@@ -1,0 +1,1 @@
+"""SQL of matching. Every function works inside the caller's transaction."""
