@@ -273,7 +273,6 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     runtime.background("bridge", serve())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("mqtt", bridge.is_serving)
-    runtime.alive_when("shares", bridge.is_turning)
 
 
 async def operator_key(settings: Settings) -> str:

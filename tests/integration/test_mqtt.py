@@ -211,9 +211,46 @@ async def test_a_gap_an_unknown_alias_and_data_before_a_birth_ask_for_a_rebirth_
         reasons_expected = ["DATA_BEFORE_BIRTH", "NOT_IN_BIRTH", "DATA_BEFORE_BIRTH", "DATA_BEFORE_BIRTH"]
         await eventually(lambda: _equals(reasons, [(reason, 1) for reason in reasons_expected]))
 
+    async def told_offline() -> bool:
+        found = (await plant.operator.get(f"/v1/machines/{machine['id']}/diagnosis")).json()
+        assert found["verdict"] in ("PARTLY_REFUSED", "NODE_OFFLINE"), found
+        return bool(found["verdict"] == "NODE_OFFLINE" and "the device 'press-1' of the node 'works'" in found["text"])
+
+    await eventually(told_offline)
+
 
 async def _equals(ask: Any, expected: Any) -> bool:
     return bool(await ask() == expected)
+
+
+async def test_a_firm_over_its_quota_has_its_samples_in_quarantine_and_others_are_not_held_up(plant: Plant) -> None:
+    firm_id, at = plant.machines["acme"]["firm_id"], now_ms() - 7_200_000
+    answer = await plant.operator.put(f"/v1/firms/{firm_id}/quota", json={"samples_per_s": 1})
+    assert answer.status_code == 200, answer.text
+    try:
+        sent = 0
+
+        async def is_over() -> bool:
+            nonlocal sent
+            async with plant.client("acme") as client:
+                for _ in range(30):
+                    await client.publish("smdih/v1/acme/works/press-1/current", plain(sent, at + sent), qos=1)
+                    sent += 1
+            return (await _samples_by_reason(plant, firm_id)).get("QUOTA_SAMPLES", 0) > 0
+
+        await eventually(is_over)
+
+        async def all_there() -> bool:
+            stored = sum(1 for _, ms in await plant.stored(plant.machines["acme"]["id"]) if at <= ms < at + sent)
+            return stored + (await _samples_by_reason(plant, firm_id))["QUOTA_SAMPLES"] == sent
+
+        await eventually(all_there)
+    finally:
+        await plant.operator.put(f"/v1/firms/{firm_id}/quota", json={})
+        item = (await plant.operator.get("/v1/quarantine")).json()["items"][0]
+    assert item["reason"] == "QUOTA_SAMPLES"
+    replayed = await plant.operator.post(f"/v1/quarantine/{item['id']}/replay", json={})
+    assert (replayed.status_code, replayed.json()["accepted"]) == (200, item["samples"]), replayed.text
 
 
 async def test_the_host_says_that_it_is_there_and_says_it_again_when_someone_denies_it(plant: Plant) -> None:
