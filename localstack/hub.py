@@ -209,14 +209,14 @@ class Hub:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        if "matching" in self.processes:
+            environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
         if self._mqtt is not None and running.role.needs_mqtt:
             environment |= {
                 "SMDIH_MQTT_PORT": str(self._mqtt.port),
                 "SMDIH_MQTT_USER": BRIDGE,
                 "SMDIH_MQTT_PASSWORD": self._mqtt.passwords[BRIDGE],
             }
-        if "matching" in self.processes:
-            environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
         if running.role.name == "door":  # nobody else signs
             environment["SMDIH_EVIDENCE_KEY"] = self.evidence_key
         if running.role.name == "funding":

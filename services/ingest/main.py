@@ -74,6 +74,7 @@ from smdih.ingest.v1 import (
 SCHEMA = "ingest"
 USAGE = "usage: python -m services.ingest.main door|historian|mqtt|operator-key"
 
+HISTORIANS = 2
 HISTORIAN_RECORDS_MAX = 500
 # A partition's share of a poll. Small polls let fetching and storing overlap and stay in the processor's caches: from a full
 # topic 2 MiB stored 3.7-4.0 million samples a second, 8 MiB 2.2-2.8 million, 0.5 MiB 1.8-3.0 million.
@@ -168,8 +169,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             quota_router(quotas),
             claim_code_router(claims),
             audit_router(Audit(pool)),
-            import_router(Imports(pool, relay, directory, clock)),
             rooms_router(room_reads),
+            import_router(Imports(pool, relay, directory, clock)),
         ],
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),
@@ -186,34 +187,39 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
-    historian = Historian()
-    samples = PositionedConsumer(
-        cluster,
-        pool,
-        publisher,
-        topic_names=[topics.SAMPLES],
-        group="smdih.ingest.historian",
-        handler=historian.store,
-        records_max=HISTORIAN_RECORDS_MAX,
-        poll_bytes_max=HISTORIAN_POLL_BYTES_MAX,
-        on_change=historian.forget,
-    )
+    # Each with partitions, memory and a connection of its own: while the database copies for one, the other makes ready.
+    historians = [Historian() for _ in range(HISTORIANS)]
+    samples = [
+        PositionedConsumer(
+            cluster,
+            pool,
+            publisher,
+            topic_names=[topics.SAMPLES],
+            group="smdih.ingest.historian",
+            handler=historian.store,
+            records_max=HISTORIAN_RECORDS_MAX,
+            poll_bytes_max=HISTORIAN_POLL_BYTES_MAX,
+            on_change=historian.forget,
+        )
+        for historian in historians
+    ]
     quarantine = PositionedConsumer(
         cluster,
         pool,
         publisher,
         topic_names=[topics.QUARANTINE],
         group="smdih.ingest.quarantine",
-        handler=historian.store_quarantine,
+        handler=Historian().store_quarantine,
     )
     app = application("SMDIH historian", runtime=runtime, directory=None)
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
-    runtime.background("samples", samples.run())
-    runtime.background("quarantine", quarantine.run())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
-    runtime.ready_when("partitions", samples.is_assigned)
-    runtime.alive_when("samples", samples.is_turning)
+    for number, consumer in enumerate(samples):
+        runtime.background(f"samples-{number}", consumer.run())
+        runtime.ready_when(f"partitions-{number}", consumer.is_assigned)
+        runtime.alive_when(f"samples-{number}", consumer.is_turning)
+    runtime.background("quarantine", quarantine.run())
     runtime.alive_when("quarantine", quarantine.is_turning)
 
 
