@@ -406,7 +406,7 @@ class Host:
                 while True:
                     for message in await link.messages(messages_max=100, timeout_s=TURN_TIMEOUT_S):
                         link.ack([message])
-                        if message.payload != birth:
+                        if sparkplug.says_offline(message.payload):
                             # The will of an earlier connection came late, or somebody else speaks in our name.
                             await link.publish(self._topic, birth, qos=1, retain=True)
             finally:

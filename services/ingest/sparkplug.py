@@ -68,6 +68,15 @@ def state_payload(*, is_online: bool, started_ms: int) -> bytes:
     return json.dumps({"online": is_online, "timestamp": started_ms}).encode()
 
 
+def says_offline(payload: bytes) -> bool:
+    """Whether a STATE message says anything but that the host is there. Two hosts of one name do not answer each other's births."""
+    try:
+        said = json.loads(payload)
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(said, dict) or said.get("online") is not True
+
+
 def rebirth_topic(group: str, node: str) -> str:
     return f"{NAMESPACE}/{group}/NCMD/{node}"
 
