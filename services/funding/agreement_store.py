@@ -93,6 +93,13 @@ async def lock_agreement(
     await connection.execute("SELECT FROM agreement WHERE award_id = $1 FOR NO KEY UPDATE", award.id)
 
 
+async def lock_award(connection: Connection, award_id: str) -> None:
+    """The same for what needs no figures of the agreement, and whether or not it has been answered."""
+    await connection.execute("SELECT FROM agreement WHERE award_id = $1 FOR NO KEY UPDATE", award_id)
+    # Without an answer there is no agreement yet.
+    await connection.execute("SELECT FROM award WHERE id = $1 FOR NO KEY UPDATE", award_id)
+
+
 async def set_accepted(connection: Connection, award_id: str, *, start: date, end: date, now_us: int) -> None:
     await connection.execute(
         "UPDATE agreement SET state = 'accepted', project_start = $2, project_end = $3, accepted = $4 WHERE award_id = $1",

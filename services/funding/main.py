@@ -10,6 +10,7 @@ from services.common import http, logs, rpc, topics
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
 from services.common.directory import Directory
+from services.common.evidence import Verifier
 from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
@@ -21,6 +22,7 @@ from services.funding import (
     group_api,
     ledger,
     ledger_replay,
+    milestone_api,
     open_data_api,
     review_api,
 )
@@ -35,6 +37,7 @@ from services.funding.decisions import DecisionService
 from services.funding.groups import GroupService
 from services.funding.journal import Journal
 from services.funding.judging import Judge
+from services.funding.milestones import MilestoneService
 from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
 from services.funding.reviews import ReviewService
@@ -48,6 +51,9 @@ USAGE = "usage: python -m services.funding.main api|trial-balance|replay"
 
 
 class FundingSettings(Settings):
+    evidence_public_keys: str = Field(
+        "", description="base64, with blanks between; evidence signed with others is refused"
+    )
     matching_grpc: str = Field(
         "", description="host:port of the matching service's gRPC; without it nobody is proposed"
     )
@@ -72,7 +78,9 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
     decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=relay.kick)
     balances = BalanceService(pool)
-    agreements = AgreementService(pool, table=table, clock=clock, kick=relay.kick)
+    verifier = Verifier(settings.evidence_public_keys.split())
+    milestones = MilestoneService(pool, verifier=verifier, directory=directory, clock=clock)
+    agreements = AgreementService(pool, milestones=milestones, table=table, clock=clock, kick=relay.kick)
     await calls.open_programme()
     matches = PositionedConsumer(
         cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.funding.matches", handler=keep_matches
@@ -106,6 +114,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     routers = [
         api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
         agreement_api.router(agreements),
+        milestone_api.router(milestones),
         group_api.router(groups),
         review_api.router(reviews),
         allocation_api.router(allocations),

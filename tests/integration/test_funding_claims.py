@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ from services.common.clock import to_us
 from services.common.database import Pool, create_pool, transaction
 from services.common.directory import Directory
 from services.common.errors import HubError
+from services.common.evidence import Signer, Statement, Verifier, new_key
 from services.common.identity import Caller, Role
 from services.common.kafka import Cluster
 from services.funding import call_store, ledger
@@ -29,6 +30,8 @@ from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.ledger import AccountKind
 from services.funding.ledger_replay import replay
+from services.funding.milestone import Comparison, Milestone
+from services.funding.milestones import MilestoneService
 from services.funding.parameters import load_parameters
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
@@ -40,6 +43,8 @@ FIRM, OTHER = Caller(1, Role.FIRM, firm_id=FIRM_ID), Caller(2, Role.FIRM, firm_i
 FIRST, SECOND = Caller(3, Role.OPERATOR), Caller(4, Role.OPERATOR)
 START = date(2026, 6, 1)
 GRANT, COST = 4_000_00, 10_000_00
+MACHINE = 7
+SIGNER = Signer(new_key())
 # Gross: the rest of the cost is business money.
 BUSINESS = COST - GRANT
 
@@ -62,6 +67,7 @@ class Fund:
     applications: ApplicationService
     decisions: DecisionService
     agreements: AgreementService
+    milestones: MilestoneService
 
     async def award(self, *, accept: bool = True, confirm: bool = True) -> str:
         """An award of GRANT on COST, made on START; the project runs from June to the end of August."""
@@ -184,13 +190,17 @@ async def fund(dsn: str, cluster: Cluster) -> AsyncIterator[Fund]:
     clock, table = TurnedClock(), load_parameters()
     directory = Directory(cluster, clock=clock, kinds=("firm",))
     directory.firms[FIRM_ID] = directory_pb2.Firm(id=FIRM_ID, name="Firm", sic="25.62")
+    for machine_id, firm_id in ((MACHINE, FIRM_ID), (MACHINE + 1, 22)):
+        machine = directory_pb2.Machine(id=machine_id, firm_id=firm_id, path=f"firm-{firm_id}/site/spindle")
+        directory.machines.entries[machine_id] = directory_pb2.DirectoryEntry(machine=machine).SerializeToString()
     judge = Judge(table=table, clock=clock)
     calls = CallService(pool, journal=Journal(pool, clock), table=table, clock=clock)
     applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
     decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=lambda: None)
     await calls.open_programme()
-    agreements = AgreementService(pool, table=table, clock=clock, kick=lambda: None)
-    yield Fund(pool, clock, calls, applications, decisions, agreements)
+    milestones = MilestoneService(pool, verifier=Verifier([SIGNER.public_key]), directory=directory, clock=clock)
+    agreements = AgreementService(pool, milestones=milestones, table=table, clock=clock, kick=lambda: None)
+    yield Fund(pool, clock, calls, applications, decisions, agreements, milestones)
     await pool.close()
 
 
@@ -484,3 +494,113 @@ async def test_the_fund_watches_its_ratio_on_promises_and_on_payments(fund: Fund
     assert view.on_promises.met
     assert view.on_payments.ratio is not None
     await refused("FORBIDDEN", fund.agreements.get_fund(FIRM))
+
+
+def evidence(signer: Signer = SIGNER, **changes: Any) -> dict[str, Any]:
+    """Signed: 900 kWh of the firm's machine in the week from 8 June, data for 95 % of it."""
+
+    def at(day: int) -> int:
+        return to_us(datetime(2026, 6, day, tzinfo=UTC))
+
+    fields = {
+        "measure": "energy_kwh",
+        "firm_id": FIRM_ID,
+        "machine_id": MACHINE,
+        "machine_path": "firm-21/site/spindle",
+        "from_us": at(8),
+        "to_us": at(15),
+        "value": "900.00",
+        "unit": "kWh",
+        "coverage": "0.95",
+        "method": "sum over minutes",
+        "issued_us": at(16),
+        **changes,
+    }
+    return signer.sign(Statement(**fields))
+
+
+SAVES = Milestone(
+    id="saves",
+    title="A week at 900 kWh or less",
+    measure="energy_kwh",
+    machine_id=MACHINE,
+    comparison=Comparison.AT_MOST,
+    threshold="900",
+    days_min=7,
+    coverage_min="0.95",
+    due=date(2026, 6, 30),
+)
+
+
+async def test_a_milestone_is_met_by_signed_evidence_that_comes_with_a_claim(fund: Fund) -> None:
+    award_id = await fund.award()
+    await fund.milestones.set(FIRST, award_id, [SAVES])
+    claim_id = await fund.claim(award_id, 6, 1_000_00)
+    detail = await refused("MILESTONE_UNMET", fund.decide(award_id, claim_id))
+    assert "saves (A week at 900 kWh or less) was due on 2026-06-30" in detail
+    shown = evidence()
+    for _ in range(2):  # the second is a repeat
+        (met,) = await fund.milestones.show(FIRM, award_id, "saves", shown)
+        assert (met.value, met.met_us is not None) == ("900.00", True)
+    await fund.decide(award_id, claim_id)
+    await refused("MILESTONE_MET", fund.milestones.show(FIRM, award_id, "saves", evidence(value="899")))
+    await refused("MILESTONE_MET", fund.milestones.set(FIRST, award_id, []))
+    # One statement shows one milestone, of whichever award.
+    other = await fund.award()
+    await fund.milestones.set(FIRST, other, [SAVES])
+    await refused("EVIDENCE_USED", fund.milestones.show(FIRM, other, "saves", shown))
+    fresh = ("saves", evidence(value="899.99"))
+    await fund.claim(other, 6, 1_000_00, evidence=[fresh])
+    assert (await fund.milestones.get(FIRM, other))[0].value == "899.99"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"value": "900.01"}, "MILESTONE_NOT_MET"),
+        ({"firm_id": 22}, "EVIDENCE_OTHER_FIRM"),
+        ({"machine_id": MACHINE + 1}, "EVIDENCE_OTHER_MACHINE"),
+        ({"measure": "working_hours"}, "EVIDENCE_OTHER_MEASURE"),
+        ({"coverage": "0.949999"}, "EVIDENCE_TOO_THIN"),
+        # A minute less than seven days.
+        ({"to_us": to_us(datetime(2026, 6, 14, 23, 59, tzinfo=UTC))}, "EVIDENCE_TOO_SHORT"),
+        # The project began on 1 June, British time: an hour earlier than this in UTC.
+        ({"from_us": to_us(datetime(2026, 5, 31, 22, 59, tzinfo=UTC))}, "EVIDENCE_OUTSIDE_PROJECT"),
+        ({"to_us": to_us(datetime(2026, 8, 31, 23, 1, tzinfo=UTC))}, "EVIDENCE_OUTSIDE_PROJECT"),
+        ({"signer": Signer(new_key())}, "UNKNOWN_EVIDENCE_KEY"),
+    ],
+)
+async def test_evidence_that_does_not_show_the_milestone_is_refused(
+    fund: Fund, changes: dict[str, Any], reason: str
+) -> None:
+    award_id = await fund.award()
+    await fund.milestones.set(FIRST, award_id, [SAVES])
+    await refused(reason, fund.milestones.show(FIRM, award_id, "saves", evidence(**changes)))
+    assert (await fund.milestones.get(FIRM, award_id))[0].met_us is None
+
+
+async def test_evidence_that_was_touched_and_milestones_of_others_are_refused(fund: Fund) -> None:
+    award_id = await fund.award()
+    await fund.milestones.set(FIRST, award_id, [SAVES])
+    forged = evidence(value="950")
+    forged["statement"]["value"] = "900"
+    await refused("WRONG_SIGNATURE", fund.milestones.show(FIRM, award_id, "saves", forged))
+    await refused("BAD_EVIDENCE", fund.milestones.show(FIRM, award_id, "saves", {"statement": {}}))
+    await refused("MILESTONE_UNKNOWN", fund.milestones.show(FIRM, award_id, "else", evidence()))
+    await refused("AWARD_UNKNOWN", fund.milestones.show(OTHER, award_id, "saves", evidence()))
+    await refused("AWARD_UNKNOWN", fund.milestones.get(OTHER, award_id))
+    await refused("FORBIDDEN", fund.milestones.show(FIRST, award_id, "saves", evidence()))
+    await refused("FORBIDDEN", fund.milestones.set(FIRM, award_id, []))
+    for changes in (
+        {"id": "Bad id"},
+        {"threshold": "much"},
+        {"days_min": 0},
+        {"coverage_min": "1.01"},
+        {"coverage_min": "NaN"},
+        {"title": " "},
+    ):
+        with pytest.raises(HubError) as error:
+            await fund.milestones.set(FIRST, award_id, [replace(SAVES, **changes)])
+        assert error.value.HTTP_STATUS == 400
+    await refused("MACHINE_UNKNOWN", fund.milestones.set(FIRST, award_id, [replace(SAVES, machine_id=MACHINE + 1)]))
+    await refused("MILESTONE_INVALID", fund.milestones.set(FIRST, award_id, [SAVES, SAVES]))
