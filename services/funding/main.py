@@ -20,6 +20,7 @@ from services.funding import (
     allocation_api,
     api,
     group_api,
+    impact_api,
     ledger,
     ledger_replay,
     milestone_api,
@@ -35,6 +36,7 @@ from services.funding.balances import BalanceService, watch
 from services.funding.calls import CallService
 from services.funding.decisions import DecisionService
 from services.funding.groups import GroupService
+from services.funding.impacts import ImpactService
 from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.milestones import MilestoneService
@@ -109,18 +111,26 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     runtime.on_stop(finder.close)
     reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
     allocations = AllocationService(pool, judge=judge, reviews=reviews, decisions=decisions, table=table, clock=clock)
+    impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
     groups = GroupService(pool, table=table, directory=directory, clock=clock)
     open_data = OpenDataService(pool, directory=directory, clock=clock)
     routers = [
         api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
         agreement_api.router(agreements),
         milestone_api.router(milestones),
+        impact_api.router(impacts),
         group_api.router(groups),
         review_api.router(reviews),
         allocation_api.router(allocations),
         open_data_api.router(open_data),
     ]
-    app = http.application("SMDIH fund", runtime=runtime, directory=directory, routers=routers)
+    app = http.application(
+        "SMDIH fund",
+        runtime=runtime,
+        directory=directory,
+        routers=routers,
+        open_routers=[open_data_api.public_router(open_data)],
+    )
     await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))

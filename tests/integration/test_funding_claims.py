@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
+from fractions import Fraction
 from typing import Any
 
 import asyncpg
@@ -26,6 +27,8 @@ from services.funding.award_store import given_to
 from services.funding.calls import CallService
 from services.funding.decisions import DecisionService
 from services.funding.domain import Cost, CostCategory, Declaration, Match, SizeFigures
+from services.funding.impact import Figures, ImpactKind, change_between
+from services.funding.impacts import Impact, ImpactService
 from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.ledger import AccountKind
@@ -68,6 +71,7 @@ class Fund:
     decisions: DecisionService
     agreements: AgreementService
     milestones: MilestoneService
+    impacts: ImpactService
 
     async def award(self, *, accept: bool = True, confirm: bool = True) -> str:
         """An award of GRANT on COST, made on START; the project runs from June to the end of August."""
@@ -200,7 +204,8 @@ async def fund(dsn: str, cluster: Cluster) -> AsyncIterator[Fund]:
     await calls.open_programme()
     milestones = MilestoneService(pool, verifier=Verifier([SIGNER.public_key]), directory=directory, clock=clock)
     agreements = AgreementService(pool, milestones=milestones, table=table, clock=clock, kick=lambda: None)
-    yield Fund(pool, clock, calls, applications, decisions, agreements, milestones)
+    impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
+    yield Fund(pool, clock, calls, applications, decisions, agreements, milestones, impacts)
     await pool.close()
 
 
@@ -604,3 +609,70 @@ async def test_evidence_that_was_touched_and_milestones_of_others_are_refused(fu
         assert error.value.HTTP_STATUS == 400
     await refused("MACHINE_UNKNOWN", fund.milestones.set(FIRST, award_id, [replace(SAVES, machine_id=MACHINE + 1)]))
     await refused("MILESTONE_INVALID", fund.milestones.set(FIRST, award_id, [SAVES, SAVES]))
+
+
+BEFORE = Figures(
+    jobs_fte="12.5", value_added_pence=900_000_00, hours_worked="20000", energy_kwh="250000.5", carbon_kg_co2e="51750"
+)
+AFTER = Figures(
+    jobs_fte="13", value_added_pence=1_050_000_00, hours_worked="21000", energy_kwh="240000", carbon_kg_co2e="48000.25"
+)
+
+
+async def reported(fund: Fund, award_id: str, kind: ImpactKind, figures: Figures, year_ending: str) -> Impact:
+    return await fund.impacts.report(
+        FIRM,
+        award_id,
+        kind,
+        year_ending=year_ending,
+        figures=figures,
+        uncertainty_percent="5",
+        method="meters and payroll",
+    )
+
+
+async def test_impact_is_reported_before_and_after_and_summed_exactly(fund: Fund) -> None:
+    award_id, other = await fund.award(), await fund.award()
+    fund.clock.day = date(2026, 7, 1)
+    impact = await fund.impacts.get(FIRM, award_id)
+    # Thirty days after 1 June; fifteen months after 31 August, in a month without a 31st.
+    assert (impact.baseline_due, impact.follow_up_due) == (date(2026, 7, 1), date(2027, 11, 30))
+    assert not {one.award_id for one in (await fund.impacts.overview(FIRST)).overdue} & {award_id, other}
+    fund.clock.day = date(2026, 7, 2)
+    overview = await fund.impacts.overview(FIRST)
+    assert {award_id, other} <= {one.award_id for one in overview.overdue if one.kind is ImpactKind.BASELINE}
+    wrong = await reported(fund, award_id, ImpactKind.BASELINE, AFTER, "2026-05-31")
+    for _ in range(2):  # the second is a repeat
+        corrected = await reported(fund, award_id, ImpactKind.BASELINE, BEFORE, "2026-06-01")
+    assert [one.version for one in corrected.reports] == [1, 2]
+    assert corrected.reports[0] == wrong.reports[0]
+    before = await fund.impacts.overview(FIRST)
+    await refused("YEAR_OPEN", reported(fund, award_id, ImpactKind.FOLLOW_UP, AFTER, "2027-08-31"))
+    fund.clock.day = date(2027, 9, 1)
+    await reported(fund, award_id, ImpactKind.FOLLOW_UP, AFTER, "2027-08-31")
+    after = await fund.impacts.overview(Caller(9, Role.PARTNER, partner_id=1))
+    assert after.totals.projects == before.totals.projects + 1
+    assert after.totals.jobs_fte - before.totals.jobs_fte == Fraction("0.5")
+    assert after.totals.energy_kwh - before.totals.energy_kwh == Fraction("-10000.5")
+    assert after.totals.carbon_kg_co2e - before.totals.carbon_kg_co2e == Fraction("-3749.75")
+    change = change_between(BEFORE, AFTER)
+    assert (change.productivity_before, change.productivity_after) == (Fraction(4_500), Fraction(5_000))
+    assert award_id not in {one.award_id for one in after.overdue}
+
+
+async def test_impact_that_makes_no_sense_or_is_anothers_is_refused(fund: Fund) -> None:
+    award_id = await fund.award()
+    fund.clock.day = date(2026, 12, 1)
+    await refused("YEAR_OUT_OF_RANGE", reported(fund, award_id, ImpactKind.BASELINE, BEFORE, "2026-06-02"))
+    await refused("YEAR_OUT_OF_RANGE", reported(fund, award_id, ImpactKind.FOLLOW_UP, AFTER, "2026-08-31"))
+    for changes in ({"jobs_fte": "-1"}, {"energy_kwh": "1e9"}, {"hours_worked": ""}, {"value_added_pence": -1}):
+        with pytest.raises(HubError) as error:
+            await reported(fund, award_id, ImpactKind.BASELINE, replace(BEFORE, **changes), "2026-06-01")
+        assert error.value.HTTP_STATUS == 400
+    await refused("AWARD_UNKNOWN", fund.impacts.get(OTHER, award_id))
+    await refused("FORBIDDEN", fund.impacts.get(Caller(9, Role.PARTNER, partner_id=1), award_id))
+    await refused("FORBIDDEN", fund.impacts.overview(FIRM))
+    offered = await fund.award(accept=False, confirm=False)
+    await refused("AWARD_OFFERED", fund.impacts.get(FIRM, offered))
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await fund.pool.execute("TRUNCATE impact_report")
