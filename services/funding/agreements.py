@@ -180,7 +180,7 @@ class AgreementService:
                 credential_id=caller.credential_id,
                 now_us=self._clock.now_us(),
             )
-            detail = {"elsewhere_pence": elsewhere_pence, "grant_pence": agreement.award.grant_pence}
+            detail = {"elsewhere_pence": elsewhere_pence, "grant_pence": agreement.grant_pence}
             await self._audit(connection, caller, "assistance_confirmed", agreement, detail)
             return await _agreement(connection, caller, award_id)
 
@@ -452,11 +452,11 @@ class AgreementService:
         """The grant beside what others gave the group, as it says, and what this fund gave it, as it knows itself."""
         award = agreement.award
         here = await given_to(connection, award.firm_id)
-        here.remove(Given(on=award.awarded_on, amount_pence=award.grant_pence))
+        here.remove(Given(on=award.awarded_on, amount_pence=agreement.grant_pence))
         amounts = [(item.on, item.amount_pence) for item in here] + [(award.awarded_on, elsewhere_pence)]
         return mfa_check(
             award_date=award.awarded_on,
-            proposed_p=award.grant_pence,
+            proposed_p=agreement.grant_pence,
             history=[
                 Assistance(given_on=on, amount=pence, kind=AssistanceKind.MFA, enterprise=GROUP)
                 for on, pence in amounts
@@ -468,7 +468,7 @@ class AgreementService:
     def _judge(self, agreement: Agreement, claim: Claim) -> Decision:
         ruled = decide_claim(
             ClaimFacts(
-                max_grant_p=agreement.award.grant_pence,
+                max_grant_p=agreement.grant_pence,
                 award_rate=agreement.award_rate,
                 retention_rate=decimal(agreement.retention_rate),
                 paid_so_far_p=agreement.paid_pence,

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter
 
 from services.common.http import Authenticated
+from services.common.identity import Caller
 from services.funding.applications import ApplicationService
 from services.funding.balances import BalanceService
 from services.funding.calls import CallService
@@ -24,6 +25,7 @@ from services.funding.domain import (
     Terms,
 )
 from services.funding.judging import View
+from services.funding.permissions import Action, allowed
 from services.funding.rules.assistance import AssistanceKind
 from services.funding.rules.intensity import Category, Organisation
 from services.funding.rules.match import PledgeKind
@@ -298,6 +300,7 @@ class ApplicationOut(_Out):
     correlation_id: str
     content: Any = Field(description="answers, partners, attachments and machines")
     assessment: AssessmentOut | None = None
+    may: list[Action] = Field([], description="what this key may do with it now")
 
 
 class ApplicationPageOut(_Out):
@@ -368,7 +371,7 @@ def router(
         view = await applications.create_application(
             caller, declaration=body.declaration.declared(), costs=costs, content=body.content(), **fields
         )
-        return _application_out(view)
+        return _application_out(caller, view)
 
     @routes.get("/applications")
     async def list_applications(
@@ -388,7 +391,7 @@ def router(
 
     @routes.get("/applications/{application_id}")
     async def get_application(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await applications.get_application(caller, application_id))
+        return _application_out(caller, await applications.get_application(caller, application_id))
 
     @routes.post("/applications/{application_id}/pledges", status_code=201)
     async def add_pledge(caller: Authenticated, application_id: str, body: PledgeIn) -> PledgeOut:
@@ -402,19 +405,21 @@ def router(
 
     @routes.post("/applications/{application_id}/submit")
     async def submit(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await applications.submit(caller, application_id))
+        return _application_out(caller, await applications.submit(caller, application_id))
 
     @routes.post("/applications/{application_id}/withdraw")
     async def withdraw(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await applications.withdraw(caller, application_id))
+        return _application_out(caller, await applications.withdraw(caller, application_id))
 
     @routes.post("/applications/{application_id}/waive-ratio")
     async def waive_ratio(caller: Authenticated, application_id: str, body: ReasonIn) -> ApplicationOut:
-        return _application_out(await decisions.waive_ratio(caller, application_id, reason=body.reason))
+        return _application_out(caller, await decisions.waive_ratio(caller, application_id, reason=body.reason))
 
     @routes.post("/applications/{application_id}/decide")
     async def decide(caller: Authenticated, application_id: str, body: DecisionIn) -> ApplicationOut:
-        return _application_out(await decisions.decide(caller, application_id, award=body.award, reason=body.reason))
+        return _application_out(
+            caller, await decisions.decide(caller, application_id, award=body.award, reason=body.reason)
+        )
 
     @routes.get("/ledger/trial-balance")
     async def trial_balance(caller: Authenticated) -> TrialBalanceOut:
@@ -423,8 +428,9 @@ def router(
     return routes
 
 
-def _application_out(view: View) -> ApplicationOut:
+def _application_out(caller: Caller, view: View) -> ApplicationOut:
     out = _out(view.application)
+    out.may = allowed(caller, view.application)
     if view.assessment is not None:
         out.assessment = AssessmentOut.model_validate(view.assessment)
     return out

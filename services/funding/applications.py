@@ -31,17 +31,16 @@ from services.funding.domain import (
     is_id,
 )
 from services.funding.judging import (
-    LIVE,
     Judge,
     View,
     application_of,
     audit_application,
     call_of,
-    check_state,
     there,
 )
 from services.funding.ledger import Purpose
 from services.funding.paging import next_token, page
+from services.funding.permissions import Action, check_may
 from services.funding.pledge_money import post_pledges, release_pledges
 from services.funding.requests import check_same, content_sha256, understood
 from services.funding.rules.match import PledgeKind
@@ -229,7 +228,7 @@ class ApplicationService:
             if first is not None:
                 check_same(first[0], content)
                 return first[1]
-            check_state(application, *LIVE)
+            check_may(caller, application, Action.ADD_PLEDGE)
             if len(application.pledges) >= PLEDGES_PER_APPLICATION_MAX:
                 raise Conflict(
                     f"An application has at most {PLEDGES_PER_APPLICATION_MAX} pledges.", reason="TOO_MANY_PLEDGES"
@@ -259,7 +258,7 @@ class ApplicationService:
                 raise NotFound("This application has no such pledge.", reason="PLEDGE_UNKNOWN")
             if pledge.confirmed_us is not None:
                 return pledge
-            check_state(application, *LIVE)
+            check_may(caller, application, Action.CONFIRM_PLEDGE)
             await application_store.set_confirmed(connection, pledge.id, evidence=evidence, now_us=now_us)
             call = await call_of(connection, application.call_id)
             with correlated(application.correlation_id):
@@ -309,7 +308,7 @@ class ApplicationService:
                 )
                 log.info("application submitted", application_id=application.id, grant_pence=assessment.grant_pence)
             elif application.state is ApplicationState.WITHDRAWN:
-                check_state(application, ApplicationState.DRAFT)
+                check_may(caller, application, Action.SUBMIT)
             return await self._judge.view(
                 connection, there(await application_store.application_of(connection, application.id)), call
             )
@@ -319,7 +318,7 @@ class ApplicationService:
         async with transaction(self._pool) as connection:
             application = await application_of(connection, caller, application_id, lock=True)
             if application.state is not ApplicationState.WITHDRAWN:
-                check_state(application, *LIVE)
+                check_may(caller, application, Action.WITHDRAW)
                 await release_pledges(connection, self._clock, caller, application)
                 await application_store.set_withdrawn(connection, application.id)
                 await audit_application(connection, self._clock, caller, "application_withdrawn", application, {})

@@ -19,6 +19,7 @@ from services.funding import (
     agreement_api,
     allocation_api,
     api,
+    change_api,
     group_api,
     impact_api,
     ledger,
@@ -34,6 +35,7 @@ from services.funding.applications import ApplicationService
 from services.funding.assessor_finder import AssessorFinder
 from services.funding.balances import BalanceService, watch
 from services.funding.calls import CallService
+from services.funding.change_requests import ChangeService
 from services.funding.decisions import DecisionService
 from services.funding.groups import GroupService
 from services.funding.impacts import ImpactService
@@ -111,6 +113,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     runtime.on_stop(finder.close)
     reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
     allocations = AllocationService(pool, judge=judge, reviews=reviews, decisions=decisions, table=table, clock=clock)
+    changes = ChangeService(pool, clock=clock)
     impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
     groups = GroupService(pool, table=table, directory=directory, clock=clock)
     open_data = OpenDataService(pool, directory=directory, clock=clock)
@@ -119,6 +122,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
         agreement_api.router(agreements),
         milestone_api.router(milestones),
         impact_api.router(impacts),
+        change_api.router(changes),
         group_api.router(groups),
         review_api.router(reviews),
         allocation_api.router(allocations),

@@ -25,6 +25,7 @@ from services.funding.agreements import AgreementService
 from services.funding.applications import ApplicationService
 from services.funding.award_store import given_to
 from services.funding.calls import CallService
+from services.funding.change_requests import Change, ChangeKind, ChangeService, ChangeState
 from services.funding.decisions import DecisionService
 from services.funding.domain import Cost, CostCategory, Declaration, Match, SizeFigures
 from services.funding.impact import Figures, ImpactKind, change_between
@@ -72,6 +73,7 @@ class Fund:
     agreements: AgreementService
     milestones: MilestoneService
     impacts: ImpactService
+    changes: ChangeService
 
     async def award(self, *, accept: bool = True, confirm: bool = True) -> str:
         """An award of GRANT on COST, made on START; the project runs from June to the end of August."""
@@ -205,7 +207,9 @@ async def fund(dsn: str, cluster: Cluster) -> AsyncIterator[Fund]:
     milestones = MilestoneService(pool, verifier=Verifier([SIGNER.public_key]), directory=directory, clock=clock)
     agreements = AgreementService(pool, milestones=milestones, table=table, clock=clock, kick=lambda: None)
     impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
-    yield Fund(pool, clock, calls, applications, decisions, agreements, milestones, impacts)
+    yield Fund(
+        pool, clock, calls, applications, decisions, agreements, milestones, impacts, ChangeService(pool, clock=clock)
+    )
     await pool.close()
 
 
@@ -676,3 +680,85 @@ async def test_impact_that_makes_no_sense_or_is_anothers_is_refused(fund: Fund) 
     await refused("AWARD_OFFERED", fund.impacts.get(FIRM, offered))
     with pytest.raises(asyncpg.IntegrityConstraintViolationError):
         await fund.pool.execute("TRUNCATE impact_report")
+
+
+async def asked(fund: Fund, award_id: str, kind: ChangeKind, **fields: Any) -> Change:
+    wanted = {"request_id": secrets.token_hex(6), "reason": "the machine comes later", **fields}
+    return (await fund.changes.request(FIRM, award_id, kind=kind, **wanted))[-1]
+
+
+async def decided(fund: Fund, award_id: str, change: Change, *, approve: bool = True) -> Change:
+    return (await fund.changes.decide(FIRST, award_id, change.id, approve=approve, reason="seen"))[-1]
+
+
+async def test_an_approved_change_takes_effect_once_and_a_reduction_in_the_ledger(fund: Fund) -> None:
+    award_id = await fund.award()
+    await fund.paid(award_id, 6, 5_000_00)
+    reduction = await asked(fund, award_id, ChangeKind.REDUCTION, reduction_pence=500_00, request_id="less")
+    assert (await asked(fund, award_id, ChangeKind.REDUCTION, reduction_pence=500_00, request_id="less")) == reduction
+    await refused("CHANGE_OPEN", asked(fund, award_id, ChangeKind.OTHER))
+    assert (await fund.balances(award_id))["public_committed"] == 2_000_00
+    for _ in range(2):  # the second is a repeat
+        assert (await decided(fund, award_id, reduction)).state is ChangeState.APPROVED
+    await refused("ALREADY_DECIDED", decided(fund, award_id, reduction, approve=False))
+    assert await fund.balances(award_id) == {
+        "public_budget": 500_00,
+        "public_committed": 1_500_00,
+        "public_paid": 2_000_00,
+        "co_investment_source": -BUSINESS,
+        "co_investment_committed": 3_000_00,
+        "co_investment_paid": 3_000_00,
+    }
+    # 90 % of what is left of the grant, 3,500.00, may be paid before completion.
+    second = await fund.paid(award_id, 7, 4_900_00)
+    assert (second.paid_pence, second.held_pence) == (3_150_00, 350_00)
+    await fund.reports(award_id)
+    last = await fund.paid(award_id, 8, 100_00)
+    assert (last.state, last.paid_pence, last.restored_pence) == (AgreementState.COMPLETE, 3_500_00, 500_00)
+    await fund.assert_in_order()
+
+
+async def test_dates_and_cost_categories_change_within_what_was_awarded(fund: Fund) -> None:
+    award_id = await fund.award()
+    later = await decided(fund, award_id, await asked(fund, award_id, ChangeKind.TIME, project_end="2026-10-31"))
+    assert later.project_end == date(2026, 10, 31)
+    assert (await fund.agreements.get_agreement(FIRM, award_id)).project_end == date(2026, 10, 31)
+    materials = [line(1_000_00, CostCategory.MATERIALS)]
+    await refused("CATEGORY_NOT_AWARDED", fund.claim(award_id, 6, 0, costs=materials))
+    moved = (
+        Cost(category=CostCategory.LABOUR, amount_pence=COST - 1_000_00),
+        Cost(category=CostCategory.MATERIALS, amount_pence=1_000_00),
+    )
+    await refused("COSTS_SUM_CHANGED", asked(fund, award_id, ChangeKind.COSTS, costs=moved[:1]))
+    await decided(fund, award_id, await asked(fund, award_id, ChangeKind.COSTS, costs=moved))
+    claim_id = await fund.claim(award_id, 6, 0, costs=materials)
+    await refused("CLAIM_OPEN", asked(fund, award_id, ChangeKind.OTHER))
+    await fund.decide(award_id, claim_id)
+    await fund.settle(award_id, claim_id)
+    too_early = asked(fund, award_id, ChangeKind.TIME, project_end="2026-06-29")
+    await refused("PROJECT_END_OUT_OF_RANGE", too_early)
+
+
+async def test_changes_that_make_no_sense_or_are_anothers_are_refused(fund: Fund) -> None:
+    award_id = await fund.award()
+    await refused("REDUCTION_TOO_LARGE", asked(fund, award_id, ChangeKind.REDUCTION, reduction_pence=GRANT))
+    await refused("CHANGE_INVALID", asked(fund, award_id, ChangeKind.REDUCTION))
+    await refused("CHANGE_INVALID", asked(fund, award_id, ChangeKind.TIME, reduction_pence=1))
+    await refused("DATE_INVALID", asked(fund, award_id, ChangeKind.TIME, project_end="soon"))
+    change = await asked(fund, award_id, ChangeKind.OTHER, request_id="same")
+    await refused("REQUEST_ID_REUSED", asked(fund, award_id, ChangeKind.OTHER, request_id="same", reason="else"))
+    assert (await decided(fund, award_id, change, approve=False)).state is ChangeState.REFUSED
+    await refused("FORBIDDEN", fund.changes.decide(FIRM, award_id, change.id, approve=True, reason="mine"))
+    await refused("AWARD_UNKNOWN", fund.changes.get(OTHER, award_id))
+    await refused("CHANGE_UNKNOWN", fund.changes.decide(FIRST, award_id, "none", approve=True, reason="x"))
+    offered = await fund.award(accept=False, confirm=False)
+    await refused("AWARD_OFFERED", asked(fund, offered, ChangeKind.OTHER))
+    # Before the firm confirms its assistance the smaller grant is what has to fit.
+    unconfirmed = await fund.award(confirm=False)
+    await decided(fund, unconfirmed, await asked(fund, unconfirmed, ChangeKind.REDUCTION, reduction_pence=1_00))
+    async with transaction(fund.pool) as connection:
+        here = sum(item.amount_pence for item in await given_to(connection, FIRM_ID))
+    rest = 315_000_00 - here
+    over = fund.agreements.confirm_assistance(FIRM, unconfirmed, elsewhere_pence=rest + 1, statement="x")
+    await refused("MFA_LIMIT", over)
+    await fund.agreements.confirm_assistance(FIRM, unconfirmed, elsewhere_pence=rest, statement="x")
