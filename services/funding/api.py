@@ -303,6 +303,24 @@ class ApplicationOut(_Out):
     may: list[Action] = Field([], description="what this key may do with it now")
 
 
+class MachineOut(_Out):
+    id: int
+    path: str
+
+
+class PrefillOut(_Out):
+    call: CallOut
+    match_id: str
+    need_id: str
+    provider_title: str
+    firm_id: int
+    firm_name: str
+    sic: str
+    region: str
+    machines: list[MachineOut]
+    declaration: Any = Field(description="as the firm declared it last time; none the first time")
+
+
 class ApplicationPageOut(_Out):
     applications: list[ApplicationOut]
     next_page_token: str
@@ -388,6 +406,23 @@ def router(
         )
         outs = [_out(application) for application in found]
         return ApplicationPageOut(applications=outs, next_page_token=token)
+
+    @routes.get("/applications/prefill")
+    async def prefill(caller: Authenticated, call_id: str, match_id: str) -> PrefillOut:
+        """What the hub knows already: the form asks for the rest only."""
+        found = await applications.prefill(caller, call_id=call_id, match_id=match_id)
+        return PrefillOut(
+            call=call_out(found.call),
+            match_id=found.match.id,
+            need_id=found.match.need_id,
+            provider_title=found.match.provider_title,
+            firm_id=found.match.firm_id,
+            firm_name=found.firm_name,
+            sic=found.sic,
+            region=found.region,
+            machines=[MachineOut(id=id_, path=path) for id_, path in found.machines],
+            declaration=found.declaration,
+        )
 
     @routes.get("/applications/{application_id}")
     async def get_application(caller: Authenticated, application_id: str) -> ApplicationOut:

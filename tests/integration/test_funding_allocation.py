@@ -470,6 +470,18 @@ async def test_an_application_answers_the_questions_of_its_call_in_their_form(wo
     assert dict(seen["content"]["answers"]) == good
     assert seen["content"]["attachments"] == [document]
     assert seen["content"]["machine_ids"] == [100, 101]
+    known = await world.done(
+        "GET", f"/v1/applications/prefill?call_id={call_id}&match_id={seen['match_id']}", who="firm"
+    )
+    assert (known["sic"], known["region"], known["call"]["terms"]["questions"][0]["id"]) == (
+        "25.62",
+        "East Midlands",
+        "plan",
+    )
+    assert known["declaration"]["size"]["headcount"] == "9"
+    for who, reason in (("other_firm", "MATCH_UNKNOWN"), ("partner", "FORBIDDEN")):
+        where = f"/v1/applications/prefill?call_id={call_id}&match_id={seen['match_id']}"
+        await world.refused(404 if reason == "MATCH_UNKNOWN" else 403, reason, "GET", where, who=who)
     assert (await world.done("GET", f"/v1/calls/{call_id}"))["terms"]["scope"] == "Machines that report themselves."
     wrong: list[tuple[dict[str, Any], int, str]] = [
         ({"answers": {**good, "plan": ""}}, 400, "ANSWER_MISSING"),
