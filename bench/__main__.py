@@ -9,12 +9,16 @@ import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from bench import funding, ingest
+from bench import anomaly, funding, ingest
 from bench.report import tell
 from localstack.servers import LocalServers, Servers, named_in_environment
 from services.common import logs
 
-PARTS: dict[str, Callable[[Servers], Awaitable[None]]] = {"ingest": ingest.run, "funding": funding.run}
+PARTS: dict[str, Callable[[Servers], Awaitable[None]]] = {
+    "ingest": ingest.run,
+    "anomaly": anomaly.run,
+    "funding": funding.run,
+}
 
 
 @asynccontextmanager

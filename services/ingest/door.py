@@ -57,16 +57,25 @@ class Taken:
             await commit.wait()
 
     def result(self) -> telemetry_pb2.BatchResult:
-        problems = [
-            telemetry_pb2.Problem(reason=record.reason, detail=record.detail, samples=record.samples)
-            for record in self.checked.quarantine
-        ]
-        return telemetry_pb2.BatchResult(
-            sequence=self.checked.sequence,
-            accepted=self.checked.accepted,
-            quarantined=sum(record.samples for record in self.checked.quarantine),
-            problems=problems,
-        )
+        return _result(self.checked)
+
+
+def _result(checked: Checked) -> telemetry_pb2.BatchResult:
+    problems = [
+        telemetry_pb2.Problem(reason=record.reason, detail=record.detail, samples=record.samples)
+        for record in checked.quarantine
+    ]
+    return telemetry_pb2.BatchResult(
+        sequence=checked.sequence,
+        accepted=checked.accepted,
+        quarantined=sum(record.samples for record in checked.quarantine),
+        problems=problems,
+    )
+
+
+def _check_number(batches: Sequence[telemetry_pb2.Batch]) -> None:
+    if len(batches) > BATCHES_PER_REQUEST_MAX:
+        raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
 
 
 class _InFlight:
@@ -152,11 +161,15 @@ class Door:
             raise invalid from error
         return Sender(caller.firm_id, caller.credential_id, source, door, current_correlation_id())
 
+    def check(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
+        """What would become of batches; nothing is kept or counted. Raises Invalid."""
+        _check_number(batches)
+        return [_result(self._check.check(sender, batch)) for batch in batches]
+
     def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[Taken]:
         """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid."""
         try:
-            if len(batches) > BATCHES_PER_REQUEST_MAX:
-                raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
+            _check_number(batches)
             self._group_commit.check_room()
             self._in_flight.check_room(sender.credential_id)
             bucket = self._buckets.checked(sender.firm_id)
@@ -228,6 +241,20 @@ class Door:
         self._sightings.refused(sender, reason, detail, samples=samples)
         log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
         await self._group_commit.put_quarantine(record).wait()
+
+    async def keep_aside(
+        self, sender: Sender, reason: str, detail: str, batches: Sequence[telemetry_pb2.Batch]
+    ) -> None:
+        """Quarantine batches that can be replayed, of a sender that nobody can tell to wait. Raises TryAgain."""
+        commits = []
+        for batch in batches:
+            absent = sum(byte.bit_count() for byte in batch.absent)
+            samples, now_us = len(batch.values) - absent, self._clock.now_us()
+            record = quarantined(sender, reason, detail, samples, now_us, batch=batch.SerializeToString())
+            samples_total.labels(sender.door, "quarantined").inc(samples)
+            quarantined_total.labels(reason).inc(samples)
+            commits.append(self._group_commit.put_quarantine(record))
+        await asyncio.gather(*(commit.wait() for commit in commits))
 
     async def note_malformed(self, caller: Caller, method: str, raw: bytes) -> None:
         """A gRPC body that is no message: quarantine it if it was meant as telemetry."""

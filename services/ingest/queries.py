@@ -130,7 +130,7 @@ class Queries:
             place = await store.signal_place(connection, signal_id)
             # A bucket tells of all of its time, also of what lies behind the end of the range.
             width_us = {"raw": 1, "minute": read.MINUTE_US, "hour": read.HOUR_US}[resolution]
-            self._access.check(caller, [place], start_us, -(-to_us_ // width_us) * width_us)
+            await self._access.admit(caller, [place], start_us, -(-to_us_ // width_us) * width_us)
             if resolution == "raw":
                 found = await store.samples(connection, place, start, end, size + 1)
                 page = [(to_us(ts), value) for ts, value in found[:size]]
@@ -212,7 +212,7 @@ class Queries:
             check_id(signal_id, "signal_id")
         async with transaction(self._pool) as connection:
             places = await store.signal_places(connection, wanted)
-        self._access.check(caller, places, start_us, end_us)
+        await self._access.admit(caller, places, start_us, end_us)
         return places
 
     async def _from_samples(

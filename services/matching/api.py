@@ -12,9 +12,11 @@ from services.common.errors import Invalid
 from services.common.http import Authenticated
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
 from services.matching.domain import Assesses, Kind, Size, Source, Urgency
+from services.matching.matches import Match, MatchState, Result, Side
 from services.matching.messages import asked_time
-from services.matching.needs import Match, Need, NeedState, Offer, OfferState
+from services.matching.needs import Need, NeedState, Offer, OfferState, Origin
 from services.matching.providers import ProviderRecord
+from services.matching.rounds import Round, RoundState
 from services.matching.service import Matching
 from services.matching.service.needs import NewNeed
 
@@ -140,6 +142,45 @@ class NeedBody(_Body):
     text: str
     urgency: Urgency = Urgency.NORMAL
     machine_id: RegistryId = 0
+    # No offers now but one in the next round, where scarce places go to the needs that they fit best.
+    wait_for_round: bool = False
+    # Partners may see the text, not whose it is, and propose themselves.
+    show_to_partners: bool = False
+
+
+class ShowBody(_Body):
+    shown: bool
+
+
+class ProposalBody(_Body):
+    provider_id: str
+    # To the firm.
+    message: str = ""
+
+
+class RoundBody(_Body):
+    # Chosen by the operator; a repeat with the same id begins no second round.
+    round_id: str
+
+
+class RoundView(_Body):
+    id: str
+    state: RoundState
+    started_us: int
+    ended_us: int | None
+    # Made by it, each with a place reserved until it lapses.
+    offers: int
+    # Of them the nearest workshop or course, where nobody nearer to the need had a place.
+    from_safety_net: int
+    # Needs that nobody could take.
+    unplaced: int
+    # Needs and providers that would both rather have had each other; 0 unless something is wrong.
+    blocking_pairs: int
+    ranker_version: str
+
+
+class RoundsView(_Body):
+    rounds: list[RoundView]
 
 
 class NeedView(_Body):
@@ -162,6 +203,8 @@ class NeedView(_Body):
     opened_by: int
     ended_us: int | None
     correlation_id: str
+    wait_for_round: bool
+    shown_to_partners: bool
 
 
 class NeedsPage(_Body):
@@ -195,6 +238,11 @@ class OfferView(_Body):
     decided_us: int | None
     decision_reason: str
     correlation_id: str
+    origin: Origin
+    # Of the round that made it.
+    round_id: str
+    # Of the partner that proposed it.
+    message: str
 
 
 class OffersPage(_Body):
@@ -211,6 +259,13 @@ class DeclineBody(_Body):
     reason: str
 
 
+class ScoreView(_Body):
+    side: Side
+    points: int
+    comment: str
+    scored_us: int
+
+
 class MatchView(_Body):
     id: str
     need_id: str
@@ -222,6 +277,40 @@ class MatchView(_Body):
     quarter: date
     accepted_us: int
     correlation_id: str
+    state: MatchState
+    # It expires then unless one side engages.
+    engage_by_us: int | None
+    engaged_us: int | None
+    finished_us: int | None
+    result: Result | None
+    result_note: str
+    # Once finished: scores may be given and changed until then.
+    scores_until_us: int | None
+    ended_us: int | None
+    end_reason: str
+    # The other side's is shown once the match is closed.
+    scores: list[ScoreView]
+
+
+class MatchesPage(_Body):
+    matches: list[MatchView]
+    next_page_token: str
+
+
+class FinishBody(_Body):
+    result: Result
+    note: str = ""
+
+
+class ScoreBody(_Body):
+    points: Annotated[int, Field(description="1 (poor) to 5 (excellent)")]
+    comment: str = ""
+
+
+class CancelBody(_Body):
+    reason: str
+    # The need is closed rather than opened again.
+    close_need: bool = False
 
 
 class AcceptedView(_Body):
@@ -235,6 +324,9 @@ def router(matching: Matching) -> APIRouter:
     every.include_router(_consents(matching))
     every.include_router(_needs(matching))
     every.include_router(_offers(matching))
+    every.include_router(_matches(matching))
+    every.include_router(_desk(matching))
+    every.include_router(_rounds(matching))
     return every
 
 
@@ -314,7 +406,13 @@ def _needs(matching: Matching) -> APIRouter:
     @routes.post("", status_code=201)
     async def open_need(caller: Authenticated, body: NeedBody) -> OpenedView:
         """Open a need in the firm's own words and make offers for it."""
-        new = NewNeed(text=body.text, urgency=body.urgency, machine_id=body.machine_id)
+        new = NewNeed(
+            text=body.text,
+            urgency=body.urgency,
+            machine_id=body.machine_id,
+            waits=body.wait_for_round,
+            shown=body.show_to_partners,
+        )
         opened = await matching.needs.open_need(caller, body.firm_id, new, request_id=body.request_id)
         return OpenedView(need=_need_view(opened.need), offers=_offer_views(opened.offers))
 
@@ -332,6 +430,11 @@ def _needs(matching: Matching) -> APIRouter:
             caller, firm_id=firm_id, state=state, machine_id=machine_id, page_size=page_size, page_token=page_token
         )
         return NeedsPage(needs=[_need_view(each) for each in found], next_page_token=token)
+
+    @routes.post("/{need_id}/show")
+    async def show_need(caller: Authenticated, need_id: str, body: ShowBody) -> NeedView:
+        """Let partners see the text of an open need, not whose it is, and propose themselves; or not any more."""
+        return _need_view(await matching.needs.show_need(caller, need_id, shown=body.shown))
 
     @routes.get("/{need_id}")
     async def get_need(caller: Authenticated, need_id: str) -> NeedView:
@@ -372,6 +475,87 @@ def _offers(matching: Matching) -> APIRouter:
     async def decline_offer(caller: Authenticated, offer_id: str, body: DeclineBody) -> OfferView:
         """By the firm, or by the partner for its provider."""
         return _offer_view(await matching.offers.decline_offer(caller, offer_id, body.reason))
+
+    return routes
+
+
+def _matches(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/matches", tags=["matches"])
+
+    @routes.get("")
+    async def list_matches(
+        caller: Authenticated,
+        state: MatchState | None = None,
+        page_size: PageSize = 0,
+        page_token: PageToken = "",
+    ) -> MatchesPage:
+        """The caller's own, newest first."""
+        found, token = await matching.matches.list_matches(
+            caller, state=state, page_size=page_size, page_token=page_token
+        )
+        return MatchesPage(matches=[_match_view(match) for match in found], next_page_token=token)
+
+    @routes.get("/{match_id}")
+    async def get_match(caller: Authenticated, match_id: str) -> MatchView:
+        return _match_view(await matching.matches.get_match(caller, match_id))
+
+    @routes.post("/{match_id}/engage")
+    async def engage(caller: Authenticated, match_id: str) -> MatchView:
+        """Both sides work together from now on; by either."""
+        return _match_view(await matching.matches.engage(caller, match_id))
+
+    @routes.post("/{match_id}/finish")
+    async def finish(caller: Authenticated, match_id: str, body: FinishBody) -> MatchView:
+        """The work is done; by either side. Both may score it until `scores_until_us`."""
+        return _match_view(await matching.matches.finish(caller, match_id, body.result, body.note))
+
+    @routes.post("/{match_id}/score")
+    async def score(caller: Authenticated, match_id: str, body: ScoreBody) -> MatchView:
+        """Give or change the score of the caller's side."""
+        return _match_view(await matching.matches.score(caller, match_id, body.points, body.comment))
+
+    @routes.post("/{match_id}/cancel")
+    async def cancel(caller: Authenticated, match_id: str, body: CancelBody) -> MatchView:
+        """By either side, before the work is done. The need is open again, with new offers, unless it is to be closed."""
+        cancelled = await matching.matches.cancel(caller, match_id, body.reason, reopen=not body.close_need)
+        return _match_view(cancelled)
+
+    return routes
+
+
+def _desk(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/desk", tags=["desk of partners"])
+
+    @routes.get("/needs")
+    async def shown_needs(caller: Authenticated, page_size: PageSize = 0, page_token: PageToken = "") -> NeedsPage:
+        """Open needs that firms let partners see: those of the partner's region at once, others after some days."""
+        found, token = await matching.desk.shown_needs(caller, page_size=page_size, page_token=page_token)
+        return NeedsPage(needs=[_need_view(each) for each in found], next_page_token=token)
+
+    @routes.post("/needs/{need_id}/propose")
+    async def propose(caller: Authenticated, need_id: str, body: ProposalBody) -> OfferView:
+        """Offer a provider of one's own; the firm decides."""
+        return _offer_view(await matching.desk.propose(caller, need_id, body.provider_id, body.message))
+
+    return routes
+
+
+def _rounds(matching: Matching) -> APIRouter:
+    routes = APIRouter(prefix="/rounds", tags=["rounds"])
+
+    @routes.post("", status_code=202)
+    async def start_round(caller: Authenticated, body: RoundBody) -> RoundView:
+        """Begin a round over the open needs without offers; it is carried out in the background."""
+        return _round_view(await matching.rounds.start_round(caller, body.round_id))
+
+    @routes.get("")
+    async def list_rounds(caller: Authenticated) -> RoundsView:
+        """The newest 100, newest first."""
+        return RoundsView(rounds=[_round_view(each) for each in await matching.rounds.list_rounds(caller)])
+
+    @routes.get("/{round_id}")
+    async def get_round(caller: Authenticated, round_id: str) -> RoundView:
+        return _round_view(await matching.rounds.get_round(caller, round_id))
 
     return routes
 
@@ -454,6 +638,8 @@ def _need_view(need: Need) -> NeedView:
         opened_by=need.opened_by,
         ended_us=_us(need.ended),
         correlation_id=need.correlation_id,
+        wait_for_round=need.waits,
+        shown_to_partners=need.shown,
     )
 
 
@@ -485,6 +671,23 @@ def _offer_view(offer: Offer) -> OfferView:
         decided_us=_us(offer.decided),
         decision_reason=offer.decision_reason,
         correlation_id=offer.correlation_id,
+        origin=offer.origin,
+        round_id=offer.round_id,
+        message=offer.message,
+    )
+
+
+def _round_view(found: Round) -> RoundView:
+    return RoundView(
+        id=found.id,
+        state=found.state,
+        started_us=to_us(found.started),
+        ended_us=_us(found.ended),
+        offers=found.offers,
+        from_safety_net=found.from_safety_net,
+        unplaced=found.unplaced,
+        blocking_pairs=found.blocking_pairs,
+        ranker_version=found.ranker_version,
     )
 
 
@@ -499,4 +702,17 @@ def _match_view(match: Match) -> MatchView:
         quarter=match.quarter,
         accepted_us=to_us(match.accepted),
         correlation_id=match.correlation_id,
+        state=match.state,
+        engage_by_us=_us(match.engage_by),
+        engaged_us=_us(match.engaged),
+        finished_us=_us(match.finished),
+        result=match.result,
+        result_note=match.result_note,
+        scores_until_us=_us(match.scores_until),
+        ended_us=_us(match.ended),
+        end_reason=match.end_reason,
+        scores=[
+            ScoreView(side=each.side, points=each.points, comment=each.comment, scored_us=to_us(each.scored))
+            for each in match.scores
+        ],
     )

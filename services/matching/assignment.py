@@ -1,4 +1,4 @@
-"""A round: many needs, few places. Stable assignment by deferred acceptance, its proof, and the optimum as a bound.
+"""A round: many needs, few places. Stable assignment by deferred acceptance, and its proof.
 
 Needs propose to providers in the order of their scores; a provider keeps the best needs it has places for. The result
 is stable: no need and provider would both rather have each other, so every refusal has one true reason, "full with
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from ortools.graph.python import min_cost_flow
 
 from services.matching.domain import MatchingError
 
@@ -232,7 +231,7 @@ class _Matcher:
         last_points = np.clip(last_points, int(self._round.floor_points) - 1, limits.max - 1).astype(np.int32)
         behind = (self._needs - 1 - needs)[:, None] <= last_place  # would lose against equal points
         least = np.maximum(last_points + behind, self._round.floor_points)
-        least = np.maximum(least, _threshold(np.where(points >= least, points, NOT_FEASIBLE), wanted))
+        least = np.maximum(least, threshold_of(np.where(points >= least, points, NOT_FEASIBLE), wanted))
         rows, providers = np.nonzero(points >= least)
         found = points[rows, providers]
         order = np.lexsort((-providers, found, rows))
@@ -280,7 +279,7 @@ class _Matcher:
         return np.array(sorted(left), dtype=np.intp)
 
 
-def _threshold(points: Points, wanted: int) -> Points:
+def threshold_of(points: Points, wanted: int) -> Points:
     """For each row a number that at least `wanted` entries reach, and not many more; shape (rows, 1).
 
     The `wanted` best of the maxima of disjoint groups are that many entries, so the least of them will do. It costs a
@@ -294,7 +293,7 @@ def _threshold(points: Points, wanted: int) -> Points:
     return np.partition(maxima, groups - wanted, axis=1)[:, groups - wanted : groups - wanted + 1]
 
 
-# --- proof and bound --------------------------------------------------------------------------------------------
+# --- proof -------------------------------------------------------------------------------------------------------
 
 
 def blocking_pairs(round_: Round, assignment: Assignment, limit: int = 100) -> list[tuple[str, str]]:
@@ -307,7 +306,7 @@ def blocking_pairs(round_: Round, assignment: Assignment, limit: int = 100) -> l
     own_provider = np.full(needs, providers, dtype=np.int64)
     worst = np.full(providers, _NOBODY, dtype=np.int64)
     used = np.zeros(providers, dtype=np.int64)
-    for need, provider, offer in _indexed(round_, assignment):
+    for need, provider, offer in indexed(round_, assignment):
         points = round_.points[need, provider]
         used[provider] += 1
         worst[provider] = min(int(worst[provider]), int(points) * needs + (needs - 1 - need))
@@ -331,56 +330,11 @@ def blocking_pairs(round_: Round, assignment: Assignment, limit: int = 100) -> l
 
 def over_committed(round_: Round, assignment: Assignment) -> list[str]:
     """Ids of providers with more offers than places; must be empty."""
-    used = Counter(provider for _, provider, _ in _indexed(round_, assignment))
+    used = Counter(provider for _, provider, _ in indexed(round_, assignment))
     return [round_.provider_ids[each] for each, count in sorted(used.items()) if count > round_.capacity[each]]
 
 
-def optimal_quality(round_: Round, assignment: Assignment, candidates: int = FIRST_CANDIDATES) -> float:
-    """The most total score any assignment could reach (min-cost flow), stable or not.
-
-    Over each need's best `candidates` pairs and the pairs of `assignment`, so it is never below `assignment.quality`
-    when scores are positive; the reported gap is 1 - quality / optimum. Pairs with a negative score are left out:
-    leaving a need alone is then better.
-    """
-    needs, providers = len(round_.need_ids), len(round_.provider_ids)
-    if not needs or not providers:
-        return 0.0
-    tails, heads, points = _edges(round_, assignment, candidates)
-    source, sink = needs + providers, needs + providers + 1
-    every_need, every_provider = np.arange(needs), needs + np.arange(providers)
-    arcs = (  # from, to, capacity, cost
-        (np.full(needs, source), every_need, np.ones(needs), np.zeros(needs)),
-        (tails, needs + heads, np.ones(len(tails)), -points),
-        (every_provider, np.full(providers, sink), np.minimum(round_.capacity, needs), np.zeros(providers)),
-        (every_need, np.full(needs, sink), np.ones(needs), np.zeros(needs)),  # stays without a place
-    )
-    flow = min_cost_flow.SimpleMinCostFlow()
-    for start, end, capacity, cost in arcs:
-        flow.add_arcs_with_capacity_and_unit_cost(
-            start.astype(np.int32), end.astype(np.int32), capacity.astype(np.int64), cost.astype(np.int64)
-        )
-    flow.set_nodes_supplies(np.array([source, sink], dtype=np.int32), np.array([needs, -needs], dtype=np.int64))
-    status = flow.solve()
-    if status != flow.OPTIMAL:
-        raise InvalidRoundError(f"the bound could not be computed (solver status {status})")
-    return float(-flow.optimal_cost()) / POINTS_PER_UNIT
-
-
-def _edges(round_: Round, assignment: Assignment, candidates: int) -> tuple[Indices, Indices, Points]:
-    """Needs, providers and points of the best candidates and the matches made; positive, at or above the floor."""
-    least = np.empty((len(round_.need_ids), 1), dtype=np.int32)
-    for start in range(0, len(least), BLOCK_NEEDS):
-        block = slice(start, start + BLOCK_NEEDS)
-        least[block] = np.maximum(_threshold(round_.points[block], candidates), max(int(round_.floor_points), 1))
-    chosen = round_.points >= least
-    for need, provider, offer in _indexed(round_, assignment):
-        if not offer.from_safety_net and round_.points[need, provider] > 0:
-            chosen[need, provider] = True
-    needs, providers = np.nonzero(chosen)
-    return needs, providers, round_.points[needs, providers]
-
-
-def _indexed(round_: Round, assignment: Assignment) -> Iterator[tuple[int, int, Offer]]:
+def indexed(round_: Round, assignment: Assignment) -> Iterator[tuple[int, int, Offer]]:
     need_at = {need_id: index for index, need_id in enumerate(round_.need_ids)}
     provider_at = {provider_id: index for index, provider_id in enumerate(round_.provider_ids)}
     for offer in assignment.offers:

@@ -12,6 +12,8 @@ class SharedItem(StrEnum):
     FAULT = "fault"
     FIGURES = "figures"
     PROFILE = "profile"
+    # The need is shown to partners, who may propose themselves.
+    PARTNERS = "partners"
 
 
 class Severity(IntEnum):

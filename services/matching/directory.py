@@ -42,24 +42,25 @@ class Directory:
     def __init__(self) -> None:
         self.slots: dict[str, int] = {}
         self.size = 0
-        self.kinds: _Field[Kind] = _Field()
-        self.divisions: _Field[frozenset[str]] = _Field()
-        self.regions: _Field[tuple[str, ...]] = _Field()
-        self.skills: _Field[frozenset[str]] = _Field()
-        self._excluded: _Field[frozenset[str]] = _Field()
-        self._sizes: _Field[frozenset[Size]] = _Field()
-        self._reach: _Field[tuple[bool, tuple[str, ...]]] = _Field()
-        self._lead_days: _Field[int] = _Field()
-        self._expiry: _Field[date] = _Field()
-        self._active: _Field[bool] = _Field()
-        self._occupied: _Field[bool] = _Field()
-        self._places: _Field[tuple[int, int]] = _Field()
+        self.kinds: Field[Kind] = Field()
+        self.divisions: Field[frozenset[str]] = Field()
+        self.regions: Field[tuple[str, ...]] = Field()
+        self.skills: Field[frozenset[str]] = Field()
+        self._excluded: Field[frozenset[str]] = Field()
+        self._sizes: Field[frozenset[Size]] = Field()
+        self._reach: Field[tuple[bool, tuple[str, ...]]] = Field()
+        self._lead_days: Field[int] = Field()
+        self._expiry: Field[date] = Field()
+        self._active: Field[bool] = Field()
+        self._occupied: Field[bool] = Field()
+        self.places: Field[tuple[int, int]] = Field()
         self._providers: list[Provider | None] = []
         self._free_slots: list[int] = []
         self._conflicts: dict[str, set[int]] = {}
-        self._organisations: _Field[frozenset[str]] = _Field()
-        self._owners: _Field[str] = _Field()
-        self._assesses: _Field[Assesses] = _Field()
+        self._organisations: Field[frozenset[str]] = Field()
+        self._owners: Field[str] = Field()
+        self._assesses: Field[Assesses] = Field()
+        self.outcomes: Field[tuple[int, int]] = Field()
 
     def find(self, provider_id: str) -> Provider | None:
         slot = self.slots.get(provider_id)
@@ -94,10 +95,11 @@ class Directory:
         self._expiry.put(slot, provider.expires_on or date.max)
         self._active.put(slot, provider.active)
         self._occupied.put(slot, True)
-        self._places.put(slot, (provider.places_left, provider.capacity_per_quarter))
+        self.places.put(slot, (provider.places_left, provider.capacity_per_quarter))
         self._organisations.put(slot, provider.conflict_organisations)
         self._owners.put(slot, provider.owner)
         self._assesses.put(slot, provider.assesses)
+        self.outcomes.put(slot, (provider.outcome_firms, provider.outcome_points))
         return slot
 
     def set_places(self, provider_id: str, left: int) -> None:
@@ -105,7 +107,7 @@ class Directory:
         if slot is None:
             raise UnknownProviderError(f"no provider {provider_id}")
         self._providers[slot] = provider = replace(self.at(slot), capacity_left=left)
-        self._places.put(slot, (left, provider.capacity_per_quarter))
+        self.places.put(slot, (left, provider.capacity_per_quarter))
 
     def drop(self, provider_id: str) -> int | None:
         slot = self.slots.pop(provider_id, None)
@@ -119,11 +121,6 @@ class Directory:
     @property
     def occupied(self) -> Mask:
         return self._occupied.test(bool)
-
-    @property
-    def free_share(self) -> Column:
-        """Places left over places per quarter, 0..1."""
-        return self._places.map(lambda places: min(places[0] / places[1], 1.0) if places[1] else 0.0)
 
     def blocked(self, need: Need, today: date) -> dict[FilterCode, Mask]:
         """For each filter the slots it takes out, in the order of the codes."""
@@ -140,7 +137,7 @@ class Directory:
                 lambda reach: not serves_region(need.region, home=reach[1][0], served=reach[1][1:], bound=reach[0])
             ),
             FilterCode.LEAD_TIME_TOO_LONG: self._lead_days.test(lambda days: days > wait),
-            FilterCode.NO_CAPACITY: self._places.test(lambda places: places[0] <= 0),
+            FilterCode.NO_CAPACITY: self.places.test(lambda places: places[0] <= 0),
         }
         return {code: mask & occupied for code, mask in fields.items()}
 
@@ -193,7 +190,7 @@ class Directory:
                 del self._conflicts[firm_id]
 
 
-class _Field(Generic[Value]):
+class Field(Generic[Value]):
     """One field of all providers: a table of distinct values and a code per slot."""
 
     def __init__(self) -> None:
@@ -210,6 +207,9 @@ class _Field(Generic[Value]):
             self._values.append(value)
         self._codes[slot] = code
         self._used = max(self._used, slot + 1)
+
+    def at(self, slot: int) -> Value:
+        return self._values[int(self._codes[slot])]
 
     def map(self, rule: Callable[[Value], float]) -> Column:
         return np.array([rule(value) for value in self._values], dtype=np.float64)[self._codes[: self._used]]

@@ -34,6 +34,11 @@ class Kind(StrEnum):
     WORKSHOP = "workshop"
     COURSE = "course"
 
+    @property
+    def is_safety_net(self) -> bool:
+        """Of use to nearly everybody, when nothing nearer to the need is to be had."""
+        return self in (Kind.WORKSHOP, Kind.COURSE)
+
 
 class Size(StrEnum):
     MICRO = "micro"
@@ -118,6 +123,7 @@ class Provider:
     `capacity_left` is what is free in the running quarter (places, not yet reserved or confirmed); None means all of
     `capacity_per_quarter`. `region_bound` providers serve only `region` and `regions_served`. `conflicts` holds firm
     ids, `conflict_organisations` names in the form of `organisation_name`. `sizes_served` empty means all.
+    `outcome_points` is the sum of the scores, 1 to 5, that `outcome_firms` firms have given its work.
     `expires_on` is the first day on which the profile no longer counts.
     """
 
@@ -141,6 +147,8 @@ class Provider:
     conflicts: frozenset[str] = frozenset()
     conflict_organisations: frozenset[str] = frozenset()
     assesses: Assesses = Assesses.NO
+    outcome_firms: int = 0
+    outcome_points: int = 0
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -151,6 +159,8 @@ class Provider:
             raise InvalidNeedError(f"provider {self.id} has a negative capacity or lead time")
         if self.capacity_left is not None and self.capacity_left < 0:
             raise InvalidNeedError(f"provider {self.id} has a negative capacity left")
+        if not self.outcome_firms <= self.outcome_points <= 5 * self.outcome_firms:
+            raise InvalidNeedError(f"provider {self.id} has scores that are not 1 to 5")
 
     @property
     def places_left(self) -> int:
@@ -186,6 +196,21 @@ def organisation_name(name: str) -> str:
     """A name as organisations are compared: "The Acme Company Ltd." and "ACME" are the same."""
     words = re.findall(r"\w+", name.casefold())
     return " ".join(word for word in words if word not in _LEGAL_FORMS) or " ".join(words)
+
+
+# --- outcomes ---------------------------------------------------------------------------------------------------
+
+OUTCOME_PRIOR_MEAN, OUTCOME_PRIOR_FIRMS = 0.75, 8
+"""A provider nobody has scored counts as if eight firms had scored 4 of 5, which is (4 - 1) / 4 of the scale: what good
+work gets. So few scores move little, and what is usual moves nothing."""
+OUTCOME_FIRMS_SHOWN_MIN = 3
+"""A mean of fewer firms would tell what one firm has said."""
+
+
+def outcome_lift(firms: int, points: int) -> float:
+    """How far the scores lift a provider over one without any, -0.75 to 0.25: the shrunk mean less its prior."""
+    scaled = (points - firms) / 4  # the sum of scores as 0..1
+    return (OUTCOME_PRIOR_MEAN * OUTCOME_PRIOR_FIRMS + scaled) / (OUTCOME_PRIOR_FIRMS + firms) - OUTCOME_PRIOR_MEAN
 
 
 # --- sector -----------------------------------------------------------------------------------------------------

@@ -102,6 +102,9 @@ def provider_from_json(fields: Mapping[str, Any]) -> Provider:
     capacity = fields.get("capacity_per_quarter", 1)
     if not isinstance(divisions, list) or not all(isinstance(each, str) for each in divisions):
         raise ValueError("sic_divisions is not a list of texts")
+    scores = fields.get("outcomes", [])
+    if not isinstance(scores, list) or not all(isinstance(each, int) and 1 <= each <= 5 for each in scores):
+        raise ValueError("outcomes is not a list of scores 1 to 5, one a firm")
     if not isinstance(capacity, int) or isinstance(capacity, bool):
         raise ValueError("capacity_per_quarter is not a whole number")
     return Provider(
@@ -112,6 +115,8 @@ def provider_from_json(fields: Mapping[str, Any]) -> Provider:
         region=_text(fields, "region", ""),
         sic_divisions=frozenset(divisions),
         capacity_per_quarter=capacity,
+        outcome_firms=len(scores),
+        outcome_points=sum(scores),
     )
 
 

@@ -72,6 +72,11 @@ class ProviderIndex:
         return f"{self._ranker.weights_version}/{self._ranker.model_id}"
 
     @property
+    def model_id(self) -> str:
+        """Of the vectors in use."""
+        return self._ranker.model_id
+
+    @property
     def waiting(self) -> int:
         """Rankings asked for and not yet answered."""
         return self._waiting
@@ -110,6 +115,10 @@ class ProviderIndex:
             return await self._in_thread(lambda: self._ranker.rank_assessors(asked, limit))
         finally:
             self._waiting -= 1
+
+    async def compute(self, work: Callable[[Ranker], T]) -> T:
+        """Let something be computed with the ranker, in a thread; the loop goes on meanwhile."""
+        return await self._in_thread(lambda: work(self._ranker))
 
     def kick(self) -> None:
         """Look now rather than at the next poll."""

@@ -18,15 +18,13 @@ from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.matching import api, upkeep
+from services.matching import edges, upkeep
 from services.matching.index import ProviderIndex
 from services.matching.needs import Limits
 from services.matching.ranking import Ranker
-from services.matching.rpc import MatchingServicer
 from services.matching.service import Matching
 from services.matching.stream import alarm_consumer
 from services.matching.text import Embedder
-from smdih.matching.v1 import matching_pb2, matching_pb2_grpc
 
 SCHEMA = "matching"
 USAGE = "usage: python -m services.matching.main api"
@@ -39,6 +37,18 @@ class MatchingSettings(Settings):
     )
     matching_episode_gap_s: int = Field(
         24 * 3600, ge=0, le=366 * 24 * 3600, description="alarms of a machine closer than this belong to one fault"
+    )
+    matching_engage_within_s: int = Field(
+        180 * 24 * 3600, ge=60, le=1000 * 24 * 3600, description="a match that nobody engages in this time expires"
+    )
+    matching_round_every_s: int = Field(
+        24 * 3600, ge=0, le=366 * 24 * 3600, description="a round begins by itself so often while needs wait; 0: never"
+    )
+    matching_regional_head_start_s: int = Field(
+        3 * 24 * 3600, ge=0, le=366 * 24 * 3600, description="for so long a need is shown to its region's partners only"
+    )
+    matching_scores_for_s: int = Field(
+        30 * 24 * 3600, ge=60, le=366 * 24 * 3600, description="scores of a finished match may be changed for so long"
     )
 
 
@@ -62,6 +72,10 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
         offers_max=settings.matching_offers_max,
         offer_lifetime=timedelta(seconds=settings.matching_offer_lifetime_s),
         episode_gap=timedelta(seconds=settings.matching_episode_gap_s),
+        engage_within=timedelta(seconds=settings.matching_engage_within_s),
+        scores_for=timedelta(seconds=settings.matching_scores_for_s),
+        round_every=timedelta(seconds=settings.matching_round_every_s),
+        regional_head_start=timedelta(seconds=settings.matching_regional_head_start_s),
     )
     matching = Matching(pool, index, relay, directory, clock=clock, limits=limits)
     runtime.ready_when("kafka", publisher.answers)
@@ -73,11 +87,11 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
-            register=[(matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching))],
-            service_names=[matching_pb2.DESCRIPTOR.services_by_name["MatchingService"].full_name],
+            register=edges.servicers(matching),
+            service_names=edges.SERVICE_NAMES,
         )
     )
-    app = application("SMDIH matching", runtime=runtime, directory=directory, routers=[api.router(matching)])
+    app = application("SMDIH matching", runtime=runtime, directory=directory, routers=edges.routers(matching))
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
     runtime.background("providers", index.run())
 
@@ -93,6 +107,11 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
         await index.wait_loaded()
         await upkeep.run(matching)
 
+    async def carry_out_rounds() -> None:
+        await index.wait_loaded()
+        await upkeep.run_rounds(matching)
+
+    runtime.background("rounds", carry_out_rounds())
     runtime.background("alarms", alarms_into_needs())
     runtime.background("upkeep", keep_up())
 

@@ -10,7 +10,10 @@ from services.common.logs import accepted_correlation_id
 from services.matching.alarms import Alarm
 from services.matching.consents import Severity
 from services.matching.domain import Kind
+from services.matching.matches import Match, MatchState, Result
 from services.matching.needs import Offer, OfferState, event_id
+from services.matching.rooms import Room, RoomState
+from services.matching.sessions import Booking, BookingState, Session
 from smdih.anomaly.v1 import events_pb2 as anomaly_pb
 from smdih.matching.v1 import events_pb2 as pb
 
@@ -27,6 +30,20 @@ _CHANGES = {
     OfferState.ACCEPTED: pb.OFFER_CHANGE_ACCEPTED,
     OfferState.DECLINED: pb.OFFER_CHANGE_DECLINED,
     OfferState.LAPSED: pb.OFFER_CHANGE_LAPSED,
+    OfferState.CANCELLED: pb.OFFER_CHANGE_CANCELLED,
+}
+_MATCH_CHANGES = {
+    MatchState.ACCEPTED: pb.MATCH_CHANGE_ACCEPTED,
+    MatchState.ENGAGED: pb.MATCH_CHANGE_ENGAGED,
+    MatchState.FINISHED: pb.MATCH_CHANGE_FINISHED,
+    MatchState.CLOSED: pb.MATCH_CHANGE_CLOSED,
+    MatchState.CANCELLED: pb.MATCH_CHANGE_CANCELLED,
+    MatchState.EXPIRED: pb.MATCH_CHANGE_EXPIRED,
+}
+RESULTS = {
+    Result.SOLVED: pb.RESULT_SOLVED,
+    Result.PARTLY: pb.RESULT_PARTLY,
+    Result.NOT_SOLVED: pb.RESULT_NOT_SOLVED,
 }
 
 
@@ -65,6 +82,80 @@ def offer_event(offer: Offer) -> bytes:
         change=_CHANGES[offer.state],
         changed_us=to_us(offer.decided or offer.made),
         offer=offer_message(offer),
+    ).SerializeToString()
+
+
+def match_event(match: Match) -> bytes:
+    """The event of the change that brought the match into its state."""
+    return pb.MatchEvent(
+        event_id=event_id(match.id, match.state),
+        change=_MATCH_CHANGES[match.state],
+        changed_us=to_us(match.changed),
+        match_id=match.id,
+        need_id=match.need_id,
+        offer_id=match.offer_id,
+        firm_id=match.firm_id,
+        provider_id=match.provider_id,
+        partner_id=match.partner_id,
+        result=pb.RESULT_UNSPECIFIED if match.result is None else RESULTS[match.result],
+        correlation_id=match.correlation_id,
+    ).SerializeToString()
+
+
+BOOKING_STATES = {
+    BookingState.CONFIRMED: pb.BOOKING_STATE_CONFIRMED,
+    BookingState.WAITING: pb.BOOKING_STATE_WAITING,
+    BookingState.OFFERED: pb.BOOKING_STATE_OFFERED,
+    BookingState.CANCELLED: pb.BOOKING_STATE_CANCELLED,
+    BookingState.EXPIRED: pb.BOOKING_STATE_EXPIRED,
+}
+
+
+def booking_event(booking: Booking, session: Session) -> bytes:
+    """The event of the change that brought the booking into its state."""
+    return pb.BookingEvent(
+        event_id=event_id(booking.id, f"{booking.state}-{booking.sequence}"),
+        state=BOOKING_STATES[booking.state],
+        changed_us=to_us(booking.changed),
+        booking_id=booking.id,
+        session_id=session.id,
+        provider_id=session.provider_id,
+        partner_id=booking.partner_id,
+        firm_id=booking.firm_id,
+        title=session.title,
+        starts_us=to_us(session.starts),
+        ends_us=to_us(session.ends),
+        confirm_by_us=0 if booking.confirm_by is None else to_us(booking.confirm_by),
+        correlation_id=booking.correlation_id,
+    ).SerializeToString()
+
+
+ROOM_STATES = {
+    RoomState.OPEN: pb.ROOM_STATE_OPEN,
+    RoomState.RECALLED: pb.ROOM_STATE_RECALLED,
+    RoomState.EXPIRED: pb.ROOM_STATE_EXPIRED,
+    RoomState.MATCH_ENDED: pb.ROOM_STATE_MATCH_ENDED,
+}
+
+
+def room_event(room: Room) -> bytes:
+    """The room as it is now."""
+    return pb.RoomEvent(
+        event_id=event_id(room.id, room.state),
+        state=ROOM_STATES[room.state],
+        changed_us=to_us(room.ended or room.opens),
+        room_id=room.id,
+        match_id=room.match_id,
+        firm_id=room.firm_id,
+        partner_id=room.partner_id,
+        provider_id=room.provider_id,
+        signal_ids=room.signal_ids,
+        purpose=room.purpose,
+        data_from_us=to_us(room.data_from),
+        data_until_us=to_us(room.data_until),
+        opens_us=to_us(room.opens),
+        closes_us=to_us(room.closes),
+        correlation_id=room.correlation_id,
     ).SerializeToString()
 
 

@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from enum import StrEnum
 
-from services.matching.domain import Kind, Source, Urgency
+from services.matching import domain
+from services.matching.domain import Kind, Size, Source, Urgency
 
 # Names derived ids; never change it.
 _NAMESPACE = uuid.UUID("5b1c3f0e-5c68-4d0e-9a42-6f6d1d0c9b7e")
+
+
+_SIZES = frozenset(Size)
 
 
 class NeedState(StrEnum):
@@ -23,6 +27,18 @@ class OfferState(StrEnum):
     ACCEPTED = "accepted"
     DECLINED = "declined"
     LAPSED = "lapsed"
+    # It was accepted, and its match came to nothing.
+    CANCELLED = "cancelled"
+
+
+class Origin(StrEnum):
+    """How an offer came about."""
+
+    # When the need was opened, or by the upkeep.
+    HUB = "hub"
+    ROUND = "round"
+    # Proposed by the provider's partner.
+    PARTNER = "partner"
 
 
 class Lapse(StrEnum):
@@ -39,6 +55,10 @@ class NoOffer(StrEnum):
     NO_PROVIDER = "NO_PROVIDER"
     NONE_FITS = "NONE_FITS"
     ALL_FULL = "ALL_FULL"
+    # It was matched and is open again; new offers follow.
+    MATCH_ENDED = "MATCH_ENDED"
+    # It gets one in the next round.
+    WAITS_FOR_ROUND = "WAITS_FOR_ROUND"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +84,25 @@ class Need:
     no_offer_reason: str = ""
     match_id: str = ""
     ended: datetime | None = None
+    # Counts up when it is opened again.
+    attempt: int = 1
+    # No offers before the next round.
+    waits: bool = False
+    # Partners may see its text and propose themselves.
+    shown: bool = False
+
+    def for_ranking(self) -> domain.Need:
+        """What of it bears on the order."""
+        return domain.Need(
+            id=self.id,
+            text=self.text,
+            sic=self.sic,
+            region=self.region,
+            size=Size(self.size) if self.size in _SIZES else Size.SMALL,
+            urgency=self.urgency,
+            source=self.source,
+            firm_id=str(self.firm_id),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +130,13 @@ class Offer:
     decided: datetime | None = None
     decision_reason: str = ""
     match_id: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Match:
-    id: str
-    need_id: str
-    offer_id: str
-    firm_id: int
-    provider_id: str
-    partner_id: int
-    quarter: date
-    accepted: datetime
-    accepted_by: int
-    correlation_id: str
+    attempt: int = 1
+    origin: Origin = Origin.HUB
+    round_id: str = ""
+    # A place of the provider is reserved for it; see `store.places`.
+    holds_place: bool = False
+    # Of the partner to the firm.
+    message: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +149,14 @@ class Limits:
     offer_lifetime: timedelta = field(default=timedelta(days=14))
     # Alarms of a machine with less than this between them belong to one fault, also after its need has ended.
     episode_gap: timedelta = field(default=timedelta(hours=24))
+    # A match that nobody has engaged by then expires. Long enough to wait for money from the fund.
+    engage_within: timedelta = field(default=timedelta(days=180))
+    # Scores may be given and changed for so long after the work is finished.
+    scores_for: timedelta = field(default=timedelta(days=30))
+    # How often a round is begun by itself while needs wait; 0: only by operators.
+    round_every: timedelta = field(default=timedelta(0))
+    # For so long partners of its region alone are shown a need.
+    regional_head_start: timedelta = field(default=timedelta(days=3))
 
 
 def alarm_need_id(alarm_id: str) -> str:
@@ -124,17 +164,17 @@ def alarm_need_id(alarm_id: str) -> str:
     return _derived("need", alarm_id)
 
 
-def offer_id(need_id: str, provider_id: str) -> str:
-    return _derived("offer", need_id, provider_id)
+def offer_id(need_id: str, provider_id: str, attempt: int = 1) -> str:
+    return _derived("offer", need_id, provider_id, *([str(attempt)] if attempt > 1 else []))
 
 
 def match_id(offer_id: str) -> str:
     return _derived("match", offer_id)
 
 
-def event_id(offer_id: str, change: str) -> str:
-    """An offer goes through each change once at most."""
-    return _derived("event", offer_id, change)
+def event_id(of: str, change: str) -> str:
+    """Of an offer or a match, which goes through each change once at most."""
+    return _derived("event", of, change)
 
 
 def quarter_of(day: date) -> date:

@@ -34,6 +34,9 @@ class ProviderRecord:
     active: bool = True
     change: int = 0
     changed: datetime | None = None
+    # What firms have scored: how many firms, and the sum of their newest scores.
+    outcome_firms: int = 0
+    outcome_points: int = 0
     # Places taken in the quarter that was asked about.
     taken: int = 0
 
@@ -64,6 +67,8 @@ class ProviderRecord:
             expires_on=self.expires_on,
             assesses=self.assesses,
             conflict_organisations=frozenset(map(organisation_name, self.conflict_organisations)),
+            outcome_firms=self.outcome_firms,
+            outcome_points=self.outcome_points,
             conflicts=frozenset(str(firm_id) for firm_id in self.conflict_firm_ids),
         )
 

@@ -1,24 +1,36 @@
 """The ranker: hard filters with a code each, then a sum of documented parts, so the parts are the explanation.
 
-    score = meaning + words + skills + sector + region + urgency + size + capacity        (each part = weight x 0..1)
+    score = meaning + words + skills + sector + region + urgency + size + capacity + outcomes
 
-No part is multiplied by another, none is learned from clicks, and the same inputs give the same numbers: parts are
-rounded to six places, the score is their sum, equal scores are ordered by provider id.
+Each part is its weight x 0..1; outcomes is its weight x -0.75..0.25, and 0 for who has not been scored. No part is
+multiplied by another, none is learned from clicks, and the same inputs give the same numbers: parts are rounded to six
+places, the score is their sum, equal scores are ordered by provider id.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from threading import RLock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.matching.catalogue import passages
-from services.matching.directory import Directory, Mask, UnknownProviderError, any_of, filter_key, provider_places
+from services.matching.directory import (
+    Directory,
+    Field,
+    Mask,
+    UnknownProviderError,
+    any_of,
+    filter_key,
+    provider_places,
+)
 from services.matching.domain import (
     ANY_DIVISION,
+    OUTCOME_FIRMS_SHOWN_MIN,
     REGION_SAME,
     Assessment,
     FilterCode,
@@ -28,6 +40,7 @@ from services.matching.domain import (
     Size,
     Source,
     Urgency,
+    outcome_lift,
     region_nearness,
     sector_closeness,
 )
@@ -52,11 +65,11 @@ class Weights:
     A typical gap in meaning between a fitting and a passable profile is 0.1 to 0.3, so 0.1 for the sector can settle
     a near tie and seldom lifts an unrelated profile. A need shares few words with jargon, a tenth of their weight is
     usual, so 0.6 for words speaks up only when rare words agree. Chosen by reasoning, not fitted: too few needs have
-    been judged so far.
+    been judged so far. Scores of firms come last and late: 0.08 x -0.75..0.25 adds at most 0.02 and takes at most 0.06.
     Raise `version` with any change; it is stored with every offer.
     """
 
-    version: str = "2"
+    version: str = "3"
     meaning: float = 1.0
     words: float = 0.6
     skills: float = 0.15
@@ -65,9 +78,10 @@ class Weights:
     urgency: float = 0.03
     size: float = 0.02
     capacity: float = 0.02
+    outcomes: float = 0.08
 
 
-PARTS: tuple[str, ...] = tuple(field.name for field in fields(Weights) if field.name != "version")
+PARTS: tuple[str, ...] = tuple(each.name for each in fields(Weights) if each.name != "version")
 
 # How well a kind of help suits how soon it is wanted: people and benches act at once, taught skills act later. An
 # alarm is a fault in progress, so it counts as urgent whatever its stated urgency.
@@ -121,6 +135,8 @@ class Ranking:
     model_id: str
     weights_version: str
     degraded: bool
+    # What the need was searched with, for later use by a round.
+    question: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
 
 class Ranker:
@@ -137,6 +153,7 @@ class Ranker:
         self._weights = weights or Weights()
         self._today = today or (lambda: date.min)  # no clock: nothing expires
         self._directory = Directory()
+        self._rules = _rules(self._directory)
         self._lock = RLock()
 
     # -- what is known of providers
@@ -197,7 +214,27 @@ class Ranker:
         with self._lock:
             parts = self._parts(need, self._index.meaning(vector), self._index.words(need.text))
             blocked = self._directory.blocked(need, self._today())
-            return self._ranking(need, parts, blocked, self._directory.occupied, limit, _sentences)
+            ranking = self._ranking(need, parts, blocked, self._directory.occupied, limit, _sentences)
+            return replace(ranking, question=vector)
+
+    def codes(self, need: Need, provider_id: str) -> tuple[FilterCode, ...]:
+        """The filters that take this provider out for the need; empty: none does. Raises `UnknownProviderError`."""
+        with self._lock:
+            slot = self._slot(provider_id)
+            return tuple(code for code, mask in self._directory.blocked(need, self._today()).items() if mask[slot])
+
+    def explain(self, need: Need, provider_id: str, *, question: NDArray[np.float32] | None = None) -> Ranked:
+        """One provider for one need, whatever the filters say; as `rank` explains it. Raises `UnknownProviderError`."""
+        vector = self._index.question(need.text) if question is None else question
+        with self._lock:
+            slot = self._slot(provider_id)
+            parts = {
+                "meaning": self._weights.meaning * self._index.meaning_at(vector, slot),
+                "words": self._weights.words * self._index.words_at(need.text, slot),
+                **self._structured_at(need, slot),
+            }
+            rounded = {name: round(float(parts[name]), PLACES) for name in PARTS}
+            return self._told(need, slot, rounded, _sentences)
 
     # -- an application
 
@@ -205,13 +242,13 @@ class Ranker:
         """The best `limit` assessors without a conflict, best first; `excluded` are assessors only.
 
         An application is long, so its meaning is the mean of its first passages. Urgency, size and free places are about
-        helping firms and add nothing here.
+        helping firms, as are their scores, and add nothing here.
         """
         vector = self._index.question_of_passages(passages(asked.text)[:ASSESSMENT_PASSAGES_MAX])
         need = Need(id="assessment", text=asked.text, sic=asked.sic, region=asked.region)
         with self._lock:
             parts = self._parts(need, self._index.meaning(vector), self._index.words(need.text))
-            for name in ("urgency", "size", "capacity"):
+            for name in ("urgency", "size", "capacity", "outcomes"):
                 parts[name][:] = 0.0
             blocked = self._directory.blocked_as_assessors(asked, self._today())
             return self._ranking(need, parts, blocked, self._directory.assessors, limit, _assessor_sentences)
@@ -222,14 +259,21 @@ class Ranker:
         """All providers in the order of the columns of `score_table`: by id."""
         return sorted(self._directory.slots)
 
-    def score_table(self, needs: Sequence[Need], questions: Vectors) -> Scores:
-        """Scores of every provider for every need, shape (needs, providers in id order); -inf where a filter forbids.
+    def score_table(
+        self, needs: Sequence[Need], questions: Vectors, provider_ids: Sequence[str] | None = None
+    ) -> Scores:
+        """Scores of every provider for every need, shape (needs, providers); -inf where a filter forbids.
 
-        The same numbers as `rank` gives, up to rounding. Capacity is left to the assignment: a full provider is not
-        -inf here. For some thousand needs call it in blocks of a few hundred; it is 4 bytes a pair.
+        Providers in the order of `provider_ids`, by default that of ids; -inf for one that is not known any more. The same
+        numbers as `rank` gives, up to rounding. Capacity is left to the assignment: a full provider is not -inf here. For
+        some thousand needs call it in blocks of a few hundred; it is 4 bytes a pair.
         """
         with self._lock:
-            columns = np.array([self._directory.slots[each] for each in self.provider_ids()], dtype=np.intp)
+            wanted = self.provider_ids() if provider_ids is None else provider_ids
+            gone = np.array([each not in self._directory.slots for each in wanted], dtype=np.bool_)
+            columns = np.array([self._directory.slots.get(each, 0) for each in wanted], dtype=np.intp)
+            if not self._directory.size:
+                return np.full((len(needs), len(wanted)), -np.inf, dtype=np.float32)
             table = self._index.meaning(questions)
             table *= np.float32(self._weights.meaning)
             table += np.float32(self._weights.words) * self._index.words_of_many([need.text for need in needs])
@@ -245,7 +289,11 @@ class Ranker:
                     shared[key] = structured
                 table[row] += shared[key]
             in_order = len(columns) == table.shape[1] and bool((columns[1:] > columns[:-1]).all())
-            return table if in_order else table[:, columns]
+            if in_order:
+                return table
+            chosen: Scores = table[:, columns]
+            chosen[:, gone] = -np.inf
+            return chosen
 
     # -- inside
 
@@ -279,21 +327,29 @@ class Ranker:
         return {name: np.round(every[name].astype(np.float64), PLACES) for name in PARTS}
 
     def _structured(self, need: Need) -> dict[str, NDArray[np.float64]]:
-        directory, weights = self._directory, self._weights
-        urgency = Urgency.HIGH if need.source is Source.ANOMALY else need.urgency
         return {
-            "skills": weights.skills * directory.skills.map(lambda held: _overlap(need.skills, held)),
-            "sector": weights.sector * directory.divisions.map(lambda served: sector_closeness(need.division, served)),
-            "region": weights.region * directory.regions.map(lambda there: _nearest(need.region, there)),
-            "urgency": weights.urgency * directory.kinds.map(lambda kind: _URGENCY_FIT[urgency][kind]),
-            "size": weights.size * directory.kinds.map(lambda kind: _SIZE_FIT[need.size][kind]),
-            "capacity": weights.capacity * directory.free_share,
+            name: getattr(self._weights, name) * column.map(functools.partial(rule, need))
+            for name, (column, rule) in self._rules.items()
+        }
+
+    def _structured_at(self, need: Need, slot: int) -> dict[str, float]:
+        return {
+            name: getattr(self._weights, name) * rule(need, column.at(slot))
+            for name, (column, rule) in self._rules.items()
         }
 
     def _explain(
         self, need: Need, slot: int, parts: Mapping[str, NDArray[np.float64]], sentences: "Sentences"
     ) -> Ranked:
-        own = {name: float(parts[name][slot]) for name in PARTS}
+        return self._told(need, slot, {name: float(parts[name][slot]) for name in PARTS}, sentences)
+
+    def _slot(self, provider_id: str) -> int:
+        slot = self._directory.slots.get(provider_id)
+        if slot is None:
+            raise UnknownProviderError(f"no provider {provider_id}")
+        return slot
+
+    def _told(self, need: Need, slot: int, own: Mapping[str, float], sentences: "Sentences") -> Ranked:
         provider = self._directory.at(slot)
         terms = self._index.matched_words(need.text, slot)
         return Ranked(
@@ -319,6 +375,26 @@ class Ranker:
             for slot in nearest
         )
         return shown, counts
+
+
+Rule = Callable[[Need, Any], float]
+
+
+def _rules(directory: Directory) -> dict[str, tuple[Field[Any], Rule]]:
+    """The structured parts: which field of a provider each looks at, and what it makes of it, before its weight."""
+    return {
+        "skills": (directory.skills, lambda need, held: _overlap(need.skills, held)),
+        "sector": (directory.divisions, lambda need, served: sector_closeness(need.division, served)),
+        "region": (directory.regions, lambda need, there: _nearest(need.region, there)),
+        "urgency": (directory.kinds, lambda need, kind: _URGENCY_FIT[_acted_on(need)][kind]),
+        "size": (directory.kinds, lambda need, kind: _SIZE_FIT[need.size][kind]),
+        "capacity": (directory.places, lambda need, places: min(places[0] / places[1], 1.0) if places[1] else 0.0),
+        "outcomes": (directory.outcomes, lambda need, scored: outcome_lift(*scored)),
+    }
+
+
+def _acted_on(need: Need) -> Urgency:
+    return Urgency.HIGH if need.source is Source.ANOMALY else need.urgency
 
 
 def _total(parts: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -380,6 +456,9 @@ def _sentences(
         told.append(
             f"Being {_article(provider.kind)}, it {'suits' if fits else 'suits less well'} {need.urgency} urgency."
         )
+    if provider.outcome_firms >= OUTCOME_FIRMS_SHOWN_MIN:
+        mean = provider.outcome_points / provider.outcome_firms
+        told.append(f"{provider.outcome_firms} firms have scored its work, {mean:.1f} of 5 on average.")
     if provider.kind is Kind.COURSE:
         told.append("It is a course and has room for everyone.")
     else:

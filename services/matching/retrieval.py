@@ -84,6 +84,14 @@ class PassageIndex:
         cosines: Scores = questions @ self._vectors[: self.size].T
         return np.maximum(cosines, np.float32(0.0), out=cosines)
 
+    def meaning_at(self, question: NDArray[np.float32], slot: int) -> float:
+        """`meaning` of one question with one slot."""
+        return max(float(question @ self._vectors[slot]), 0.0)
+
+    def words_at(self, text: str, slot: int) -> float:
+        """`words` of one slot."""
+        return self._lexical.score_at(text, slot)
+
     def likeness(self, slots: NDArray[np.intp]) -> Scores:
         """Cosines of these passages with each other, shape (n, n)."""
         chosen = self._vectors[slots]

@@ -9,14 +9,15 @@ from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from services.matching.consents import Consent, NewConsent, Severity, SharedItem
 from services.matching.domain import Assesses, Kind, Size, Source, Urgency
-from services.matching.messages import KINDS, asked_time, offer_message
-from services.matching.needs import Match, Need, NeedState, Offer, OfferState
+from services.matching.matches import Match, MatchState, Result, Side
+from services.matching.messages import KINDS, RESULTS, asked_time, offer_message
+from services.matching.needs import Need, NeedState, Offer, OfferState, Origin
 from services.matching.providers import ProviderRecord
 from services.matching.service import Matching
 from services.matching.service.assessors import Application
 from services.matching.service.needs import NewNeed
+from smdih.matching.v1 import events_pb2, matching_pb2_grpc
 from smdih.matching.v1 import matching_pb2 as pb
-from smdih.matching.v1 import matching_pb2_grpc
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ _SHARED: Mapping[int, SharedItem] = {
     pb.SHARED_ITEM_FAULT: SharedItem.FAULT,
     pb.SHARED_ITEM_FIGURES: SharedItem.FIGURES,
     pb.SHARED_ITEM_PROFILE: SharedItem.PROFILE,
+    pb.SHARED_ITEM_PARTNERS: SharedItem.PARTNERS,
 }
 _SEVERITIES: Mapping[int, Severity] = {
     pb.ALARM_SEVERITY_UNSPECIFIED: Severity.ANY,
@@ -48,7 +50,18 @@ _OFFER_STATES: Mapping[int, OfferState] = {
     pb.OFFER_STATE_ACCEPTED: OfferState.ACCEPTED,
     pb.OFFER_STATE_DECLINED: OfferState.DECLINED,
     pb.OFFER_STATE_LAPSED: OfferState.LAPSED,
+    pb.OFFER_STATE_CANCELLED: OfferState.CANCELLED,
 }
+_MATCH_STATES: Mapping[int, MatchState] = {
+    pb.MATCH_STATE_ACCEPTED: MatchState.ACCEPTED,
+    pb.MATCH_STATE_ENGAGED: MatchState.ENGAGED,
+    pb.MATCH_STATE_FINISHED: MatchState.FINISHED,
+    pb.MATCH_STATE_CLOSED: MatchState.CLOSED,
+    pb.MATCH_STATE_CANCELLED: MatchState.CANCELLED,
+    pb.MATCH_STATE_EXPIRED: MatchState.EXPIRED,
+}
+_RESULTS: Mapping[int, Result] = {number: result for result, number in RESULTS.items()}
+_SIDES = {Side.FIRM: pb.SIDE_FIRM, Side.PARTNER: pb.SIDE_PARTNER}
 _ASSESSES: Mapping[int, Assesses] = {
     pb.ASSESSES_UNSPECIFIED: Assesses.NO,
     pb.ASSESSES_ALSO: Assesses.ALSO,
@@ -58,6 +71,12 @@ _SHARED_NUMBERS = {
     SharedItem.FAULT: pb.SHARED_ITEM_FAULT,
     SharedItem.FIGURES: pb.SHARED_ITEM_FIGURES,
     SharedItem.PROFILE: pb.SHARED_ITEM_PROFILE,
+    SharedItem.PARTNERS: pb.SHARED_ITEM_PARTNERS,
+}
+_ORIGINS = {
+    Origin.HUB: pb.OFFER_ORIGIN_HUB,
+    Origin.ROUND: pb.OFFER_ORIGIN_ROUND,
+    Origin.PARTNER: pb.OFFER_ORIGIN_PARTNER,
 }
 _SOURCES = {Source.FIRM: pb.NEED_SOURCE_FIRM, Source.ANOMALY: pb.NEED_SOURCE_ANOMALY}
 _URGENCY_NUMBERS = {
@@ -123,6 +142,8 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
             text=request.text,
             urgency=_member("urgency", _URGENCIES, request.urgency),
             machine_id=request.machine_id,
+            waits=request.wait_for_round,
+            shown=request.show_to_partners,
         )
         opened = await self._matching.needs.open_need(
             current_caller(), request.firm_id, new, request_id=request.request_id
@@ -164,6 +185,54 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
     async def DeclineOffer(self, request: pb.DeclineOfferRequest, context: Any) -> pb.DeclineOfferResponse:
         declined = await self._matching.offers.decline_offer(current_caller(), request.offer_id, request.reason)
         return pb.DeclineOfferResponse(offer=_offer_details(declined))
+
+    async def ShowNeed(self, request: pb.ShowNeedRequest, context: Any) -> pb.ShowNeedResponse:
+        need = await self._matching.needs.show_need(current_caller(), request.need_id, shown=request.shown)
+        return pb.ShowNeedResponse(need=_need_message(need))
+
+    async def ListShownNeeds(self, request: pb.ListShownNeedsRequest, context: Any) -> pb.ListShownNeedsResponse:
+        found, token = await self._matching.desk.shown_needs(
+            current_caller(), page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.ListShownNeedsResponse(needs=map(_need_message, found), next_page_token=token)
+
+    async def ProposeProvider(self, request: pb.ProposeProviderRequest, context: Any) -> pb.ProposeProviderResponse:
+        offer = await self._matching.desk.propose(
+            current_caller(), request.need_id, request.provider_id, request.message
+        )
+        return pb.ProposeProviderResponse(offer=_offer_details(offer))
+
+    async def ListMatches(self, request: pb.ListMatchesRequest, context: Any) -> pb.ListMatchesResponse:
+        found, token = await self._matching.matches.list_matches(
+            current_caller(),
+            state=_filter("state", _MATCH_STATES, request.state),
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return pb.ListMatchesResponse(matches=map(_match_message, found), next_page_token=token)
+
+    async def GetMatch(self, request: pb.GetMatchRequest, context: Any) -> pb.GetMatchResponse:
+        found = await self._matching.matches.get_match(current_caller(), request.match_id)
+        return pb.GetMatchResponse(match=_match_message(found))
+
+    async def EngageMatch(self, request: pb.EngageMatchRequest, context: Any) -> pb.EngageMatchResponse:
+        engaged = await self._matching.matches.engage(current_caller(), request.match_id)
+        return pb.EngageMatchResponse(match=_match_message(engaged))
+
+    async def FinishMatch(self, request: pb.FinishMatchRequest, context: Any) -> pb.FinishMatchResponse:
+        result = _member("result", _RESULTS, request.result)
+        finished = await self._matching.matches.finish(current_caller(), request.match_id, result, request.note)
+        return pb.FinishMatchResponse(match=_match_message(finished))
+
+    async def ScoreMatch(self, request: pb.ScoreMatchRequest, context: Any) -> pb.ScoreMatchResponse:
+        scored = await self._matching.matches.score(current_caller(), request.match_id, request.points, request.comment)
+        return pb.ScoreMatchResponse(match=_match_message(scored))
+
+    async def CancelMatch(self, request: pb.CancelMatchRequest, context: Any) -> pb.CancelMatchResponse:
+        cancelled = await self._matching.matches.cancel(
+            current_caller(), request.match_id, request.reason, reopen=not request.close_need
+        )
+        return pb.CancelMatchResponse(match=_match_message(cancelled))
 
     async def ProposeAssessors(self, request: pb.ProposeAssessorsRequest, context: Any) -> pb.ProposeAssessorsResponse:
         application = Application(
@@ -321,6 +390,8 @@ def _need_message(need: Need) -> pb.Need:
         opened_by=need.opened_by,
         ended_us=_us(need.ended),
         correlation_id=need.correlation_id,
+        wait_for_round=need.waits,
+        shown_to_partners=need.shown,
     )
 
 
@@ -334,6 +405,9 @@ def _offer_details(offer: Offer) -> pb.OfferDetails:
         decided_us=_us(offer.decided),
         decision_reason=offer.decision_reason,
         ranker_version=offer.ranker_version,
+        origin=_ORIGINS[offer.origin],
+        round_id=offer.round_id,
+        message=offer.message,
     )
 
 
@@ -348,6 +422,21 @@ def _match_message(match: Match) -> pb.Match:
         quarter=match.quarter.isoformat(),
         accepted_us=_us(match.accepted),
         correlation_id=match.correlation_id,
+        state=_number(_MATCH_STATES, match.state),  # type: ignore[arg-type]
+        engage_by_us=_us(match.engage_by),
+        engaged_us=_us(match.engaged),
+        finished_us=_us(match.finished),
+        result=events_pb2.RESULT_UNSPECIFIED if match.result is None else RESULTS[match.result],
+        result_note=match.result_note,
+        scores_until_us=_us(match.scores_until),
+        ended_us=_us(match.ended),
+        end_reason=match.end_reason,
+        scores=[
+            pb.MatchScore(
+                side=_SIDES[score.side], points=score.points, comment=score.comment, scored_us=_us(score.scored)
+            )
+            for score in match.scores
+        ],
     )
 
 

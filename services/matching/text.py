@@ -219,9 +219,23 @@ class LexicalIndex:
     def term_shares(self, term: str) -> tuple[Slots, NDArray[np.float32]]:
         """Slots that hold a known term and how far it is saturated there, 0..1."""
         slots, frequencies = self._postings[term]
-        mean_length = max(self._length_total / max(len(self._terms), 1), 1.0)
-        norm = self.K1 * (1 - self.B + self.B * self._lengths[slots] / np.float32(mean_length))
+        norm = self._norm(self._lengths[slots])
         return slots, (frequencies / (frequencies + norm)).astype(np.float32)
+
+    def score_at(self, text: str, slot: int) -> float:
+        """The score of one slot, as `scores` gives it."""
+        held = self._terms.get(slot, Counter())
+        norm = self._norm(self._lengths[slot])
+        total = np.float32(0.0)
+        for term, weight in self.query_weights(text).items():
+            if term in held:
+                frequency = np.float32(held[term])
+                total += np.float32(weight) * np.float32(frequency / (frequency + norm))
+        return float(total)
+
+    def _norm(self, lengths: Any) -> Any:
+        mean_length = max(self._length_total / max(len(self._terms), 1), 1.0)
+        return self.K1 * (1 - self.B + self.B * lengths / np.float32(mean_length))
 
     def matched_words(self, text: str, slot: int, limit: int = 8) -> tuple[str, ...]:
         """Words of the text, as written there, that the document has; the rarest first, ties by word."""

@@ -1,4 +1,4 @@
-"""What happens by itself: offers lapse, and needs without offers are tried again."""
+"""What happens by itself: offers lapse, matches, seats and rooms run out, and needs without offers are tried again."""
 
 import asyncio
 
@@ -7,11 +7,26 @@ import asyncpg
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
 from services.matching.service import Matching
+from services.matching.service.matches import CLOSINGS_AT_ONCE_MAX, EXPIRIES_AT_ONCE_MAX
 from services.matching.service.offers import LAPSES_AT_ONCE_MAX
+from services.matching.service.rooms import EXPIRIES_AT_ONCE_MAX as ROOM_EXPIRIES_AT_ONCE_MAX
+from services.matching.service.sessions import CONFIRMATIONS_AT_ONCE_MAX
 
 log = get_logger(__name__)
 
 INTERVAL_S = 1.0
+
+
+async def run_rounds(matching: Matching) -> None:
+    """Carry out rounds, until cancelled. A round that dies with its process is carried out by the next."""
+    while True:
+        try:
+            await matching.rounds.start_scheduled()
+            while await matching.rounds.carry_out():
+                pass
+        except (asyncpg.PostgresError, TryAgain) as error:
+            log.warning("rounds wait", error=repr(error))
+        await asyncio.sleep(INTERVAL_S)
 
 
 async def run(matching: Matching) -> None:
@@ -19,6 +34,14 @@ async def run(matching: Matching) -> None:
     while True:
         try:
             while await matching.offers.lapse_due_offers() >= LAPSES_AT_ONCE_MAX:
+                pass
+            while await matching.matches.expire_due_matches() >= EXPIRIES_AT_ONCE_MAX:
+                pass
+            while await matching.matches.close_due_matches() >= CLOSINGS_AT_ONCE_MAX:
+                pass
+            while await matching.sessions.expire_due_bookings() >= CONFIRMATIONS_AT_ONCE_MAX:
+                pass
+            while await matching.rooms.expire_due_rooms() >= ROOM_EXPIRIES_AT_ONCE_MAX:
                 pass
             await matching.offers.offer_again()
         except (asyncpg.PostgresError, TryAgain) as error:

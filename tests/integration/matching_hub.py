@@ -24,17 +24,16 @@ from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime
 from services.common.settings import Settings
-from services.matching import api, upkeep
+from services.matching import edges, upkeep
 from services.matching.index import ProviderIndex
 from services.matching.needs import Limits
 from services.matching.ranking import Ranker
-from services.matching.rpc import MatchingServicer
 from services.matching.service import Matching
 from services.matching.stream import alarm_consumer
 from services.matching.text import Embedder
 from smdih.anomaly.v1 import events_pb2 as anomaly_pb
 from smdih.directory.v1 import directory_pb2
-from smdih.matching.v1 import events_pb2, matching_pb2_grpc
+from smdih.matching.v1 import events_pb2, matching_pb2_grpc, sessions_pb2_grpc
 
 FIRM, OTHER_FIRM = 1, 2
 PARTNER, OTHER_PARTNER = 1, 2
@@ -72,7 +71,10 @@ async def publish_world(publisher: Publisher) -> None:
                 kind="gearbox stand",
             )
             entries.append(("machine", machine.id, pb.DirectoryEntry(machine=machine)))
-    partners = [pb.Partner(id=partner_id, name="University") for partner_id in (PARTNER, OTHER_PARTNER)]
+    partners = [
+        pb.Partner(id=PARTNER, name="University", region="East Midlands"),
+        pb.Partner(id=OTHER_PARTNER, name="Enterprise Scotland", region="Scotland"),
+    ]
     entries += [("partner", partner.id, pb.DirectoryEntry(partner=partner)) for partner in partners]
     roles: Mapping[str, Any] = {
         "firm": {"role": pb.ROLE_FIRM, "firm_id": FIRM},
@@ -159,6 +161,7 @@ class Hub:
     publisher: Publisher
     client: httpx.AsyncClient
     stub: "matching_pb2_grpc.MatchingServiceAsyncStub"
+    sessions: "sessions_pb2_grpc.SessionServiceAsyncStub"
 
     async def call(self, who: str, method: str, path: str, json: Any = None) -> httpx.Response:
         headers = {"authorization": f"Bearer {KEYS[who]}"} if who else {}
@@ -177,6 +180,18 @@ class Hub:
         for provider in (await self.ok("operator", "GET", "/v1/providers?page_size=500"))["providers"]:
             if provider["active"]:
                 await self.ok("operator", "POST", f"/v1/providers/{provider['id']}/withdraw")
+
+    async def clear_places(self) -> None:
+        """As if nobody had ever accepted; matches made by then cannot be cancelled any more."""
+        await self.pool.execute("DELETE FROM place; DELETE FROM provider_quarter")
+
+    async def matched(self, provider_id: str, text: str = "Our gears whine.", who: str = "firm") -> dict[str, Any]:
+        """A new need of the firm whose offer of this provider is accepted; returns the match."""
+        opened = await self.ok(who, "POST", "/v1/needs", {"text": text})
+        offer = next(each for each in opened["offers"] if each["provider_id"] == provider_id)
+        accepted = await self.ok(who, "POST", f"/v1/offers/{offer['id']}/accept")
+        match: dict[str, Any] = accepted["match"]
+        return match
 
     async def raise_alarm(self, alarm_id: str, machine: int, **fields: Any) -> None:
         await self.publisher.publish(topics.ALARMS, alarm_event(alarm_id, machine, **fields), key=alarm_id.encode())
@@ -201,7 +216,12 @@ class Hub:
 
 @asynccontextmanager
 async def running_hub(
-    settings: Settings, *, publishing: bool = True, taking_alarms: bool = True, upkeep_runs: bool = True
+    settings: Settings,
+    *,
+    publishing: bool = True,
+    taking_alarms: bool = True,
+    upkeep_runs: bool = True,
+    limits: Limits | None = None,
 ) -> AsyncIterator[Hub]:
     """The parts of the api process in this loop, with a clock that can be moved."""
     cluster, clock = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix), ShiftedClock()
@@ -223,7 +243,7 @@ async def running_hub(
         index = ProviderIndex(pool, Ranker(embedder, today=functools.partial(today, clock)), embedder, clock=clock)
         stack.push_async_callback(index.close)
         relay = OutboxRelay(pool, publisher, schema="matching")
-        matching = Matching(pool, index, relay, directory, clock=clock, limits=Limits())
+        matching = Matching(pool, index, relay, directory, clock=clock, limits=limits or Limits())
         await directory.wait_caught_up()
         await index.refresh()
         tasks.append(asyncio.create_task(index.run()))
@@ -233,15 +253,15 @@ async def running_hub(
             tasks.append(asyncio.create_task(alarm_consumer(cluster, pool, publisher, matching).run()))
         if upkeep_runs:
             tasks.append(asyncio.create_task(upkeep.run(matching)))
-        app = application("SMDIH matching", runtime=Runtime(), directory=directory, routers=[api.router(matching)])
+        app = application("SMDIH matching", runtime=Runtime(), directory=directory, routers=edges.routers(matching))
         http_port = await stack.enter_async_context(serve_http(app, host="127.0.0.1", port=0))
         grpc_port = await stack.enter_async_context(
             serve_rpc(
                 host="127.0.0.1",
                 port=0,
                 directory=directory,
-                register=[(matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching))],
-                service_names=["smdih.matching.v1.MatchingService"],
+                register=edges.servicers(matching),
+                service_names=edges.SERVICE_NAMES,
             )
         )
         client = await stack.enter_async_context(
@@ -249,7 +269,7 @@ async def running_hub(
         )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}"))
         stub = matching_pb2_grpc.MatchingServiceStub(channel)
-        yield Hub(matching, index, pool, clock, publisher, client, stub)
+        yield Hub(matching, index, pool, clock, publisher, client, stub, sessions_pb2_grpc.SessionServiceStub(channel))
 
 
 async def offer_events(cluster: Cluster) -> list[events_pb2.OfferEvent]:

@@ -44,7 +44,7 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
     """Without live providers, places taken or consent."""
     await one_hub.withdraw_all()
-    await one_hub.pool.execute("DELETE FROM provider_quarter")
+    await one_hub.clear_places()
     await one_hub.index.refresh()
     await one_hub.ok("firm", "POST", "/v1/consents/revoke")
     yield one_hub

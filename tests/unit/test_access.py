@@ -1,5 +1,7 @@
 """Who may read which signals at which times."""
 
+from collections.abc import Collection
+
 import pytest
 
 from services.common.errors import Forbidden, NotFound
@@ -44,3 +46,18 @@ def test_what_is_lent_is_read_within_its_time_and_until_it_is_taken_back() -> No
     lent.clear()
     with pytest.raises(NotFound):
         access.check(EXPERT, [OTHERS], 100, 200)
+
+
+async def test_what_is_read_through_a_room_is_noted_before_it_is_read() -> None:
+    noted: list[tuple[str, list[int], int, int]] = []
+
+    async def note(caller: Caller, room_id: str, signal_ids: Collection[int], from_us: int, to_us: int) -> None:
+        noted.append((room_id, list(signal_ids), from_us, to_us))
+
+    access = Access(lambda caller: [Grant({11}, 100, 200, room_id="r"), Grant({10}, 0, 500)], note=note)
+    await access.admit(EXPERT, [OTHERS, OWN], 100, 200)
+    await access.admit(FIRM, [OWN], 100, 200)
+    assert noted == [("r", [11], 100, 200)]
+    with pytest.raises(Forbidden):
+        await access.admit(EXPERT, [OTHERS], 100, 201)
+    assert len(noted) == 1

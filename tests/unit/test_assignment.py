@@ -15,10 +15,10 @@ from services.matching.assignment import (
     Round,
     assign,
     blocking_pairs,
-    optimal_quality,
     over_committed,
     round_of,
 )
+from services.matching.assignment_bound import optimal_quality
 
 NEVER = -np.inf
 

@@ -191,6 +191,42 @@ class TestExplanation:
         assert _ids(ranker.rank(alarm).ranked) == ["vibration", "course"]
 
 
+class TestOutcomes:
+    """What firms have scored bears on the order within documented bounds."""
+
+    @pytest.mark.parametrize(
+        ("firms", "points", "part"),
+        [
+            (0, 0, 0.0),
+            (8, 32, 0.0),  # 4 of 5 is what is expected
+            (1, 5, 0.002222),
+            (1, 1, -0.006667),
+            (100_000, 500_000, 0.02),
+            (100_000, 100_000, -0.06),
+        ],
+    )
+    def test_the_part_is_the_shrunk_mean_less_its_prior(self, firms: int, points: int, part: float) -> None:
+        scored = replace(PROVIDERS[0], outcome_firms=firms, outcome_points=points)
+        [found] = _ranker([scored]).rank(JUDGED[2][0]).ranked
+        assert found.parts["outcomes"] == pytest.approx(part, abs=1e-5)
+        assert found.score == pytest.approx(sum(found.parts.values()))
+
+    @pytest.mark.parametrize("firms", [0, 2, 3])
+    def test_a_mean_is_told_from_three_firms_up(self, firms: int) -> None:
+        scored = replace(PROVIDERS[0], outcome_firms=firms, outcome_points=5 * firms)
+        [found] = _ranker([scored]).rank(JUDGED[2][0]).ranked
+        told = "3 firms have scored its work, 5.0 of 5 on average."
+        assert (told in found.reasons) is (firms == 3)
+
+    def test_files_may_carry_outcomes_and_mostly_do_not(self) -> None:
+        plain = {"id": "a", "title": "A"}
+        assert evaluate.provider_from_json(plain).outcome_firms == 0
+        scored = evaluate.provider_from_json(plain | {"outcomes": [5, 4]})
+        assert (scored.outcome_firms, scored.outcome_points) == (2, 9)
+        with pytest.raises(ValueError, match="outcomes"):
+            evaluate.provider_from_json(plain | {"outcomes": [6]})
+
+
 class TestSameInputSameResult:
     def test_twice_and_in_any_order_of_loading(self, embedder: Embedder) -> None:
         one, other = _ranker(PROVIDERS, embedder), _ranker(PROVIDERS[::-1], embedder)
@@ -223,6 +259,38 @@ class TestSameInputSameResult:
                 assert table[row, columns.index(each.provider_id)] == pytest.approx(each.score, abs=1e-5)
             assert table[row, columns.index("asleep")] == -np.inf
             assert np.isfinite(table[row, columns.index("full")])
+
+
+class TestOneProvider:
+    """What `explain` says of one provider is what `rank` says of it among all."""
+
+    @pytest.mark.parametrize("with_model", [True, False])
+    def test_the_same_parts_and_reasons(self, embedder: Embedder, with_model: bool) -> None:
+        ranker = _ranker(PROVIDERS, embedder if with_model else None)
+        for need, _ in JUDGED:
+            ranking = ranker.rank(need, limit=100)
+            for each in ranking.ranked:
+                alone = ranker.explain(need, each.provider_id, question=ranking.question)
+                assert alone.parts == pytest.approx(each.parts, abs=2e-6)
+                assert alone.matched_terms == each.matched_terms
+
+    def test_the_filters_that_take_it_out(self) -> None:
+        ranker = _ranker([replace(PROVIDERS[0], conflicts=frozenset({"f"}), capacity_left=0)])
+        need = Need(id="n", text="Frames twist.", firm_id="f")
+        assert ranker.codes(need, "weld") == (FilterCode.CONFLICT_OF_INTEREST, FilterCode.NO_CAPACITY)
+        assert ranker.codes(replace(need, firm_id="g"), "weld") == (FilterCode.NO_CAPACITY,)
+        with pytest.raises(UnknownProviderError):
+            ranker.codes(need, "nobody")
+
+    def test_a_table_in_a_given_order_of_providers(self, embedder: Embedder) -> None:
+        ranker = _ranker(PROVIDERS, embedder)
+        need = JUDGED[0][0]
+        questions = np.stack([ranker.question(need.text)])
+        every = dict(zip(ranker.provider_ids(), ranker.score_table([need], questions)[0], strict=True))
+        wanted = ["weld", "gone", "dye"]
+        some = ranker.score_table([need], questions, wanted)[0]
+        assert some.tolist() == [every["weld"], -np.inf, every["dye"]]
+        assert _ranker([]).score_table([need], questions, ["gone"]).tolist() == [[-np.inf]]
 
 
 class TestChange:

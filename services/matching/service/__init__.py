@@ -9,9 +9,14 @@ from services.matching.needs import Limits
 from services.matching.service.assessors import Assessors
 from services.matching.service.checks import Known
 from services.matching.service.consents import Consents
+from services.matching.service.desk import Desk
+from services.matching.service.matches import Matches
 from services.matching.service.needs import Needs
 from services.matching.service.offers import Offers
 from services.matching.service.providers import Providers
+from services.matching.service.rooms import Rooms
+from services.matching.service.rounds import Rounds
+from services.matching.service.sessions import Sessions
 
 
 class Matching:
@@ -30,5 +35,10 @@ class Matching:
         self.providers = Providers(pool, index, directory, clock=clock)
         self.consents = Consents(pool, Known(directory), clock=clock)
         self.offers = Offers(pool, index, relay, clock=clock, limits=limits)
+        self.desk = Desk(pool, index, relay, directory, self.offers, clock=clock, limits=limits)
+        self.rounds = Rounds(pool, index, relay, self.offers, clock=clock, limits=limits)
+        self.matches = Matches(pool, index, relay, clock=clock, limits=limits)
         self.assessors = Assessors(pool, index, directory)
+        self.rooms = Rooms(pool, relay, directory, Known(directory), clock=clock)
+        self.sessions = Sessions(pool, relay, Known(directory), clock=clock)
         self.needs = Needs(pool, index, relay, directory, self.offers, clock=clock, limits=limits)

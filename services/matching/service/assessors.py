@@ -13,7 +13,7 @@ from services.matching.index import ProviderIndex
 from services.matching.providers import ProviderRecord
 from services.matching.ranking import Excluded, Ranked
 from services.matching.service.checks import TITLE_CHARACTERS_MAX, check_text
-from services.matching.store import offers as offers_store
+from services.matching.store import matches as matches_store
 from services.matching.store import providers as providers_store
 
 log = get_logger(__name__)
@@ -85,7 +85,7 @@ class Assessors:
         names = frozenset(map(organisation_name, application.organisations)) - {""}
         owners = {str(each.id) for each in self._directory.partners.values() if organisation_name(each.name) in names}
         async with transaction(self._pool) as connection:
-            worked_for = await offers_store.providers_of_firms(connection, application.firm_ids)
+            worked_for = await matches_store.providers_of_firms(connection, application.firm_ids)
         ranking = await self._index.rank_assessors(
             Assessment(
                 text=application.text,

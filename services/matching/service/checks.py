@@ -21,6 +21,7 @@ KNOWN_TIMEOUT_S = 0.5
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _PAGE_TOKEN = re.compile(r"(\d{1,16})\.([0-9a-f]{32})")
+_MICROSECONDS = re.compile(r"[0-9]{1,16}")
 CHOSEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Tabs and line ends are part of texts; other control characters are not, and the database refuses NUL.
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -109,6 +110,16 @@ def before_token(page_token: str) -> tuple[datetime, str] | None:
     if found is None:
         raise _bad_page_token()
     return from_us(int(found[1])), found[2]
+
+
+def session_token(page_token: str) -> tuple[datetime, str] | None:
+    """Of a page token whose id was chosen by a partner."""
+    if not page_token:
+        return None
+    when, _, identifier = page_token.partition(".")
+    if not _MICROSECONDS.fullmatch(when) or not CHOSEN_ID.fullmatch(identifier):
+        raise _bad_page_token()
+    return from_us(int(when)), identifier
 
 
 def _bad_page_token() -> Invalid:

@@ -18,7 +18,7 @@ from services.matching.alarms import Alarm, need_text, urgency_of
 from services.matching.consents import Consent, Coverage, SharedItem
 from services.matching.domain import Source, Urgency
 from services.matching.index import ProviderIndex
-from services.matching.needs import Limits, Need, NeedState, Offer, alarm_need_id
+from services.matching.needs import Limits, Need, NeedState, NoOffer, Offer, alarm_need_id
 from services.matching.ranking import Ranking
 from services.matching.service.checks import (
     TEXT_CHARACTERS_MAX,
@@ -55,6 +55,10 @@ class NewNeed:
     text: str
     urgency: Urgency = Urgency.NORMAL
     machine_id: int = 0
+    # No offers now but one in the next round, where scarce places go to whom they fit best.
+    waits: bool = False
+    # Partners may see the text, not whose it is, and propose themselves.
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class Needs:
         if new.machine_id:
             await self._known.check_machine(firm_id, new.machine_id)
         await self._index.check_takes_rankings()
-        sha256 = digest(text=new.text, urgency=new.urgency, machine_id=new.machine_id)
+        more = {name: True for name in ("waits", "shown") if getattr(new, name)}
+        sha256 = digest(text=new.text, urgency=new.urgency, machine_id=new.machine_id, **more)
         repeatable = checked_request_id(request_id)
         firm = self._directory.firms[firm_id]
         need = Need(
@@ -113,6 +118,8 @@ class Needs:
             opened=self._now(),
             opened_by=caller.credential_id,
             correlation_id=current_correlation_id(),
+            waits=new.waits,
+            shown=new.shown,
         )
         # Before the transaction: a connection is not held while a thread computes.
         ranking = await self._offers.rank(need)
@@ -126,6 +133,17 @@ class Needs:
             opened = await self._open(connection, need, ranking, request_id=request_id, request_sha256=sha256)
         self._relay.kick()
         return opened
+
+    async def show_need(self, caller: Caller, need_id: str, *, shown: bool) -> Need:
+        """Let partners see an open need's text and propose themselves, or not any more."""
+        caller.require(Role.FIRM, Role.OPERATOR)
+        async with transaction(self._pool) as connection:
+            await need_seen_by(connection, caller, need_id)
+            need = await needs_store.lock_need(connection, need_id)
+            assert need is not None  # it was seen
+            await needs_store.set_shown(connection, need_id, shown=shown)
+        log.info("need shown" if shown else "need hidden", need=need_id, by=caller.credential_id)
+        return replace(need, shown=shown)
 
     async def get_need(self, caller: Caller, need_id: str) -> Need:
         caller.require(Role.FIRM, Role.OPERATOR)
@@ -206,6 +224,7 @@ class Needs:
             correlation_id=alarm.correlation_id,
             alarm_ids=(alarm.id,),
             consent_id=consent.id,
+            shown=SharedItem.PARTNERS in consent.shared,
         )
         await self._open(connection, need, await self._offers.rank(need), raised=alarm.raised)
         return "opened"
@@ -220,9 +239,15 @@ class Needs:
         request_sha256: bytes = b"",
         raised: datetime | None = None,
     ) -> OpenedNeed:
-        offers, why = await self._offers.choose(connection, need, ranking)
+        offers: Sequence[Offer] = ()
+        why = str(NoOffer.WAITS_FOR_ROUND)
+        if not need.waits:
+            offers, why = await self._offers.choose(connection, need, ranking)
         need = replace(need, offers=len(offers), no_offer_reason=why)
         await needs_store.add_need(connection, need, request_id=request_id, request_sha256=request_sha256)
+        if ranking.question is not None:
+            vector = ranking.question.astype("<f4").tobytes()
+            await needs_store.keep_vectors(connection, {need.id: vector}, model=ranking.model_id)
         for alarm_id in need.alarm_ids:
             await needs_store.attach_alarm(connection, need.id, alarm_id, raised=raised or need.opened)
         await self._offers.make(connection, offers)

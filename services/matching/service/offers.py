@@ -3,25 +3,22 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 
 from prometheus_client import Counter
 
-from services.common import outbox, topics
 from services.common.clock import Clock, from_us, today
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.common.outbox import OutboxRelay
-from services.matching import domain
-from services.matching.domain import FilterCode, Size
+from services.matching.domain import FilterCode
 from services.matching.index import ProviderIndex
-from services.matching.messages import offer_event
+from services.matching.matches import Match
 from services.matching.needs import (
     Lapse,
     Limits,
-    Match,
     Need,
     NeedState,
     NoOffer,
@@ -31,7 +28,8 @@ from services.matching.needs import (
     offer_id,
     quarter_of,
 )
-from services.matching.ranking import Ranking
+from services.matching.providers import ProviderRecord
+from services.matching.ranking import Ranked, Ranking
 from services.matching.service.checks import (
     NOTE_CHARACTERS_MAX,
     before_token,
@@ -40,10 +38,14 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.publishing import publish_match, publish_offers
 from services.matching.service.sight import need_seen_by, offer_as_seen_by, sees_offer
+from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
 from services.matching.store import offers as offers_store
+from services.matching.store import places as places_store
 from services.matching.store import providers as providers_store
+from services.matching.store.places import Held, Why
 
 log = get_logger(__name__)
 
@@ -52,9 +54,9 @@ CANDIDATES_FIRST = 20
 WIDEN_BY = 10
 LAPSES_AT_ONCE_MAX = 200
 RETRIES_AT_ONCE_MAX = 20
+# A place that is reserved for an offer outlasts it by so much: giving it back is the offer's lapse, not the place's.
+PLACE_GRACE = timedelta(hours=1)
 
-# Offers by the state that they came into.
-offers_total = Counter("smdih_matching_offers_total", "Offers made, accepted, declined and lapsed", ["state"])
 # Acceptances refused because the provider had no place left.
 capacity_refused_total = Counter("smdih_matching_capacity_refused_total", "Acceptances refused for want of a place")
 
@@ -72,21 +74,12 @@ class Offers:
         self._tried: tuple[int, date] | None = None
 
     async def rank(self, need: Need, limit: int = CANDIDATES_FIRST) -> Ranking:
-        asked = domain.Need(
-            id=need.id,
-            text=need.text,
-            sic=need.sic,
-            region=need.region,
-            size=Size(need.size) if need.size in _SIZES else Size.SMALL,
-            urgency=need.urgency,
-            source=need.source,
-            firm_id=str(need.firm_id),
-        )
-        return await self._index.rank(asked, limit)
+        return await self._index.rank(need.for_ranking(), limit)
 
     async def choose(self, connection: Connection, need: Need, ranking: Ranking) -> tuple[list[Offer], str]:
         """The best providers with a free place, or why there is none. Looks further down than `ranking` while places are short."""
         now = self._now()
+        refused = await offers_store.providers_refused(connection, need.id) if need.attempt > 1 else set()
         limit = CANDIDATES_FIRST
         while True:
             bookable = await providers_store.bookable_providers(
@@ -95,7 +88,8 @@ class Offers:
                 quarter=quarter_of(now.date()),
                 today=now.date(),
             )
-            chosen = [each for each in ranking.ranked if each.provider_id in bookable][: self._limits.offers_max]
+            chosen = [each for each in ranking.ranked if each.provider_id in bookable.keys() - refused]
+            chosen = chosen[: self._limits.offers_max]
             whole = len(ranking.ranked) < limit or limit >= self._limits.candidates_max
             if len(chosen) == self._limits.offers_max or whole:
                 break
@@ -106,25 +100,14 @@ class Offers:
             log.info("no offers", need=need.id, reason=why, filtered_out=dict(ranking.excluded_counts))
             return [], why
         return [
-            Offer(
-                id=offer_id(need.id, each.provider_id),
-                need_id=need.id,
-                firm_id=need.firm_id,
-                provider_id=each.provider_id,
-                partner_id=bookable[each.provider_id].partner_id,
-                provider_title=bookable[each.provider_id].title,
-                provider_kind=bookable[each.provider_id].kind,
+            offer_for(
+                need,
+                bookable[each.provider_id],
+                each,
                 rank=rank,
-                score=each.score,
-                parts=dict(each.parts),
-                reasons=tuple(each.reasons),
                 ranker_version=self._index.version,
                 made=now,
                 expires=now + self._limits.offer_lifetime,
-                need_text=need.text,
-                machine_id=need.machine_id,
-                alarm_id=need.alarm_ids[0] if need.alarm_ids else "",
-                correlation_id=need.correlation_id,
             )
             for rank, each in enumerate(chosen, start=1)
         ], ""
@@ -132,7 +115,7 @@ class Offers:
     async def make(self, connection: Connection, offers: Sequence[Offer]) -> None:
         if offers:
             await offers_store.add_offers(connection, offers)
-            await self._publish(connection, offers)
+            await publish_offers(connection, offers)
 
     async def offers_of_need(self, caller: Caller, need_id: str, state: OfferState | None) -> list[Offer]:
         """Best first; for partners those of their own providers."""
@@ -192,19 +175,13 @@ class Offers:
 
     async def _match(self, connection: Connection, caller: Caller, offer: Offer) -> Match:
         now = self._now()
-        change = await providers_store.next_provider_change(connection)
+        # Before the provider: see next_provider_change.
+        await providers_store.next_provider_change(connection)
         provider = await providers_store.lock_provider(connection, offer.provider_id)
         assert provider is not None  # by foreign key
         if not provider.is_live(now.date()):
             raise Conflict(
                 "This provider is not to be had any more; accept another offer of the need.", reason="PROVIDER_GONE"
-            )
-        quarter = quarter_of(now.date())
-        if not await providers_store.take_place(connection, offer.provider_id, quarter=quarter, change=change):
-            capacity_refused_total.inc()
-            raise Conflict(
-                "The provider has no place left in this quarter; accept another offer of the need.",
-                reason="CAPACITY_FULL",
             )
         match = Match(
             id=match_id(offer.id),
@@ -213,21 +190,33 @@ class Offers:
             firm_id=offer.firm_id,
             provider_id=offer.provider_id,
             partner_id=provider.partner_id,
-            quarter=quarter,
+            quarter=quarter_of(now.date()),
             accepted=now,
             accepted_by=caller.credential_id,
             correlation_id=offer.correlation_id,
+            engage_by=now + self._limits.engage_within,
         )
-        await offers_store.add_match(connection, match)
+        asked = places_store.Ask(match.id, match.provider_id, match.quarter, now + self._limits.engage_within)
+        held = (await places_store.reserve(connection, [asked]))[match.id]
+        if offer.holds_place and held is Held.HELD:
+            await places_store.extend(connection, [match.id], now + self._limits.engage_within)
+        if held is not Held.HELD:
+            capacity_refused_total.inc()
+            raise Conflict(
+                "The provider has no place left in this quarter; accept another offer of the need.",
+                reason="CAPACITY_FULL",
+            )
+        await matches_store.add_match(connection, match)
+        await publish_match(connection, match)
         by = caller.credential_id
         await offers_store.decide_offer(connection, offer.id, OfferState.ACCEPTED, decided=now, by=by, reason="")
         accepted = replace(offer, state=OfferState.ACCEPTED, decided=now, match_id=match.id)
-        await self._publish(connection, [accepted])
+        await publish_offers(connection, [accepted])
         return match
 
     async def _accepted(self, connection: Connection, offer: Offer) -> tuple[Match, Offer]:
         match, current = (
-            await offers_store.match_of_offer(connection, offer.id),
+            await matches_store.match_of_offer(connection, offer.id),
             await offers_store.offer(connection, offer.id),
         )
         assert match is not None, f"offer {offer.id} is accepted and has no match"
@@ -255,7 +244,8 @@ class Offers:
                         by=caller.credential_id,
                         reason=offer.decision_reason,
                     )
-                    await self._publish(connection, [offer])
+                    await self._give_back(connection, [offer])
+                    await publish_offers(connection, [offer])
                     await self._close_if_done(connection, need)
         self._relay.kick()
         return offer_as_seen_by(caller, offer)
@@ -270,11 +260,6 @@ class Offers:
         assert need is not None  # by foreign key
         assert current is not None
         return current, need
-
-    async def _publish(self, connection: Connection, offers: Sequence[Offer]) -> None:
-        await outbox.write_all(connection, topics.OFFERS, [(offer.need_id, offer_event(offer)) for offer in offers])
-        for offer in offers:
-            offers_total.labels(offer.state).inc()
 
     async def lapse_due_offers(self) -> int:
         """Let offers lapse whose time has run out or whose provider is gone; returns how many."""
@@ -334,10 +319,17 @@ class Offers:
         now = self._now()
         for offer in offers:
             await offers_store.decide_offer(connection, offer.id, OfferState.LAPSED, decided=now, by=None, reason=why)
-        await self._publish(
+        await self._give_back(connection, offers)
+        await publish_offers(
             connection,
             [replace(offer, state=OfferState.LAPSED, decided=now, decision_reason=why) for offer in offers],
         )
+
+    async def _give_back(self, connection: Connection, offers: Sequence[Offer]) -> None:
+        held = [match_id(offer.id) for offer in offers if offer.holds_place]
+        if held:
+            await places_store.release(connection, held, Why.CANCELLED)
+            self._index.kick()
 
     async def _close_if_done(self, connection: Connection, need: Need) -> None:
         if need.state is not NeedState.OPEN:
@@ -353,7 +345,38 @@ class Offers:
         return from_us(self._clock.now_us())
 
 
-_SIZES = frozenset(Size)
+def offer_for(
+    need: Need,
+    provider: ProviderRecord,
+    ranked: Ranked,
+    *,
+    rank: int,
+    ranker_version: str,
+    made: datetime,
+    expires: datetime,
+) -> Offer:
+    """The offer of a provider for a need."""
+    return Offer(
+        id=offer_id(need.id, provider.id, need.attempt),
+        attempt=need.attempt,
+        need_id=need.id,
+        firm_id=need.firm_id,
+        provider_id=provider.id,
+        partner_id=provider.partner_id,
+        provider_title=provider.title,
+        provider_kind=provider.kind,
+        rank=rank,
+        score=ranked.score,
+        parts=dict(ranked.parts),
+        reasons=tuple(ranked.reasons),
+        ranker_version=ranker_version,
+        made=made,
+        expires=expires,
+        need_text=need.text,
+        machine_id=need.machine_id,
+        alarm_id=need.alarm_ids[0] if need.alarm_ids else "",
+        correlation_id=need.correlation_id,
+    )
 
 
 def _why_none(providers: int, ranking: Ranking) -> NoOffer:

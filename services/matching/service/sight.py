@@ -1,12 +1,14 @@
-"""Who sees what of needs and offers."""
+"""Who sees what of needs, offers and matches."""
 
 from dataclasses import replace
 
 from services.common.database import Connection
 from services.common.errors import NotFound
 from services.common.identity import Caller, Role
+from services.matching.matches import Match
 from services.matching.needs import Need, Offer, OfferState
 from services.matching.service.checks import known_form
+from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
 
 
@@ -16,6 +18,18 @@ async def need_seen_by(connection: Connection, caller: Caller, need_id: str) -> 
         raise NotFound()
     caller.check_sees_firm(need.firm_id)
     return need
+
+
+async def match_seen_by(connection: Connection, caller: Caller, match_id: str) -> Match:
+    """Raises NotFound for what the caller has no part in."""
+    found = await matches_store.match(connection, known_form(match_id))
+    if found is None or not {
+        Role.OPERATOR: True,
+        Role.FIRM: found.firm_id == caller.firm_id,
+        Role.PARTNER: found.partner_id == caller.partner_id,
+    }.get(caller.role, False):
+        raise NotFound()
+    return found
 
 
 def sees_offer(caller: Caller, offer: Offer) -> bool:

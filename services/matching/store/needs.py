@@ -1,13 +1,13 @@
 """SQL of needs and the alarms behind them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 import asyncpg
 
 from services.common.database import Connection
 from services.matching.domain import Source, Urgency
-from services.matching.needs import Need, NeedState
+from services.matching.needs import Need, NeedState, NoOffer
 
 Row = asyncpg.Record
 
@@ -16,8 +16,9 @@ async def add_need(connection: Connection, need: Need, *, request_id: str = "", 
     await connection.execute(
         """
         INSERT INTO need (id, firm_id, source, state, text, urgency, sic, region, size, machine_id, consent_id, offers,
-            no_offer_reason, opened, opened_by, request_id, request_sha256, correlation_id)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
+            no_offer_reason, opened, opened_by, request_id, request_sha256, correlation_id,
+            waits, shown)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
         """,
         need.id,
         need.firm_id,
@@ -37,6 +38,17 @@ async def add_need(connection: Connection, need: Need, *, request_id: str = "", 
         request_id or None,
         request_sha256 if request_id else None,
         need.correlation_id,
+        need.waits,
+        need.shown,
+    )
+
+
+async def keep_vectors(connection: Connection, vectors: Mapping[str, bytes], *, model: str) -> None:
+    """Store what needs were searched with, by need."""
+    await connection.executemany(
+        "INSERT INTO need_vector (need_id, vector, model) VALUES ($1, $2, $3) "
+        "ON CONFLICT (need_id) DO UPDATE SET vector = excluded.vector, model = excluded.model",
+        [(need_id, vector, model) for need_id, vector in vectors.items()],
     )
 
 
@@ -50,19 +62,19 @@ async def lock_requests(connection: Connection, firm_id: int, request_id: str) -
 
 
 async def need_by_request(connection: Connection, firm_id: int, request_id: str) -> tuple[Need, bytes] | None:
-    row = await connection.fetchrow(f"{_NEEDS} WHERE n.firm_id = $1 AND n.request_id = $2", firm_id, request_id)
-    return None if row is None else (_need(row), row["request_sha256"])
+    row = await connection.fetchrow(f"{NEEDS} WHERE n.firm_id = $1 AND n.request_id = $2", firm_id, request_id)
+    return None if row is None else (need_of_row(row), row["request_sha256"])
 
 
 async def need(connection: Connection, need_id: str) -> Need | None:
-    row = await connection.fetchrow(f"{_NEEDS} WHERE n.id = $1", need_id)
-    return None if row is None else _need(row)
+    row = await connection.fetchrow(f"{NEEDS} WHERE n.id = $1", need_id)
+    return None if row is None else need_of_row(row)
 
 
 async def lock_need(connection: Connection, need_id: str) -> Need | None:
     """Whatever is decided about a need's offers is decided while holding the need, always before its provider."""
-    row = await connection.fetchrow(f"{_NEEDS} WHERE n.id = $1 FOR NO KEY UPDATE OF n", need_id)
-    return None if row is None else _need(row)
+    row = await connection.fetchrow(f"{NEEDS} WHERE n.id = $1 FOR NO KEY UPDATE OF n", need_id)
+    return None if row is None else need_of_row(row)
 
 
 async def list_needs(
@@ -77,7 +89,7 @@ async def list_needs(
     """Newest first; `before`: those after this one in that order. Firm 0: all firms."""
     opened, need_id = before or (None, "")
     rows = await connection.fetch(
-        f"{_NEEDS} WHERE ($1::bigint = 0 OR n.firm_id = $1) AND ($2::text IS NULL OR n.state = $2) "
+        f"{NEEDS} WHERE ($1::bigint = 0 OR n.firm_id = $1) AND ($2::text IS NULL OR n.state = $2) "
         "AND ($3::bigint = 0 OR n.machine_id = $3) AND ($4::timestamptz IS NULL OR (n.opened, n.id) < ($4, $5)) "
         "ORDER BY n.opened DESC, n.id DESC LIMIT $6",
         firm_id,
@@ -87,11 +99,57 @@ async def list_needs(
         need_id,
         limit,
     )
-    return [_need(row) for row in rows]
+    return [need_of_row(row) for row in rows]
 
 
 async def end_need(connection: Connection, need_id: str, state: NeedState, *, ended: datetime) -> None:
     await connection.execute("UPDATE need SET state = $2, ended = $3 WHERE id = $1", need_id, state, ended)
+
+
+async def reopen_need(connection: Connection, need_id: str) -> bool:
+    """Open it again, for offers of a new attempt; False where its machine has another open need by now."""
+    reopened = await connection.fetchval(
+        "UPDATE need n SET state = 'open', ended = NULL, attempt = attempt + 1, offers = 0, no_offer_reason = $2 "
+        "WHERE id = $1 AND (source <> 'anomaly' OR NOT EXISTS (SELECT FROM need o WHERE o.machine_id = n.machine_id "
+        "AND o.source = 'anomaly' AND o.state = 'open')) RETURNING 1",
+        need_id,
+        NoOffer.MATCH_ENDED,
+    )
+    return reopened is not None
+
+
+async def vectors(connection: Connection, need_ids: Sequence[str], *, model: str) -> dict[str, bytes]:
+    """What the needs were searched with, where it was by this model."""
+    rows = await connection.fetch(
+        "SELECT need_id, vector FROM need_vector WHERE need_id = ANY($1::text[]) AND model = $2", list(need_ids), model
+    )
+    return {row["need_id"]: row["vector"] for row in rows}
+
+
+async def set_shown(connection: Connection, need_id: str, *, shown: bool) -> None:
+    await connection.execute("UPDATE need SET shown = $2 WHERE id = $1", need_id, shown)
+
+
+async def shown_needs(
+    connection: Connection,
+    *,
+    region: str,
+    opened_by: datetime,
+    before: tuple[datetime, str] | None,
+    limit: int,
+) -> list[Need]:
+    """Open needs that partners may see: those of the region, and others opened by then. Newest first. "" is every region."""
+    opened, need_id = before or (None, "")
+    rows = await connection.fetch(
+        f"{NEEDS} WHERE n.state = 'open' AND n.shown AND ($1 = '' OR lower(n.region) = lower($1) OR n.opened <= $2) "
+        "AND ($3::timestamptz IS NULL OR (n.opened, n.id) < ($3, $4)) ORDER BY n.opened DESC, n.id DESC LIMIT $5",
+        region,
+        opened_by,
+        opened,
+        need_id,
+        limit,
+    )
+    return [need_of_row(row) for row in rows]
 
 
 async def set_need_offers(connection: Connection, need_id: str, offers: int, *, no_offer_reason: str) -> None:
@@ -106,13 +164,14 @@ async def lock_needs_without_offers(
     """Open needs that nobody could be offered for yet, the oldest first; those that another process works on are left out."""
     opened, need_id = after or (None, "")
     rows = await connection.fetch(
-        f"{_NEEDS} WHERE n.state = 'open' AND n.offers = 0 AND ($1::timestamptz IS NULL OR (n.opened, n.id) > ($1, $2)) "
+        f"{NEEDS} WHERE n.state = 'open' AND n.offers = 0 AND NOT n.waits "
+        "AND ($1::timestamptz IS NULL OR (n.opened, n.id) > ($1, $2)) "
         "ORDER BY n.opened, n.id LIMIT $3 FOR NO KEY UPDATE OF n SKIP LOCKED",
         opened,
         need_id,
         limit,
     )
-    return [_need(row) for row in rows]
+    return [need_of_row(row) for row in rows]
 
 
 async def lock_machines(connection: Connection, machine_ids: Collection[int]) -> None:
@@ -152,14 +211,14 @@ async def attach_alarm(connection: Connection, need_id: str, alarm_id: str, *, r
     )
 
 
-_NEEDS = (
+NEEDS = (
     "SELECT n.*, m.id AS match_id, "
     "ARRAY(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number) AS alarm_ids "
-    "FROM need n LEFT JOIN match m ON m.need_id = n.id"
+    "FROM need n LEFT JOIN match m ON m.need_id = n.id AND m.state NOT IN ('cancelled', 'expired')"
 )
 
 
-def _need(row: Row) -> Need:
+def need_of_row(row: Row) -> Need:
     return Need(
         id=row["id"],
         firm_id=row["firm_id"],
@@ -180,4 +239,7 @@ def _need(row: Row) -> Need:
         no_offer_reason=row["no_offer_reason"],
         match_id=row["match_id"] or "",
         ended=row["ended"],
+        attempt=row["attempt"],
+        waits=row["waits"],
+        shown=row["shown"],
     )

@@ -1,4 +1,4 @@
-"""SQL of offers and matches."""
+"""SQL of offers."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import asyncpg
 
 from services.common.database import Connection
 from services.matching.domain import Kind
-from services.matching.needs import Lapse, Match, Offer, OfferState
+from services.matching.needs import Lapse, Offer, OfferState, Origin
 
 Row = asyncpg.Record
 
@@ -19,8 +19,9 @@ async def add_offers(connection: Connection, offers: Sequence[Offer]) -> None:
     await connection.executemany(
         """
         INSERT INTO offer (id, need_id, firm_id, provider_id, partner_id, provider_title, provider_kind, rank, score,
-            parts, reasons, ranker_version, state, made, expires)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
+            parts, reasons, ranker_version, state, made, expires, attempt,
+            origin, round_id, holds_place, message)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
         """,
         [
             (
@@ -39,6 +40,11 @@ async def add_offers(connection: Connection, offers: Sequence[Offer]) -> None:
                 offer.state,
                 offer.made,
                 offer.expires,
+                offer.attempt,
+                offer.origin,
+                offer.round_id or None,
+                offer.holds_place,
+                offer.message,
             )
             for offer in offers
         ],
@@ -51,8 +57,11 @@ async def offer(connection: Connection, offer_id: str) -> Offer | None:
 
 
 async def offers_of_need(connection: Connection, need_id: str) -> list[Offer]:
-    """Best first."""
-    return [_offer(row) for row in await connection.fetch(f"{_OFFERS} WHERE o.need_id = $1 ORDER BY o.rank", need_id)]
+    """Those of the last attempt first, the best first."""
+    return [
+        _offer(row)
+        for row in await connection.fetch(f"{_OFFERS} WHERE o.need_id = $1 ORDER BY o.attempt DESC, o.rank", need_id)
+    ]
 
 
 async def list_offers(
@@ -117,34 +126,12 @@ async def due_lapses(connection: Connection, *, now: datetime, today: date, limi
     return list(due.values())
 
 
-async def add_match(connection: Connection, match: Match) -> None:
-    await connection.execute(
-        "INSERT INTO match (id, need_id, offer_id, firm_id, provider_id, partner_id, quarter, accepted, accepted_by, "
-        "correlation_id) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-        match.id,
-        match.need_id,
-        match.offer_id,
-        match.firm_id,
-        match.provider_id,
-        match.partner_id,
-        match.quarter,
-        match.accepted,
-        match.accepted_by,
-        match.correlation_id,
-    )
-
-
-async def match_of_offer(connection: Connection, offer_id: str) -> Match | None:
-    row = await connection.fetchrow("SELECT * FROM match WHERE offer_id = $1", offer_id)
-    return None if row is None else Match(**dict(row))
-
-
-async def providers_of_firms(connection: Connection, firm_ids: Sequence[int]) -> frozenset[str]:
-    """Providers that have or had a match with one of the firms."""
+async def providers_refused(connection: Connection, need_id: str) -> set[str]:
+    """Providers that the need is not to be offered again: declined, or their match came to nothing."""
     rows = await connection.fetch(
-        "SELECT DISTINCT provider_id FROM match WHERE firm_id = ANY($1::bigint[])", list(firm_ids)
+        "SELECT DISTINCT provider_id FROM offer WHERE need_id = $1 AND state IN ('declined', 'cancelled')", need_id
     )
-    return frozenset(row["provider_id"] for row in rows)
+    return {row["provider_id"] for row in rows}
 
 
 _OFFERS = (
@@ -179,4 +166,9 @@ def _offer(row: Row) -> Offer:
         decided=row["decided"],
         decision_reason=row["decision_reason"],
         match_id=row["match_id"] or "",
+        attempt=row["attempt"],
+        origin=Origin(row["origin"]),
+        round_id=row["round_id"] or "",
+        holds_place=row["holds_place"],
+        message=row["message"],
     )

@@ -13,13 +13,16 @@ from services.matching.providers import ProviderRecord
 Row = asyncpg.Record
 
 
-async def next_provider_change(connection: Connection) -> int:
-    """Number of the change that this transaction makes; to be had before a provider is locked.
+async def next_provider_change(connection: Connection, providers: int = 1) -> int:
+    """Number of the change that this transaction makes; to be had before a provider is locked. For several providers it is the
+    last of as many numbers, one for each.
 
     Providers change one after the other, so that numbers become visible in their order and whoever reads "all after N" misses
     none.
     """
-    number: int = await connection.fetchval("UPDATE provider_change SET number = number + 1 WHERE one RETURNING number")
+    number: int = await connection.fetchval(
+        "UPDATE provider_change SET number = number + $1 WHERE one RETURNING number", providers
+    )
     return number
 
 
@@ -115,6 +118,14 @@ async def list_providers(
     return [_provider(row) for row in rows]
 
 
+async def live_providers(connection: Connection, *, quarter: date, today: date) -> list[ProviderRecord]:
+    """All that may be offered today, with the places taken in the quarter."""
+    rows = await connection.fetch(
+        f"{_PROVIDERS} WHERE p.active AND (p.expires_on IS NULL OR p.expires_on > $2)", quarter, today
+    )
+    return [_provider(row) for row in rows]
+
+
 async def providers_by_id(connection: Connection, provider_ids: Sequence[str]) -> dict[str, ProviderRecord]:
     """Withdrawn ones too; places taken are not looked up."""
     rows = await connection.fetch("SELECT *, 0 AS taken FROM provider WHERE id = ANY($1::text[])", list(provider_ids))
@@ -168,26 +179,20 @@ async def bookable_providers(
     return {row["id"]: _provider(row) for row in rows}
 
 
-async def take_place(connection: Connection, provider_id: str, *, quarter: date, change: int) -> bool:
-    """Take one place of the quarter; False when none is left. Waits for others who are taking one of the same provider.
-
-    `change` is the number by which the indexes learn of it."""
+async def set_outcomes(connection: Connection, provider_id: str, *, change: int) -> None:
+    """Count anew what firms have scored: of each firm the newest score, so that nobody counts twice."""
     await connection.execute(
-        "INSERT INTO provider_quarter (provider_id, quarter, capacity, taken) "
-        "SELECT id, $2, capacity_per_quarter, 0 FROM provider WHERE id = $1 ON CONFLICT DO NOTHING",
+        """
+        UPDATE provider SET (outcome_firms, outcome_points) = (
+            SELECT count(*), coalesce(sum(points), 0) FROM (
+                SELECT DISTINCT ON (m.firm_id) s.points FROM match m JOIN match_score s ON s.match_id = m.id
+                WHERE m.provider_id = $1 AND s.side = 'firm' ORDER BY m.firm_id, s.scored DESC, m.id
+            ) AS newest
+        ), change = $2 WHERE id = $1
+        """,
         provider_id,
-        quarter,
+        change,
     )
-    taken = await connection.fetchval(
-        "UPDATE provider_quarter SET taken = taken + 1 "
-        "WHERE provider_id = $1 AND quarter = $2 AND (capacity IS NULL OR taken < capacity) RETURNING taken",
-        provider_id,
-        quarter,
-    )
-    if taken is None:
-        return False
-    await connection.execute("UPDATE provider SET change = $2 WHERE id = $1", provider_id, change)
-    return True
 
 
 _PROVIDERS = (
@@ -214,6 +219,8 @@ def _provider(row: Row) -> ProviderRecord:
         lead_days=row["lead_days"],
         assesses=Assesses(row["assesses"]),
         conflict_organisations=tuple(row["conflict_organisations"]),
+        outcome_firms=row["outcome_firms"],
+        outcome_points=row["outcome_points"],
         conflict_firm_ids=tuple(row["conflict_firm_ids"]),
         expires_on=row["expires_on"],
         active=row["active"],

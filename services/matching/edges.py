@@ -1,0 +1,31 @@
+"""What this service serves: its routers and gRPC services, in one list for the process and for tests."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter
+
+from services.matching import api, rooms_api, sessions_api
+from services.matching.rooms_rpc import RoomServicer
+from services.matching.rpc import MatchingServicer
+from services.matching.service import Matching
+from services.matching.sessions_rpc import SessionServicer
+from smdih.matching.v1 import matching_pb2_grpc, rooms_pb2_grpc, sessions_pb2_grpc
+
+SERVICE_NAMES = (
+    "smdih.matching.v1.MatchingService",
+    "smdih.matching.v1.SessionService",
+    "smdih.matching.v1.RoomService",
+)
+
+
+def routers(matching: Matching) -> Sequence[APIRouter]:
+    return [api.router(matching), sessions_api.router(matching), rooms_api.router(matching)]
+
+
+def servicers(matching: Matching) -> Sequence[tuple[Callable[[Any, Any], None], Any]]:
+    return [
+        (matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching)),
+        (sessions_pb2_grpc.add_SessionServiceServicer_to_server, SessionServicer(matching)),
+        (rooms_pb2_grpc.add_RoomServiceServicer_to_server, RoomServicer(matching)),
+    ]

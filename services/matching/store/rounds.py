@@ -1,0 +1,141 @@
+"""SQL of rounds and of the needs that wait for one."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime
+
+import asyncpg
+
+from services.common.database import Connection
+from services.matching.needs import Need
+from services.matching.rounds import Round, RoundState
+from services.matching.store.needs import NEEDS, need_of_row
+
+Row = asyncpg.Record
+
+
+async def begin_round(
+    connection: Connection, round_id: str, *, started: datetime, by: int | None, correlation_id: str
+) -> bool:
+    """False where there is one of this id already."""
+    made = await connection.fetchval(
+        "INSERT INTO round (id, state, started, started_by, correlation_id) VALUES ($1, 'running', $2, $3, $4) "
+        "ON CONFLICT DO NOTHING RETURNING 1",
+        round_id,
+        started,
+        by,
+        correlation_id,
+    )
+    return made is not None
+
+
+async def round_by_id(connection: Connection, round_id: str) -> Round | None:
+    row = await connection.fetchrow("SELECT * FROM round WHERE id = $1", round_id)
+    return None if row is None else _round(row)
+
+
+async def list_rounds(connection: Connection, *, limit: int) -> list[Round]:
+    """Newest first."""
+    rows = await connection.fetch("SELECT * FROM round ORDER BY started DESC, id DESC LIMIT $1", limit)
+    return [_round(row) for row in rows]
+
+
+async def lock_rounds(connection: Connection) -> bool:
+    """Only one process computes rounds at a time; False where another does. Until the transaction ends."""
+    locked: bool = await connection.fetchval("SELECT pg_try_advisory_xact_lock(hashtext('smdih-matching-rounds'))")
+    return locked
+
+
+async def next_running_round(connection: Connection) -> Round | None:
+    row = await connection.fetchrow("SELECT * FROM round WHERE state = 'running' ORDER BY started, id LIMIT 1")
+    return None if row is None else _round(row)
+
+
+async def count_in_round(connection: Connection, round_id: str, *, offers: int, from_safety_net: int) -> None:
+    await connection.execute(
+        "UPDATE round SET offers = offers + $2, from_safety_net = from_safety_net + $3 WHERE id = $1",
+        round_id,
+        offers,
+        from_safety_net,
+    )
+
+
+async def end_round(
+    connection: Connection, round_id: str, *, ended: datetime, unplaced: int, blocking_pairs: int, ranker_version: str
+) -> None:
+    await connection.execute(
+        "UPDATE round SET state = 'done', ended = $2, unplaced = $3, blocking_pairs = $4, ranker_version = $5 WHERE id = $1",
+        round_id,
+        ended,
+        unplaced,
+        blocking_pairs,
+        ranker_version,
+    )
+
+
+async def any_waiting(connection: Connection) -> bool:
+    found: bool = await connection.fetchval("SELECT EXISTS (SELECT FROM need WHERE state = 'open' AND offers = 0)")
+    return found
+
+
+async def waiting_needs(connection: Connection, *, opened_by: datetime, limit: int) -> list[Need]:
+    """Open needs without offers, the oldest first."""
+    rows = await connection.fetch(
+        f"{NEEDS} WHERE n.state = 'open' AND n.offers = 0 AND n.opened <= $1 ORDER BY n.opened, n.id LIMIT $2",
+        opened_by,
+        limit,
+    )
+    return [need_of_row(row) for row in rows]
+
+
+async def lock_waiting(connection: Connection, need_ids: Sequence[str]) -> dict[str, Need]:
+    """Those of the needs that are still open and without offers, held; by id."""
+    rows = await connection.fetch(
+        f"{NEEDS} WHERE n.id = ANY($1::text[]) AND n.state = 'open' AND n.offers = 0 "
+        "ORDER BY n.id FOR NO KEY UPDATE OF n",
+        list(need_ids),
+    )
+    return {row["id"]: need_of_row(row) for row in rows}
+
+
+async def refusals(connection: Connection, need_ids: Sequence[str]) -> dict[str, set[str]]:
+    """Providers that a need is not to be offered again, by need."""
+    rows = await connection.fetch(
+        "SELECT need_id, provider_id FROM offer WHERE need_id = ANY($1::text[]) AND state IN ('declined', 'cancelled')",
+        list(need_ids),
+    )
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        found[row["need_id"]].add(row["provider_id"])
+    return found
+
+
+async def set_placed(connection: Connection, need_ids: Sequence[str]) -> None:
+    """Each has one offer now."""
+    await connection.execute(
+        "UPDATE need SET offers = 1, no_offer_reason = '', waits = false WHERE id = ANY($1::text[])", list(need_ids)
+    )
+
+
+async def set_unplaced(connection: Connection, need_ids: Sequence[str], *, why: str) -> None:
+    """The round has come and gone: offers may be made at any time from now on."""
+    await connection.execute(
+        "UPDATE need SET no_offer_reason = $2, waits = false WHERE id = ANY($1::text[]) AND state = 'open' AND offers = 0",
+        list(need_ids),
+        why,
+    )
+
+
+def _round(row: Row) -> Round:
+    return Round(
+        id=row["id"],
+        state=RoundState(row["state"]),
+        started=row["started"],
+        ended=row["ended"],
+        offers=row["offers"],
+        from_safety_net=row["from_safety_net"],
+        unplaced=row["unplaced"],
+        blocking_pairs=row["blocking_pairs"],
+        ranker_version=row["ranker_version"],
+        correlation_id=row["correlation_id"],
+    )

@@ -1,0 +1,269 @@
+"""Rounds over waiting needs, and the desk where partners propose themselves."""
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from services.common.clock import from_us
+from services.common.kafka import Publisher
+from services.common.settings import Settings
+from services.matching.needs import Limits
+from services.matching.service.rounds import CHUNK_NEEDS
+from services.matching.store import places as places_store
+from smdih.matching.v1 import matching_pb2
+from tests.integration.matching_hub import FIRM, KEYS, Hub, publish_world, running_hub
+from tests.polling import eventually
+
+GEARS = "Our gears whine and the oil is full of debris."
+
+
+@pytest_asyncio.fixture(scope="module")
+async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub]:
+    await publish_world(publisher)
+    async with running_hub(settings, limits=Limits(round_every=timedelta(days=1))) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
+    await one_hub.withdraw_all()
+    await one_hub.pool.execute("UPDATE need SET state = 'closed', ended = now() WHERE state = 'open'")
+    await one_hub.pool.execute("UPDATE offer SET state = 'lapsed', decided = now() WHERE state = 'made'")
+    await one_hub.clear_places()
+    yield one_hub
+    async with one_hub.pool.acquire() as connection:
+        assert await places_store.mismatches(connection) == []
+    one_hub.clock.shift = timedelta(0)
+
+
+async def wait_for_round(hub: Hub, text: str = GEARS, **fields: Any) -> str:
+    opened = await hub.ok("firm", "POST", "/v1/needs", {"text": text, "wait_for_round": True, **fields})
+    assert (opened["offers"], opened["need"]["no_offer_reason"]) == ([], "WAITS_FOR_ROUND")
+    need_id: str = opened["need"]["id"]
+    return need_id
+
+
+async def run_round(hub: Hub, round_id: str) -> dict[str, Any]:
+    begun = await hub.ok("operator", "POST", "/v1/rounds", {"round_id": round_id})
+    assert begun["state"] == "running"
+    assert await hub.matching.rounds.carry_out()
+    done: dict[str, Any] = await hub.ok("operator", "GET", f"/v1/rounds/{round_id}")
+    assert (done["state"], done["blocking_pairs"]) == ("done", 0)
+    return done
+
+
+async def only_offer(hub: Hub, need_id: str) -> dict[str, Any]:
+    [offer] = (await hub.ok("firm", "GET", f"/v1/needs/{need_id}/offers"))["offers"]
+    found: dict[str, Any] = offer
+    return found
+
+
+async def taken(hub: Hub, provider_id: str) -> int:
+    found: int = (await hub.ok("partner", "GET", f"/v1/providers/{provider_id}"))["taken_this_quarter"]
+    return found
+
+
+async def test_a_round_gives_every_waiting_need_one_offer_within_live_capacity(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", "iot-basics")
+    needs = [await wait_for_round(hub, f"{GEARS} Stand {number}.") for number in range(6)]
+    done = await run_round(hub, "first")
+    assert (done["offers"], done["from_safety_net"], done["unplaced"]) == (6, 3, 0)
+    offers = [await only_offer(hub, need_id) for need_id in needs]
+    assert Counter(each["provider_id"] for each in offers) == {"gear-rigs": 3, "iot-basics": 3}
+    assert {(each["origin"], each["round_id"], each["rank"]) for each in offers} == {("round", "first", 1)}
+    by_provider = {each["provider_id"]: each for each in offers}
+    assert "It was chosen in round first: nobody fits better." in by_provider["gear-rigs"]["reasons"]
+    assert any("a workshop or course helps meanwhile" in reason for reason in by_provider["iot-basics"]["reasons"])
+    for each in offers:
+        assert each["score"] == pytest.approx(sum(each["parts"].values()))
+    # The places are held until the offers are answered: nobody else gets them, and accepting takes no second one.
+    assert await taken(hub, "gear-rigs") == 3
+    late = await hub.ok("firm", "POST", "/v1/needs", {"text": GEARS})
+    assert "gear-rigs" not in {each["provider_id"] for each in late["offers"]}
+    accepted, declined, lapsing = [each for each in offers if each["provider_id"] == "gear-rigs"]
+    match = (await hub.ok("firm", "POST", f"/v1/offers/{accepted['id']}/accept"))["match"]
+    assert await taken(hub, "gear-rigs") == 3
+    expires = await hub.pool.fetchval("SELECT expires FROM place WHERE id = $1", match["id"])
+    assert expires > from_us(hub.clock.now_us()) + timedelta(days=179)
+    await hub.ok("firm", "POST", f"/v1/offers/{declined['id']}/decline", {"reason": "too far"})
+    assert await taken(hub, "gear-rigs") == 2
+    hub.clock.shift = timedelta(days=14, seconds=1)
+
+    async def lapsed() -> bool:
+        return bool((await only_offer(hub, lapsing["need_id"]))["state"] == "lapsed")
+
+    await eventually(lapsed)
+    assert await hub.pool.fetchval("SELECT taken FROM provider_quarter WHERE provider_id = 'gear-rigs'") == 1
+
+
+async def test_a_repeated_round_is_the_first_one_and_only_operators_run_them(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs")
+    need_id = await wait_for_round(hub)
+    done = await run_round(hub, "again")
+    assert await hub.ok("operator", "POST", "/v1/rounds", {"round_id": "again"}) == done
+    assert not await hub.matching.rounds.carry_out()
+    assert (await only_offer(hub, need_id))["state"] == "made"
+    assert "again" in {each["id"] for each in (await hub.ok("operator", "GET", "/v1/rounds"))["rounds"]}
+    for who, status in (("firm", 403), ("partner", 403), ("device", 403), ("", 401)):
+        for method, path in (("POST", "/v1/rounds"), ("GET", "/v1/rounds"), ("GET", "/v1/rounds/again")):
+            body = {"round_id": "theirs"} if method == "POST" else None
+            assert (await hub.call(who, method, path, body)).status_code == status
+    bad = await hub.call("operator", "POST", "/v1/rounds", {"round_id": "a b"})
+    assert (bad.status_code, bad.json()["reason"]) == (400, "BAD_ROUND_ID")
+    assert (await hub.call("operator", "GET", "/v1/rounds/none")).status_code == 404
+
+
+async def test_a_need_nobody_can_take_says_so_and_is_tried_again_by_itself(hub: Hub) -> None:
+    need_id = await wait_for_round(hub)
+    assert (await run_round(hub, "nobody"))["unplaced"] == 1
+    need = await hub.ok("firm", "GET", f"/v1/needs/{need_id}")
+    assert (need["offers"], need["no_offer_reason"], need["wait_for_round"]) == (0, "NO_PROVIDER", False)
+    await hub.put_providers("gear-rigs")
+
+    async def offered() -> bool:
+        return bool((await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["offers"])
+
+    await eventually(offered)
+
+
+async def test_a_round_begins_by_itself_once_a_day_while_needs_wait(hub: Hub) -> None:
+    async def scheduled() -> int:
+        found: int = await hub.pool.fetchval("SELECT count(*) FROM round WHERE id LIKE 'scheduled-%'")
+        return found
+
+    before = await scheduled()
+    await hub.matching.rounds.start_scheduled()
+    assert await scheduled() == before  # nobody waits
+    await hub.put_providers("iot-basics")
+    need_id = await wait_for_round(hub)
+    await asyncio.gather(*(hub.matching.rounds.start_scheduled() for _ in range(5)))
+    assert await scheduled() == before + 1
+    assert await hub.matching.rounds.carry_out()
+    assert (await only_offer(hub, need_id))["provider_id"] == "iot-basics"
+
+
+async def test_a_round_that_is_cut_off_is_finished_by_whoever_comes_next(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", capacity_per_quarter=700)
+    await hub.put_providers("iot-basics")
+    count = 2 * CHUNK_NEEDS + 100
+    vector = await hub.index.compute(lambda ranker: ranker.question(GEARS).astype("<f4").tobytes())
+    ids = [uuid.uuid4().hex for _ in range(count)]
+    await hub.pool.executemany(
+        "INSERT INTO need (id, firm_id, source, state, text, urgency, sic, region, size, machine_id, offers, "
+        "no_offer_reason, opened, opened_by, correlation_id, waits) "
+        "VALUES ($1, 1, 'firm', 'open', $2, 'normal', '', '', '', 0, 0, 'WAITS_FOR_ROUND', now(), 0, '', true)",
+        [(need_id, GEARS) for need_id in ids],
+    )
+    await hub.pool.executemany(
+        "INSERT INTO need_vector (need_id, vector, model) VALUES ($1, $2, $3)",
+        [(need_id, vector, hub.index.model_id) for need_id in ids],
+    )
+    await hub.ok("operator", "POST", "/v1/rounds", {"round_id": "cut-off"})
+    running = asyncio.create_task(hub.matching.rounds.carry_out())
+
+    async def some_stored() -> bool:
+        return bool(await hub.pool.fetchval("SELECT offers > 0 FROM round WHERE id = 'cut-off'"))
+
+    await eventually(some_stored, deadline_s=60)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    # Two at once: one of them does it.
+    await asyncio.gather(*(hub.matching.rounds.carry_out() for _ in range(2)))
+    done = await hub.ok("operator", "GET", "/v1/rounds/cut-off")
+    assert (done["state"], done["offers"], done["from_safety_net"]) == ("done", count, count - 700)
+    rows = await hub.pool.fetch(
+        "SELECT provider_id, count(*) FROM offer WHERE round_id = 'cut-off' GROUP BY provider_id"
+    )
+    assert {row["provider_id"]: row["count"] for row in rows} == {"gear-rigs": 700, "iot-basics": count - 700}
+    assert await hub.pool.fetchval("SELECT count(DISTINCT need_id) FROM offer WHERE round_id = 'cut-off'") == count
+
+
+async def test_partners_see_their_regions_needs_first_and_propose_themselves(hub: Hub) -> None:
+    await hub.put_providers("dashboards")
+    hidden = (await hub.ok("firm", "POST", "/v1/needs", {"text": "Secret."}))["need"]["id"]
+    shown = (await hub.ok("firm", "POST", "/v1/needs", {"text": GEARS, "show_to_partners": True}))["need"]["id"]
+
+    async def seen_by(who: str) -> set[str]:
+        found = (await hub.ok(who, "GET", "/v1/desk/needs"))["needs"]
+        assert all((each["firm_id"], each["machine_id"], each["opened_by"]) == (0, 0, 0) for each in found)
+        return {each["id"] for each in found} & {hidden, shown}
+
+    # The firm is in the East Midlands, as is the one partner; the other is in Scotland.
+    assert await seen_by("partner") == await seen_by("operator") == {shown}
+    assert await seen_by("other_partner") == set()
+    scottish = {"kind": "expert", "title": "Gear noise", "text": "Finds whining gears.", "capacity_per_quarter": 2}
+    await hub.ok("other_partner", "PUT", "/v1/providers/scottish", scottish)
+    await hub.ok("partner", "PUT", "/v1/providers/local", scottish)
+    path = f"/v1/desk/needs/{shown}/propose"
+    early = await hub.call("other_partner", "POST", path, {"provider_id": "scottish"})
+    assert early.status_code == 404
+    proposed = await hub.ok("partner", "POST", path, {"provider_id": "local", "message": "We can come on Monday."})
+    assert (proposed["origin"], proposed["state"], proposed["firm_id"]) == ("partner", "made", 0)
+    assert await hub.ok("partner", "POST", path, {"provider_id": "local", "message": "again"}) == proposed
+    hub.clock.shift = timedelta(days=3, seconds=1)
+    assert await seen_by("other_partner") == {shown}
+    await hub.ok("other_partner", "POST", path, {"provider_id": "scottish"})
+    offers = (await hub.ok("firm", "GET", f"/v1/needs/{shown}/offers"))["offers"]
+    assert [(each["provider_id"], each["origin"], each["rank"]) for each in offers] == [
+        ("dashboards", "hub", 1),
+        ("local", "partner", 2),
+        ("scottish", "partner", 3),
+    ]
+    assert offers[1]["message"] == "We can come on Monday."
+    await hub.ok("firm", "POST", f"/v1/needs/{shown}/show", {"shown": False})
+    assert await seen_by("partner") == set()
+    match = (await hub.ok("firm", "POST", f"/v1/offers/{offers[1]['id']}/accept"))["match"]
+    assert match["provider_id"] == "local"
+
+
+async def test_proposals_respect_filters_owners_and_roles(hub: Hub) -> None:
+    await hub.put_providers("dashboards")
+    need_id = (await hub.ok("firm", "POST", "/v1/needs", {"text": GEARS, "show_to_partners": True}))["need"]["id"]
+    path = f"/v1/desk/needs/{need_id}/propose"
+    expert = {"kind": "expert", "title": "Gear noise", "text": "Finds whining gears.", "capacity_per_quarter": 1}
+    await hub.ok("partner", "PUT", "/v1/providers/biased", {**expert, "conflict_firm_ids": [FIRM]})
+    await hub.ok("partner", "PUT", "/v1/providers/slow", {**expert, "lead_days": 300})
+    await hub.ok("partner", "PUT", "/v1/providers/gone", expert)
+    await hub.ok("partner", "POST", "/v1/providers/gone/withdraw")
+    refused: list[tuple[str, str, int, str]] = [
+        ("partner", "biased", 409, "NOT_SUITABLE"),
+        ("partner", "slow", 409, "NOT_SUITABLE"),
+        ("partner", "gone", 409, "NOT_BOOKABLE"),
+        ("partner", "nobody", 404, "NOT_FOUND"),
+        ("other_partner", "biased", 404, "NOT_FOUND"),
+        ("firm", "biased", 403, "FORBIDDEN"),
+        ("device", "biased", 403, "FORBIDDEN"),
+        ("", "biased", 401, "UNAUTHENTICATED"),
+    ]
+    for who, provider_id, status, reason in refused:
+        answer = await hub.call(who, "POST", path, {"provider_id": provider_id})
+        assert (answer.status_code, answer.json()["reason"]) == (status, reason), (who, provider_id, answer.text)
+    biased = await hub.call("partner", "POST", path, {"provider_id": "biased"})
+    assert "CONFLICT" not in biased.json()["detail"]  # it would tell whose need it is
+    assert (await hub.call("other_firm", "POST", f"/v1/needs/{need_id}/show", {"shown": False})).status_code == 404
+    assert (await hub.call("firm", "GET", "/v1/desk/needs")).status_code == 403
+    # By gRPC.
+    key = (("authorization", f"Bearer {KEYS['partner']}"),)
+    await hub.ok("partner", "PUT", "/v1/providers/good", expert)
+    listed = await hub.stub.ListShownNeeds(matching_pb2.ListShownNeedsRequest(), metadata=key)
+    assert need_id in {need.id for need in listed.needs}
+    proposed = await hub.stub.ProposeProvider(
+        matching_pb2.ProposeProviderRequest(need_id=need_id, provider_id="good", message="Hello"), metadata=key
+    )
+    assert (proposed.offer.origin, proposed.offer.message) == (matching_pb2.OFFER_ORIGIN_PARTNER, "Hello")
+    hidden = await hub.stub.ShowNeed(
+        matching_pb2.ShowNeedRequest(need_id=need_id), metadata=(("authorization", f"Bearer {KEYS['firm']}"),)
+    )
+    assert not hidden.need.shown_to_partners
+    with pytest.raises(grpc.aio.AioRpcError) as gone:
+        await hub.stub.ProposeProvider(
+            matching_pb2.ProposeProviderRequest(need_id=need_id, provider_id="slow"), metadata=key
+        )
+    assert gone.value.code() is grpc.StatusCode.NOT_FOUND
