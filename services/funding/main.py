@@ -26,6 +26,7 @@ from services.funding import (
     ledger_replay,
     milestone_api,
     open_data_api,
+    pool_api,
     review_api,
 )
 from services.funding.agreement_rpc import AgreementRpc
@@ -44,6 +45,7 @@ from services.funding.judging import Judge
 from services.funding.milestones import MilestoneService
 from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
+from services.funding.pools import PoolService
 from services.funding.reviews import ReviewService
 from services.funding.rpc import FundingRpc
 from services.funding.rules.exact import gbp
@@ -115,6 +117,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     allocations = AllocationService(pool, judge=judge, reviews=reviews, decisions=decisions, table=table, clock=clock)
     changes = ChangeService(pool, clock=clock)
     impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
+    pools = PoolService(pool, applications=applications, judge=judge, table=table, clock=clock)
     groups = GroupService(pool, table=table, directory=directory, clock=clock)
     open_data = OpenDataService(pool, directory=directory, clock=clock)
     routers = [
@@ -126,6 +129,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
         group_api.router(groups),
         review_api.router(reviews),
         allocation_api.router(allocations),
+        pool_api.router(pools),
         open_data_api.router(open_data),
     ]
     app = http.application(

@@ -22,7 +22,7 @@ from services.common.identity import key_sha256
 from services.common.kafka import Cluster, Publisher
 from services.common.runtime import Runtime
 from services.common.settings import Settings
-from services.funding import allocation_api, api, call_store, checker, review_api
+from services.funding import allocation_api, api, call_store, checker, pool_api, review_api
 from services.funding.allocations import AllocationService
 from services.funding.applications import ApplicationService
 from services.funding.assessor_finder import AssessorFinder
@@ -33,6 +33,7 @@ from services.funding.domain import Match
 from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.parameters import load_parameters
+from services.funding.pools import PoolService
 from services.funding.reviews import ReviewService
 from services.matching.rpc import MatchingServicer
 from smdih.directory.v1 import directory_pb2
@@ -204,6 +205,7 @@ async def world(settings: Settings, publisher: Publisher) -> AsyncIterator[World
             api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
             review_api.router(reviews),
             allocation_api.router(allocations),
+            pool_api.router(PoolService(pool, applications=applications, judge=judge, table=table, clock=clock)),
         ]
         app = http.application("fund", runtime=runtime, directory=directory, routers=routers)
         served = await stack.enter_async_context(http.serve(app, host="127.0.0.1", port=0))
@@ -510,3 +512,54 @@ async def test_an_application_answers_the_questions_of_its_call_in_their_form(wo
         body |= {"declaration": {"size": size, "uk_registered": True}}
         body |= {"costs": [{"category": "labour", "amount_pence": 1_00}]}
         await world.refused(status, reason, "POST", "/v1/applications", body)
+
+
+async def test_co_investors_pay_alike_for_what_they_chose_and_for_nothing_else(world: World) -> None:
+    call_id = await world.call(1_000_00)
+    # Each of the three still needs 60.00 of match.
+    loved, liked, alone = [await world.submitted(call_id, firm_id, 40_00, pledge=False) for firm_id in (FIRM, 101, 102)]
+    path = f"/v1/calls/{call_id}/pool-pledges"
+    for name, pence, supports in (
+        ("Ash", 50_01, [loved, liked]),
+        ("Beech", 80_00, [loved, liked]),
+        ("Cedar", 59_99, [alone]),
+    ):
+        body = {
+            "request_id": name,
+            "co_investor": name,
+            "amount_pence": pence,
+            "supports": supports,
+            "evidence": "letter",
+        }
+        for _ in range(2):  # the second is a repeat
+            listed = await world.done("POST", path, body)
+        await world.refused(409, "REQUEST_ID_REUSED", "POST", path, {**body, "amount_pence": pence + 1})
+    assert [one["co_investor"] for one in listed["pledges"]] == ["Ash", "Beech", "Cedar"]
+    wrong = {"request_id": "w", "co_investor": "W", "amount_pence": 1, "supports": ["none"], "evidence": "x"}
+    await world.refused(404, "APPLICATION_UNKNOWN", "POST", path, wrong)
+    await world.refused(400, "SUPPORTS_INVALID", "POST", path, {**wrong, "supports": []})
+    for who in ("firm", "partner"):
+        await world.refused(403, "FORBIDDEN", "POST", path, wrong, who=who)
+        await world.refused(403, "FORBIDDEN", "GET", path, who=who)
+        await world.refused(403, "FORBIDDEN", "POST", f"/v1/calls/{call_id}/pool-spreads", who=who)
+    await world.refused(409, "CALL_NOT_CLOSED", "POST", f"/v1/calls/{call_id}/pool-spreads")
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/pool-spreads")
+    assert run["checker_agrees"]
+    paid = {one["project"]: sorted(one["payments_p"].values()) for one in run["certificate"]["purchases"]}
+    # The first is paid half and half; of the second Ash has 20.01 left, and Beech pays the rest. A penny short is not enough.
+    assert sorted(paid.values()) == [[20_01, 39_99], [30_00, 30_00]]
+    assert paid.keys() == {loved, liked}
+    assert run["certificate"]["reasons"][alone]["code"] == "NOT_AFFORDABLE"
+    where = f"/v1/pool-spreads/{run['id']}"
+    await world.refused(403, "SECOND_PERSON", "POST", f"{where}/confirm", {"reason": "x"})
+    await world.refused(403, "FORBIDDEN", "POST", f"{where}/confirm", {"reason": "x"}, who="partner")
+    for _ in range(2):
+        done = await world.done("POST", f"{where}/confirm", {"reason": "agreed"}, who=SECOND)
+        assert (done["state"], done["refused"]) == ("confirmed", {})
+    for made, counted in ((loved, 60_00), (liked, 60_00), (alone, 0)):
+        assert (await world.done("GET", f"/v1/applications/{made}"))["assessment"]["match_counted_pence"] == counted
+    await world.refused(409, "POOL_SPREAD", "POST", f"/v1/calls/{call_id}/pool-spreads")
+    await world.refused(404, "SPREAD_UNKNOWN", "GET", "/v1/pool-spreads/none")
+    trial = await world.done("GET", "/v1/ledger/trial-balance")
+    assert (trial["total_pence"], trial["in_order"]) == (0, True)
