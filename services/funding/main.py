@@ -46,11 +46,19 @@ from services.funding.milestones import MilestoneService
 from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
 from services.funding.pools import PoolService
+from services.funding.review_rpc import ReviewRpc
 from services.funding.reviews import ReviewService
 from services.funding.rpc import FundingRpc
 from services.funding.rules.exact import gbp
 from services.funding.stream import keep_matches
-from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, funding_pb2, funding_pb2_grpc
+from smdih.funding.v1 import (
+    agreement_pb2,
+    agreement_pb2_grpc,
+    funding_pb2,
+    funding_pb2_grpc,
+    review_pb2,
+    review_pb2_grpc,
+)
 
 SCHEMA = "funding"
 USAGE = "usage: python -m services.funding.main api|trial-balance|replay"
@@ -93,6 +101,9 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     )
     runtime.background("matches", matches.run())
     runtime.background("watch", watch(balances))
+    finder = AssessorFinder(settings.matching_grpc)
+    runtime.on_stop(finder.close)
+    reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
     await runtime.enter(
         rpc.serve(
             host=settings.grpc_host,
@@ -104,16 +115,15 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
                     FundingRpc(calls=calls, applications=applications, decisions=decisions, balances=balances),
                 ),
                 (agreement_pb2_grpc.add_AgreementServiceServicer_to_server, AgreementRpc(agreements)),
+                (review_pb2_grpc.add_ReviewServiceServicer_to_server, ReviewRpc(reviews)),
             ],
             service_names=[
                 funding_pb2.DESCRIPTOR.services_by_name["FundingService"].full_name,
                 agreement_pb2.DESCRIPTOR.services_by_name["AgreementService"].full_name,
+                review_pb2.DESCRIPTOR.services_by_name["ReviewService"].full_name,
             ],
         )
     )
-    finder = AssessorFinder(settings.matching_grpc)
-    runtime.on_stop(finder.close)
-    reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
     allocations = AllocationService(pool, judge=judge, reviews=reviews, decisions=decisions, table=table, clock=clock)
     changes = ChangeService(pool, clock=clock)
     impacts = ImpactService(pool, table=table, directory=directory, clock=clock)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import grpc
 import httpx
 import pytest
 import pytest_asyncio
@@ -34,9 +35,11 @@ from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.parameters import load_parameters
 from services.funding.pools import PoolService
+from services.funding.review_rpc import ReviewRpc
 from services.funding.reviews import ReviewService
 from services.matching.rpc import MatchingServicer
 from smdih.directory.v1 import directory_pb2
+from smdih.funding.v1 import review_pb2, review_pb2_grpc
 from smdih.matching.v1 import matching_pb2_grpc
 from tests.integration.matching_hub import FIRM, KEYS, ShiftedClock, publish_world, running_hub
 
@@ -52,6 +55,7 @@ class World:
     client: httpx.AsyncClient
     clock: ShiftedClock
     pool: Pool
+    reviews: "review_pb2_grpc.ReviewServiceAsyncStub"
     matches: int = 0
 
     async def ask(self, method: str, path: str, body: Any = None, *, who: str = "operator") -> httpx.Response:
@@ -210,7 +214,17 @@ async def world(settings: Settings, publisher: Publisher) -> AsyncIterator[World
         app = http.application("fund", runtime=runtime, directory=directory, routers=routers)
         served = await stack.enter_async_context(http.serve(app, host="127.0.0.1", port=0))
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{served}", timeout=60))
-        yield World(client, clock, pool)
+        by_grpc = await stack.enter_async_context(
+            rpc.serve(
+                host="127.0.0.1",
+                port=0,
+                directory=directory,
+                register=[(review_pb2_grpc.add_ReviewServiceServicer_to_server, ReviewRpc(reviews))],
+                service_names=[],
+            )
+        )
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{by_grpc}"))
+        yield World(client, clock, pool, review_pb2_grpc.ReviewServiceStub(channel))
 
 
 async def test_assessors_come_from_matching_without_those_who_have_a_conflict(world: World) -> None:
@@ -283,6 +297,53 @@ async def test_an_assessor_declares_answers_and_scores_once(world: World) -> Non
     await world.refused(409, "CONFLICT_OF_INTEREST", "POST", f"{second}/score", score, who="partner")
     judged = await world.done("POST", f"{third}/take-back", {"reason": "left the university"})
     assert [one["state"] for one in judged["reviews"]] == ["scored", "accepted", "withdrawn", "declined"]
+
+
+async def test_a_partners_program_assesses_by_grpc(world: World) -> None:
+    made = await world.submitted(await world.call(100_00, scope="Gears that report themselves."), FIRM)
+    invited = {"provider_ids": ["gears", "oil"]}
+    ids = [one["id"] for one in (await world.done("POST", f"/v1/applications/{made}/assessors", invited))["reviews"]]
+
+    def bearer(who: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {ALL_KEYS[who]}"),)
+
+    async def refused(code: grpc.StatusCode, reason: str, asked: Any) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await asked
+        assert (error.value.code(), dict(error.value.trailing_metadata())["reason"]) == (code, reason)
+
+    listed = await world.reviews.ListReviews(
+        review_pb2.ListReviewsRequest(state=review_pb2.REVIEW_STATE_INVITED), metadata=bearer("partner")
+    )
+    assert set(ids) <= {one.id for one in listed.reviews}
+    task = (
+        await world.reviews.GetReview(review_pb2.GetReviewRequest(review_id=ids[0]), metadata=bearer("partner"))
+    ).task
+    assert (task.scope, task.grant_pence, task.costs[0].amount_pence) == (
+        "Gears that report themselves.",
+        40_00,
+        100_00,
+    )
+    accept = review_pb2.AcceptReviewRequest(review_id=ids[0], no_conflict=True, declaration="none. Dr X")
+    await world.reviews.AcceptReview(accept, metadata=bearer("partner"))
+    score = review_pb2.ScoreReviewRequest(review_id=ids[0], percent="81.25", in_scope=True, justification="sound")
+    scored = (await world.reviews.ScoreReview(score, metadata=bearer("partner"))).task.review
+    assert (scored.state, scored.percent, scored.in_scope) == (review_pb2.REVIEW_STATE_SCORED, "81.25", True)
+    decline = review_pb2.DeclineReviewRequest(review_id=ids[1], reason="abroad")
+    await refused(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "DECLINED_AS_MISSING",
+        world.reviews.DeclineReview(decline, metadata=bearer("partner")),
+    )
+    decline.declined_as = review_pb2.DECLINED_AS_NO_TIME
+    declined = (await world.reviews.DeclineReview(decline, metadata=bearer("partner"))).task.review
+    assert declined.state == review_pb2.REVIEW_STATE_DECLINED
+    get = review_pb2.GetReviewRequest(review_id=ids[0])
+    await refused(
+        grpc.StatusCode.NOT_FOUND, "REVIEW_UNKNOWN", world.reviews.GetReview(get, metadata=bearer("other_partner"))
+    )
+    await refused(grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN", world.reviews.GetReview(get, metadata=bearer("firm")))
+    await refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", world.reviews.GetReview(get))
 
 
 async def test_means_are_exact_ties_share_a_rank_and_wide_scores_wait_for_a_person(world: World) -> None:
