@@ -221,7 +221,7 @@ class Hub:
             }
         if running.role.name == "door":  # nobody else signs
             environment["SMDIH_EVIDENCE_KEY"] = self.evidence_key
-        if running.role.name == "funding":
+        if running.role.module == "services.funding.main":
             environment["SMDIH_EVIDENCE_PUBLIC_KEYS"] = Signer(self.evidence_key).public_key
         delay_s = RESTART_DELAY_S
         while not self._stopping:

@@ -42,6 +42,8 @@ REGIONS: Final = (
 )
 SIZES: Final = ("micro", "small", "medium", "large")
 
+UNKNOWN_SIGNAL_POLICIES: Final = ("refuse", "propose")
+
 PATH_LENGTH_MAX: Final = 255
 # What programs write where they have no name: a machine of that name would gather the data of many.
 RESERVED_NAMES: Final = frozenset(("all", "any", "default", "nan", "nil", "none", "null", "undefined", "unknown"))
@@ -68,6 +70,7 @@ class Reason:
     DATA_BEFORE_BIRTH = "DATA_BEFORE_BIRTH"
     NOT_IN_BIRTH = "NOT_IN_BIRTH"
     BAD_QUALITY = "BAD_QUALITY"
+    NODE_OFFLINE = "NODE_OFFLINE"  # nothing refused: the reason why nothing comes
     # These are sent back and not kept: the sender still has what it sent.
     QUOTA_SAMPLES = "QUOTA_SAMPLES"
     SLOW_DOWN = "SLOW_DOWN"

@@ -233,12 +233,18 @@ class Door:
         """Telemetry was sent back with this error and is not kept: whoever looks for it shall find out."""
         self._sightings.refused(sender, error.reason, error.detail)
 
-    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0) -> None:
+    def note_offline(self, sender: Sender, machine_id: int, detail: str) -> None:
+        """The sender says that this machine sends no more: whoever looks for its data shall find out."""
+        self._sightings.refused(sender, Reason.NODE_OFFLINE, detail, machine_id=machine_id)
+
+    async def set_aside(
+        self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0, *, machine_id: int = 0
+    ) -> None:
         """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
         record = quarantined(sender, reason, detail, samples, self._clock.now_us(), raw=raw)
         samples_total.labels(sender.door, "quarantined").inc(samples)
         quarantined_total.labels(reason).inc(samples)
-        self._sightings.refused(sender, reason, detail, samples=samples)
+        self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
         log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
         await self._group_commit.put_quarantine(record).wait()
 
@@ -250,9 +256,12 @@ class Door:
         for batch in batches:
             absent = sum(byte.bit_count() for byte in batch.absent)
             samples, now_us = len(batch.values) - absent, self._clock.now_us()
-            record = quarantined(sender, reason, detail, samples, now_us, batch=batch.SerializeToString())
+            whole, machine_id = batch.SerializeToString(), batch.machine_id
+            record = quarantined(sender, reason, detail, samples, now_us, batch=whole, machine_id=machine_id)
+            self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
             samples_total.labels(sender.door, "quarantined").inc(samples)
             quarantined_total.labels(reason).inc(samples)
+            self._sightings.refused(sender, reason, detail, machine_id=batch.machine_id, samples=samples)
             commits.append(self._group_commit.put_quarantine(record))
         await asyncio.gather(*(commit.wait() for commit in commits))
 
@@ -267,8 +276,10 @@ class Door:
         bucket.spend(checked.accepted)
         commits = [self._group_commit.put_frames(frames) for frames in checked.frames]
         _accepted_total(sender.door).inc(checked.accepted)
-        if checked.accepted:
+        if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)
+        if checked.unknown:
+            self._sightings.proposed(sender, checked.machine_id, checked.unknown)
         for record in checked.quarantine:
             bucket.spend(record.samples)
             commits.append(self._group_commit.put_quarantine(record))
