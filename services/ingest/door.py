@@ -31,6 +31,8 @@ LINES_ROWS_AT_ONCE = 10_000
 
 # What came in at the door, in samples, by what became of it. sent = accepted + quarantined + refused.
 samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
+# Requests and stream messages that were sent back, by reason; their senders keep what was in them.
+refusals_total = Counter("smdih_ingest_door_refusals_total", "Telemetry sent back", ["reason"])
 # Quarantined samples by reason.
 quarantined_total = Counter("smdih_ingest_door_quarantined_samples_total", "Samples put into quarantine", ["reason"])
 
@@ -174,6 +176,7 @@ class Door:
             self._in_flight.check_room(sender.credential_id)
             bucket = self._buckets.checked(sender.firm_id)
         except HubError as error:
+            samples_total.labels(sender.door, "refused").inc(sum(len(batch.values) for batch in batches))
             self.note_refused(sender, error)
             raise
         return [self._take(sender, batch, bucket) for batch in batches]
@@ -231,6 +234,7 @@ class Door:
 
     def note_refused(self, sender: Sender, error: HubError) -> None:
         """Telemetry was sent back with this error and is not kept: whoever looks for it shall find out."""
+        refusals_total.labels(error.reason).inc()
         self._sightings.refused(sender, error.reason, error.detail)
 
     async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0) -> None:
