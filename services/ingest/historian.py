@@ -176,11 +176,13 @@ class Historian:
                 (
                     *(item.id, item.firm_id, item.credential_id, item.source, item.door, item.reason, item.detail),
                     *(item.samples, received, item.correlation_id, item.batch or None, item.raw or None),
+                    item.machine_id,
                 )
             )
         await connection.executemany(
             "INSERT INTO quarantine (id, firm_id, credential_id, source, door, reason, detail, samples, received, "
-            "correlation_id, batch, raw) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING",
+            "correlation_id, batch, raw, machine_id) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) "
+            "ON CONFLICT DO NOTHING",
             rows,
         )
         return bad

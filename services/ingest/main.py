@@ -43,6 +43,9 @@ from services.ingest.kpi_api import kpi_router
 from services.ingest.kpi_rpc import KpiServicer
 from services.ingest.mqttbridge import Births, Bridge, Host, Share
 from services.ingest.mqttlink import Broker
+from services.ingest.proposal_api import proposal_router
+from services.ingest.proposal_rpc import ProposalServicer
+from services.ingest.proposals import Proposals
 from services.ingest.quarantine import Quarantine
 from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
@@ -64,6 +67,7 @@ from smdih.ingest.v1 import (
     claim_pb2_grpc,
     diagnosis_pb2_grpc,
     kpi_pb2_grpc,
+    proposal_pb2_grpc,
     query_pb2_grpc,
     quota_pb2_grpc,
     registry_pb2_grpc,
@@ -90,6 +94,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     publisher = await runtime.enter(Publisher(cluster))
     sightings = Sightings(clock)
     writer = SightingsWriter(pool, sightings, clock)
+    runtime.on_stop(writer.close)
     runtime.background("sightings", writer.run())
     directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"), key_watch=sightings)
     runtime.background("directory", directory.run())
@@ -98,11 +103,11 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     partitions = await publisher.partitions(topics.SAMPLES)
     group_commit = GroupCommit(publisher, partitions=partitions)
     runtime.on_stop(group_commit.close)
+    ends = TopicEnds(cluster)
+    runtime.on_stop(ends.close)
     buckets = Buckets(directory)
     runtime.background("quotas", BucketsSharer(pool, buckets, clock).run())
     door = Door(directory, group_commit, clock, sightings, buckets)
-    ends = TopicEnds(cluster)
-    runtime.on_stop(ends.close)
     samples = Partitions(cluster.name(topics.SAMPLES), partitions)
     quotas = Quotas(pool, relay, clock)
     claims = Claims(pool, relay, directory, clock)
@@ -122,7 +127,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     queries, export = Queries(pool, directory, access), Export(pool, directory, access)
     signer = Signer(settings.evidence_key) if settings.evidence_key else None
     kpi = KpiService(pool, directory, clock, signer)
-    quarantine = Quarantine(pool, directory, door)
+    quarantine = Quarantine(pool, directory, door, ends)
+    proposals = Proposals(pool, relay, clock, writer, registry, quarantine)
     await runtime.enter(
         serve_rpc(
             host=settings.grpc_host,
@@ -132,6 +138,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry, credentials)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
+                (proposal_pb2_grpc.add_ProposalServiceServicer_to_server, ProposalServicer(proposals, quarantine)),
                 (claim_pb2_grpc.add_ClaimServiceServicer_to_server, ClaimServicer(claims)),
                 (quota_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaServicer(quotas)),
                 (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
@@ -145,6 +152,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.DiagnosisService",
                 "smdih.ingest.v1.QuotaService",
                 "smdih.ingest.v1.ClaimService",
+                "smdih.ingest.v1.ProposalService",
                 "smdih.ingest.v1.SeriesService",
                 "smdih.ingest.v1.KpiService",
             ],
@@ -171,6 +179,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             audit_router(Audit(pool)),
             rooms_router(room_reads),
             import_router(Imports(pool, relay, directory, clock)),
+            proposal_router(proposals),
         ],
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),
@@ -244,7 +253,9 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
     sightings = Sightings(clock)
-    runtime.background("sightings", SightingsWriter(pool, sightings, clock).run())
+    writer = SightingsWriter(pool, sightings, clock)
+    runtime.on_stop(writer.close)
+    runtime.background("sightings", writer.run())
     directory = Directory(cluster, clock=clock, kinds=("firm", "machine"))
     runtime.background("directory", directory.run())
     group_commit = GroupCommit(publisher, partitions=await publisher.partitions(topics.SAMPLES))
