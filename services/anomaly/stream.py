@@ -244,8 +244,13 @@ class Worker:
 
     async def _take(self, events: Sequence[Any]) -> None:
         await self._loaded.wait()
+        ends: dict[int, int] = {}
+        for event in events:
+            ends[event.message.partition] = max(ends.get(event.message.partition, 0), event.message.offset + 1)
         async with self._working:
-            for number in {event.message.partition for event in events}:
+            ours = [(self._partitions[number], end) for number, end in ends.items() if number in self._partitions]
+            await self._move_horizons([(partition, end) for partition, end in ours if end > partition.horizon])
+            for number in ends:
                 partition = self._partitions.get(number)
                 if partition is not None:
                     await self._take_partition(
@@ -273,8 +278,8 @@ class Worker:
         partition.unreadable_in_a_row = await self._until_answered(
             lambda: self._dead_letters.bury(topics.SAMPLES, messages, bad, in_a_row=partition.unreadable_in_a_row)
         )
-        if records[-1][0] >= partition.horizon:
-            await self._move_horizon(partition, records[-1][0] + 1)
+        if records[-1][0] >= partition.horizon:  # a rebalance came between
+            await self._move_horizons([(partition, records[-1][0] + 1)])
         taken = partition.scorer.take(records)
         await self._raise_alarms(taken)
         for event in events:
@@ -320,19 +325,22 @@ class Worker:
             await self._app.consumer.seek(tp, expected)
         return expected
 
-    async def _move_horizon(self, partition: _Partition, end: int) -> None:
-        """Before anything up to `end` is scored: learn of the tunings that hold there.
+    async def _move_horizons(self, ends: Sequence[tuple[_Partition, int]]) -> None:
+        """Before anything up to these ends is scored: learn of the tunings that hold there.
 
         Not further than what is in hand: where little comes, a tuning would wait for what is ahead. One question for all records
         that are taken together is not much.
         """
-        moved = await self._until_answered(
-            lambda: self._horizons.move(partition.scorer.partition, wanted=end, known=partition.known_tuning)
-        )
-        partition.horizon = moved.next_offset
-        partition.known_tuning = moved.known
-        if moved.tunings:
-            partition.scorer.tune(moved.tunings)
+        if not ends:
+            return
+        wanted = {partition.scorer.partition: end for partition, end in ends}
+        known = {partition.scorer.partition: partition.known_tuning for partition, _ in ends}
+        moved = await self._until_answered(lambda: self._horizons.move(wanted, known=known))
+        for partition, _ in ends:
+            found = moved[partition.scorer.partition]
+            partition.horizon, partition.known_tuning = found.next_offset, found.known
+            if found.tunings:
+                partition.scorer.tune(found.tunings)
 
     async def _raise_alarms(self, taken: Taken) -> None:
         if not taken.found:
@@ -378,7 +386,7 @@ class Worker:
             partition = self._partitions.get(number)
             if partition is None or partition.given_up or not self._loaded.is_set():
                 return
-            await self._move_horizon(partition, partition.scorer.next_offset)
+            await self._move_horizons([(partition, partition.scorer.next_offset)])
             await self._raise_alarms(partition.scorer.settle())
             end = self._app.consumer.highwater(TP(self._topic_name, number))
             if end is not None and end <= partition.scorer.next_offset:

@@ -1,7 +1,7 @@
 """Tunings, what they follow from (ratings, rules), and from which record of each partition they hold, in the database."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import asyncpg
@@ -115,24 +115,36 @@ class HorizonStore:
             )
         return Horizon(next_offset=next_offset, tunings=[_tuning(row) for row in rows], known=known)
 
-    async def move(self, partition: int, *, wanted: int, known: int) -> Horizon:
-        """Move the horizon to `wanted` or leave it further on; with the tunings after `known`. Raises one of AWAY."""
+    async def move(self, wanted: Mapping[int, int], *, known: Mapping[int, int]) -> Mapping[int, Horizon]:
+        """Move the horizons of partitions to `wanted` or leave them further on; each with the tunings after `known`. Raises one of
+        AWAY."""
+        numbers = sorted(wanted)
         async with self._pool.acquire(timeout=CONNECT_TIMEOUT_S) as connection:
-            rows = await connection.fetch("SELECT * FROM move_horizon($1, $2, $3)", partition, wanted, known)
-            starts = {row["tuning_id"]: row["from_offset"] for row in rows if row["tuning_id"] is not None}
+            rows = await connection.fetch(
+                "SELECT * FROM move_horizons($1, $2, $3)",
+                numbers,
+                [wanted[number] for number in numbers],
+                [known[number] for number in numbers],
+            )
+            new = [row for row in rows if row["tuning_id"] is not None]
             found = (
                 await connection.fetch(
-                    f"SELECT {_COLUMNS} FROM tuning t WHERE id = ANY($1::bigint[]) ORDER BY id",  # noqa: S608
-                    list(starts),
+                    f"SELECT {_COLUMNS} FROM tuning t WHERE id = ANY($1::bigint[])",  # noqa: S608
+                    list({row["tuning_id"] for row in new}),
                 )
-                if starts
+                if new
                 else ()
             )
-        return Horizon(
-            next_offset=rows[0]["horizon"],
-            tunings=[_tuning(row, starts[row["id"]]) for row in found],
-            known=max(starts, default=known),
-        )
+        by_id = {row["id"]: row for row in found}
+        moved: dict[int, Horizon] = {}
+        for number in numbers:
+            mine = sorted((row["tuning_id"], row["from_offset"]) for row in new if row["number"] == number)
+            moved[number] = Horizon(
+                next_offset=next(row["horizon"] for row in rows if row["number"] == number),
+                tunings=[_tuning(by_id[id_], from_offset) for id_, from_offset in mine],
+                known=max((id_ for id_, _ in mine), default=known[number]),
+            )
+        return moved
 
 
 class TuningStore:
