@@ -137,6 +137,12 @@ class Directory:
         """0: no machine has this path."""
         return self._machine_ids.get(path.lower(), 0)
 
+    def machines_of(self, firm: pb.Firm, *, limit: int) -> list[pb.Machine]:
+        """Machines of a firm in order of their paths, at most `limit`."""
+        prefix = f"{firm.slug}/"
+        paths = sorted(path for path in self._machine_ids if path.startswith(prefix))[:limit]
+        return [self.machines[self._machine_ids[path]] for path in paths]
+
     def machine_version(self, machine_id: int) -> object:
         """Another object whenever the machine changed: what is derived from it can tell that it is stale. None: no such machine."""
         return self.machines.entries.get(machine_id)

@@ -233,12 +233,18 @@ class Door:
         """Telemetry was sent back with this error and is not kept: whoever looks for it shall find out."""
         self._sightings.refused(sender, error.reason, error.detail)
 
-    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0) -> None:
+    def note_offline(self, sender: Sender, machine_id: int, detail: str) -> None:
+        """The sender says that this machine sends no more: whoever looks for its data shall find out."""
+        self._sightings.refused(sender, Reason.NODE_OFFLINE, detail, machine_id=machine_id)
+
+    async def set_aside(
+        self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0, *, machine_id: int = 0
+    ) -> None:
         """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
         record = quarantined(sender, reason, detail, samples, self._clock.now_us(), raw=raw)
         samples_total.labels(sender.door, "quarantined").inc(samples)
         quarantined_total.labels(reason).inc(samples)
-        self._sightings.refused(sender, reason, detail, samples=samples)
+        self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
         log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
         await self._group_commit.put_quarantine(record).wait()
 
@@ -255,6 +261,7 @@ class Door:
             self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
             samples_total.labels(sender.door, "quarantined").inc(samples)
             quarantined_total.labels(reason).inc(samples)
+            self._sightings.refused(sender, reason, detail, machine_id=batch.machine_id, samples=samples)
             commits.append(self._group_commit.put_quarantine(record))
         await asyncio.gather(*(commit.wait() for commit in commits))
 

@@ -247,13 +247,16 @@ class MqttSettings(Settings):
     mqtt_user: str = ""
     mqtt_password: str = Field("", repr=False)
     mqtt_tls: bool = False
+    mqtt_ca: str = Field("", description="file of the broker's certificate authority; the system's without it")
     mqtt_host_id: str = Field("smdih", description="the Sparkplug host that nodes wait for: spBv1.0/STATE/<this>")
 
 
 async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     """From an MQTT broker into the message log."""
     found = MqttSettings()
-    broker = Broker(found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls)
+    broker = Broker(
+        found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls, found.mqtt_ca
+    )
     clock = SystemClock()
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
@@ -297,7 +300,6 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     runtime.background("bridge", serve())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("mqtt", bridge.is_serving)
-    runtime.alive_when("shares", bridge.is_turning)
 
 
 async def operator_key(settings: Settings) -> str:

@@ -79,6 +79,8 @@ class Broker:
     user: str = ""
     password: str = field(default="", repr=False)
     tls: bool = False
+    # File of the certificate authority; empty: those of the system.
+    ca: str = ""
 
 
 class Link:
@@ -104,7 +106,7 @@ class Link:
     async def __aenter__(self) -> Self:
         """Raises LinkLost, LinkRefused."""
         loop = asyncio.get_running_loop()
-        context = ssl.create_default_context() if self._broker.tls else None
+        context = ssl.create_default_context(cafile=self._broker.ca or None) if self._broker.tls else None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await loop.create_connection(lambda: self._wire, self._broker.host, self._broker.port, ssl=context)

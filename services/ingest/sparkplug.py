@@ -68,6 +68,15 @@ def state_payload(*, is_online: bool, started_ms: int) -> bytes:
     return json.dumps({"online": is_online, "timestamp": started_ms}).encode()
 
 
+def says_offline(payload: bytes) -> bool:
+    """Whether a STATE message says anything but that the host is there. Two hosts of one name do not answer each other's births."""
+    try:
+        said = json.loads(payload)
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(said, dict) or said.get("online") is not True
+
+
 def rebirth_topic(group: str, node: str) -> str:
     return f"{NAMESPACE}/{group}/NCMD/{node}"
 
@@ -85,6 +94,8 @@ class Heard:
     faults: list[Fault] = field(default_factory=list)
     # The node's record is another one now and has to be kept.
     is_changed: bool = False
+    # Devices that were alive and are not any more; "" is the node itself.
+    gone: list[str] = field(default_factory=list)
     # Why the node should be asked to be born again; empty: no need.
     rebirth: str = ""
 
@@ -191,9 +202,9 @@ class Node:
         if topic.kind in ("NBIRTH", "DBIRTH"):
             heard = self._birth(topic, payload)
         elif topic.kind == "DDEATH":
-            is_changed = topic.device in self._online
+            gone = [topic.device] if topic.device in self._online else []
             self._online.discard(topic.device)
-            heard = Heard(is_changed=is_changed)
+            heard = Heard(is_changed=bool(gone), gone=gone)
         else:
             heard = self._data(topic, payload)
         heard.rebirth = heard.rebirth or self.overdue(now_s)
@@ -202,8 +213,9 @@ class Node:
     def _node_death(self, payload: payload_pb2.Payload) -> Heard:
         if not self.is_online or _death_sequence(payload) != self._death_sequence:
             return Heard()  # the will of an earlier connection: the node has been born again since
+        gone = sorted(self._online)
         self._online.clear()
-        return Heard(is_changed=True)
+        return Heard(is_changed=True, gone=gone)
 
     def _birth(self, topic: Topic, payload: payload_pb2.Payload) -> Heard:
         if topic.kind == "DBIRTH" and not self.is_online:

@@ -210,6 +210,21 @@ def test_birth_and_will_of_the_host_carry_the_same_time() -> None:
     assert json.loads(death) == {"online": False, "timestamp": 5}
 
 
+@pytest.mark.parametrize(
+    ("payload", "offline"),
+    [
+        (sparkplug.state_payload(is_online=True, started_ms=9), False),
+        (sparkplug.state_payload(is_online=False, started_ms=9), True),
+        (b"OFFLINE", True),
+        (b"", True),
+        (b"[]", True),
+        (b"\xff", True),
+    ],
+)
+def test_only_what_denies_the_host_is_answered(payload: bytes, offline: bool) -> None:
+    assert sparkplug.says_offline(payload) == offline
+
+
 def test_group_node_and_device_name_a_machine_with_or_without_the_gateway() -> None:
     topic = sparkplug.read_topic("spBv1.0/acme/DDATA/leeds:line-1:gateway-2/press-3")
     assert topic is not None
