@@ -26,6 +26,7 @@ MACHINES, ROWS, ROWS_A_BATCH, CONNECTIONS = 200, 1_000, 25, 4
 SMALL_MACHINES, SMALL_ROUNDS, SMALL_CONNECTIONS = 10_000, 15, 50
 PACED_MACHINES, PACED_ROUNDS = 5_000, 25
 PROBES, PROBE_WARM_ROWS, PROBE_FROM_S, PROBE_TO_S, POLL_S = 200, 400, 3.0, 22.0, 0.01
+FAULTY = 5_000.0
 SERIES = 100_000
 DEADLINE_S = 180
 REPEATS = 3
@@ -158,14 +159,17 @@ async def sample_to_alarm(hub: Hub, database: Connection) -> None:
 
     async def fault(number: int, machine_id: int, client: TelemetryClient) -> None:
         await asyncio.sleep(PROBE_FROM_S + (PROBE_TO_S - PROBE_FROM_S) * number / PROBES)
+        frame = values[-1:].copy()
+        frame[0, 0] = FAULTY
         sent[machine_id] = time.monotonic()
-        await client.send(machine_id, np.array([time.time_ns() // 1000]), values[-1:] * 100)
+        await client.send(machine_id, np.array([time.time_ns() // 1000]), frame)
 
     async def watch() -> None:
         while len(late_s) < PROBES and time.monotonic() - began < DEADLINE_S:
             rows = await database.fetch(
-                "SELECT DISTINCT machine_id FROM anomaly.alarm WHERE machine_id = ANY($1::bigint[]) AND value > 1500",
+                "SELECT DISTINCT machine_id FROM anomaly.alarm WHERE machine_id = ANY($1::bigint[]) AND value = $2",
                 [machine_id for machine_id in sent if machine_id not in late_s],
+                FAULTY,
             )
             now = time.monotonic()
             late_s.update({row["machine_id"]: now - sent[row["machine_id"]] for row in rows})

@@ -202,6 +202,8 @@ class Hub:
             "SMDIH_DATABASE_DSN": self.settings.database_dsn,
             "SMDIH_HTTP_PORT": str(running.http_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
+            # A worker that was killed gets its partitions back at once.
+            "SMDIH_ANOMALY_INSTANCE": running.role.name,
             # Where explanations of alarms get their samples.
             "SMDIH_INGEST_GRPC": self.processes["door"].grpc if "door" in self.processes else "",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
@@ -219,7 +221,7 @@ class Hub:
             }
         if running.role.name == "door":  # nobody else signs
             environment["SMDIH_EVIDENCE_KEY"] = self.evidence_key
-        if running.role.name == "funding":
+        if running.role.module == "services.funding.main":
             environment["SMDIH_EVIDENCE_PUBLIC_KEYS"] = Signer(self.evidence_key).public_key
         delay_s = RESTART_DELAY_S
         while not self._stopping:

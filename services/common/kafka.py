@@ -234,6 +234,9 @@ class TopicEnds:
         self._consumer: AIOKafkaConsumer | None = None
         self._asking = asyncio.Lock()
 
+    def full_name(self, topic: str) -> str:
+        return self._cluster.name(topic)
+
     async def end_of(self, topic: str, partition: int, *, timeout_s: float) -> int | None:
         """Offset of the next record of the partition; None when no broker says so in time."""
         where = TopicPartition(self._cluster.name(topic), partition)

@@ -35,8 +35,9 @@ class PeriodOverlaps(Conflict):
 async def agreement_of(connection: Connection, award_id: str) -> Agreement | None:
     """The whole agreement; None when there is no such award."""
     row = await connection.fetchrow(
-        "SELECT w.*, p.costs, p.content, g.award_id, g.state, g.retention_rate, g.project_start, g.project_end, g.accepted, "
-        "g.assistance_confirmed, g.assistance_elsewhere_pence, g.final_report, g.accountant_report, g.ended, g.end_reason, "
+        "SELECT w.*, p.costs, p.content, g.costs AS changed_costs, g.award_id, g.state, g.retention_rate, g.project_start, "
+        "g.project_end, g.accepted, g.assistance_confirmed, g.assistance_elsewhere_pence, g.final_report, "
+        "g.accountant_report, g.ended, g.end_reason, "
         "g.paid_pence, g.held_pence, g.restored_pence, g.recovered_pence, g.business_paid_pence "
         "FROM award w JOIN application p ON p.id = w.application_id LEFT JOIN agreement g ON g.award_id = w.id "
         "WHERE w.id = $1",
@@ -70,7 +71,9 @@ async def agreement_of(connection: Connection, award_id: str) -> Agreement | Non
 
 
 def _project_costs(row: asyncpg.Record) -> tuple[Cost, ...]:
-    """The applicant's and its partners'."""
+    """As they were changed last, else the applicant's and its partners' of the application."""
+    if row["changed_costs"]:
+        return _award_costs.validate_json(row["changed_costs"])
     content = _content.validate_json(row["content"])
     return _award_costs.validate_json(row["costs"]) + tuple(
         cost for partner in content.partners for cost in partner.costs
@@ -91,6 +94,13 @@ async def lock_agreement(
         before_completion_pence_max,
     )
     await connection.execute("SELECT FROM agreement WHERE award_id = $1 FOR NO KEY UPDATE", award.id)
+
+
+async def lock_award(connection: Connection, award_id: str) -> None:
+    """The same for what needs no figures of the agreement, and whether or not it has been answered."""
+    await connection.execute("SELECT FROM agreement WHERE award_id = $1 FOR NO KEY UPDATE", award_id)
+    # Without an answer there is no agreement yet.
+    await connection.execute("SELECT FROM award WHERE id = $1 FOR NO KEY UPDATE", award_id)
 
 
 async def set_accepted(connection: Connection, award_id: str, *, start: date, end: date, now_us: int) -> None:

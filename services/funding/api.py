@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter
 
 from services.common.http import Authenticated
+from services.common.identity import Caller
 from services.funding.applications import ApplicationService
 from services.funding.balances import BalanceService
 from services.funding.calls import CallService
@@ -24,6 +25,7 @@ from services.funding.domain import (
     Terms,
 )
 from services.funding.judging import View
+from services.funding.permissions import Action, allowed
 from services.funding.rules.assistance import AssistanceKind
 from services.funding.rules.intensity import Category, Organisation
 from services.funding.rules.match import PledgeKind
@@ -298,6 +300,25 @@ class ApplicationOut(_Out):
     correlation_id: str
     content: Any = Field(description="answers, partners, attachments and machines")
     assessment: AssessmentOut | None = None
+    may: list[Action] = Field([], description="what this key may do with it now")
+
+
+class MachineOut(_Out):
+    id: int
+    path: str
+
+
+class PrefillOut(_Out):
+    call: CallOut
+    match_id: str
+    need_id: str
+    provider_title: str
+    firm_id: int
+    firm_name: str
+    sic: str
+    region: str
+    machines: list[MachineOut]
+    declaration: Any = Field(description="as the firm declared it last time; none the first time")
 
 
 class ApplicationPageOut(_Out):
@@ -368,7 +389,7 @@ def router(
         view = await applications.create_application(
             caller, declaration=body.declaration.declared(), costs=costs, content=body.content(), **fields
         )
-        return _application_out(view)
+        return _application_out(caller, view)
 
     @routes.get("/applications")
     async def list_applications(
@@ -386,9 +407,26 @@ def router(
         outs = [_out(application) for application in found]
         return ApplicationPageOut(applications=outs, next_page_token=token)
 
+    @routes.get("/applications/prefill")
+    async def prefill(caller: Authenticated, call_id: str, match_id: str) -> PrefillOut:
+        """What the hub knows already: the form asks for the rest only."""
+        found = await applications.prefill(caller, call_id=call_id, match_id=match_id)
+        return PrefillOut(
+            call=call_out(found.call),
+            match_id=found.match.id,
+            need_id=found.match.need_id,
+            provider_title=found.match.provider_title,
+            firm_id=found.match.firm_id,
+            firm_name=found.firm_name,
+            sic=found.sic,
+            region=found.region,
+            machines=[MachineOut(id=id_, path=path) for id_, path in found.machines],
+            declaration=found.declaration,
+        )
+
     @routes.get("/applications/{application_id}")
     async def get_application(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await applications.get_application(caller, application_id))
+        return _application_out(caller, await applications.get_application(caller, application_id))
 
     @routes.post("/applications/{application_id}/pledges", status_code=201)
     async def add_pledge(caller: Authenticated, application_id: str, body: PledgeIn) -> PledgeOut:
@@ -402,19 +440,21 @@ def router(
 
     @routes.post("/applications/{application_id}/submit")
     async def submit(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await applications.submit(caller, application_id))
+        return _application_out(caller, await applications.submit(caller, application_id))
 
     @routes.post("/applications/{application_id}/withdraw")
     async def withdraw(caller: Authenticated, application_id: str) -> ApplicationOut:
-        return _application_out(await applications.withdraw(caller, application_id))
+        return _application_out(caller, await applications.withdraw(caller, application_id))
 
     @routes.post("/applications/{application_id}/waive-ratio")
     async def waive_ratio(caller: Authenticated, application_id: str, body: ReasonIn) -> ApplicationOut:
-        return _application_out(await decisions.waive_ratio(caller, application_id, reason=body.reason))
+        return _application_out(caller, await decisions.waive_ratio(caller, application_id, reason=body.reason))
 
     @routes.post("/applications/{application_id}/decide")
     async def decide(caller: Authenticated, application_id: str, body: DecisionIn) -> ApplicationOut:
-        return _application_out(await decisions.decide(caller, application_id, award=body.award, reason=body.reason))
+        return _application_out(
+            caller, await decisions.decide(caller, application_id, award=body.award, reason=body.reason)
+        )
 
     @routes.get("/ledger/trial-balance")
     async def trial_balance(caller: Authenticated) -> TrialBalanceOut:
@@ -423,8 +463,9 @@ def router(
     return routes
 
 
-def _application_out(view: View) -> ApplicationOut:
+def _application_out(caller: Caller, view: View) -> ApplicationOut:
     out = _out(view.application)
+    out.may = allowed(caller, view.application)
     if view.assessment is not None:
         out.assessment = AssessmentOut.model_validate(view.assessment)
     return out

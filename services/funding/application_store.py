@@ -115,6 +115,14 @@ async def applications(
     return [_application(row, pledges=(), award=None, ratio_waivers=0) for row in rows]
 
 
+async def newest_of(connection: Connection, firm_id: int) -> Application | None:
+    """The firm's newest application, without pledges."""
+    row = await connection.fetchrow(
+        "SELECT * FROM application WHERE firm_id = $1 ORDER BY created DESC, id DESC LIMIT 1", firm_id
+    )
+    return None if row is None else _application(row, pledges=(), award=None, ratio_waivers=0)
+
+
 async def submitted_of(connection: Connection, call_id: str, *, limit: int) -> list[Application]:
     """All of a call that were submitted and not withdrawn, in order of submission, without pledges."""
     rows = await connection.fetch(

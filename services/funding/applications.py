@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 
 from services.common.clock import Clock, from_us
-from services.common.database import Pool, transaction
+from services.common.database import Connection, Pool, transaction
 from services.common.directory import Directory
 from services.common.errors import Conflict, Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
@@ -22,6 +22,7 @@ from services.funding.domain import (
     Content,
     Cost,
     Declaration,
+    Match,
     Pledge,
     checked_amount,
     checked_costs,
@@ -31,26 +32,39 @@ from services.funding.domain import (
     is_id,
 )
 from services.funding.judging import (
-    LIVE,
     Judge,
     View,
     application_of,
     audit_application,
     call_of,
-    check_state,
     there,
 )
 from services.funding.ledger import Purpose
 from services.funding.paging import next_token, page
+from services.funding.permissions import Action, check_may
 from services.funding.pledge_money import post_pledges, release_pledges
 from services.funding.requests import check_same, content_sha256, understood
 from services.funding.rules.match import PledgeKind
-from services.funding.terms import checked_content
+from services.funding.terms import MACHINES_MAX, checked_content
 
 log = get_logger(__name__)
 
 INT64_MAX = 2**63 - 1
 NO_CONTENT = Content()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """What an application need not ask: the firm, the match, its machines, and what it declared last time."""
+
+    call: Call
+    match: Match
+    firm_name: str
+    sic: str
+    region: str
+    # Id and path.
+    machines: Sequence[tuple[int, str]]
+    declaration: Declaration | None
 
 
 class ApplicationService:
@@ -114,13 +128,7 @@ class ApplicationService:
             checked_amount("requested_pence", requested_pence, least=0)
             checked_amount("other_public_pence", other_public_pence, least=0)
         async with transaction(self._pool) as connection:
-            match = await call_store.match_of(connection, match_id) if is_id(match_id) else None
-            if match is None or (caller.role is not Role.OPERATOR and match.firm_id != caller.firm_id):
-                raise NotFound(
-                    "No such match of this firm is known here. If the offer was accepted just now, it may take a moment: "
-                    "send again.",
-                    reason="MATCH_UNKNOWN",
-                )
+            match = await _match(connection, caller, match_id)
             call = await call_of(connection, call_id)
             with understood():
                 content = checked_content(content, call.terms)
@@ -165,6 +173,26 @@ class ApplicationService:
             return await self._judge.view(
                 connection, there(await application_store.application_of(connection, application_id)), call
             )
+
+    async def prefill(self, caller: Caller, *, call_id: str, match_id: str) -> Prefill:
+        """What the hub knows already, so that the form asks for the rest only. Stores nothing."""
+        caller.require(Role.FIRM, Role.OPERATOR)
+        async with transaction(self._pool) as connection:
+            call = await call_of(connection, call_id)
+            match = await _match(connection, caller, match_id)
+            last = await application_store.newest_of(connection, match.firm_id)
+        firm = self._directory.firms.get(match.firm_id)
+        return Prefill(
+            call=call,
+            match=match,
+            firm_name=firm.name if firm else "",
+            sic=firm.sic if firm else "",
+            region=firm.region if firm else "",
+            machines=[(machine.id, machine.path) for machine in self._directory.machines_of(firm, limit=MACHINES_MAX)]
+            if firm
+            else [],
+            declaration=last.declaration if last else None,
+        )
 
     async def get_application(self, caller: Caller, application_id: str) -> View:
         async with transaction(self._pool) as connection:
@@ -229,7 +257,7 @@ class ApplicationService:
             if first is not None:
                 check_same(first[0], content)
                 return first[1]
-            check_state(application, *LIVE)
+            check_may(caller, application, Action.ADD_PLEDGE)
             if len(application.pledges) >= PLEDGES_PER_APPLICATION_MAX:
                 raise Conflict(
                     f"An application has at most {PLEDGES_PER_APPLICATION_MAX} pledges.", reason="TOO_MANY_PLEDGES"
@@ -259,7 +287,7 @@ class ApplicationService:
                 raise NotFound("This application has no such pledge.", reason="PLEDGE_UNKNOWN")
             if pledge.confirmed_us is not None:
                 return pledge
-            check_state(application, *LIVE)
+            check_may(caller, application, Action.CONFIRM_PLEDGE)
             await application_store.set_confirmed(connection, pledge.id, evidence=evidence, now_us=now_us)
             call = await call_of(connection, application.call_id)
             with correlated(application.correlation_id):
@@ -309,7 +337,7 @@ class ApplicationService:
                 )
                 log.info("application submitted", application_id=application.id, grant_pence=assessment.grant_pence)
             elif application.state is ApplicationState.WITHDRAWN:
-                check_state(application, ApplicationState.DRAFT)
+                check_may(caller, application, Action.SUBMIT)
             return await self._judge.view(
                 connection, there(await application_store.application_of(connection, application.id)), call
             )
@@ -319,7 +347,7 @@ class ApplicationService:
         async with transaction(self._pool) as connection:
             application = await application_of(connection, caller, application_id, lock=True)
             if application.state is not ApplicationState.WITHDRAWN:
-                check_state(application, *LIVE)
+                check_may(caller, application, Action.WITHDRAW)
                 await release_pledges(connection, self._clock, caller, application)
                 await application_store.set_withdrawn(connection, application.id)
                 await audit_application(connection, self._clock, caller, "application_withdrawn", application, {})
@@ -350,3 +378,14 @@ class ApplicationService:
         if not firm.sic:
             raise Invalid("The firm's SIC code is not on record; ask an operator to add it.", reason="SIC_MISSING")
         return str(firm.sic)
+
+
+async def _match(connection: Connection, caller: Caller, match_id: str) -> Match:
+    found = await call_store.match_of(connection, match_id) if is_id(match_id) else None
+    if found is None or (caller.role is not Role.OPERATOR and found.firm_id != caller.firm_id):
+        raise NotFound(
+            "No such match of this firm is known here. If the offer was accepted just now, it may take a moment: "
+            "send again.",
+            reason="MATCH_UNKNOWN",
+        )
+    return found

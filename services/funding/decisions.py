@@ -13,9 +13,10 @@ from services.common.identity import Caller, Role
 from services.common.logs import correlated, current_correlation_id, get_logger
 from services.funding import application_store, award_store, checks, ledger
 from services.funding.domain import WAIVERS_NEEDED, Application, ApplicationState, Award, checked_text, uk_day
-from services.funding.judging import Judge, View, application_of, audit_application, call_of, check_state, there
+from services.funding.judging import Judge, View, application_of, audit_application, call_of, there
 from services.funding.ledger import Account, AccountKind, Purpose, Transfer
 from services.funding.parameters import ParameterTable
+from services.funding.permissions import Action, check_may
 from services.funding.pledge_money import post_pledges, release_pledges
 from services.funding.requests import understood
 from smdih.funding.v1 import events_pb2
@@ -48,7 +49,7 @@ class DecisionService:
             reason = checked_text("reason", reason)
         async with transaction(self._pool) as connection:
             application = await application_of(connection, caller, application_id, lock=True)
-            check_state(application, ApplicationState.SUBMITTED)
+            check_may(caller, application, Action.WAIVE_RATIO)
             await application_store.add_waiver(
                 connection,
                 application.id,
@@ -79,7 +80,7 @@ class DecisionService:
                 return await self._judge.view(connection, application)
             if application.state in (ApplicationState.AWARDED, ApplicationState.REJECTED):
                 raise Conflict(f"The application is {application.state} already.", reason="ALREADY_DECIDED")
-            check_state(application, ApplicationState.SUBMITTED)
+            check_may(caller, application, Action.DECIDE)
             with correlated(application.correlation_id):
                 if award:
                     try:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from services.common.clock import Clock, from_us
 from services.common.database import Connection
-from services.common.errors import Conflict, Forbidden, NotFound
+from services.common.errors import Forbidden, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated
 from services.funding import application_store, award_store, call_store, checks, ledger
@@ -83,14 +83,6 @@ async def application_of(
     if found is None or (caller.role is Role.FIRM and found.firm_id != caller.firm_id):
         raise NotFound("There is no such application, or this key may not see it.", reason="APPLICATION_UNKNOWN")
     return found
-
-
-def check_state(application: Application, *states: ApplicationState) -> None:
-    if application.state not in states:
-        raise Conflict(
-            f"The application is {application.state}; this is for one that is {' or '.join(states)}.",
-            reason=f"APPLICATION_{application.state.upper()}",
-        )
 
 
 async def audit_application(

@@ -41,7 +41,7 @@ class Duty:
 
 
 class OpenDataService:
-    """The use cases. Awards are for every key; the list of duties is for operators."""
+    """The use cases. Awards are for everybody; the list of duties is for operators."""
 
     def __init__(self, pool: Pool, *, directory: Directory, clock: Clock) -> None:
         self._pool = pool

@@ -15,16 +15,16 @@ from services.funding import application_store, call_store, group_store, review_
 from services.funding.assessor_finder import AssessorFinder, Proposal, Question
 from services.funding.domain import (
     Application,
-    ApplicationState,
     Call,
     Match,
     checked_text,
     is_id,
     uk_day,
 )
-from services.funding.judging import application_of, audit_application, call_of, check_state, there
+from services.funding.judging import application_of, audit_application, call_of, there
 from services.funding.paging import next_token, page
 from services.funding.parameters import ParametersAt, ParameterTable
+from services.funding.permissions import Action, check_may
 from services.funding.requests import understood
 from services.funding.reviewing import (
     ACTIVE,
@@ -126,7 +126,7 @@ class ReviewService:
                 )
         async with transaction(self._pool) as connection:
             application = await application_of(connection, caller, application_id, lock=True)
-            check_state(application, ApplicationState.SUBMITTED)
+            check_may(caller, application, Action.INVITE_ASSESSORS)
             for one in wanted:
                 review = Review(
                     id=uuid.uuid4().hex,
@@ -159,7 +159,7 @@ class ReviewService:
             application = await application_of(connection, caller, review.application_id, lock=True)
             review = there(await review_store.review_of(connection, review_id, lock=True))
             if review.state is not ReviewState.WITHDRAWN:
-                check_state(application, ApplicationState.SUBMITTED)
+                check_may(caller, application, Action.TAKE_ASSESSOR_BACK)
                 await review_store.set_withdrawn(connection, review.id)
                 detail: dict[str, str | int] = {"review_id": review.id, "percent": review.percent, "reason": reason}
                 await audit_application(connection, self._clock, caller, "assessor_taken_back", application, detail)
@@ -178,7 +178,7 @@ class ReviewService:
             reason = checked_text("reason", reason)
         async with transaction(self._pool) as connection:
             application = await application_of(connection, caller, application_id, lock=True)
-            check_state(application, ApplicationState.SUBMITTED)
+            check_may(caller, application, Action.MODERATE)
             judged = await self._judged(connection, application.id)
             scores = {one.id: one.percent for one in judged.reviews if one.state is ReviewState.SCORED}
             if not scores:
@@ -274,7 +274,7 @@ class ReviewService:
                     raise Conflict("There is a score already; ask an operator to reopen it.", reason="ALREADY_SCORED")
                 return task
             _check_review(task.review, ReviewState.ACCEPTED)
-            check_state(task.application, ApplicationState.SUBMITTED)
+            check_may(caller, task.application, Action.SCORE)
             self._check_no_part(task)
             await review_store.set_scored(
                 connection,
@@ -297,7 +297,7 @@ class ReviewService:
                 return task
             if state is ReviewState.ACCEPTED:
                 _check_review(task.review, ReviewState.INVITED)
-                check_state(task.application, ApplicationState.SUBMITTED)
+                check_may(caller, task.application, Action.ACCEPT_REVIEW)
                 self._check_no_part(task)
             else:
                 _check_review(task.review, ReviewState.INVITED, ReviewState.ACCEPTED)

@@ -16,6 +16,7 @@ CLOCK_BEHIND_S: Final = 600
 STORED_WITHIN_S: Final = 5
 CAUSES_MAX: Final = 10
 SIMILAR: Final = 0.75
+NAMES_COMPARED_MAX: Final = 50
 
 _SECOND_US: Final = 1_000_000
 
@@ -216,9 +217,17 @@ def _clock_behind(facts: Facts) -> Iterator[Cause]:
 def _wrong_names(facts: Facts, good_us: int) -> Iterator[Cause]:
     """A sender that names a machine which does not exist may mean this one."""
     unknown = [one for one in facts.refusals if one.reason == Reason.UNKNOWN_MACHINE and one.last_us >= good_us]
-    likeness = {one: _likeness(one.subject, facts.path) for one in unknown}
-    for one in sorted(unknown, key=lambda one: (-likeness[one], -one.last_us)):
+    likeness = {one: _likeness(one.subject, facts.path) for one in _newest_first(unknown)[:NAMES_COMPARED_MAX]}
+    for one in sorted(likeness, key=lambda one: (-likeness[one], -one.last_us)):
         is_close = likeness[one] >= SIMILAR
+        if one.subject.lower() == facts.path:
+            yield Cause(
+                "REGISTERED_LATER",
+                f"{_sender(one)} sent for this machine before it was registered; what came then waits in quarantine.",
+                'Replay it: POST /v1/machines/{id}/replay with {"reason": "UNKNOWN_MACHINE"}. What comes from now on is taken.',
+                *(one.last_us, one.times, one.samples, one.credential_id, one.example),
+            )
+            continue
         if is_close or not facts.received_us:
             yield Cause(
                 "UNKNOWN_MACHINE",

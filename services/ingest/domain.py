@@ -42,6 +42,8 @@ REGIONS: Final = (
 )
 SIZES: Final = ("micro", "small", "medium", "large")
 
+UNKNOWN_SIGNAL_POLICIES: Final = ("refuse", "propose")
+
 PATH_LENGTH_MAX: Final = 255
 # What programs write where they have no name: a machine of that name would gather the data of many.
 RESERVED_NAMES: Final = frozenset(("all", "any", "default", "nan", "nil", "none", "null", "undefined", "unknown"))

@@ -256,7 +256,9 @@ class Door:
         for batch in batches:
             absent = sum(byte.bit_count() for byte in batch.absent)
             samples, now_us = len(batch.values) - absent, self._clock.now_us()
-            record = quarantined(sender, reason, detail, samples, now_us, batch=batch.SerializeToString())
+            whole, machine_id = batch.SerializeToString(), batch.machine_id
+            record = quarantined(sender, reason, detail, samples, now_us, batch=whole, machine_id=machine_id)
+            self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
             samples_total.labels(sender.door, "quarantined").inc(samples)
             quarantined_total.labels(reason).inc(samples)
             self._sightings.refused(sender, reason, detail, machine_id=batch.machine_id, samples=samples)
@@ -274,8 +276,10 @@ class Door:
         bucket.spend(checked.accepted)
         commits = [self._group_commit.put_frames(frames) for frames in checked.frames]
         _accepted_total(sender.door).inc(checked.accepted)
-        if checked.accepted:
+        if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)
+        if checked.unknown:
+            self._sightings.proposed(sender, checked.machine_id, checked.unknown)
         for record in checked.quarantine:
             bucket.spend(record.samples)
             commits.append(self._group_commit.put_quarantine(record))

@@ -9,7 +9,7 @@ from services.common.errors import NotFound
 from services.common.outbox import write_all
 from services.ingest.domain import NewSignal
 from services.ingest.machinetable import KnownMachine, PlannedMachine
-from services.ingest.registry_store import check_signal_quota
+from services.ingest.registry_store import check_signal_quota, machines_by_id
 from smdih.directory.v1 import directory_pb2 as pb
 
 
@@ -102,17 +102,7 @@ def _columns(signals: Sequence[NewSignal]) -> tuple[list[str], list[str], list[f
 
 
 async def _publish(connection: Connection, ids: Sequence[int], now_us: int) -> pb.Machine:
-    rows = await connection.fetch(
-        "SELECT id, firm_id, site_id, path, name, kind FROM machine WHERE id = ANY($1::bigint[])", list(ids)
-    )
-    machines = {row["id"]: pb.Machine(**dict(row)) for row in rows}
-    for row in await connection.fetch(
-        "SELECT machine_id, id, name, unit, range_min, range_max FROM signal WHERE machine_id = ANY($1::bigint[]) "
-        "ORDER BY machine_id, position",
-        list(ids),
-    ):
-        fields = dict(row)
-        machines[fields.pop("machine_id")].signals.add(**fields)
+    machines = await machines_by_id(connection, ids)
     events = [
         (
             entity_key("machine", machine_id),

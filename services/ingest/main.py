@@ -43,17 +43,23 @@ from services.ingest.kpi_api import kpi_router
 from services.ingest.kpi_rpc import KpiServicer
 from services.ingest.mqttbridge import Births, Bridge, Host, Share
 from services.ingest.mqttlink import Broker
+from services.ingest.proposal_api import proposal_router
+from services.ingest.proposal_rpc import ProposalServicer
+from services.ingest.proposals import Proposals
 from services.ingest.quarantine import Quarantine
 from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
 from services.ingest.query_api import query_router
 from services.ingest.query_rpc import QueryServicer
+from services.ingest.query_turns import Turns
 from services.ingest.quota_api import quota_router
 from services.ingest.quota_rpc import QuotaServicer
 from services.ingest.quotas import Quotas
 from services.ingest.registry import Registry
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
+from services.ingest.retention import Enforcer, Retention
+from services.ingest.retention_api import retention_router
 from services.ingest.rooms import RoomReads, Rooms
 from services.ingest.rooms_api import rooms_router
 from services.ingest.rpc import TelemetryServicer
@@ -64,6 +70,7 @@ from smdih.ingest.v1 import (
     claim_pb2_grpc,
     diagnosis_pb2_grpc,
     kpi_pb2_grpc,
+    proposal_pb2_grpc,
     query_pb2_grpc,
     quota_pb2_grpc,
     registry_pb2_grpc,
@@ -90,6 +97,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     publisher = await runtime.enter(Publisher(cluster))
     sightings = Sightings(clock)
     writer = SightingsWriter(pool, sightings, clock)
+    runtime.on_stop(writer.close)
     runtime.background("sightings", writer.run())
     directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"), key_watch=sightings)
     runtime.background("directory", directory.run())
@@ -98,11 +106,11 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     partitions = await publisher.partitions(topics.SAMPLES)
     group_commit = GroupCommit(publisher, partitions=partitions)
     runtime.on_stop(group_commit.close)
+    ends = TopicEnds(cluster)
+    runtime.on_stop(ends.close)
     buckets = Buckets(directory)
     runtime.background("quotas", BucketsSharer(pool, buckets, clock).run())
     door = Door(directory, group_commit, clock, sightings, buckets)
-    ends = TopicEnds(cluster)
-    runtime.on_stop(ends.close)
     samples = Partitions(cluster.name(topics.SAMPLES), partitions)
     quotas = Quotas(pool, relay, clock)
     claims = Claims(pool, relay, directory, clock)
@@ -118,11 +126,13 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     room_reads = RoomReads(log_pool, rooms, clock=clock)
     runtime.on_stop(room_reads.flush)
     runtime.background("room reads", room_reads.run())
-    access = Access(rooms.grants, note=room_reads.note)
-    queries, export = Queries(pool, directory, access), Export(pool, directory, access)
+    access, turns = Access(rooms.grants, note=room_reads.note), Turns()
+    queries, export = Queries(pool, directory, access, turns), Export(pool, directory, access)
     signer = Signer(settings.evidence_key) if settings.evidence_key else None
-    kpi = KpiService(pool, directory, clock, signer)
-    quarantine = Quarantine(pool, directory, door)
+    kpi = KpiService(pool, directory, clock, turns, signer)
+    retention = Retention(pool, clock, disk_bytes=settings.database_disk_bytes)
+    quarantine = Quarantine(pool, directory, door, ends)
+    proposals = Proposals(pool, relay, clock, writer, registry, quarantine)
     await runtime.enter(
         serve_rpc(
             host=settings.grpc_host,
@@ -132,6 +142,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry, credentials)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
+                (proposal_pb2_grpc.add_ProposalServiceServicer_to_server, ProposalServicer(proposals, quarantine)),
                 (claim_pb2_grpc.add_ClaimServiceServicer_to_server, ClaimServicer(claims)),
                 (quota_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaServicer(quotas)),
                 (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
@@ -145,6 +156,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.DiagnosisService",
                 "smdih.ingest.v1.QuotaService",
                 "smdih.ingest.v1.ClaimService",
+                "smdih.ingest.v1.ProposalService",
                 "smdih.ingest.v1.SeriesService",
                 "smdih.ingest.v1.KpiService",
             ],
@@ -164,6 +176,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             query_router(queries),
             series_router(queries, export),
             kpi_router(kpi),
+            retention_router(retention),
             quarantine_router(quarantine),
             diagnosis_router(diagnoses),
             quota_router(quotas),
@@ -171,6 +184,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             audit_router(Audit(pool)),
             rooms_router(room_reads),
             import_router(Imports(pool, relay, directory, clock)),
+            proposal_router(proposals),
         ],
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),
@@ -213,6 +227,8 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
     )
     app = application("SMDIH historian", runtime=runtime, directory=None)
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    enforcer = Enforcer(pool, SystemClock(), disk_bytes=settings.database_disk_bytes)
+    runtime.background("retention", enforcer.run())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
     for number, consumer in enumerate(samples):
@@ -247,7 +263,9 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
     sightings = Sightings(clock)
-    runtime.background("sightings", SightingsWriter(pool, sightings, clock).run())
+    writer = SightingsWriter(pool, sightings, clock)
+    runtime.on_stop(writer.close)
+    runtime.background("sightings", writer.run())
     directory = Directory(cluster, clock=clock, kinds=("firm", "machine"))
     runtime.background("directory", directory.run())
     group_commit = GroupCommit(publisher, partitions=await publisher.partitions(topics.SAMPLES))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import grpc
 import httpx
 import pytest
 import pytest_asyncio
@@ -22,7 +23,7 @@ from services.common.identity import key_sha256
 from services.common.kafka import Cluster, Publisher
 from services.common.runtime import Runtime
 from services.common.settings import Settings
-from services.funding import allocation_api, api, call_store, checker, review_api
+from services.funding import allocation_api, api, call_store, checker, pool_api, review_api
 from services.funding.allocations import AllocationService
 from services.funding.applications import ApplicationService
 from services.funding.assessor_finder import AssessorFinder
@@ -33,9 +34,12 @@ from services.funding.domain import Match
 from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.parameters import load_parameters
+from services.funding.pools import PoolService
+from services.funding.review_rpc import ReviewRpc
 from services.funding.reviews import ReviewService
 from services.matching.rpc import MatchingServicer
 from smdih.directory.v1 import directory_pb2
+from smdih.funding.v1 import review_pb2, review_pb2_grpc
 from smdih.matching.v1 import matching_pb2_grpc
 from tests.integration.matching_hub import FIRM, KEYS, ShiftedClock, publish_world, running_hub
 
@@ -51,6 +55,7 @@ class World:
     client: httpx.AsyncClient
     clock: ShiftedClock
     pool: Pool
+    reviews: "review_pb2_grpc.ReviewServiceAsyncStub"
     matches: int = 0
 
     async def ask(self, method: str, path: str, body: Any = None, *, who: str = "operator") -> httpx.Response:
@@ -204,11 +209,22 @@ async def world(settings: Settings, publisher: Publisher) -> AsyncIterator[World
             api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
             review_api.router(reviews),
             allocation_api.router(allocations),
+            pool_api.router(PoolService(pool, applications=applications, judge=judge, table=table, clock=clock)),
         ]
         app = http.application("fund", runtime=runtime, directory=directory, routers=routers)
         served = await stack.enter_async_context(http.serve(app, host="127.0.0.1", port=0))
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{served}", timeout=60))
-        yield World(client, clock, pool)
+        by_grpc = await stack.enter_async_context(
+            rpc.serve(
+                host="127.0.0.1",
+                port=0,
+                directory=directory,
+                register=[(review_pb2_grpc.add_ReviewServiceServicer_to_server, ReviewRpc(reviews))],
+                service_names=[],
+            )
+        )
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{by_grpc}"))
+        yield World(client, clock, pool, review_pb2_grpc.ReviewServiceStub(channel))
 
 
 async def test_assessors_come_from_matching_without_those_who_have_a_conflict(world: World) -> None:
@@ -281,6 +297,53 @@ async def test_an_assessor_declares_answers_and_scores_once(world: World) -> Non
     await world.refused(409, "CONFLICT_OF_INTEREST", "POST", f"{second}/score", score, who="partner")
     judged = await world.done("POST", f"{third}/take-back", {"reason": "left the university"})
     assert [one["state"] for one in judged["reviews"]] == ["scored", "accepted", "withdrawn", "declined"]
+
+
+async def test_a_partners_program_assesses_by_grpc(world: World) -> None:
+    made = await world.submitted(await world.call(100_00, scope="Gears that report themselves."), FIRM)
+    invited = {"provider_ids": ["gears", "oil"]}
+    ids = [one["id"] for one in (await world.done("POST", f"/v1/applications/{made}/assessors", invited))["reviews"]]
+
+    def bearer(who: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {ALL_KEYS[who]}"),)
+
+    async def refused(code: grpc.StatusCode, reason: str, asked: Any) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await asked
+        assert (error.value.code(), dict(error.value.trailing_metadata())["reason"]) == (code, reason)
+
+    listed = await world.reviews.ListReviews(
+        review_pb2.ListReviewsRequest(state=review_pb2.REVIEW_STATE_INVITED), metadata=bearer("partner")
+    )
+    assert set(ids) <= {one.id for one in listed.reviews}
+    task = (
+        await world.reviews.GetReview(review_pb2.GetReviewRequest(review_id=ids[0]), metadata=bearer("partner"))
+    ).task
+    assert (task.scope, task.grant_pence, task.costs[0].amount_pence) == (
+        "Gears that report themselves.",
+        40_00,
+        100_00,
+    )
+    accept = review_pb2.AcceptReviewRequest(review_id=ids[0], no_conflict=True, declaration="none. Dr X")
+    await world.reviews.AcceptReview(accept, metadata=bearer("partner"))
+    score = review_pb2.ScoreReviewRequest(review_id=ids[0], percent="81.25", in_scope=True, justification="sound")
+    scored = (await world.reviews.ScoreReview(score, metadata=bearer("partner"))).task.review
+    assert (scored.state, scored.percent, scored.in_scope) == (review_pb2.REVIEW_STATE_SCORED, "81.25", True)
+    decline = review_pb2.DeclineReviewRequest(review_id=ids[1], reason="abroad")
+    await refused(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "DECLINED_AS_MISSING",
+        world.reviews.DeclineReview(decline, metadata=bearer("partner")),
+    )
+    decline.declined_as = review_pb2.DECLINED_AS_NO_TIME
+    declined = (await world.reviews.DeclineReview(decline, metadata=bearer("partner"))).task.review
+    assert declined.state == review_pb2.REVIEW_STATE_DECLINED
+    get = review_pb2.GetReviewRequest(review_id=ids[0])
+    await refused(
+        grpc.StatusCode.NOT_FOUND, "REVIEW_UNKNOWN", world.reviews.GetReview(get, metadata=bearer("other_partner"))
+    )
+    await refused(grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN", world.reviews.GetReview(get, metadata=bearer("firm")))
+    await refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", world.reviews.GetReview(get))
 
 
 async def test_means_are_exact_ties_share_a_rank_and_wide_scores_wait_for_a_person(world: World) -> None:
@@ -470,6 +533,18 @@ async def test_an_application_answers_the_questions_of_its_call_in_their_form(wo
     assert dict(seen["content"]["answers"]) == good
     assert seen["content"]["attachments"] == [document]
     assert seen["content"]["machine_ids"] == [100, 101]
+    known = await world.done(
+        "GET", f"/v1/applications/prefill?call_id={call_id}&match_id={seen['match_id']}", who="firm"
+    )
+    assert (known["sic"], known["region"], known["call"]["terms"]["questions"][0]["id"]) == (
+        "25.62",
+        "East Midlands",
+        "plan",
+    )
+    assert known["declaration"]["size"]["headcount"] == "9"
+    for who, reason in (("other_firm", "MATCH_UNKNOWN"), ("partner", "FORBIDDEN")):
+        where = f"/v1/applications/prefill?call_id={call_id}&match_id={seen['match_id']}"
+        await world.refused(404 if reason == "MATCH_UNKNOWN" else 403, reason, "GET", where, who=who)
     assert (await world.done("GET", f"/v1/calls/{call_id}"))["terms"]["scope"] == "Machines that report themselves."
     wrong: list[tuple[dict[str, Any], int, str]] = [
         ({"answers": {**good, "plan": ""}}, 400, "ANSWER_MISSING"),
@@ -498,3 +573,54 @@ async def test_an_application_answers_the_questions_of_its_call_in_their_form(wo
         body |= {"declaration": {"size": size, "uk_registered": True}}
         body |= {"costs": [{"category": "labour", "amount_pence": 1_00}]}
         await world.refused(status, reason, "POST", "/v1/applications", body)
+
+
+async def test_co_investors_pay_alike_for_what_they_chose_and_for_nothing_else(world: World) -> None:
+    call_id = await world.call(1_000_00)
+    # Each of the three still needs 60.00 of match.
+    loved, liked, alone = [await world.submitted(call_id, firm_id, 40_00, pledge=False) for firm_id in (FIRM, 101, 102)]
+    path = f"/v1/calls/{call_id}/pool-pledges"
+    for name, pence, supports in (
+        ("Ash", 50_01, [loved, liked]),
+        ("Beech", 80_00, [loved, liked]),
+        ("Cedar", 59_99, [alone]),
+    ):
+        body = {
+            "request_id": name,
+            "co_investor": name,
+            "amount_pence": pence,
+            "supports": supports,
+            "evidence": "letter",
+        }
+        for _ in range(2):  # the second is a repeat
+            listed = await world.done("POST", path, body)
+        await world.refused(409, "REQUEST_ID_REUSED", "POST", path, {**body, "amount_pence": pence + 1})
+    assert [one["co_investor"] for one in listed["pledges"]] == ["Ash", "Beech", "Cedar"]
+    wrong = {"request_id": "w", "co_investor": "W", "amount_pence": 1, "supports": ["none"], "evidence": "x"}
+    await world.refused(404, "APPLICATION_UNKNOWN", "POST", path, wrong)
+    await world.refused(400, "SUPPORTS_INVALID", "POST", path, {**wrong, "supports": []})
+    for who in ("firm", "partner"):
+        await world.refused(403, "FORBIDDEN", "POST", path, wrong, who=who)
+        await world.refused(403, "FORBIDDEN", "GET", path, who=who)
+        await world.refused(403, "FORBIDDEN", "POST", f"/v1/calls/{call_id}/pool-spreads", who=who)
+    await world.refused(409, "CALL_NOT_CLOSED", "POST", f"/v1/calls/{call_id}/pool-spreads")
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/pool-spreads")
+    assert run["checker_agrees"]
+    paid = {one["project"]: sorted(one["payments_p"].values()) for one in run["certificate"]["purchases"]}
+    # The first is paid half and half; of the second Ash has 20.01 left, and Beech pays the rest. A penny short is not enough.
+    assert sorted(paid.values()) == [[20_01, 39_99], [30_00, 30_00]]
+    assert paid.keys() == {loved, liked}
+    assert run["certificate"]["reasons"][alone]["code"] == "NOT_AFFORDABLE"
+    where = f"/v1/pool-spreads/{run['id']}"
+    await world.refused(403, "SECOND_PERSON", "POST", f"{where}/confirm", {"reason": "x"})
+    await world.refused(403, "FORBIDDEN", "POST", f"{where}/confirm", {"reason": "x"}, who="partner")
+    for _ in range(2):
+        done = await world.done("POST", f"{where}/confirm", {"reason": "agreed"}, who=SECOND)
+        assert (done["state"], done["refused"]) == ("confirmed", {})
+    for made, counted in ((loved, 60_00), (liked, 60_00), (alone, 0)):
+        assert (await world.done("GET", f"/v1/applications/{made}"))["assessment"]["match_counted_pence"] == counted
+    await world.refused(409, "POOL_SPREAD", "POST", f"/v1/calls/{call_id}/pool-spreads")
+    await world.refused(404, "SPREAD_UNKNOWN", "GET", "/v1/pool-spreads/none")
+    trial = await world.done("GET", "/v1/ledger/trial-balance")
+    assert (trial["total_pence"], trial["in_order"]) == (0, True)
