@@ -19,8 +19,8 @@ from services.common.identity import Caller, Role
 from services.ingest import kpi_store as store
 from services.ingest import query_read as read
 from services.ingest import query_store
-from services.ingest.asked import check_id, check_one_of
-from services.ingest.domain import CHANNEL_GROUP, REGIONS, BadName, check_text
+from services.ingest.asked import check_id, check_one_of, names
+from services.ingest.domain import CHANNEL_GROUP, REGIONS, check_text
 from services.ingest.kpi_calendar import Bools, local_minutes
 from services.ingest.kpi_counts import KW, KWH, Floats, counted, flowed, spread
 from services.ingest.kpi_figures import Figures, Minutes
@@ -182,7 +182,7 @@ class KpiService:
             raise Invalid(f"rates: {error}.") from error
         if any(rate.spans is None for rate in checked[:-1]) or checked[-1].spans is not None:
             raise Invalid("rates: the last one, and only that, has no times: it holds whenever no other does.")
-        with _texts():
+        with names():
             for rate in checked:
                 check_text(rate.name, what="rate name", length_max=50)
             source = check_text(source, what="source", length_max=500)
@@ -224,7 +224,7 @@ class KpiService:
             raise Invalid("year: 1990 to 2100.")
         if not kg_per_kwh.is_finite() or not 0 <= kg_per_kwh < 5:
             raise Invalid("kg_per_kwh: from 0 to below 5, in kgCO2e a kWh.")
-        with _texts():
+        with names():
             source = check_text(source, what="source", length_max=500)
             confirmed_by = check_text(confirmed_by, what="confirmed_by") if confirmed_by else ""
         async with transaction(self._pool) as connection:
@@ -519,17 +519,6 @@ class _History:
         for values in found.values():
             values[np.abs(values) > VALUE_MAX] = np.nan
         return found
-
-
-class _texts:
-    """Inside, a text that breaks a rule is an invalid request."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BadName):
-            raise Invalid(f"{error}.") from error
 
 
 def _cost(energy: Floats, minutes: Minutes, tariffs: Sequence[Tariff]) -> Cost:

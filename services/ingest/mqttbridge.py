@@ -26,7 +26,7 @@ from services.common.kafka import Cluster, Message, Publisher
 from services.common.logs import correlated, current_correlation_id, get_logger, new_correlation_id
 from services.ingest import mqttpayload, sparkplug
 from services.ingest.domain import Reason
-from services.ingest.door import Door
+from services.ingest.door import Door, durable
 from services.ingest.frames import Sender
 from services.ingest.mqttbatches import Gathered
 from services.ingest.mqttlink import TAKEN_OVER, Broker, Link, LinkLost, LinkRefused, Received, Will
@@ -298,7 +298,7 @@ class Share:
                 # Nobody can be told to wait, and the other firms of the share must not.
                 await self._door.keep_aside(sender, Reason.QUOTA_SAMPLES, _OVER_QUOTA, batches)
         await asyncio.gather(
-            *(one.durable() for one in taken),
+            durable(taken),
             *(
                 self._door.set_aside(
                     one.sender,
