@@ -268,11 +268,15 @@ def _of_keys(facts: Facts, good_us: int) -> Iterator[Cause]:
             cause, text, step = words
             at = key.revoked_us or key.valid_to_us
             yield Cause(cause, f"The key {key} of this machine's gateway {text}.", step, at, credential_id=key.id)
-    if not any(key.state(facts.now_us) == "valid" for key in facts.keys):
+    comes_by_mqtt = (
+        bool(facts.received_us) and not facts.credential_id
+    )  # where the broker knows the gateway, not the hub
+    if not comes_by_mqtt and not any(key.state(facts.now_us) == "valid" for key in facts.keys):
         yield Cause(
             "NO_VALID_KEY",
-            "The firm has no device key that is valid now, so no gateway can send.",
-            "Make a claim code (POST /v1/claim-codes) or a key (POST /v1/credentials) and put it into the gateway.",
+            "The firm has no device key that is valid now, so no gateway can send, but by MQTT.",
+            "Make a claim code (POST /v1/claim-codes) or a key (POST /v1/credentials) and put it into the gateway. A gateway that "
+            "sends by MQTT needs an account at the broker instead.",
         )
 
 

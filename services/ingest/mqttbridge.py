@@ -266,7 +266,7 @@ class Share:
         if node is None:
             node = self._nodes[key] = sparkplug.Node(*key)
         sender = self._sender(topic.group, f"sparkplug {topic.node}"[:128])
-        heard = node.hear(topic, message.payload, now_s)
+        heard = node.hear(topic, message.payload, now_s, is_again=message.is_again)
         if topic.kind == "NBIRTH":
             self._rebirths.born(key)
             wanted.pop(key, None)

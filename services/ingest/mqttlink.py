@@ -55,11 +55,12 @@ class LinkRefused(LinkLost):
 
 @dataclass(frozen=True)
 class Received:
-    """A message from the broker. packet_id 0: QoS 0, nothing to acknowledge."""
+    """A message from the broker. packet_id 0: QoS 0, nothing to acknowledge; `is_again`: it was on its way to us before."""
 
     topic: str
     payload: bytes
     packet_id: int
+    is_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,7 @@ class _Wire(asyncio.Protocol):
             (packet_id,) = struct.unpack_from(">H", body, at)
             at += 2
         size, at = _whole_varint(body, at)
-        message = Received(topic, body[at + size :], packet_id)
+        message = Received(topic, body[at + size :], packet_id, bool(head & 0x08))
         self._waiting.append(message)
         self._waiting_bytes += len(message.payload)
         self._arrived.set()

@@ -149,8 +149,11 @@ class Node:
         self._online: set[str] = set()
         self._aliases: dict[int, _Known] = {}
         self._order = _Order()
+        # Times of the node: of its newest data; what the record says, and what the next one will say.
+        self._last_ms = self._settled_ms = self._to_settle_ms = 0
         if record is not None:
             self._death_sequence = record.death_sequence
+            self._last_ms = self._settled_ms = self._to_settle_ms = record.settled_ms
             for device in record.devices:
                 self._learn(
                     device.device,
@@ -169,7 +172,11 @@ class Node:
     def record(self, changed_us: int) -> births_pb2.NodeRecord:
         """What a new process needs to go on with this node."""
         made = births_pb2.NodeRecord(
-            group=self.group, node=self.node, death_sequence=self._death_sequence, changed_us=changed_us
+            group=self.group,
+            node=self.node,
+            death_sequence=self._death_sequence,
+            changed_us=changed_us,
+            settled_ms=self._to_settle_ms,
         )
         for device, metrics in self._devices.items():
             made.devices.add(
@@ -186,16 +193,25 @@ class Node:
         """Why the node should be asked for a rebirth though it says nothing; empty: no need."""
         return "a message is missing" if self._order.is_broken(now_s) else ""
 
-    def hear(self, topic: Topic, body: bytes, now_s: float) -> Heard:
-        """Take one message. Never raises for what can be sent."""
+    def hear(self, topic: Topic, body: bytes, now_s: float, *, is_again: bool = False) -> Heard:
+        """Take one message; `is_again`: the broker says that it has sent it before. Never raises for what can be sent."""
         try:
             payload = payload_pb2.Payload.FromString(body)
         except DecodeError:
             detail = f"The body is no Sparkplug B payload; the hub asked {self.node} for a rebirth."
             return Heard(faults=[Fault(Reason.MALFORMED, detail, 0)], rebirth="a body that cannot be read")
+        if topic.kind in ("NDATA", "DDATA"):
+            if is_again and payload.timestamp <= self._settled_ms:
+                return Heard()
+            self._last_ms = min(payload.timestamp, _TIME_MS_MAX)
+        elif topic.kind in ("NBIRTH", "DBIRTH"):
+            self._to_settle_ms = max(0, min(payload.timestamp, _TIME_MS_MAX) - 1)
+        else:
+            self._to_settle_ms = self._last_ms
         if topic.kind == "NDEATH":
             return self._node_death(payload)
         if topic.kind == "NBIRTH":
+            self._settled_ms = 0  # from here on the node's state is what its messages make of it, in their order
             self._order.restart(payload.seq % SEQUENCES)
         elif payload.HasField("seq"):
             self._order.take(payload.seq % SEQUENCES, now_s)
