@@ -12,12 +12,12 @@ import sys
 import time
 import traceback
 
-from chaos import telemetry
+from chaos import matching, telemetry
 from chaos.stage import Outcome, Scenario, Stage
 from localstack.servers import LocalServers
 from services.common import logs
 
-SCENARIOS: tuple[Scenario, ...] = (*telemetry.SCENARIOS,)
+SCENARIOS: tuple[Scenario, ...] = (*telemetry.SCENARIOS, *matching.SCENARIOS)
 
 
 async def play(scenario: Scenario, stage: Stage, seeds: list[int]) -> bool:
