@@ -123,7 +123,7 @@ async def door_to_stored(hub: Hub, database: Connection, limits: dict[str, float
     bytes_before = await database.fetchval(_STORED_BYTES)
     for _ in range(REPEATS):
         plant = await register(hub.settings.database_dsn, cluster, DOOR_MACHINES)
-        await _known(hub, plant)
+        await known(hub, plant)
         sent = await send(hub, plant, DOOR_CONNECTIONS, DOOR_ROWS, DOOR_ROWS_A_BATCH)
         await wait_stored(database, plant, sent["samples"])
         rates.append(sent["samples"] / (time.monotonic() - sent["began"]))
@@ -151,7 +151,7 @@ async def door_to_stored_small(hub: Hub, database: Connection) -> None:
     """10,000 machines with one frame of 20 signals a message, from 50 connections, as fast as it is acknowledged."""
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     plant = await register(hub.settings.database_dsn, cluster, SMALL_MACHINES)
-    await _known(hub, plant)
+    await known(hub, plant)
     sent = await send(hub, plant, SMALL_CONNECTIONS, SMALL_ROUNDS, 1)
     await wait_stored(database, plant, sent["samples"])
     tell(
@@ -166,7 +166,7 @@ async def door_to_stored_p99(hub: Hub, database: Connection) -> None:
     """From the moment a frame is due to the moment a query finds it, at half of the load that door_to_stored_small asks for."""
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     plant = await register(hub.settings.database_dsn, cluster, PACED_MACHINES)
-    await _known(hub, plant)
+    await known(hub, plant)
     probes = plant.machine_ids[:: PACED_MACHINES // PROBES]
     seen = dict.fromkeys(probes, datetime.now(UTC))
     late_s: list[float] = []
@@ -232,7 +232,7 @@ async def line_protocol_door(hub: Hub) -> None:
 async def _text_door(hub: Hub, measure: str, path: str, content_type: str, body: Callable[[Plant, int], bytes]) -> None:
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     plant = await register(hub.settings.database_dsn, cluster, TEXT_MACHINES)
-    await _known(hub, plant)
+    await known(hub, plant)
     start_us = (time.time_ns() // 1_000_000_000 - 86_400) * 1_000_000
     bodies = [body(plant, start_us + number * TEXT_ROWS * 1_000_000) for number in range(TEXT_REQUESTS)]
     running = hub.processes["door"].process
@@ -275,7 +275,7 @@ async def historian(hub: Hub, database: Connection, limits: dict[str, float]) ->
     """The historian alone, from a topic that was filled while it was stopped."""
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     plant = await register(hub.settings.database_dsn, cluster, DOOR_MACHINES)
-    await _known(hub, plant)
+    await known(hub, plant)
     await hub.pause("historian")
     sent = await send(hub, plant, DOOR_CONNECTIONS, DOOR_ROWS, DOOR_ROWS_A_BATCH)
     hub.resume("historian")
@@ -287,7 +287,7 @@ async def historian(hub: Hub, database: Connection, limits: dict[str, float]) ->
     tell("historian", rate, "samples/s", limits["copy_frames"], samples=sent["samples"])
 
 
-async def _known(hub: Hub, plant: Plant) -> None:
+async def known(hub: Hub, plant: Plant) -> None:
     """Wait until the door knows the last machine and the key."""
     headers = {"Authorization": f"Bearer {plant.key}"}
     async with httpx.AsyncClient(base_url=hub.processes["door"].http, headers=headers) as client:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
+from localstack import mosquitto
 from localstack.hub import Hub, HubError, write_endpoints
 from localstack.servers import LOCAL, ROOT, LocalServers, ServersError, named_in_environment
 from services.common import logs
@@ -18,23 +20,33 @@ from services.common import logs
 NAME = "up"
 ENDPOINTS = LOCAL / "endpoints.json"
 STATE = LOCAL / "stacks" / NAME / "supervisor.json"
+MQTT = LOCAL / "stacks" / NAME / "mosquitto"
 LOGS = LOCAL / "log" / NAME
 UP_TIMEOUT_S = 120
 DOWN_TIMEOUT_S = 60
 
+# The firm that `up` makes to try things with; it has an account at the MQTT broker.
+FIRM = "local-firm"
 FIRST_TRIES = """
 The hub is up. Keys and addresses: .local/endpoints.json   Logs: .local/log/up/   Stop it: make down
 
   telemetry   curl -H "Authorization: Bearer {device}" {ingest}/v1/telemetry \\
                 -d '{{"batches": [{{"machine": "{machine}", "frames": [{{"ts": {now_ms}, "values": {{"temperature": 21.5}}}}]}}]}}'
-  stored      curl -H "Authorization: Bearer {device}" {ingest}/v1/machines/{machine_id}/latest
-  alarms      curl -H "Authorization: Bearer {operator}" {anomaly}/v1/alarms
+{mqtt}  stored      curl -H "Authorization: Bearer {device}" {ingest}/v1/machines/{machine_id}/latest
+  no data?    curl -H "Authorization: Bearer {device}" {ingest}/v1/machines/{machine_id}/diagnosis
+  alarms      curl -H "Authorization: Bearer {operator}" {anomaly}/v1/alarms   (drawn: .../v1/alarms/ID/picture)
+  rules       curl -H "Authorization: Bearer {operator}" {anomaly}/v1/rules   (who is told: .../v1/escalations?firm_id=1)
   providers   curl -H "Authorization: Bearer {partner}" {matching}/v1/providers
   the fund    curl -H "Authorization: Bearer {operator}" {funding}/v1/ledger/trial-balance
   gRPC        ingest {ingest_grpc}  anomaly {anomaly_grpc}  matching {matching_grpc}  funding {funding_grpc}
               (health and reflection on each; contracts in proto/)
   Kafka       {kafka}
   database    {database}
+"""
+
+MQTT_TRY = """\
+  MQTT        mosquitto_pub -h {host} -p {port} -u {user} -P {password} -q 1 \\
+                -t smdih/v1/{machine}/temperature -m '{{"timestamp_ms": {now_ms}, "value": 21.5}}'
 """
 
 
@@ -70,6 +82,8 @@ def up() -> int:
                 return 1
             time.sleep(0.2)
     found = json.loads(ENDPOINTS.read_text())
+    now_ms = int(time.time() * 1000)
+    mqtt = found.get("mqtt")
     print(
         FIRST_TRIES.format(
             **{service: found[service]["http"] for service in ("ingest", "anomaly", "matching", "funding")},
@@ -78,7 +92,8 @@ def up() -> int:
             **found["example"],
             kafka=found["kafka"],
             database=found["database"],
-            now_ms=int(time.time() * 1000),
+            now_ms=now_ms,
+            mqtt=MQTT_TRY.format(**mqtt, **found["example"], now_ms=now_ms) if mqtt else "",
         )
     )
     return 0
@@ -94,6 +109,7 @@ def down() -> int:
         except psutil.TimeoutExpired:
             process.kill()
     asyncio.run(LocalServers(NAME).stop())  # also what a killed supervisor has left
+    mosquitto.Mosquitto(MQTT).stop()
     ENDPOINTS.unlink(missing_ok=True)
     print("the hub is down" if process else "the hub was not up")
     return 0
@@ -110,16 +126,30 @@ async def supervise() -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     local = LocalServers(NAME)
     hub: Hub | None = None
+    # Where only the other servers are named and it is not installed, the hub runs without an MQTT bridge.
+    broker = mosquitto.Mosquitto(MQTT) if mosquitto.program() else None
     try:
         servers = named_in_environment() or await local.start()
-        hub = Hub(servers, LOGS)
+        if broker is not None:
+            broker.start({FIRM: secrets.token_urlsafe(12)})
+        hub = Hub(servers, LOGS, mqtt=broker)
         await hub.start()
-        write_endpoints(ENDPOINTS, hub.endpoints() | await _example(hub))
+        found = hub.endpoints() | await _example(hub)
+        if broker is not None:
+            found["mqtt"] = {
+                "host": "127.0.0.1",
+                "port": broker.port,
+                "user": FIRM,
+                "password": broker.passwords[FIRM],
+            }
+        write_endpoints(ENDPOINTS, found)
         await stop.wait()
     finally:
         ENDPOINTS.unlink(missing_ok=True)
         if hub is not None:
             await hub.stop()
+        if broker is not None:
+            broker.stop()
         await local.stop()
         STATE.unlink(missing_ok=True)
 
@@ -139,7 +169,7 @@ async def _example(hub: Hub) -> dict[str, Any]:
             "/v1/firms",
             {
                 "name": "Local Firm Ltd",
-                "slug": "local-firm",
+                "slug": FIRM,
                 "sic": "25.62",
                 "region": "Northern Ireland",
                 "size": "small",

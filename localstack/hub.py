@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 
+from localstack.mosquitto import BRIDGE, Mosquitto
 from localstack.servers import ROOT, Servers, free_port
-from services.common.evidence import new_key
+from services.common.evidence import Signer, new_key
 from services.common.settings import Settings
 from services.ingest.main import operator_key
 from services.migrate import migrate_all
@@ -33,13 +34,16 @@ class Role:
     module: str
     role: str
     has_grpc: bool
+    needs_mqtt: bool = False
 
 
 ROLES = (
     Role("door", "services.ingest.main", "door", has_grpc=True),
     Role("historian", "services.ingest.main", "historian", has_grpc=False),
+    Role("mqtt-bridge", "services.ingest.main", "mqtt", has_grpc=False, needs_mqtt=True),
     Role("anomaly-worker", "services.anomaly.main", "worker", has_grpc=False),
     Role("anomaly", "services.anomaly.main", "api", has_grpc=True),
+    Role("anomaly-notifier", "services.anomaly.main", "notifier", has_grpc=False),
     Role("matching", "services.matching.main", "api", has_grpc=True),
     Role("funding", "services.funding.main", "api", has_grpc=True),
 )
@@ -80,16 +84,21 @@ class Hub:
         topic_prefix: str = "",
         roles: Collection[str] | None = None,
         copies: Mapping[str, int] | None = None,
+        mqtt: Mosquitto | None = None,
     ) -> None:
-        """`roles`: only these, by name. `copies`: more than one process of a role; the second is called NAME-2."""
+        """`roles`: only these, by name. `copies`: more than one process of a role; the second is called NAME-2.
+
+        `mqtt`: the broker that the bridge connects to; without it there is no bridge.
+        """
         self._folder = folder
+        self._mqtt = mqtt
         self.settings = Settings(
             kafka_bootstrap=servers.kafka_bootstrap, database_dsn=servers.database_dsn, kafka_topic_prefix=topic_prefix
         )
         self._roles = [
             role if number == 1 else replace(role, name=f"{role.name}-{number}")
             for role in ROLES
-            if roles is None or role.name in roles
+            if (roles is None or role.name in roles) and (mqtt is not None or not role.needs_mqtt)
             for number in range(1, (copies or {}).get(role.name, 1) + 1)
         ]
         self.processes: dict[str, Running] = {}
@@ -193,13 +202,27 @@ class Hub:
             "SMDIH_DATABASE_DSN": self.settings.database_dsn,
             "SMDIH_HTTP_PORT": str(running.http_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
+            # A worker that was killed gets its partitions back at once.
+            "SMDIH_ANOMALY_INSTANCE": running.role.name,
+            # Where explanations of alarms get their samples.
+            "SMDIH_INGEST_GRPC": self.processes["door"].grpc if "door" in self.processes else "",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
             # One arithmetic thread a process: on a small machine more only get into each other's way.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        if "matching" in self.processes:
+            environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
+        if self._mqtt is not None and running.role.needs_mqtt:
+            environment |= {
+                "SMDIH_MQTT_PORT": str(self._mqtt.port),
+                "SMDIH_MQTT_USER": BRIDGE,
+                "SMDIH_MQTT_PASSWORD": self._mqtt.passwords[BRIDGE],
+            }
         if running.role.name == "door":  # nobody else signs
             environment["SMDIH_EVIDENCE_KEY"] = self.evidence_key
+        if running.role.module == "services.funding.main":
+            environment["SMDIH_EVIDENCE_PUBLIC_KEYS"] = Signer(self.evidence_key).public_key
         delay_s = RESTART_DELAY_S
         while not self._stopping:
             started = time.monotonic()

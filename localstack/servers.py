@@ -24,6 +24,8 @@ LOCAL = ROOT / ".local"
 KAFKA_LIBS = LOCAL / "servers/kafka"
 PG_ROOT = LOCAL / "servers/timescaledb/root"
 PG_BIN = "/usr/lib/postgresql/17/bin"
+# A broker for one small machine: little compiling, one collector thread.
+JAVA_OPTIONS = ("-Xmx512m", "-Xms256m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 20
 
@@ -170,7 +172,7 @@ class LocalServers:
         kafka = state["kafka"]
         if self._running(kafka) is not None:
             return
-        kafka["port"] = _port_again(kafka.get("port"))
+        kafka["port"] = port_again(kafka.get("port"))
         controller_port = free_port()
         data = self.folder / "kafka"
         config = self.folder / "kafka.properties"
@@ -216,7 +218,7 @@ class LocalServers:
             )
         with (self.folder / "kafka.log").open("ab") as log:
             process = self._kafka = subprocess.Popen(
-                [*java[:1], "-Xmx512m", "-Xms256m", "-XX:TieredStopAtLevel=1", *java[1:], "kafka.Kafka", str(config)],
+                [*java[:1], *JAVA_OPTIONS, *java[1:], "kafka.Kafka", str(config)],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -234,7 +236,7 @@ class LocalServers:
                 "the local database needs root (a chroot): run as root, or name running servers in "
                 "SMDIH_KAFKA_BOOTSTRAP and SMDIH_DATABASE_DSN, or use compose.yaml"
             )
-        postgres["port"] = _port_again(postgres.get("port"))
+        postgres["port"] = port_again(postgres.get("port"))
         data = PG_ROOT / self._pg_data.lstrip("/")
         if not (data / "PG_VERSION").exists():
             shutil.rmtree(data, ignore_errors=True)
@@ -274,7 +276,7 @@ class LocalServers:
 
     async def _prove_kafka(self, servers: Servers, state: dict[str, Any]) -> None:
         until = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < until and self._running(state["kafka"]) and not _listens(state["kafka"]["port"]):
+        while time.monotonic() < until and self._running(state["kafka"]) and not listens(state["kafka"]["port"]):
             await asyncio.sleep(0.1)
         while True:
             admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
@@ -329,12 +331,13 @@ class LocalServers:
         temporary.replace(self._state_file)
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody answers there."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _port_again(port: int | None) -> int:
+def port_again(port: int | None) -> int:
     """The port of last time if it is still free, else a free one."""
     if port is None:
         return free_port()

@@ -38,14 +38,8 @@ def read(path: Path) -> Recording:
     lines = text.splitlines()
     if len(lines) < 2:
         raise NotARecording(f"{path}: needs a header line and at least one row")
-    separator = max(",;\t|", key=lines[0].count)
-    if separator not in lines[0]:
-        raise NotARecording(f"{path}: the header has one column; the first is a timestamp, the others are numbers")
-    rows = csv.reader(lines, delimiter=separator)
-    header = [name.strip() for name in next(rows)]
-    names = tuple(name or f"column {number}" for number, name in enumerate(header[1:], 2))
-    if len(set(names)) != len(names):
-        raise NotARecording(f"{path}: two columns have the same name; give each its own")
+    separator, names = header_of(path, lines[0])
+    rows = csv.reader(lines[1:], delimiter=separator)
     times: list[int] = []
     values: list[list[float]] = []
     refused = 0
@@ -55,13 +49,13 @@ def read(path: Path) -> Recording:
         if len(times) >= ROWS_MAX:
             raise NotARecording(f"{path}: more than {ROWS_MAX} rows; split the file")
         cells = (row[1:] + [""] * len(names))[: len(names)]
-        at = _time_us(row[0].strip())
+        at = time_us(row[0].strip())
         if at is None:
             refused += sum(1 for cell in cells if cell.strip())
             continue
         numbers = []
         for cell in cells:
-            number = _number(cell.strip(), separator)
+            number = number_of(cell.strip(), separator)
             refused += number is None
             numbers.append(np.nan if number is None else number)
         times.append(at)
@@ -71,6 +65,18 @@ def read(path: Path) -> Recording:
     merged_times, merged_values = _merged(np.array(times, dtype=np.int64), np.array(values))
     replaced = int(np.count_nonzero(~np.isnan(values))) - int(np.count_nonzero(~np.isnan(merged_values)))
     return Recording(names, merged_times, merged_values, refused + replaced)
+
+
+def header_of(path: Path, line: str) -> tuple[str, tuple[str, ...]]:
+    """The separator and the names of the columns behind the time. Raises NotARecording."""
+    separator = max(",;\t|", key=line.count)
+    if separator not in line:
+        raise NotARecording(f"{path}: the header has one column; the first is a timestamp, the others are numbers")
+    header = [name.strip() for name in next(csv.reader([line], delimiter=separator))]
+    names = tuple(name or f"column {number}" for number, name in enumerate(header[1:], 2))
+    if len(set(names)) != len(names):
+        raise NotARecording(f"{path}: two columns have the same name; give each its own")
+    return separator, names
 
 
 def _merged(
@@ -88,7 +94,8 @@ def _merged(
     return distinct, np.where(newest >= 0, taken, np.nan)
 
 
-def _time_us(text: str) -> int | None:
+def time_us(text: str) -> int | None:
+    """Microseconds since 1970 UTC of a number (seconds, milliseconds or microseconds) or a written time; None for anything else."""
     try:
         number = float(text)
     except ValueError:
@@ -114,7 +121,7 @@ def _time_us(text: str) -> int | None:
     return round((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp() * 1e6)
 
 
-def _number(text: str, separator: str) -> float | None:
+def number_of(text: str, separator: str) -> float | None:
     """The number, NaN for an empty cell, None for anything else."""
     if not text or text.lower() in ("nan", "null", "na"):
         return np.nan

@@ -65,6 +65,23 @@ class _Waiting:
     samples: int
 
 
+def batch_of(
+    machine: str | int, times_us: npt.ArrayLike, values: npt.ArrayLike, signals: Sequence[str]
+) -> tuple[telemetry_pb2.Batch, int]:
+    """A batch without its sequence, and how many samples it holds."""
+    matrix = np.asarray(values, dtype=np.float64)
+    absent = np.isnan(matrix)
+    batch = telemetry_pb2.Batch(
+        machine_id=machine if isinstance(machine, int) else 0,
+        machine_path=machine if isinstance(machine, str) else "",
+        times_us=np.asarray(times_us, dtype=np.int64).tolist(),
+        signals=signals,
+        values=np.where(absent, 0.0, matrix).ravel().tolist(),
+        absent=np.packbits(absent.ravel(), bitorder="little").tobytes() if absent.any() else b"",
+    )
+    return batch, int(matrix.size - absent.sum())
+
+
 class TelemetryClient:
     """One gateway's connection to the door.
 
@@ -129,27 +146,24 @@ class TelemetryClient:
                 await asyncio.to_thread(self._buffer.close)
 
     async def send(
-        self, machine: str | int, times_us: npt.ArrayLike, values: npt.ArrayLike, *, signals: Sequence[str] = ()
+        self,
+        machine: str | int,
+        times_us: npt.ArrayLike,
+        values: npt.ArrayLike,
+        *,
+        signals: Sequence[str] = (),
+        sequence: int = 0,
     ) -> None:
         """Send a times x signals matrix of one machine (path or id); NaN: no value.
 
+        `sequence`: for a sender that numbers its batches itself, alike in every run; without buffer.
         Raises Refused; with a buffer also BufferFull (the samples were not kept) and OSError (the disk is failing).
         """
-        matrix = np.asarray(values, dtype=np.float64)
-        absent = np.isnan(matrix)
-        batch = telemetry_pb2.Batch(
-            machine_id=machine if isinstance(machine, int) else 0,
-            machine_path=machine if isinstance(machine, str) else "",
-            times_us=np.asarray(times_us, dtype=np.int64).tolist(),
-            signals=signals,
-            values=np.where(absent, 0.0, matrix).ravel().tolist(),
-            absent=np.packbits(absent.ravel(), bitorder="little").tobytes() if absent.any() else b"",
-        )
-        samples = int(matrix.size - absent.sum())
+        batch, samples = batch_of(machine, times_us, values, signals)
         if self._buffer is not None:
             await self._keep(self._buffer, batch, samples)
             return
-        self._sequence += 1
+        self._sequence = sequence or self._sequence + 1
         batch.sequence = self._sequence
         async with self._changed:
             await self._changed.wait_for(

@@ -1,22 +1,22 @@
 """The anomaly service over HTTP."""
 
 import asyncio
-import math
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.anomaly.domain import Alarm, Change, HistoryEntry, MaintenanceWindow, Severity, Source, Suppression
+from services.anomaly.alarm_out import AlarmOut, alarm_out, published_out
+from services.anomaly.domain import Change, HistoryEntry, MaintenanceWindow, Source, Suppression
 from services.anomaly.measures import HOURS_MAX, Measures, MeasureService
-from services.anomaly.messages import CHANGES, STATES, alarm_message
-from services.anomaly.service import BULK_MAX, PAGE_SIZE_MAX, AlarmFeed, AlarmService, BulkOutcome
+from services.anomaly.messages import CHANGES
+from services.anomaly.service import BULK_MAX, PAGE_SIZE_MAX, AlarmFeed, AlarmService, BulkOutcome, Heard
 from services.anomaly.store import AlarmFilter, Suppressed
 from services.anomaly.suppression import SuppressionService
-from services.common.errors import SlowDown
+from services.common.errors import HubError
 from services.common.http import Authenticated
 from smdih.anomaly.v1 import events_pb2 as events_pb
 
@@ -24,45 +24,6 @@ from smdih.anomaly.v1 import events_pb2 as events_pb
 WATCH_KEEPALIVE_S = 15
 
 _CHANGE_NAMES = {number: change.value for change, number in CHANGES.items()}
-_STATE_NAMES = {number: state.value for state, number in STATES.items()}
-
-
-class ShareOut(BaseModel):
-    signal_id: int
-    signal_name: str
-    share: float
-
-
-class AlarmOut(BaseModel):
-    """Times are microseconds since 1970 UTC."""
-
-    id: str
-    firm_id: int
-    machine_id: int
-    signal_id: int
-    machine_path: str
-    machine_kind: str
-    signal_name: str
-    unit: str
-    started_us: int
-    ended_us: int | None
-    severity: str
-    component: str
-    explanation: str
-    value: float | None
-    score: float
-    active: bool
-    acknowledged: bool
-    cleared: bool
-    shares: list[ShareOut]
-    correlation_id: str
-    episode_id: str
-    suppressed_or_shelved: bool
-    shelved: bool
-    suppressed_by_design: bool
-    out_of_service: bool
-    assignee: str
-    state: str
 
 
 class AlarmPage(BaseModel):
@@ -263,22 +224,25 @@ def router(
             suppressed=suppressed,
         )
         alarms, token = await service.list(caller, asked, page_size=page_size, page_token=page_token)
-        return AlarmPage(alarms=[_alarm(alarm) for alarm in alarms], next_page_token=token)
+        return AlarmPage(alarms=[alarm_out(alarm) for alarm in alarms], next_page_token=token)
 
     @routes.get("/watch", response_class=StreamingResponse)
-    async def watch_alarms(caller: Authenticated, firm_id: int = 0) -> StreamingResponse:
-        """Every change from now on, as server-sent events. A reader that is too slow gets an event "problem" and the end."""
-        feed.admit(caller, firm_id=firm_id)  # refusals come before the answer starts
+    async def watch_alarms(
+        caller: Authenticated,
+        firm_id: int = 0,
+        last_event_id: Annotated[str, Header(max_length=20_000)] = "",
+    ) -> StreamingResponse:
+        """Every change from now on, as server-sent events. Whoever comes back with the id of the last one (browsers send it by
+        themselves, as Last-Event-ID) gets what was missed first. A reader that is too slow gets an event "problem" and the end."""
+        feed.admit(caller, firm_id=firm_id, token=last_event_id)  # refusals come before the answer starts
 
         async def lines() -> AsyncIterator[str]:
             try:
-                with feed.watch(caller, firm_id=firm_id) as events:
+                with feed.watch(caller, firm_id=firm_id, token=last_event_id) as events:
                     yield ": watching\n\n"
-                    async for event in _with_pauses(events):
-                        yield (
-                            ": \n\n" if event is None else f"event: alarm\ndata: {_event(event).model_dump_json()}\n\n"
-                        )
-            except SlowDown as error:
+                    async for heard in _with_pauses(events):
+                        yield ": \n\n" if heard is None else _sse(*heard)
+            except HubError as error:
                 yield f"event: problem\ndata: {error.reason}: {error.detail}\n\n"
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -334,32 +298,32 @@ def router(
     async def get_alarm(caller: Authenticated, alarm_id: str) -> AlarmDetail:
         """One alarm with everything that has happened to it."""
         alarm, history = await service.get(caller, alarm_id)
-        return AlarmDetail(alarm=_alarm(alarm), changes=[_entry(entry) for entry in history])
+        return AlarmDetail(alarm=alarm_out(alarm), changes=[_entry(entry) for entry in history])
 
     @routes.post("/{alarm_id}/acknowledge")
     async def acknowledge_alarm(caller: Authenticated, alarm_id: str, body: AcknowledgeIn) -> AlarmOut:
         """Say that somebody has seen it and will respond."""
-        return _alarm(await service.acknowledge(caller, alarm_id, comment=body.comment))
+        return alarm_out(await service.acknowledge(caller, alarm_id, comment=body.comment))
 
     @routes.post("/{alarm_id}/clear")
     async def clear_alarm(caller: Authenticated, alarm_id: str, body: ClearIn) -> AlarmOut:
         """Close it, saying what was found and done."""
-        return _alarm(await service.clear(caller, alarm_id, comment=body.comment))
+        return alarm_out(await service.clear(caller, alarm_id, comment=body.comment))
 
     @routes.post("/{alarm_id}/comment")
     async def comment_alarm(caller: Authenticated, alarm_id: str, body: CommentIn) -> AlarmOut:
         """Add a remark to its history."""
-        return _alarm(await service.comment(caller, alarm_id, comment=body.comment))
+        return alarm_out(await service.comment(caller, alarm_id, comment=body.comment))
 
     @routes.post("/{alarm_id}/assign")
     async def assign_alarm(caller: Authenticated, alarm_id: str, body: AssignIn) -> AlarmOut:
         """Say who takes care of it."""
-        return _alarm(await service.assign(caller, alarm_id, assignee=body.assignee, comment=body.comment))
+        return alarm_out(await service.assign(caller, alarm_id, assignee=body.assignee, comment=body.comment))
 
     @routes.post("/{alarm_id}/shelve")
     async def shelve_alarm(caller: Authenticated, alarm_id: str, body: ShelveIn) -> AlarmOut:
         """Take its source off the operator's list for a while."""
-        return _alarm(
+        return alarm_out(
             await suppression.shelve(
                 caller, alarm_id, reason=body.reason, until_us=body.until_us, one_shot=body.one_shot
             )
@@ -368,21 +332,25 @@ def router(
     @routes.post("/{alarm_id}/unshelve")
     async def unshelve_alarm(caller: Authenticated, alarm_id: str, body: UnshelveIn) -> AlarmOut:
         """Put it back before its time."""
-        return _alarm(await suppression.unshelve(caller, alarm_id, comment=body.comment))
+        return alarm_out(await suppression.unshelve(caller, alarm_id, comment=body.comment))
 
     @routes.post("/{alarm_id}/take-out-of-service")
     async def take_out_of_service(caller: Authenticated, alarm_id: str, body: ReasonIn) -> AlarmOut:
         """Take its source off the operator's list until somebody puts it back."""
-        return _alarm(await suppression.take_out_of_service(caller, alarm_id, reason=body.reason))
+        return alarm_out(await suppression.take_out_of_service(caller, alarm_id, reason=body.reason))
 
     @routes.post("/{alarm_id}/return-to-service")
     async def return_to_service(caller: Authenticated, alarm_id: str, body: ReasonIn) -> AlarmOut:
-        return _alarm(await suppression.return_to_service(caller, alarm_id, reason=body.reason))
+        return alarm_out(await suppression.return_to_service(caller, alarm_id, reason=body.reason))
 
     return routes
 
 
-async def _with_pauses(events: AsyncIterator[events_pb.AlarmEvent]) -> AsyncIterator[events_pb.AlarmEvent | None]:
+def _sse(event: events_pb.AlarmEvent, token: str) -> str:
+    return f"id: {token}\nevent: alarm\ndata: {_event(event).model_dump_json()}\n\n"
+
+
+async def _with_pauses(events: AsyncIterator[Heard]) -> AsyncIterator[Heard | None]:
     """The events, and None whenever none came for a while."""
     following = asyncio.ensure_future(anext(events))
     try:
@@ -395,45 +363,6 @@ async def _with_pauses(events: AsyncIterator[events_pb.AlarmEvent]) -> AsyncIter
             following = asyncio.ensure_future(anext(events))
     finally:
         following.cancel()
-
-
-def _alarm(alarm: Alarm) -> AlarmOut:
-    return _out(alarm_message(alarm))
-
-
-def _out(alarm: events_pb.Alarm) -> AlarmOut:
-    return AlarmOut(
-        id=alarm.id,
-        firm_id=alarm.firm_id,
-        machine_id=alarm.machine_id,
-        signal_id=alarm.signal_id,
-        machine_path=alarm.machine_path,
-        machine_kind=alarm.machine_kind,
-        signal_name=alarm.signal_name,
-        unit=alarm.unit,
-        started_us=alarm.started_us,
-        ended_us=alarm.ended_us or None,
-        severity=Severity(alarm.severity).name.lower(),
-        component=alarm.component,
-        explanation=alarm.explanation,
-        value=alarm.value if math.isfinite(alarm.value) else None,
-        score=alarm.score,
-        active=alarm.active,
-        acknowledged=alarm.acknowledged,
-        cleared=alarm.cleared,
-        shares=[
-            ShareOut(signal_id=share.signal_id, signal_name=share.signal_name, share=share.share)
-            for share in alarm.shares
-        ],
-        correlation_id=alarm.correlation_id,
-        episode_id=alarm.episode_id,
-        suppressed_or_shelved=alarm.suppressed_or_shelved,
-        shelved=alarm.shelved,
-        suppressed_by_design=alarm.suppressed_by_design,
-        out_of_service=alarm.out_of_service,
-        assignee=alarm.assignee,
-        state=_STATE_NAMES.get(alarm.state, ""),  # an event of the release before has none
-    )
 
 
 def _bulk(outcome: BulkOutcome) -> BulkOut:
@@ -472,7 +401,7 @@ def _event(event: events_pb.AlarmEvent) -> AlarmEventOut:
         event_id=event.event_id,
         change=_CHANGE_NAMES.get(event.change, ""),  # a later release may publish more
         changed_us=event.changed_us,
-        alarm=_out(event.alarm),
+        alarm=published_out(event.alarm),
     )
 
 

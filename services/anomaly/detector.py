@@ -241,6 +241,34 @@ class Detector:
             self._series[row + signal, kernel.ROW_OFFSET] = bounded
         return bounded
 
+    def active_us(self, slot: int, signal: int) -> int | None:
+        """When the alarm that lasts on the signal (-1: on several together) started; None: there is none."""
+        row, width, _ = self._places[self._checked(slot)]
+        if not -1 <= signal < width:
+            raise ValueError(f"the machine has no signal {signal}")
+        field = (
+            self._machines[slot, kernel.MACHINE_ALARM_US]
+            if signal < 0
+            else self._series[row + signal, kernel.ROW_ALARM_US]
+        )
+        return int(field) or None
+
+    def forget(self, slot: int, signal: int) -> None:
+        """Learn one signal anew from the next value on, and how it goes together with the others; its threshold stays.
+
+        Alarms that last are forgotten too: ask `active_us` first.
+        """
+        row, width, joint = (int(x) for x in self._places[self._checked(slot)])
+        if not 0 <= signal < width:
+            raise ValueError(f"the machine has no signal {signal}")
+        offset = self._series[row + signal, kernel.ROW_OFFSET]
+        self._series[row + signal] = 0.0
+        self._series[row + signal, kernel.ROW_OFFSET] = offset
+        lo = signal // kernel.BLOCK * kernel.BLOCK
+        at = joint + lo // kernel.BLOCK * int(kernel.block_size(kernel.BLOCK))
+        self._joint[at : at + int(kernel.block_size(min(kernel.BLOCK, width - lo)))] = 0.0
+        self._machines[slot, kernel.MACHINE_ALARM_US] = 0.0
+
     def last_time_us(self, slot: int) -> int | None:
         """Time of the newest frame that was scored."""
         machine = self._machines[self._checked(slot)]

@@ -117,6 +117,10 @@ class Alarm:
     cleared: bool = False
     suppression: Suppression = Suppression.NONE
     assignee: str = ""
+    rule_id: str = ""  # of a rule that the firm wrote; empty: found by the detector
+    rule_version: int = 0
+    # What the explanation is made of, such as ("expected", 61.2).
+    figures: tuple[tuple[str, float], ...] = ()
 
     @property
     def active(self) -> bool:
@@ -226,6 +230,11 @@ def joint_position(channel_group: int) -> int:
 def alarm_id(*, machine_id: int, position: int, started_us: int) -> str:
     """The same fault seen again, as after a restart, has the same id."""
     return _derived("alarm", machine_id, position, started_us)
+
+
+def rule_alarm_id(*, rule_id: str, version: int, started_us: int) -> str:
+    """The same for an alarm of a rule."""
+    return _derived("rule-alarm", rule_id, version, started_us)
 
 
 def event_id(alarm_id_: str, change: Change, number: int = 0) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from services.anomaly import kernel
 from services.anomaly.detector import Event
+from services.anomaly.rulebook import RuleEvent
+from services.anomaly.tunings import RuleKind
 
 SHARE_SHOWN_MIN = 0.05  # a signal with less of the distance explains nothing
 
@@ -28,6 +30,32 @@ def explain(event: Event, signals: Sequence[Signal]) -> str:
     if not event.raised:
         return f"{signal.name} is back to its usual behaviour"
     return f"{signal.name} {_single(event, signal)}"
+
+
+def explain_rule(event: RuleEvent, signal: Signal) -> str:
+    """Say which rule it was and what it saw."""
+    rule = event.rule
+    value, limit = signal.amount(event.value), signal.amount(rule.limit)
+    long = f" for {_duration(rule.delay_s)}" if rule.delay_s else ""
+    match rule.kind:
+        case RuleKind.ABOVE | RuleKind.BELOW:
+            text = f"{signal.name} {value} is {rule.kind} {limit}{long}"
+        case RuleKind.RISE | RuleKind.FALL:
+            before = signal.amount(event.reference)
+            went = "risen" if rule.kind is RuleKind.RISE else "fallen"
+            text = (
+                f"{signal.name} {value} has {went} by more than {limit} in {_duration(rule.window_s)} (from {before})"
+            )
+        case _:
+            text = f"No data from {signal.name or 'the machine'} for more than {_duration(rule.window_s)}"
+    return f"{text}: rule {rule.name}"
+
+
+def _duration(seconds: int) -> str:
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds % size == 0 and seconds:
+            return f"{seconds // size} {name}"
+    return f"{seconds} s"
 
 
 def _single(event: Event, signal: Signal) -> str:

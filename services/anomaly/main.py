@@ -1,136 +1,27 @@
-"""The processes of the anomaly service: `python -m services.anomaly.main worker|api`."""
+"""The processes of the anomaly service: `python -m services.anomaly.main worker|api|notifier`."""
 
-import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from importlib import import_module
 
-from services.anomaly import api, rpc
-from services.anomaly.measures import FloodGauge, MeasureService
-from services.anomaly.scorer import compile_kernel
-from services.anomaly.service import AlarmFeed, AlarmRaiser, AlarmService
-from services.anomaly.store import AlarmStore, StateStore
-from services.anomaly.stream import CHECKPOINT_INTERVAL_S, AlarmFeedConsumer, Worker
-from services.anomaly.suppression import SuppressionClock, SuppressionService
-from services.anomaly.suppression_store import SuppressionStore
-from services.common import http, logs, topics
-from services.common import rpc as common_rpc
-from services.common.clock import SystemClock
-from services.common.database import can_write, create_pool_when_it_answers
-from services.common.directory import Directory
-from services.common.kafka import Cluster, DeadLetters, Publisher
-from services.common.outbox import OutboxRelay
-from services.common.runtime import Runtime, run
-from services.common.settings import Settings
-from smdih.anomaly.v1 import anomaly_pb2, anomaly_pb2_grpc
+from services.anomaly.settings import AnomalySettings
+from services.common import logs
+from services.common.runtime import run
 
-SCHEMA = "anomaly"
-
-
-class AnomalySettings(Settings):
-    """The compiled kernel is kept in NUMBA_CACHE_DIR, where that is set (numba reads it itself)."""
-
-    # Name of this worker that outlives a restart, such as a pod's: its partitions then come back to it at once.
-    anomaly_instance: str = ""
-    anomaly_checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
-
-
-def worker(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
-    async def start(runtime: Runtime) -> None:
-        clock = SystemClock()
-        cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
-        publisher = Publisher(cluster)
-        directory = Directory(cluster, clock=clock, kinds=("machine",))
-        app = http.application("SMDIH anomaly worker", runtime=runtime, directory=None)
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
-        runtime.background("directory", directory.run())
-        pool = await create_pool_when_it_answers(
-            settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
-        )
-        runtime.on_stop(pool.close)
-        runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
-        await asyncio.to_thread(compile_kernel)
-        await directory.wait_caught_up()
-        made = Worker(
-            cluster,
-            states=StateStore(pool, topic=cluster.name(topics.SAMPLES)),
-            raiser=AlarmRaiser(AlarmStore(), pool, directory, clock),
-            dead_letters=DeadLetters(publisher),
-            clock=clock,
-            instance=settings.anomaly_instance,
-            checkpoint_interval_s=settings.anomaly_checkpoint_interval_s,
-        )
-        runtime.ready_when("kafka", publisher.answers)
-        runtime.ready_when("database", lambda: can_write(pool))
-        runtime.ready_when("partitions", made.is_assigned)
-        runtime.alive_when("scoring", made.is_turning)
-        await runtime.enter(made.consuming())
-        runtime.background("worker", made.run())
-
-    return start
-
-
-def api_process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
-    async def start(runtime: Runtime) -> None:
-        clock = SystemClock()
-        cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
-        publisher = Publisher(cluster)
-        directory = Directory(cluster, clock=clock, kinds=("machine",))
-        pool = await create_pool_when_it_answers(
-            settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
-        )
-        runtime.on_stop(pool.close)
-        runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
-        alarms = AlarmStore()
-        suppressions = SuppressionStore(alarms)
-        service = AlarmService(alarms, pool, clock)
-        suppression = SuppressionService(service, alarms, suppressions, pool, directory, clock)
-        measuring = MeasureService(pool, clock)
-        feed = AlarmFeed()
-        feed_consumer = AlarmFeedConsumer(cluster, feed)
-        runtime.background("directory", directory.run())
-        runtime.background("feed", feed_consumer.run())
-        runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
-        runtime.background("measures", FloodGauge(pool, clock).run())
-        runtime.background("outbox", OutboxRelay(pool, publisher, schema=SCHEMA).run())
-        runtime.ready_when("kafka", publisher.answers)
-        runtime.ready_when("database", lambda: can_write(pool))
-        runtime.ready_when("directory", directory.is_caught_up)
-        runtime.ready_when("feed", feed_consumer.is_reading)
-        await runtime.enter(
-            common_rpc.serve(
-                host=settings.grpc_host,
-                port=settings.grpc_port,
-                directory=directory,
-                register=[
-                    (
-                        anomaly_pb2_grpc.add_AlarmServiceServicer_to_server,
-                        rpc.AlarmServicer(service, suppression, measuring, feed),
-                    ),
-                ],
-                service_names=[anomaly_pb2.DESCRIPTOR.services_by_name["AlarmService"].full_name],
-            )
-        )
-        app = http.application(
-            "SMDIH alarms",
-            runtime=runtime,
-            directory=directory,
-            routers=[api.router(service, suppression, measuring, feed)],
-        )
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
-
-    return start
-
-
-ROLES = {"worker": worker, "api": api_process}
+# Each is wired in a module of its own, so that no process loads what only another needs (the compiler, Faust).
+ROLES = {
+    "worker": "services.anomaly.worker_process",
+    "api": "services.anomaly.api_process",
+    "notifier": "services.anomaly.notifier_process",
+}
 
 
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in ROLES:
-        print("usage: python -m services.anomaly.main worker|api", file=sys.stderr)  # noqa: T201
+        print("usage: python -m services.anomaly.main worker|api|notifier", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     settings = AnomalySettings()
     logs.configure(f"anomaly-{sys.argv[1]}", settings.log_level)
-    run(ROLES[sys.argv[1]](settings))
+    run(import_module(ROLES[sys.argv[1]]).process(settings))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def alarm_message(alarm: Alarm) -> pb.Alarm:
         out_of_service=Suppression.OUT_OF_SERVICE in alarm.suppression,
         assignee=alarm.assignee,
         state=STATES[alarm.state],
+        rule_id=alarm.rule_id,
+        rule_version=alarm.rule_version,
     )
 
 

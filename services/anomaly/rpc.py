@@ -4,11 +4,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from services.anomaly.domain import MaintenanceWindow, Source, Suppression
+from services.anomaly.evidence import EvidenceService
 from services.anomaly.measures import MeasureService, SourceMeasure
 from services.anomaly.messages import CHANGES, alarm_message
+from services.anomaly.rule_rpc import key_of
 from services.anomaly.service import AlarmFeed, AlarmService
 from services.anomaly.store import AlarmFilter, Suppressed
 from services.anomaly.suppression import SuppressionService
+from services.anomaly.tuning import TuningService
+from services.anomaly.tuning_messages import entry_message, evidence_message, threshold_message, useful_of, usefulness
+from services.common.directory import Directory
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from smdih.anomaly.v1 import anomaly_pb2 as pb
@@ -23,12 +28,22 @@ _SUPPRESSED = {
 
 class AlarmServicer(pb_grpc.AlarmServiceServicer):
     def __init__(
-        self, service: AlarmService, suppression: SuppressionService, measuring: MeasureService, feed: AlarmFeed
+        self,
+        service: AlarmService,
+        suppression: SuppressionService,
+        tuning: TuningService,
+        evidence: EvidenceService,
+        measuring: MeasureService,
+        feed: AlarmFeed,
+        directory: Directory,
     ) -> None:
         self._service = service
         self._suppression = suppression
+        self._tuning = tuning
+        self._evidence = evidence
         self._measuring = measuring
         self._feed = feed
+        self._directory = directory
 
     async def ListAlarms(self, request: pb.ListAlarmsRequest, context: Any) -> pb.ListAlarmsResponse:
         if request.suppressed not in _SUPPRESSED:
@@ -163,11 +178,48 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
         )
 
     async def WatchAlarms(self, request: pb.WatchAlarmsRequest, context: Any) -> AsyncIterator[pb.WatchAlarmsResponse]:
-        with self._feed.watch(current_caller(), firm_id=request.firm_id) as events:
+        with self._feed.watch(current_caller(), firm_id=request.firm_id, token=request.resume_token) as events:
             # The headers tell the reader that nothing from here on is missed.
             await context.send_initial_metadata(())
-            async for event in events:
-                yield pb.WatchAlarmsResponse(event=event)
+            async for event, token in events:
+                yield pb.WatchAlarmsResponse(event=event, resume_token=token)
+
+    async def ExplainAlarm(self, request: pb.ExplainAlarmRequest, context: Any) -> pb.ExplainAlarmResponse:
+        return evidence_message(
+            await self._evidence.evidence(current_caller(), key_of(context), request.id, minutes=request.minutes)
+        )
+
+    async def RateAlarm(self, request: pb.RateAlarmRequest, context: Any) -> pb.RateAlarmResponse:
+        useful = useful_of(request.usefulness)
+        now = await self._tuning.rate(current_caller(), request.id, useful=useful, comment=request.comment)
+        threshold = threshold_message(self._directory, now.threshold)
+        return pb.RateAlarmResponse(threshold=threshold, usefulness=usefulness(now.useful))
+
+    async def GetThreshold(self, request: pb.GetThresholdRequest, context: Any) -> pb.GetThresholdResponse:
+        now = await self._tuning.threshold(current_caller(), request.alarm_id)
+        return pb.GetThresholdResponse(
+            threshold=threshold_message(self._directory, now.threshold),
+            usefulness=usefulness(now.useful),
+            history=[entry_message(entry) for entry in now.history],
+        )
+
+    async def ResetThreshold(self, request: pb.ResetThresholdRequest, context: Any) -> pb.ResetThresholdResponse:
+        now = await self._tuning.reset(current_caller(), request.alarm_id, comment=request.comment)
+        return pb.ResetThresholdResponse(threshold=threshold_message(self._directory, now.threshold))
+
+    async def ListThresholds(self, request: pb.ListThresholdsRequest, context: Any) -> pb.ListThresholdsResponse:
+        found = await self._tuning.thresholds(current_caller(), firm_id=request.firm_id, machine_id=request.machine_id)
+        return pb.ListThresholdsResponse(thresholds=[threshold_message(self._directory, one) for one in found])
+
+    async def RelearnSensor(self, request: pb.RelearnSensorRequest, context: Any) -> pb.RelearnSensorResponse:
+        await self._tuning.relearn(
+            current_caller(), machine_id=request.machine_id, signal_id=request.signal_id, reason=request.reason
+        )
+        return pb.RelearnSensorResponse()
+
+    async def ListTunings(self, request: pb.ListTuningsRequest, context: Any) -> pb.ListTuningsResponse:
+        found = await self._tuning.history(current_caller(), machine_id=request.machine_id, signal_id=request.signal_id)
+        return pb.ListTuningsResponse(tunings=[entry_message(entry) for entry in found])
 
 
 def _suppression(source: Source) -> pb.Suppression:

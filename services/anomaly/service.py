@@ -1,37 +1,26 @@
-"""What the worker and people do with alarms."""
+"""What people do with alarms."""
 
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import asyncpg
 
-from services.anomaly.detector import WIDTH_MAX
 from services.anomaly.domain import (
     Alarm,
-    AlarmEvent,
     Change,
     HistoryEntry,
-    Return,
-    Share,
-    alarm_id,
-    event_id,
-    joint_position,
-    severity_at_start,
 )
-from services.anomaly.explain import Signal, explain
-from services.anomaly.scorer import Found, Frames
 from services.anomaly.store import Actor, AlarmFilter, AlarmStore
 from services.common.clock import Clock, from_us
 from services.common.database import Connection, Pool, transaction
-from services.common.directory import Directory
-from services.common.errors import Invalid, NotFound, SlowDown, TryAgain
+from services.common.errors import Conflict, Invalid, NotFound, SlowDown, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from smdih.anomaly.v1 import events_pb2 as events_pb
-from smdih.directory.v1 import directory_pb2 as directory_pb
 
 log = get_logger(__name__)
 
@@ -44,105 +33,12 @@ BULK_MAX = 5_000
 WATCHERS_MAX = 200
 # Changes that wait for one watcher; a watcher further behind is ended.
 WATCHER_QUEUE_MAX = 1_000
-# How long the worker waits for the names of a machine that has just been made.
-NAMES_TIMEOUT_S = 0.5
+# Changes of all firms that one who comes back may have missed.
+RESUME_MAX = 100_000
 
 _ALARM_ID = re.compile(r"[0-9a-f]{32}")
+_RESUME_TOKEN = re.compile(r"\d{1,18}(\.\d{1,18}){0,1023}")
 _PAGE_TOKEN = re.compile(r"(-?\d{1,18})\.([0-9a-f]{32})")
-
-
-class AlarmRaiser:
-    """Turns what the detector found into alarms."""
-
-    def __init__(self, store: AlarmStore, pool: Pool, directory: Directory, clock: Clock) -> None:
-        self._store = store
-        self._pool = pool
-        self._directory = directory
-        self._clock = clock
-        self._nameless: set[int] = set()
-
-    async def store(self, found: Sequence[Found]) -> Sequence[AlarmEvent]:
-        """Store what is new, in order, in one transaction; returns that. Repeats are recognised. Raises TryAgain."""
-        changes = [await self._change_of(one) for one in found]
-        now_us = self._clock.now_us()
-        stored: list[AlarmEvent] = []
-        async with transaction(self._pool) as connection:
-            for change in changes:
-                if isinstance(change, Alarm):
-                    alarm = await self._store.raise_alarm(connection, change, now_us=now_us)
-                    kind = Change.RAISED
-                else:
-                    alarm = await self._store.end_alarm(connection, change, now_us=now_us)
-                    kind = Change.RETURNED
-                if alarm is not None:
-                    stored.append(
-                        AlarmEvent(event_id=event_id(alarm.id, kind), change=kind, changed_us=now_us, alarm=alarm)
-                    )
-        for event in stored:
-            log.info(
-                "alarm " + event.change,
-                alarm_id=event.alarm.id,
-                machine=event.alarm.machine_path,
-                severity=event.alarm.severity.name,
-                explanation=event.alarm.explanation,
-                correlation_id=event.alarm.correlation_id,
-            )
-        return stored
-
-    async def _change_of(self, found: Found) -> Alarm | Return:
-        frames, event = found.frames, found.event
-        base = frames.channel_group * WIDTH_MAX
-        position = base + event.signal if event.signal >= 0 else joint_position(frames.channel_group)
-        id_ = alarm_id(machine_id=frames.machine_id, position=position, started_us=event.started_us)
-        if not event.raised:
-            return Return(alarm_id=id_, ended_us=event.time_us, correlation_id=frames.correlation_id)
-        machine = await self._machine(frames)
-        signals = [_signal(machine, base + column) for column in range(frames.values.shape[1])]
-        named = [Signal(signal.name, signal.unit) for signal in signals]
-        shares: tuple[Share, ...] = ()
-        signal = directory_pb.Signal()
-        if event.signal >= 0:
-            signal = signals[event.signal]
-        else:
-            parts = ((event.lead, event.lead_share), (event.next, event.next_share))
-            shares = tuple(
-                Share(signal_id=signals[column].id, signal_name=signals[column].name, share=share)
-                for column, share in parts
-                if column >= 0
-            )
-        return Alarm(
-            id=id_,
-            firm_id=frames.firm_id,
-            machine_id=frames.machine_id,
-            position=position,
-            signal_id=signal.id,
-            machine_path=machine.path,
-            machine_kind=machine.kind,
-            signal_name=signal.name,
-            unit=signal.unit,
-            started_us=event.started_us,
-            ended_us=None,
-            severity=severity_at_start(event.score),
-            component=event.component_name,
-            explanation=explain(event, named),
-            value=event.value,
-            score=event.score,
-            shares=shares,
-            correlation_id=frames.correlation_id,
-            episode_id="",
-            lead_position=None if event.signal >= 0 else base + event.lead,
-        )
-
-    async def _machine(self, frames: Frames) -> directory_pb.Machine:
-        signals = frames.channel_group * WIDTH_MAX + frames.values.shape[1]
-        machine = self._directory.machines.get(frames.machine_id)
-        if (machine is None or len(machine.signals) < signals) and frames.machine_id not in self._nameless:
-            # Once a machine: one that has been removed must not hold up the others at each of its alarms.
-            self._nameless.add(frames.machine_id)
-            await self._directory.wait_for_machine(frames.machine_id, signals=signals, timeout_s=NAMES_TIMEOUT_S)
-            machine = self._directory.machines.get(frames.machine_id)
-        # A machine that has been removed since: an alarm without its names is better than none.
-        return machine or directory_pb.Machine(id=frames.machine_id, path=f"machine {frames.machine_id}")
 
 
 @dataclass(frozen=True)
@@ -308,61 +204,110 @@ class AlarmService:
         return alarm
 
 
+# Where a reader of changes stands: the next offset of each partition of the topic, in order.
+Place = tuple[int, ...]
+Heard = tuple[events_pb.AlarmEvent, str]
+
+
+class Recall(Protocol):
+    """Gives what was published before."""
+
+    def between(self, start: Place, end: Place) -> AsyncIterator[tuple[events_pb.AlarmEvent, Place]]:
+        """Changes from `start` to before `end`, each with the place behind it. Raises NotFound when they are not kept any more."""
+        ...
+
+
 class AlarmFeed:
-    """Passes changes on to those who watch; none is kept for later."""
+    """Passes changes on to those who watch; what was missed comes from the topic itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, recall: Recall | None = None) -> None:
+        self._recall = recall
         self._watchers: set[_Watcher] = set()
+        self._place: Place = ()
 
-    def tell(self, event: events_pb.AlarmEvent) -> None:
+    def stand(self, place: Place) -> None:
+        """Where the feed begins."""
+        self._place = place
+
+    def tell(self, event: events_pb.AlarmEvent, place: Place = ()) -> None:
+        """Pass on a change; `place` is behind it."""
+        self._place = place
+        token = resume_token(place)
         for watcher in self._watchers:
-            watcher.tell(event)
+            watcher.tell(event, token)
 
-    def admit(self, caller: Caller, *, firm_id: int) -> int:
-        """Whose alarms the caller may watch (0: all firms'). Raises Forbidden, and SlowDown when too many watch already."""
+    def admit(self, caller: Caller, *, firm_id: int, token: str = "") -> tuple[int, Place]:
+        """Whose alarms the caller may watch (0: all firms'), and from where. Raises Forbidden, Invalid, and SlowDown when too many
+        watch already."""
         check_role(caller)
         firm_id = caller.firm_or(firm_id)
         if len(self._watchers) >= WATCHERS_MAX:
             raise SlowDown("Too many watch alarms here already; try again later.", retry_after_s=60)
-        return firm_id
+        place = _place_of(token)
+        if place and not self._place:
+            raise TryAgain("This process has just started; watch again.", reason="STARTING", retry_after_s=1)
+        if place and len(place) != len(self._place):
+            raise Invalid("resume_token is not one from a watch before; list the alarms, then watch without it.")
+        if place and sum(max(0, end - at) for at, end in zip(place, self._place, strict=True)) > RESUME_MAX:
+            raise Conflict(
+                "You are too far behind; list the alarms, then watch without resume_token.", reason="TOO_OLD"
+            )
+        return firm_id, place
 
     @contextmanager
-    def watch(self, caller: Caller, *, firm_id: int) -> Iterator[AsyncIterator[events_pb.AlarmEvent]]:
-        """Changes from now on. The iterator raises SlowDown when its reader is too far behind."""
-        watcher = _Watcher(self.admit(caller, firm_id=firm_id))
+    def watch(self, caller: Caller, *, firm_id: int, token: str = "") -> Iterator[AsyncIterator[Heard]]:
+        """Changes from now on, or from behind the one that came with `token`; each with a token of its own.
+
+        The iterator raises SlowDown when its reader is too far behind.
+        """
+        firm_id, place = self.admit(caller, firm_id=firm_id, token=token)
+        watcher = _Watcher(firm_id)
         self._watchers.add(watcher)
         try:
-            yield watcher.events()
+            yield self._heard(watcher, firm_id, place, self._place) if place else watcher.events()
         finally:
             self._watchers.discard(watcher)
+
+    async def _heard(self, watcher: "_Watcher", firm_id: int, start: Place, end: Place) -> AsyncIterator[Heard]:
+        assert self._recall is not None
+        # A place may be ahead of ours: another process of the service gave it.
+        async for event, place in self._recall.between(start, tuple(map(max, start, end))):
+            if firm_id in (0, event.alarm.firm_id):
+                yield event, resume_token(place)
+        async for heard in watcher.events():
+            yield heard
 
 
 class _Watcher:
     def __init__(self, firm_id: int) -> None:
         self._firm_id = firm_id  # 0: all
-        self._queue: asyncio.Queue[events_pb.AlarmEvent] = asyncio.Queue(WATCHER_QUEUE_MAX)
+        self._queue: asyncio.Queue[Heard] = asyncio.Queue(WATCHER_QUEUE_MAX)
         self._too_slow = False
 
-    def tell(self, event: events_pb.AlarmEvent) -> None:
+    def tell(self, event: events_pb.AlarmEvent, token: str) -> None:
         if self._firm_id not in (0, event.alarm.firm_id) or self._too_slow:
             return
         try:
-            self._queue.put_nowait(event)
+            self._queue.put_nowait((event, token))
         except asyncio.QueueFull:
             self._too_slow = True
 
-    async def events(self) -> AsyncIterator[events_pb.AlarmEvent]:
+    async def events(self) -> AsyncIterator[Heard]:
         while not (self._too_slow and self._queue.empty()):
             yield await self._queue.get()
-        raise SlowDown(
-            "You read too slowly, so changes were left out; list the alarms, then watch again.", reason="TOO_SLOW"
-        )
+        raise SlowDown("You read too slowly; watch again with your last resume_token.", reason="TOO_SLOW")
 
 
-def _signal(machine: directory_pb.Machine, position: int) -> directory_pb.Signal:
-    if position < len(machine.signals):
-        return machine.signals[position]
-    return directory_pb.Signal(name=f"signal {position}")
+def resume_token(place: Place) -> str:
+    return ".".join(str(offset) for offset in place)
+
+
+def _place_of(token: str) -> Place:
+    if not token:
+        return ()
+    if not _RESUME_TOKEN.fullmatch(token):
+        raise Invalid("resume_token is not one from a watch before; list the alarms, then watch without it.")
+    return tuple(int(part) for part in token.split("."))
 
 
 def check_role(caller: Caller) -> None:

@@ -82,35 +82,32 @@ class AlarmStore:
         Several signals together raise no alarm of their own while the one that contributes most has one: it would say the same
         twice. All conditions are in times of samples, so a replay decides alike whatever has happened since.
         """
-        if alarm.lead_position is not None and await connection.fetchval(
-            "SELECT 1 FROM alarm WHERE machine_id = $1 AND position = $2 AND started <= $3 AND (ended IS NULL OR ended >= $3)",
-            alarm.machine_id,
-            alarm.lead_position,
-            from_us(alarm.started_us),
-        ):
-            return None
-        episode_id = await connection.fetchval(
-            "SELECT episode_id FROM alarm WHERE machine_id = $1 AND started <= $2 AND (ended IS NULL OR ended >= $3) "
-            "ORDER BY started DESC, id DESC LIMIT 1",
-            alarm.machine_id,
-            from_us(alarm.started_us),
-            from_us(alarm.started_us - EPISODE_GAP_US),
-        )
-        # A person's doing, so it depends on when that was done; the set of alarms does not.
-        suppression = await connection.fetchval(
-            f"SELECT {WANTED_SUPPRESSION} | CASE WHEN EXISTS ("  # noqa: S608  # fixed texts
-            "SELECT FROM maintenance_window WHERE machine_id = a.machine_id AND starts <= $4 AND ends > $4 AND ended IS NULL"
-            ") THEN 2 ELSE 0 END FROM (SELECT $2::bigint AS machine_id, $3::int AS position) AS a",
+        # In one question: in a flood of alarms the way to the database is what takes long. Suppression is a person's doing, so
+        # it depends on when that was done; the set of alarms does not.
+        row = await connection.fetchrow(
+            "SELECT EXISTS (SELECT FROM alarm WHERE machine_id = $2 AND position = $6 AND rule_id = '' AND started <= $4 "  # noqa: S608
+            "AND (ended IS NULL OR ended >= $4)) AS lead_has_one, "
+            "(SELECT episode_id FROM alarm WHERE machine_id = $2 AND started <= $4 AND (ended IS NULL OR ended >= $5) "
+            "ORDER BY started DESC, id DESC LIMIT 1) AS episode_id, "
+            f"{WANTED_SUPPRESSION} | CASE WHEN EXISTS (SELECT FROM maintenance_window WHERE machine_id = $2 AND starts <= $4 "
+            "AND ends > $4 AND ended IS NULL) THEN 2 ELSE 0 END AS suppression "
+            "FROM (SELECT $2::bigint AS machine_id, $3::int AS position) AS a",
             from_us(now_us),
             alarm.machine_id,
             alarm.position,
             from_us(alarm.started_us),
+            from_us(alarm.started_us - EPISODE_GAP_US),
+            alarm.lead_position,
         )
-        alarm = replace(alarm, episode_id=episode_id or alarm.id, suppression=Suppression(suppression))
+        assert row is not None
+        if row["lead_has_one"]:
+            return None
+        alarm = replace(alarm, episode_id=row["episode_id"] or alarm.id, suppression=Suppression(row["suppression"]))
         inserted = await connection.fetchval(
             "INSERT INTO alarm (id, firm_id, machine_id, position, signal_id, machine_path, machine_kind, signal_name, unit, "
-            "started, severity, component, explanation, value, score, shares, correlation_id, episode_id, raised, suppression) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20) "
+            "started, severity, component, explanation, value, score, shares, correlation_id, episode_id, raised, suppression, "
+            "rule_id, rule_version, figures) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23) "
             "ON CONFLICT (id) DO NOTHING RETURNING 1",
             alarm.id,
             alarm.firm_id,
@@ -132,6 +129,9 @@ class AlarmStore:
             alarm.episode_id,
             from_us(now_us),
             int(alarm.suppression),
+            alarm.rule_id,
+            alarm.rule_version,
+            json.dumps(dict(alarm.figures)),
         )
         if inserted is None:
             return None
@@ -324,6 +324,7 @@ class SavedState:
     channel_group: int
     next_offset: int
     state: bytes
+    rules: bytes = b""  # where its rules stand, as of the same record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +356,7 @@ class StateStore:
         after = (-1, -1)
         while True:
             rows = await self._pool.fetch(
-                "SELECT machine_id, channel_group, next_offset, state FROM detector_state "
+                "SELECT machine_id, channel_group, next_offset, state, rules FROM detector_state "
                 "WHERE partition = $1 AND (machine_id, channel_group) > ($2, $3) "
                 "ORDER BY machine_id, channel_group LIMIT $4",
                 partition,
@@ -391,15 +392,16 @@ class StateStore:
     async def _write(self, connection: Connection, checkpoint: Checkpoint) -> None:
         # A state never goes back: a process that lost the partition may still have an older one in hand.
         await connection.execute(
-            "INSERT INTO detector_state AS s (partition, machine_id, channel_group, next_offset, state) "
-            "SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::bigint[], $5::bytea[]) "
-            "ON CONFLICT (partition, machine_id, channel_group) DO UPDATE "
-            "SET next_offset = excluded.next_offset, state = excluded.state WHERE s.next_offset <= excluded.next_offset",
+            "INSERT INTO detector_state AS s (partition, machine_id, channel_group, next_offset, state, rules) "
+            "SELECT $1, * FROM unnest($2::bigint[], $3::int[], $4::bigint[], $5::bytea[], $6::bytea[]) "
+            "ON CONFLICT (partition, machine_id, channel_group) DO UPDATE SET next_offset = excluded.next_offset, "
+            "state = excluded.state, rules = excluded.rules WHERE s.next_offset <= excluded.next_offset",
             checkpoint.partition,
             [saved.machine_id for saved in checkpoint.states],
             [saved.channel_group for saved in checkpoint.states],
             [saved.next_offset for saved in checkpoint.states],
             [saved.state for saved in checkpoint.states],
+            [saved.rules for saved in checkpoint.states],
         )
 
 
@@ -431,4 +433,7 @@ def alarm_of(row: asyncpg.Record) -> Alarm:
         cleared=row["cleared"],
         suppression=Suppression(row["suppression"]),
         assignee=row["assignee"],
+        rule_id=row["rule_id"],
+        rule_version=row["rule_version"],
+        figures=tuple(json.loads(row["figures"]).items()),
     )

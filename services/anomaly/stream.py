@@ -1,4 +1,4 @@
-"""Kafka at the anomaly service's edges: samples in, through Faust; alarm changes in, for those who watch."""
+"""Samples in, through Faust."""
 
 import asyncio
 import contextlib
@@ -11,16 +11,15 @@ from typing import Any
 
 import asyncpg
 import faust
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
 from faust.types import TP
-from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.anomaly.domain import Change
+from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Frames, Scorer, Taken, decode
-from services.anomaly.service import AlarmFeed, AlarmRaiser
+from services.anomaly.settings import CHECKPOINT_INTERVAL_S
 from services.anomaly.store import Checkpoint, StateStore
+from services.anomaly.tuning_store import Horizon, HorizonStore
 from services.common import topics
 from services.common.clock import Clock
 from services.common.database import AWAY
@@ -36,7 +35,6 @@ from services.common.kafka import (
     lag_records,
 )
 from services.common.logs import get_logger
-from smdih.anomaly.v1 import events_pb2 as events_pb
 
 log = get_logger(__name__)
 
@@ -48,18 +46,20 @@ RECORDS_BYTES_MAX = 2 * 1024 * 1024
 # faster: 4,400 records/s with 1,024 as with 128.)
 FETCH_RECORDS_MAX = 64
 BUFFER_RECORDS_MAX = 128
-CHECKPOINT_INTERVAL_S = 2.0
-# Of one partition in one go: bounds the pause, and what the worker writes, to this much an interval.
-CHECKPOINT_BYTES_MAX = 16 * 1024 * 1024
+# Of one partition in one go: bounds the pause, and what the worker writes, to this much an interval. Less of it means more to score
+# again after a crash, which goes many times faster than samples come.
+CHECKPOINT_BYTES_MAX = 4 * 1024 * 1024
 # Records taken but not yet covered by a checkpoint (without their bytes); past it the worker waits for one.
 UNCOVERED_RECORDS_MAX = 100_000
 # What a rebalance or a stop may wait for a last checkpoint; without it the next owner replays from the one before.
 LAST_CHECKPOINT_TIMEOUT_S = 6.0
 SESSION_TIMEOUT_S = 10.0
+# The horizon is moved past what is in hand by what comes in this time, so that a busy partition asks the database a few times a
+# second and a quiet one at each record: that is how soon a tuning holds.
+HORIZON_AHEAD_S = 0.25
+HORIZON_AHEAD_RECORDS_MAX = 10_000
 CRASH_POLL_S = 1.0
 OFFSET_COMMIT_INTERVAL_S = 1.0
-FEED_POLL_MS = 500
-FEED_RETRY_DELAY_S = 1.0
 
 # Values that went through the detector.
 samples_scored_total = Counter("smdih_anomaly_samples_scored_total", "Values scored by the detector")
@@ -81,6 +81,8 @@ checkpoint_bytes_total = Counter("smdih_anomaly_checkpoint_bytes_total", "Bytes 
 machines_held = Gauge("smdih_anomaly_machines", "Machines in the detector's memory")
 # Bytes of their state.
 state_bytes = Gauge("smdih_anomaly_state_bytes", "Bytes of detector state in memory")
+# From the assignment of partitions to their states in memory.
+load_seconds = Histogram("smdih_anomaly_load_seconds", "Time to load the states of newly assigned partitions")
 # Records that retention deleted before they were scored.
 records_lost_total = Counter("smdih_anomaly_records_lost_total", "Records gone before they were scored")
 
@@ -95,9 +97,13 @@ class _App(faust.App):
 class _Partition:
     """One partition that is ours."""
 
-    def __init__(self, scorer: Scorer, position: int) -> None:
+    def __init__(self, scorer: Scorer, position: int, horizon: Horizon) -> None:
         self.scorer = scorer
         self.saved_position = position
+        # Records below it may be scored with the tunings up to the one known last.
+        self.horizon = horizon.next_offset
+        self.known_tuning = horizon.known
+        self.horizon_moved = (time.monotonic(), position)
         # Taken, but not below the saved position: acknowledged once a checkpoint covers them.
         self.uncovered: deque[Any] = deque()
         self.unreadable_in_a_row = 0
@@ -123,6 +129,7 @@ class Worker:
         cluster: Cluster,
         *,
         states: StateStore,
+        horizons: HorizonStore,
         raiser: AlarmRaiser,
         dead_letters: DeadLetters,
         clock: Clock,
@@ -130,6 +137,7 @@ class Worker:
         checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S,
     ) -> None:
         self._states = states
+        self._horizons = horizons
         self._raiser = raiser
         self._dead_letters = dead_letters
         self._clock = clock
@@ -270,6 +278,8 @@ class Worker:
         partition.unreadable_in_a_row = await self._until_answered(
             lambda: self._dead_letters.bury(topics.SAMPLES, messages, bad, in_a_row=partition.unreadable_in_a_row)
         )
+        if records[-1][0] >= partition.horizon:
+            await self._move_horizon(partition, records[-1][0] + 1)
         taken = partition.scorer.take(records)
         await self._raise_alarms(taken)
         for event in events:
@@ -315,6 +325,23 @@ class Worker:
             await self._app.consumer.seek(tp, expected)
         return expected
 
+    async def _move_horizon(self, partition: _Partition, end: int) -> None:
+        """Before anything up to `end` is scored: learn of the tunings that hold there."""
+        since, start = partition.horizon_moved
+        now = time.monotonic()
+        ahead = (
+            int((end - start) / max(now - since, 0.001) * HORIZON_AHEAD_S) if now - since < HORIZON_AHEAD_S * 4 else 0
+        )
+        wanted = end + min(ahead, HORIZON_AHEAD_RECORDS_MAX)
+        partition.horizon_moved = now, end
+        moved = await self._until_answered(
+            lambda: self._horizons.move(partition.scorer.partition, wanted=wanted, known=partition.known_tuning)
+        )
+        partition.horizon = moved.next_offset
+        partition.known_tuning = moved.known
+        if moved.tunings:
+            partition.scorer.tune(moved.tunings)
+
     async def _raise_alarms(self, taken: Taken) -> None:
         if not taken.found:
             return
@@ -323,7 +350,10 @@ class Worker:
         for event in stored:
             if event.change is Change.RAISED:
                 alarms_raised_total.labels(event.alarm.severity.name.lower()).inc()
-                seconds = (self._clock.now_us() - received_us[event.alarm.correlation_id]) / 1e6
+                received = received_us.get(event.alarm.correlation_id)
+                if received is None:
+                    continue  # found by the clock, not in a sample
+                seconds = (self._clock.now_us() - received) / 1e6
                 alarm_seconds.observe(max(0.0, seconds))
 
     async def _until_answered(self, work: Any) -> Any:
@@ -345,9 +375,22 @@ class Worker:
                 async with asyncio.timeout(self._checkpoint_interval_s):
                     await self._stopping.wait()
             for number in list(self._partitions):
+                await self._look_at_clock(number)
                 await self._checkpoint(number, bytes_max=CHECKPOINT_BYTES_MAX)
             machines_held.set(sum(len(partition.scorer) for partition in self._partitions.values()))
             state_bytes.set(sum(partition.scorer.nbytes for partition in self._partitions.values()))
+
+    async def _look_at_clock(self, number: int) -> None:
+        """What has to happen though no record comes: tunings of a quiet partition, and silence that rules look for."""
+        async with self._working:
+            partition = self._partitions.get(number)
+            if partition is None or partition.given_up or not self._loaded.is_set():
+                return
+            await self._move_horizon(partition, partition.scorer.next_offset)
+            await self._raise_alarms(partition.scorer.settle())
+            end = self._app.consumer.highwater(TP(self._topic_name, number))
+            if end is not None and end <= partition.scorer.next_offset:
+                await self._raise_alarms(partition.scorer.silences(self._clock.now_us()))
 
     async def _checkpoint(self, number: int, *, bytes_max: int | None) -> None:
         async with self._saving:
@@ -406,6 +449,7 @@ class Worker:
 
     async def _on_assigned(self, *arguments: Any, **_kwargs: Any) -> None:
         assigned: Collection[TP] = arguments[-1]
+        started = time.perf_counter()
         try:
             loaded = {
                 tp.partition: await self._until_answered(lambda number=tp.partition: self._load(number))
@@ -415,6 +459,7 @@ class Worker:
         except Exception as error:
             self._fail(error)
             return
+        load_seconds.observe(time.perf_counter() - started)
         self._partitions = loaded
         self._last_progress = time.monotonic()
         self._loaded.set()
@@ -425,59 +470,6 @@ class Worker:
         scorer = Scorer(number, position=position)
         async for saved in self._states.states(number):
             scorer.load(saved)
-        return _Partition(scorer, position)
-
-
-class AlarmFeedConsumer:
-    """Reads alarm changes as they are published, from now on, and passes them to the feed. In no group: every process reads all."""
-
-    def __init__(self, cluster: Cluster, feed: AlarmFeed) -> None:
-        self._cluster = cluster
-        self._feed = feed
-        self._positions: dict[TopicPartition, int] = {}
-        self._reading = False
-
-    async def run(self) -> None:
-        while True:
-            try:
-                await self._follow()
-            except (KafkaError, OSError) as error:
-                log.warning("alarm changes cannot be read", error=repr(error))
-            self._reading = False
-            await asyncio.sleep(FEED_RETRY_DELAY_S)
-
-    async def is_reading(self) -> bool:
-        return self._reading
-
-    async def _follow(self) -> None:
-        topic = self._cluster.name(topics.ALARMS)
-        consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._cluster.bootstrap,
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="latest",
-            fetch_max_wait_ms=FEED_POLL_MS,
-        )
-        await consumer.start()
-        try:
-            await consumer._client.force_metadata_update()
-            partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
-            consumer.assign(partitions)
-            ends = await consumer.end_offsets(partitions)
-            for partition in partitions:
-                # After a lost connection: from where we were, not from the end.
-                consumer.seek(partition, self._positions.setdefault(partition, ends[partition]))
-            self._reading = bool(partitions)
-            while self._reading:
-                for partition, records in (await consumer.getmany(timeout_ms=FEED_POLL_MS)).items():
-                    for record in records:
-                        self._tell(record.value, record.offset)
-                    self._positions[partition] = records[-1].offset + 1
-        finally:
-            await consumer.stop()
-
-    def _tell(self, value: bytes | None, offset: int) -> None:
-        try:
-            self._feed.tell(events_pb.AlarmEvent.FromString(value or b""))
-        except DecodeError:
-            log.error("alarm event unreadable", offset=offset)
+        horizon = await self._horizons.load(number, position=position)
+        scorer.tune(horizon.tunings)
+        return _Partition(scorer, position, horizon)

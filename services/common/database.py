@@ -36,6 +36,8 @@ AWAY = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.ReadOnlySQLTransactionError,
+    # A connection whose server was killed amid a query may be handed out once more, and then says that it is still busy.
+    asyncpg.InternalClientError,
 )
 
 

@@ -102,13 +102,7 @@ class Directory:
             if key and self._key_watch is not None:
                 self._key_watch.key_refused(key, None, "KEY_UNKNOWN", "")
             raise Unauthenticated()
-        now_us = self._clock.now_us()
-        if now_us < credential.valid_from_us:
-            raise self._not_now(
-                key, credential, "KEY_NOT_YET_VALID", "This key is not valid yet; use the one before it."
-            )
-        if credential.valid_to_us and now_us >= credential.valid_to_us:
-            raise self._not_now(key, credential, "KEY_EXPIRED", "This key is not valid any more; ask for a new one.")
+        self._check_window(key, credential)
         if self._key_watch is not None:
             self._key_watch.used(credential.id)
         return Caller(
@@ -118,6 +112,22 @@ class Directory:
             partner_id=credential.partner_id,
         )
 
+    def check_still_valid(self, credential_id: int) -> None:
+        """For calls that last: raise Unauthenticated once the key with which one began is revoked or has ended."""
+        digest = self._credential_digests.get(credential_id)
+        if digest is None:
+            raise Unauthenticated("This key has been revoked; ask for a new one.", reason="KEY_REVOKED")
+        self._check_window("", self._credentials[digest])
+
+    def _check_window(self, key: str, credential: pb.Credential) -> None:
+        now_us = self._clock.now_us()
+        if now_us < credential.valid_from_us:
+            raise self._not_now(
+                key, credential, "KEY_NOT_YET_VALID", "This key is not valid yet; use the one before it."
+            )
+        if credential.valid_to_us and now_us >= credential.valid_to_us:
+            raise self._not_now(key, credential, "KEY_EXPIRED", "This key is not valid any more; ask for a new one.")
+
     def _not_now(self, key: str, credential: pb.Credential, reason: str, detail: str) -> Unauthenticated:
         if self._key_watch is not None:
             self._key_watch.key_refused(key, credential, reason, detail)
@@ -126,6 +136,12 @@ class Directory:
     def machine_id(self, path: str) -> int:
         """0: no machine has this path."""
         return self._machine_ids.get(path.lower(), 0)
+
+    def machines_of(self, firm: pb.Firm, *, limit: int) -> list[pb.Machine]:
+        """Machines of a firm in order of their paths, at most `limit`."""
+        prefix = f"{firm.slug}/"
+        paths = sorted(path for path in self._machine_ids if path.startswith(prefix))[:limit]
+        return [self.machines[self._machine_ids[path]] for path in paths]
 
     def machine_version(self, machine_id: int) -> object:
         """Another object whenever the machine changed: what is derived from it can tell that it is stale. None: no such machine."""

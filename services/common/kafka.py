@@ -1,7 +1,9 @@
 """Kafka at its edges: making topics, publishing durably, and consuming with the position in the database."""
 
 import asyncio
+import functools
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -232,6 +234,9 @@ class TopicEnds:
         self._consumer: AIOKafkaConsumer | None = None
         self._asking = asyncio.Lock()
 
+    def full_name(self, topic: str) -> str:
+        return self._cluster.name(topic)
+
     async def end_of(self, topic: str, partition: int, *, timeout_s: float) -> int | None:
         """Offset of the next record of the partition; None when no broker says so in time."""
         where = TopicPartition(self._cluster.name(topic), partition)
@@ -369,8 +374,9 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         )
         await _start_when_it_answers(consumer)
         self._consumer = consumer
+        _running.add(self)
         for name in self._topics.values():
-            lag_records.labels(topic=name).set_function(lambda: self.lag)
+            lag_records.labels(topic=name).set_function(functools.partial(_lag_of, name))
         try:
             consumer.subscribe(list(self._topics), listener=self)
             while True:
@@ -396,9 +402,17 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
     @property
     def lag(self) -> int:
         """Records between the stored positions and the ends of the partitions; a partition whose end is not known counts 1."""
+        return sum(self.lag_of(name) for name in self._topics.values())
+
+    def lag_of(self, name: str) -> int:
+        """The same of one topic."""
         if self._consumer is None:
             return 0
-        ends = ((self._consumer.highwater(partition), position) for partition, position in self._positions.items())
+        ends = (
+            (self._consumer.highwater(partition), position)
+            for partition, position in self._positions.items()
+            if self._topics[partition.topic] == name
+        )
         return sum(1 if end is None else max(0, end - position) for end, position in ends)
 
     async def on_partitions_revoked(self, revoked: Sequence[TopicPartition]) -> None:
@@ -529,6 +543,14 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             await consumer.commit(dict(self._positions))
         except (CommitFailedError, IllegalStateError, KafkaError) as error:
             log.info("offsets not committed to the broker", error=repr(error))
+
+
+# Several may share a process and a topic.
+_running: weakref.WeakSet[PositionedConsumer] = weakref.WeakSet()
+
+
+def _lag_of(name: str) -> int:
+    return sum(consumer.lag_of(name) for consumer in _running if name in consumer._topics.values())
 
 
 async def _start_when_it_answers(consumer: Any) -> None:

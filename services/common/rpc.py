@@ -84,6 +84,11 @@ class _Gate(grpc.aio.ServerInterceptor):
                 raise TryAgain(detail, reason="STARTING", retry_after_s=1)
             _caller.set(directory.caller_of(key))
 
+        def still_admitted() -> None:
+            """A stream may outlive the key that it began with."""
+            if not is_open:
+                directory.check_still_valid(current_caller().credential_id)
+
         def parse(data: bytes) -> Any:
             try:
                 return handler.request_deserializer(data)
@@ -108,6 +113,7 @@ class _Gate(grpc.aio.ServerInterceptor):
 
         async def checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
             async for request in requests:
+                still_admitted()
                 await well_formed(request)
                 yield request
 
@@ -117,6 +123,7 @@ class _Gate(grpc.aio.ServerInterceptor):
                     await admit()
                     await well_formed(request)
                     async for response in handler.unary_stream(request, context):
+                        still_admitted()
                         yield response
 
         async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:

@@ -18,6 +18,7 @@ class Topic:
 SAMPLES: Final = "smdih.ingest.samples.v1"
 QUARANTINE: Final = "smdih.ingest.quarantine.v1"
 DIRECTORY: Final = "smdih.ingest.directory.v1"
+BIRTHS: Final = "smdih.ingest.births.v1"
 ALARMS: Final = "smdih.anomaly.alarms.v1"
 OFFERS: Final = "smdih.matching.offers.v1"
 BOOKINGS: Final = "smdih.matching.bookings.v1"
@@ -33,6 +34,8 @@ TOPICS: Final = (
     Topic(QUARANTINE, partitions=1, retention_ms=90 * DAY_MS),
     # One partition: every reader replays it whole, in order.
     Topic(DIRECTORY, partitions=1, retention_ms=None),
+    # A partition for each share of the firms; its reader in the bridge's group is who serves the share.
+    Topic(BIRTHS, partitions=8, retention_ms=None),
     Topic(ALARMS, partitions=4, retention_ms=90 * DAY_MS),
     Topic(OFFERS, partitions=4, retention_ms=90 * DAY_MS),
     Topic(BOOKINGS, partitions=1, retention_ms=365 * DAY_MS),

@@ -115,6 +115,11 @@ class Agreement:
         return Fraction(self.award.grant_pence, sum(cost.amount_pence for cost in self.costs))
 
     @property
+    def grant_pence(self) -> int:
+        """What the grant is after reductions."""
+        return self.award.grant_pence - self.restored_pence
+
+    @property
     def left_pence(self) -> int:
         """Promised, and neither paid nor held nor given back."""
         return self.award.grant_pence - self.paid_pence - self.held_pence - self.restored_pence

@@ -1,6 +1,7 @@
 """Awards after the decision, over HTTP: acceptance, claims, payments, and the figures of the whole fund."""
 
 from datetime import date
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
@@ -33,12 +34,18 @@ class CostLineIn(_In):
     evidence: str = Field(description="such as the number of the invoice; one paper is claimed once")
 
 
+class ShownIn(_In):
+    milestone_id: str
+    evidence: dict[str, Any] = Field(description="exactly as GET /v1/machines/{id}/evidence gave it out")
+
+
 class ClaimIn(_In):
     request_id: str
     period_start: str
     period_end: str
     costs: list[CostLineIn]
     is_final: StrictBool = Field(False, description="its period ends with the project")
+    evidence: list[ShownIn] = Field([], description="signed evidence of milestones", max_length=20)
 
 
 class ClaimDecisionIn(_In):
@@ -175,8 +182,9 @@ def router(service: AgreementService) -> APIRouter:
     @routes.post("/awards/{award_id}/claims", status_code=201)
     async def submit_claim(caller: Authenticated, award_id: str, body: ClaimIn) -> AgreementOut:
         costs = [CostLine(**line.model_dump()) for line in body.costs]
-        fields = body.model_dump(exclude={"costs"})
-        return _out(await service.submit_claim(caller, award_id, costs=costs, **fields))
+        shown = [(one.milestone_id, one.evidence) for one in body.evidence]
+        fields = body.model_dump(exclude={"costs", "evidence"})
+        return _out(await service.submit_claim(caller, award_id, costs=costs, evidence=shown, **fields))
 
     @routes.post("/awards/{award_id}/claims/{claim_id}/decide")
     async def decide_claim(caller: Authenticated, award_id: str, claim_id: str, body: ClaimDecisionIn) -> AgreementOut:

@@ -11,9 +11,10 @@ from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.errors import Conflict
 from services.funding.agreement import Agreement, AgreementState, Claim, ClaimState, CostLine, Decision
-from services.funding.domain import Award, Cost, Finding
+from services.funding.domain import Award, Content, Cost, Finding
 
 _award_costs = TypeAdapter(tuple[Cost, ...])
+_content = TypeAdapter(Content)
 _findings = TypeAdapter(tuple[Finding, ...])
 _lines = TypeAdapter(tuple[CostLine, ...])
 _decision = TypeAdapter(Decision)
@@ -34,8 +35,9 @@ class PeriodOverlaps(Conflict):
 async def agreement_of(connection: Connection, award_id: str) -> Agreement | None:
     """The whole agreement; None when there is no such award."""
     row = await connection.fetchrow(
-        "SELECT w.*, p.costs, g.award_id, g.state, g.retention_rate, g.project_start, g.project_end, g.accepted, "
-        "g.assistance_confirmed, g.assistance_elsewhere_pence, g.final_report, g.accountant_report, g.ended, g.end_reason, "
+        "SELECT w.*, p.costs, p.content, g.costs AS changed_costs, g.award_id, g.state, g.retention_rate, g.project_start, "
+        "g.project_end, g.accepted, g.assistance_confirmed, g.assistance_elsewhere_pence, g.final_report, "
+        "g.accountant_report, g.ended, g.end_reason, "
         "g.paid_pence, g.held_pence, g.restored_pence, g.recovered_pence, g.business_paid_pence "
         "FROM award w JOIN application p ON p.id = w.application_id LEFT JOIN agreement g ON g.award_id = w.id "
         "WHERE w.id = $1",
@@ -46,7 +48,7 @@ async def agreement_of(connection: Connection, award_id: str) -> Agreement | Non
     claims = await connection.fetch("SELECT * FROM claim WHERE award_id = $1 ORDER BY number", award_id)
     return Agreement(
         award=_award(row),
-        costs=_award_costs.validate_json(row["costs"]),
+        costs=_project_costs(row),
         # Without a row nobody has answered the offer.
         state=AgreementState(row["state"] or AgreementState.OFFERED),
         retention_rate=row["retention_rate"] or "",
@@ -68,6 +70,16 @@ async def agreement_of(connection: Connection, award_id: str) -> Agreement | Non
     )
 
 
+def _project_costs(row: asyncpg.Record) -> tuple[Cost, ...]:
+    """As they were changed last, else the applicant's and its partners' of the application."""
+    if row["changed_costs"]:
+        return _award_costs.validate_json(row["changed_costs"])
+    content = _content.validate_json(row["content"])
+    return _award_costs.validate_json(row["costs"]) + tuple(
+        cost for partner in content.partners for cost in partner.costs
+    )
+
+
 async def lock_agreement(
     connection: Connection, award: Award, *, retention_rate: str, before_completion_pence_max: int
 ) -> None:
@@ -82,6 +94,13 @@ async def lock_agreement(
         before_completion_pence_max,
     )
     await connection.execute("SELECT FROM agreement WHERE award_id = $1 FOR NO KEY UPDATE", award.id)
+
+
+async def lock_award(connection: Connection, award_id: str) -> None:
+    """The same for what needs no figures of the agreement, and whether or not it has been answered."""
+    await connection.execute("SELECT FROM agreement WHERE award_id = $1 FOR NO KEY UPDATE", award_id)
+    # Without an answer there is no agreement yet.
+    await connection.execute("SELECT FROM award WHERE id = $1 FOR NO KEY UPDATE", award_id)
 
 
 async def set_accepted(connection: Connection, award_id: str, *, start: date, end: date, now_us: int) -> None:

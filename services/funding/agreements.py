@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 from prometheus_client import Counter
 
@@ -34,9 +35,11 @@ from services.funding.agreement import (
     checked_lines,
     checked_project,
 )
+from services.funding.award_store import audit, given_to
 from services.funding.checks import GROUP, Given
 from services.funding.domain import checked_amount, checked_date, checked_request_id, checked_text, is_id, uk_day
 from services.funding.ledger import PROGRAMME, Account, AccountKind, Event, Purpose, Transfer
+from services.funding.milestones import MilestoneService, check_due_are_met
 from services.funding.parameters import ParameterTable
 from services.funding.requests import check_same, content_sha256, understood
 from services.funding.rules.assistance import Assistance, AssistanceCheck, AssistanceKind, mfa_check
@@ -44,7 +47,6 @@ from services.funding.rules.calendar import add_months
 from services.funding.rules.claims import ClaimFacts, decide_claim, payable_before_completion
 from services.funding.rules.exact import decimal, gbp, rate_text
 from services.funding.rules.match import FundRatio, fund_ratio
-from services.funding.store import audit, given_to
 from smdih.funding.v1 import events_pb2
 
 log = get_logger(__name__)
@@ -75,8 +77,17 @@ class FundView:
 class AgreementService:
     """The use cases. Every method takes the caller first and raises Forbidden or NotFound where it may not or cannot see."""
 
-    def __init__(self, pool: Pool, *, table: ParameterTable, clock: Clock, kick: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        milestones: MilestoneService,
+        table: ParameterTable,
+        clock: Clock,
+        kick: Callable[[], None],
+    ) -> None:
         self._pool = pool
+        self._milestones = milestones
         self._table = table
         self._clock = clock
         # Tells the outbox relay that there is something.
@@ -169,7 +180,7 @@ class AgreementService:
                 credential_id=caller.credential_id,
                 now_us=self._clock.now_us(),
             )
-            detail = {"elsewhere_pence": elsewhere_pence, "grant_pence": agreement.award.grant_pence}
+            detail = {"elsewhere_pence": elsewhere_pence, "grant_pence": agreement.grant_pence}
             await self._audit(connection, caller, "assistance_confirmed", agreement, detail)
             return await _agreement(connection, caller, award_id)
 
@@ -183,8 +194,10 @@ class AgreementService:
         period_end: str,
         costs: Sequence[CostLine],
         is_final: bool,
+        evidence: Sequence[tuple[str, Mapping[str, Any]]] = (),
     ) -> Agreement:
-        """Costs of a period that has ended, each with its paper. The day it comes is the day that counts for lateness."""
+        """Costs of a period that has ended, each with its paper; with them signed evidence of milestones, by their ids. The day it
+        comes is the day that counts for lateness."""
         caller.require(Role.FIRM)
         now_us = self._clock.now_us()
         with understood():
@@ -211,6 +224,8 @@ class AgreementService:
             decision = self._judge(agreement, claim)
             if decision.code == "CLAIM_EARLY":
                 raise Conflict(decision.reasons[0], reason=decision.code)
+            for milestone_id, one in evidence:
+                await self._milestones.show_within(connection, caller, agreement, milestone_id, one)
             claim = dataclasses.replace(claim, number=len(agreement.claims) + 1)
             await store.add_claim(connection, agreement, claim, request_id=request_id, content_sha256=content)
             detail: dict[str, str | int] = {"claim_id": claim.id, "defrayed_pence": claim.defrayed_pence}
@@ -237,6 +252,7 @@ class AgreementService:
             decision, state = None, ClaimState.REJECTED
             if accept:
                 _check_turn(agreement, claim)
+                await check_due_are_met(connection, award_id, claim.period_end)
                 decision = self._judge(agreement, claim)
                 state = ClaimState.LAPSED if decision.code else ClaimState.DECIDED
                 if (
@@ -433,14 +449,14 @@ class AgreementService:
         self._kick()
 
     async def _assistance(self, connection: Connection, agreement: Agreement, elsewhere_pence: int) -> AssistanceCheck:
-        """The grant beside what others gave the group, as it says, and what this fund gave the firm, as it knows itself."""
+        """The grant beside what others gave the group, as it says, and what this fund gave it, as it knows itself."""
         award = agreement.award
         here = await given_to(connection, award.firm_id)
-        here.remove(Given(on=award.awarded_on, amount_pence=award.grant_pence))
+        here.remove(Given(on=award.awarded_on, amount_pence=agreement.grant_pence))
         amounts = [(item.on, item.amount_pence) for item in here] + [(award.awarded_on, elsewhere_pence)]
         return mfa_check(
             award_date=award.awarded_on,
-            proposed_p=award.grant_pence,
+            proposed_p=agreement.grant_pence,
             history=[
                 Assistance(given_on=on, amount=pence, kind=AssistanceKind.MFA, enterprise=GROUP)
                 for on, pence in amounts
@@ -452,7 +468,7 @@ class AgreementService:
     def _judge(self, agreement: Agreement, claim: Claim) -> Decision:
         ruled = decide_claim(
             ClaimFacts(
-                max_grant_p=agreement.award.grant_pence,
+                max_grant_p=agreement.grant_pence,
                 award_rate=agreement.award_rate,
                 retention_rate=decimal(agreement.retention_rate),
                 paid_so_far_p=agreement.paid_pence,

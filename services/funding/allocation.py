@@ -4,14 +4,11 @@
 co-investors' money). Everything is exact: pence and fractions, canonical input order, and the same answer every time.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from services.funding.portfolio import select_portfolio
-from services.funding.rules.exact import InvalidFact, fixed_down
+from services.funding.rules.exact import fixed_down
 from services.funding.selection import (
     AllocationInfeasible,
     AllocationUnproven,
@@ -20,6 +17,9 @@ from services.funding.selection import (
     Method,
     Quota,
     Reason,
+    Selection,
+    allocation_input,
+    input_hash,
     rank_key,
     select_top_down,
 )
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 CERTIFICATE_FORMAT = "smdih-allocation-certificate/1"
-APPLICATIONS_MAX = 20_000
 
 
 def allocate(call: Call, applications: Sequence[Application], *, parameter_version: str) -> dict[str, Any]:
@@ -52,8 +51,7 @@ def allocate(call: Call, applications: Sequence[Application], *, parameter_versi
     given = allocation_input(call, applications)
     ranked = sorted(applications, key=rank_key)
     passing = [application for application in ranked if application.mean >= call.threshold]
-    select = select_portfolio if call.method is Method.PORTFOLIO else select_top_down
-    selection = select(call, passing)
+    selection = _select(call, passing)
     reasons = dict(selection.reasons)
     for application in ranked:
         if application.mean < call.threshold:
@@ -77,54 +75,13 @@ def allocate(call: Call, applications: Sequence[Application], *, parameter_versi
     }
 
 
-def allocation_input(call: Call, applications: Sequence[Application]) -> dict[str, Any]:
-    """The decision's whole input as JSON in canonical order: the same facts always give the same text.
+def _select(call: Call, passing: Sequence[Application]) -> Selection:
+    if call.method is not Method.PORTFOLIO:
+        return select_top_down(call, passing)
+    # Here, because the solver's library takes a second to load and a ranking does without it.
+    from services.funding.portfolio import select_portfolio
 
-    Raises:
-        InvalidFact: as for ``allocate``.
-    """
-    if len(applications) > APPLICATIONS_MAX:
-        raise InvalidFact(f"{len(applications)} applications; at most {APPLICATIONS_MAX} are decided at once")
-    if len({application.id for application in applications}) != len(applications):
-        raise InvalidFact("two applications have the same id")
-    if any(application.request_p <= 0 for application in applications):
-        raise InvalidFact("an application asks for nothing")
-    if len({quota.pot for quota in call.quotas}) != len(call.quotas):
-        raise InvalidFact("two quotas name the same pot")
-    return {
-        "call": {
-            "id": call.id,
-            "budget_p": call.budget_p,
-            "threshold": str(call.threshold),
-            "method": call.method.value,
-            "quotas": [
-                {
-                    "pot": quota.pot,
-                    "floor_p": quota.floor_p,
-                    "ceiling_p": quota.ceiling_p,
-                    "share_min": None if quota.share_min is None else str(quota.share_min),
-                    "share_max": None if quota.share_max is None else str(quota.share_max),
-                }
-                for quota in sorted(call.quotas, key=lambda quota: quota.pot)
-            ],
-        },
-        "applications": [
-            {
-                "id": application.id,
-                "firm": application.firm,
-                "request_p": application.request_p,
-                "mean": str(application.mean),
-                "submitted_at": application.submitted_at.isoformat(),
-                "pots": sorted(application.pots),
-            }
-            for application in sorted(applications, key=lambda application: application.id)
-        ],
-    }
-
-
-def input_hash(given: Mapping[str, Any]) -> str:
-    """Hash of the canonical input."""
-    return hashlib.sha256(json.dumps(given, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return select_portfolio(call, passing)
 
 
 def _objective(funded: Sequence[Application], every: Sequence[Application]) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 A reader who trusts neither the solver nor the service runs this on the published input and certificate. Every figure
 is derived again; the optimum of a portfolio is proven by exhaustion where few applications are in doubt, else bounded
 exactly.
+
+Command: ``python services/funding/checker.py FILE``, where the file has ``input`` and ``certificate`` as the fund gives them out;
+exit code 0 if the certificate holds.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -280,3 +284,22 @@ def _exhaust(worths: Mapping[str, Fraction], rows: Sequence[Row], gap: Fraction)
                 room[row] -= change
             stack.append((index + 1, lost + loss, room))
     return False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check one file and say the verdict."""
+    if len(arguments) != 1:
+        sys.stderr.write("usage: checker.py FILE\n")
+        return 2
+    with open(arguments[0], encoding="utf-8") as file:
+        document = json.load(file)
+    verdict = check_allocation(document["input"], document["certificate"])
+    for problem in verdict.problems:
+        sys.stdout.write(f"{problem}\n")
+    gap = "" if verdict.gap is None else f", gap at most {float(verdict.gap):.6%}"
+    sys.stdout.write(f"{'holds' if verdict.holds else 'DOES NOT HOLD'}; proof by {verdict.proof}{gap}\n")
+    return 0 if verdict.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -16,8 +16,8 @@ from services.funding.parameters import ParameterMissing, ParametersAt, Paramete
 from services.funding.rules import match as match_rules
 from services.funding.rules.assistance import Assistance, AssistanceCheck, AssistanceKind, mfa_check
 from services.funding.rules.eligibility import Eligibility, FirmFacts, eligibility
-from services.funding.rules.exact import InvalidFact, decimal, gbp, rate_text
-from services.funding.rules.intensity import CostFacts, GrantCap, Organisation, grant_cap, grant_request
+from services.funding.rules.exact import InvalidFact, decimal, gbp, rate_text, share
+from services.funding.rules.intensity import CostFacts, GrantCap, Organisation, consortium, grant_cap
 from services.funding.rules.size import Definition, Figures, Link, SizeDecision, companies_act_size, eu_size
 from services.funding.rules.transparency import Route, database_entry
 
@@ -27,6 +27,7 @@ GROUP = "group"
 ELIGIBILITY = "ELIG-1"
 SIZE = "SME"
 INTENSITY = "INT-5"
+RESEARCH = "INT-4"
 ASSISTANCE = "MFA-1"
 BUDGET = "BUDGET"
 MATCH = "MATCH-1"
@@ -55,7 +56,10 @@ class Facts:
     declaration: Declaration
     eligible_pence: int
     requested_pence: int = 0
+    # Of the applicant; each partner states its own.
     other_public_pence: int = 0
+    # Their costs are part of `eligible_pence`.
+    partners: Sequence[domain.ProjectPartner] = ()
     pledges: Sequence[domain.Pledge] | None = None
     given: Sequence[Given] = ()
 
@@ -88,7 +92,7 @@ def _assess(facts: Facts, call: Call, fund: Fund, table: ParameterTable, day: da
     parameters = table.at(day)
     firm = _firm(facts, parameters)
     size = _size(facts.declaration, call, table, day)
-    costs, cap = _cap(facts, call, size, parameters)
+    cap = _cap(facts, call, size, table, day)
     wanted_p = facts.requested_pence or cap.max_grant_p
     assistance = _assistance(facts, wanted_p, table, day)
     max_p = min(cap.max_grant_p, assistance.headroom, fund.left_pence)
@@ -96,7 +100,8 @@ def _assess(facts: Facts, call: Call, fund: Fund, table: ParameterTable, day: da
     findings = [
         _firm_finding(firm),
         Finding(rule=SIZE, met=True, code="", text=" ".join(size.reasons)),
-        _cap_finding(facts, costs, cap, parameters),
+        _cap_finding(facts, cap),
+        *_research_findings(facts, call, size, parameters),
         _assistance_finding(facts, assistance),
         _budget_finding(facts, fund, wanted_p),
     ]
@@ -174,27 +179,120 @@ def _size(declaration: Declaration, call: Call, table: ParameterTable, day: date
     return companies_act_size(own, table.at(date.fromisoformat(stated.period_start)))
 
 
-def _cap(facts: Facts, call: Call, size: SizeDecision, parameters: ParametersAt) -> tuple[CostFacts, GrantCap]:
+@dataclass(frozen=True)
+class _Cap:
+    """The most that may be granted to the whole project, and why; `code` where the firm may have nothing of it."""
+
+    max_grant_p: int
+    reasons: tuple[str, ...]
+    code: str = ""
+
+
+def _cap(facts: Facts, call: Call, size: SizeDecision, table: ParameterTable, day: date) -> _Cap:
+    parameters = table.at(day)
     # A public body's pledge counts before it is confirmed: it may be paid all the same.
     public_pledges_p = sum(pledge.amount_pence for pledge in facts.pledges or () if pledge.public_body)
-    costs = CostFacts(
-        organisation=Organisation.BUSINESS,
-        size=size.size,
-        category=call.category,
-        eligible_p=facts.eligible_pence,
-        other_public_same_costs_p=facts.other_public_pence + public_pledges_p,
-        call_rate=decimal(call.rate_max) if call.rate_max else None,
+    public_p = facts.other_public_pence + public_pledges_p
+    if call.terms.adoption_max_pence:
+        return _adoption_cap(facts, call, size, public_p, parameters)
+    own = grant_cap(
+        CostFacts(
+            organisation=Organisation.BUSINESS,
+            size=size.size,
+            category=call.category,
+            eligible_p=facts.eligible_pence - sum(partner.eligible_pence for partner in facts.partners),
+            other_public_same_costs_p=public_p,
+            call_rate=_call_rate(call),
+        ),
+        parameters,
     )
-    return costs, grant_cap(costs, parameters)
+    caps = [("", own), *((partner.name, _partner_cap(partner, call, table, day)) for partner in facts.partners)]
+    return _Cap(
+        max_grant_p=sum(cap.max_grant_p for _, cap in caps),
+        reasons=tuple(f"{name}: {text}" if name else text for name, cap in caps for text in cap.reasons),
+    )
 
 
-def _cap_finding(facts: Facts, costs: CostFacts, cap: GrantCap, parameters: ParametersAt) -> Finding:
+def _adoption_cap(facts: Facts, call: Call, size: SizeDecision, public_p: int, parameters: ParametersAt) -> _Cap:
+    """A part of the cost up to the call's maximum, for a small manufacturer; all public money together keeps the rate."""
+    if facts.partners:
+        raise InvalidFact("an adoption grant is for one firm: state no partners")
+    lawful, own_rate = parameters.exact("adoption.rate"), _call_rate(call)
+    rate = lawful if own_rate is None else min(lawful, own_rate)
+    most_p = min(call.terms.adoption_max_pence, parameters.whole("adoption.max_grant_p"))
+    adopted = match_rules.adoption_grant(
+        sic=facts.sic,
+        is_sme=size.size.is_sme,
+        eligible_p=facts.eligible_pence,
+        rate=rate,
+        max_grant_p=most_p,
+        parameters=parameters,
+    )
+    free_p = max(0, share(facts.eligible_pence, rate) - public_p)
+    reasons = adopted.reasons
+    if public_p:
+        reasons = (*reasons, f"{gbp(public_p)} of public money is already given for the same costs.")
+    return _Cap(min(adopted.grant_p, free_p), reasons, adopted.code or "")
+
+
+def _call_rate(call: Call) -> Fraction | None:
+    return decimal(call.rate_max) if call.rate_max else None
+
+
+def _partner_cap(partner: domain.ProjectPartner, call: Call, table: ParameterTable, day: date) -> GrantCap:
+    return grant_cap(_partner_costs(partner, call, table, day), table.at(day))
+
+
+def _partner_costs(partner: domain.ProjectPartner, call: Call, table: ParameterTable, day: date) -> CostFacts:
+    size = None
+    if partner.size is not None:
+        size = _size(Declaration(size=partner.size, uk_registered=True), call, table, day).size
+    return CostFacts(
+        organisation=partner.organisation,
+        size=size,
+        category=call.category,
+        eligible_p=partner.eligible_pence,
+        other_public_same_costs_p=partner.other_public_pence,
+        call_rate=_call_rate(call) if partner.organisation is Organisation.BUSINESS else None,
+    )
+
+
+def _cap_finding(facts: Facts, cap: _Cap) -> Finding:
+    if cap.code:
+        return Finding(rule=INTENSITY, met=False, code=cap.code, text=" ".join(cap.reasons))
     if facts.requested_pence:
-        asked = grant_request(costs, facts.requested_pence, parameters)
-        return Finding(rule=INTENSITY, met=asked.allowed, code=asked.code or "", text=" ".join(asked.reasons))
+        over_p = facts.requested_pence - cap.max_grant_p
+        verdict = (
+            f"{gbp(facts.requested_pence)} is {gbp(over_p)} over the cap of {gbp(cap.max_grant_p)}."
+            if over_p > 0
+            else f"{gbp(facts.requested_pence)} is within the cap of {gbp(cap.max_grant_p)}."
+        )
+        code = "INTENSITY_EXCEEDED" if over_p > 0 else ""
+        return Finding(rule=INTENSITY, met=not code, code=code, text=" ".join((*cap.reasons, verdict)))
     nothing = cap.max_grant_p == 0
     code = NOTHING_TO_GRANT if nothing else ""
     return Finding(rule=INTENSITY, met=not nothing, code=code, text=" ".join(cap.reasons))
+
+
+def _research_findings(facts: Facts, call: Call, size: SizeDecision, parameters: ParametersAt) -> list[Finding]:
+    if not facts.partners:
+        return []
+    own_p = facts.eligible_pence - sum(partner.eligible_pence for partner in facts.partners)
+    # Only the share is asked for here, which no size changes.
+    shares = [
+        CostFacts(organisation=Organisation.BUSINESS, size=size.size, category=call.category, eligible_p=own_p),
+        *(
+            CostFacts(
+                organisation=partner.organisation,
+                size=size.size,
+                category=call.category,
+                eligible_p=partner.eligible_pence,
+            )
+            for partner in facts.partners
+        ),
+    ]
+    found = consortium(shares, parameters.exact("consortium.research_share_max"), parameters)
+    return [Finding(rule=RESEARCH, met=found.allowed, code=found.code or "", text=found.reasons[0])]
 
 
 def _assistance(facts: Facts, wanted_p: int, table: ParameterTable, day: date) -> AssistanceCheck:

@@ -8,9 +8,10 @@ from zoneinfo import ZoneInfo
 
 from services.funding.rules.assistance import AssistanceKind
 from services.funding.rules.exact import InvalidFact, decimal
-from services.funding.rules.intensity import Category
+from services.funding.rules.intensity import Category, Organisation
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition, Investor, Size
+from services.funding.selection import Method
 
 TITLE_CHARACTERS_MAX = 200
 TEXT_CHARACTERS_MAX = 2_000
@@ -68,6 +69,53 @@ class CostCategory(StrEnum):
     OTHER = "other"
 
 
+class AnswerKind(StrEnum):
+    TEXT = "text"
+    WHOLE_NUMBER = "whole_number"
+    YES_NO = "yes_no"
+    CHOICE = "choice"
+    DATE = "date"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What every application to a call answers."""
+
+    id: str
+    text: str
+    kind: AnswerKind
+    required: bool = True
+    # Of a text.
+    characters_max: int = TEXT_CHARACTERS_MAX
+    # Of a whole number.
+    least: int | None = None
+    most: int | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PotLimit:
+    """How much may, or must, go to a part of the firms: `region:north-west`, `size:micro` or `first-time`. None: no such limit."""
+
+    pot: str
+    floor_pence: int | None = None
+    ceiling_pence: int | None = None
+    share_min: str | None = None
+    share_max: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Fixed when the call is made."""
+
+    scope: str = ""
+    questions: tuple[Question, ...] = ()
+    method: Method = Method.TOP_DOWN_SKIP
+    limits: tuple[PotLimit, ...] = ()
+    # Above zero: an adoption call, which gives a small manufacturer a part of the cost up to this much.
+    adoption_max_pence: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """A budget that firms may apply to between two times. `rate_max` lowers the lawful rate and never raises it."""
@@ -83,6 +131,7 @@ class Call:
     in_kind_allowed: bool
     created_us: int
     committed_pence: int = 0
+    terms: Terms = Terms()
 
     @property
     def left_pence(self) -> int:
@@ -233,6 +282,42 @@ class Award:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProjectPartner:
+    """Another organisation that bears costs of the project. A business states its figures, as its part is capped by its size."""
+
+    name: str
+    organisation: Organisation
+    costs: tuple[Cost, ...]
+    size: SizeFigures | None = None
+    other_public_pence: int = 0
+
+    @property
+    def eligible_pence(self) -> int:
+        return sum(cost.amount_pence for cost in self.costs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attachment:
+    """A document kept elsewhere; the hash says which."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+    media_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What an application says beyond costs and declaration."""
+
+    # By the question's id.
+    answers: tuple[tuple[str, str], ...] = ()
+    partners: tuple[ProjectPartner, ...] = ()
+    attachments: tuple[Attachment, ...] = ()
+    machine_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Application:
     id: str
     call_id: str
@@ -255,10 +340,14 @@ class Application:
     pledges: tuple[Pledge, ...] = field(default=())
     award: Award | None = None
     ratio_waivers: int = 0
+    content: Content = Content()
 
     @property
     def eligible_pence(self) -> int:
-        return sum(cost.amount_pence for cost in self.costs)
+        """Of the whole project, partners included."""
+        return sum(cost.amount_pence for cost in self.costs) + sum(
+            partner.eligible_pence for partner in self.content.partners
+        )
 
 
 def uk_day(time_: datetime) -> date:
@@ -343,9 +432,9 @@ def checked_declaration(declaration: Declaration) -> Declaration:
         raise Refused(f"relations: at most {RELATIONS_MAX} are taken.", "DECLARATION_INVALID")
     if len(declaration.earlier_assistance) > EARLIER_ASSISTANCE_MAX:
         raise Refused(f"earlier_assistance: at most {EARLIER_ASSISTANCE_MAX} are taken.", "DECLARATION_INVALID")
-    _check_figures("size", size)
+    check_figures("size", size)
     for number, relation in enumerate(size.relations):
-        _check_figures(f"relations[{number}]", relation)
+        check_figures(f"relations[{number}]", relation)
         _check_decimal(f"relations[{number}].percent", relation.percent, 100)
     if size.period_start:
         checked_date("size.period_start", size.period_start)
@@ -355,7 +444,7 @@ def checked_declaration(declaration: Declaration) -> Declaration:
     return declaration
 
 
-def _check_figures(where: str, figures: SizeFigures | Relation) -> None:
+def check_figures(where: str, figures: SizeFigures | Relation) -> None:
     _check_decimal(f"{where}.headcount", figures.headcount, HEADCOUNT_MAX)
     for name, minor in (("turnover_minor", figures.turnover_minor), ("balance_minor", figures.balance_minor)):
         if not 0 <= minor <= FIGURE_MINOR_MAX:

@@ -9,20 +9,19 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import asyncpg
 
-from services.common.clock import Clock, from_us, to_us
+from services.common.clock import Clock, from_us
 from services.common.database import Connection
-from services.common.errors import Conflict, Invalid
+from services.common.errors import Conflict, HubError, Invalid
 from services.common.logs import current_correlation_id
 from services.funding.domain import AMOUNT_PENCE_MAX
 
 EVENTS_PER_POST_MAX = 1_000
 TRANSFERS_PER_EVENT_MAX = 200
-REPLAY_PAGE = 2_000
 # Stands where a call's id stands in the accounts of the programme itself.
 PROGRAMME = "programme"
 
@@ -70,6 +69,7 @@ class Purpose(StrEnum):
 
     PROGRAMME_GIVEN = "programme_given"
     BUDGET_ALLOTTED = "budget_allotted"
+    BUDGET_MOVED = "budget_moved"
     PLEDGE_CONFIRMED = "pledge_confirmed"
     PLEDGE_RELEASED = "pledge_released"
     PLEDGE_COMMITTED = "pledge_committed"
@@ -88,6 +88,18 @@ class Overdrawn(Conflict):
     """An account does not hold that much; nothing was moved."""
 
     REASON = "BUDGET_EXHAUSTED"
+
+
+class AccountUnknown(Conflict):
+    """A transfer names an account that is not open; nothing was moved."""
+
+    REASON = "ACCOUNT_UNKNOWN"
+
+
+class AlreadyMoved(Conflict):
+    """This was moved already, by another request: each subject has one transfer of a purpose. Nothing was moved again."""
+
+    REASON = "ALREADY_MOVED"
 
 
 class RequestIdReused(Conflict):
@@ -168,21 +180,17 @@ class TrialBalance:
         return self.total_pence == 0 and all(account.agrees for account in self.accounts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """The outcome of reading the whole ledger again; `faults` names, in plain words, what does not hold."""
-
-    events: int
-    transfers: int
-    head_hash: str
-    faults: tuple[str, ...]
-
-
 def event_hash(
     *, sequence: int, previous_hash: bytes, recorded_us: int, credential_id: int, correlation_id: str, content: bytes
 ) -> bytes:
-    """Hash of an event: everything stored of it, and the hash before it."""
-    return _sha256([sequence, previous_hash.hex(), recorded_us, credential_id, correlation_id, content.hex()])
+    """Hash of an event: everything stored of it, and the hash before it. `post_events` makes the same."""
+    hashed = _hashed(recorded_us, credential_id, correlation_id, content)
+    return hashlib.sha256(f'[{sequence},"{previous_hash.hex()}",{hashed}'.encode()).digest()
+
+
+def _hashed(recorded_us: int, credential_id: int, correlation_id: str, content: bytes) -> str:
+    """What an event's hash is made of, behind sequence and hash before: JSON, up to the closing bracket."""
+    return f'{recorded_us},{credential_id},{json.dumps(correlation_id)},"{content.hex()}"]'
 
 
 def _transfer_content(transfer: Transfer) -> list[str | int]:
@@ -223,122 +231,95 @@ async def post(connection: Connection, clock: Clock, *events: Event) -> list[Pos
     """Write events, in order, in the caller's transaction, and move the balances.
 
     An event whose request id is there already with the same content is answered with the first; so a repeat after an unknown
-    outcome is safe. Raises RequestIdReused when the content differs, Overdrawn when an account does not hold the money (the
-    transaction is then to be given up), Invalid for an amount that is not in 1 to AMOUNT_PENCE_MAX.
+    outcome is safe. Raises RequestIdReused when the content differs, Overdrawn when an account does not hold the money at an
+    event's turn (the transaction is then to be given up), Invalid for an amount that is not in 1 to AMOUNT_PENCE_MAX.
     """
-    _check(events)
-    newest = await lock(connection)
-    sequence, previous = newest.sequence, newest.hash
-    known = await _known(connection, events)
-    recorded_us, correlation_id = clock.now_us(), current_correlation_id()
-    answers: list[Posted] = []
-    fresh: list[tuple[Event, bytes, bytes, Posted]] = []
+    entries: dict[str, Entry] = {}
     for event in events:
-        content = event.content_sha256()
-        if event.request_id in known:
-            first_content, first = known[event.request_id]
-            if first_content != content:
-                raise RequestIdReused()
-            answers.append(first)
-            continue
-        sequence += 1
-        made = event_hash(
-            sequence=sequence,
-            previous_hash=previous,
-            recorded_us=recorded_us,
-            credential_id=event.credential_id,
-            correlation_id=correlation_id,
-            content=content,
-        )
-        posted = Posted(sequence=sequence, hash=made)
-        fresh.append((event, content, previous, posted))
-        known[event.request_id] = content, Posted(sequence=sequence, hash=made, repeated=True)
-        answers.append(posted)
-        previous = made
-    if fresh:
-        await _write(connection, fresh, recorded_us=recorded_us, correlation_id=correlation_id)
+        entry = entered(event)
+        if entries.setdefault(event.request_id, entry).content != entry.content:
+            raise RequestIdReused()
+    found = dict(zip(entries, await write(connection, clock, list(entries.values())), strict=True))
+    answers = []
+    for event in events:
+        outcome = found[event.request_id]
+        if isinstance(outcome, HubError):
+            raise outcome
+        answers.append(outcome)
+        found[event.request_id] = replace(outcome, repeated=True)
     return answers
 
 
-def _check(events: Sequence[Event]) -> None:
-    assert len(events) <= EVENTS_PER_POST_MAX, "more events than one post takes"
-    for event in events:
-        assert 0 < len(event.transfers) <= TRANSFERS_PER_EVENT_MAX, "an event has some transfers, and not too many"
-        for transfer in event.transfers:
-            if not 0 < transfer.amount_pence <= AMOUNT_PENCE_MAX:
-                raise Invalid(
-                    f"An amount is from 1 to {AMOUNT_PENCE_MAX} pence, not {transfer.amount_pence}.",
-                    reason="AMOUNT_OUT_OF_RANGE",
-                )
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An event on its way into the ledger, with what its hash will be made of."""
+
+    event: Event
+    content: bytes
+    correlation_id: str
 
 
-async def _known(connection: Connection, events: Sequence[Event]) -> dict[str, tuple[bytes, Posted]]:
-    rows = await connection.fetch(
-        "SELECT request_id, content_sha256, sequence, hash FROM ledger_event WHERE request_id = ANY($1::text[])",
-        [event.request_id for event in events],
-    )
-    return {
-        row["request_id"]: (
-            row["content_sha256"],
-            Posted(sequence=row["sequence"], hash=row["hash"], repeated=True),
-        )
-        for row in rows
-    }
+def entered(event: Event) -> Entry:
+    """The event under the correlation id of what is being done. Raises Invalid for an amount out of range."""
+    assert 0 < len(event.transfers) <= TRANSFERS_PER_EVENT_MAX, "an event has some transfers, and not too many"
+    for transfer in event.transfers:
+        if not 0 < transfer.amount_pence <= AMOUNT_PENCE_MAX:
+            raise Invalid(
+                f"An amount is from 1 to {AMOUNT_PENCE_MAX} pence, not {transfer.amount_pence}.",
+                reason="AMOUNT_OUT_OF_RANGE",
+            )
+    return Entry(event, event.content_sha256(), current_correlation_id())
 
 
-async def _write(
-    connection: Connection,
-    fresh: Sequence[tuple[Event, bytes, bytes, Posted]],
-    *,
-    recorded_us: int,
-    correlation_id: str,
-) -> None:
-    transfers = [
-        (posted.sequence, position, item)
-        for event, _, _, posted in fresh
-        for position, item in enumerate(event.transfers)
-    ]
+async def write(connection: Connection, clock: Clock, entries: Sequence[Entry]) -> list[Posted | HubError]:
+    """Write entries of different request ids in one call; what became of each. Those that are refused change nothing and do not
+    touch the others. Outside of a transaction it is one by itself."""
+    assert len(entries) <= EVENTS_PER_POST_MAX, "more events than one post takes"
+    if not entries:
+        return []
+    recorded_us = clock.now_us()
+    accounts: dict[Account, int] = {}
+    transfers = [transfer for entry in entries for transfer in entry.event.transfers]
+    for transfer in transfers:
+        accounts.setdefault(transfer.debit, len(accounts) + 1)
+        accounts.setdefault(transfer.credit, len(accounts) + 1)
     try:
-        # One statement: while it runs, nobody else can post.
-        written = await connection.execute(
-            "WITH event AS (INSERT INTO ledger_event "
-            "  (sequence, request_id, content_sha256, kind, recorded, credential_id, correlation_id, previous_hash, hash) "
-            "  SELECT e.sequence, e.request_id, e.content, e.kind, $7, e.credential_id, $8, e.previous_hash, e.hash "
-            "  FROM unnest($1::bigint[], $2::text[], $3::bytea[], $4::text[], $5::bigint[], $6::bytea[], $9::bytea[]) "
-            "    AS e (sequence, request_id, content, kind, credential_id, previous_hash, hash) ORDER BY e.sequence) "
-            "INSERT INTO ledger_transfer "
-            "  (event_sequence, position, debit_account, credit_account, amount_pence, purpose, subject_id) "
-            "SELECT t.sequence, t.position, debit.id, credit.id, t.amount_pence, t.purpose, t.subject_id "
-            "FROM unnest($10::bigint[], $11::smallint[], $12::text[], $13::text[], $14::text[], $15::text[], $16::bigint[], "
-            "    $17::text[], $18::text[]) AS t (sequence, position, debit_call, debit_kind, credit_call, credit_kind, "
-            "    amount_pence, purpose, subject_id) "
-            "JOIN ledger_account debit ON debit.call_id = t.debit_call AND debit.kind = t.debit_kind "
-            "JOIN ledger_account credit ON credit.call_id = t.credit_call AND credit.kind = t.credit_kind "
-            "ORDER BY t.sequence, t.position",
-            [posted.sequence for *_, posted in fresh],
-            [event.request_id for event, *_ in fresh],
-            [content for _, content, _, _ in fresh],
-            [event.kind for event, *_ in fresh],
-            [event.credential_id for event, *_ in fresh],
-            [previous for _, _, previous, _ in fresh],
+        rows = await connection.fetch(
+            "SELECT * FROM post_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+            [entry.event.request_id for entry in entries],
+            [entry.content for entry in entries],
+            [entry.event.kind for entry in entries],
+            [entry.event.credential_id for entry in entries],
+            [entry.correlation_id for entry in entries],
+            [_hashed(recorded_us, entry.event.credential_id, entry.correlation_id, entry.content) for entry in entries],
+            [len(entry.event.transfers) for entry in entries],
+            [account.call_id for account in accounts],
+            [account.kind for account in accounts],
+            [accounts[transfer.debit] for transfer in transfers],
+            [accounts[transfer.credit] for transfer in transfers],
+            [transfer.amount_pence for transfer in transfers],
+            [transfer.purpose for transfer in transfers],
+            [transfer.subject_id for transfer in transfers],
             from_us(recorded_us),
-            correlation_id,
-            [posted.hash for *_, posted in fresh],
-            [sequence for sequence, _, _ in transfers],
-            [position for _, position, _ in transfers],
-            [item.debit.call_id for *_, item in transfers],
-            [item.debit.kind for *_, item in transfers],
-            [item.credit.call_id for *_, item in transfers],
-            [item.credit.kind for *_, item in transfers],
-            [item.amount_pence for *_, item in transfers],
-            [item.purpose for *_, item in transfers],
-            [item.subject_id for *_, item in transfers],
         )
-    except asyncpg.CheckViolationError as error:
-        if error.constraint_name == "ledger_account_balance_pence_check":
-            raise Overdrawn() from error
+    except asyncpg.UniqueViolationError as error:
+        if error.constraint_name == "ledger_transfer_purpose_subject_id_key":
+            raise AlreadyMoved() from error
         raise
-    assert written == f"INSERT 0 {len(transfers)}", f"a transfer names an account that is not open: {written}"
+    return [_outcome(*row) for row in rows]
+
+
+def _outcome(word: str, sequence: int | None, made: bytes | None) -> Posted | HubError:
+    if word in ("posted", "repeated"):
+        assert sequence is not None, "what is written has its place"
+        assert made is not None, "what is written has its hash"
+        return Posted(sequence=sequence, hash=made, repeated=word == "repeated")
+    refusals: dict[str, type[HubError]] = {
+        "reused": RequestIdReused,
+        "overdrawn": Overdrawn,
+        "unknown_account": AccountUnknown,
+    }
+    return refusals[word]()
 
 
 async def balances(connection: Connection, call_id: str | None = None) -> Mapping[AccountKind, int]:
@@ -395,107 +376,3 @@ async def trial_balance(connection: Connection) -> TrialBalance:
         events=rows[0]["sequence"],
         head_hash=rows[0]["hash"].hex(),
     )
-
-
-async def replay(connection: Connection) -> Replay:
-    """Read every event from the first, rebuild hashes and balances from the rows, and compare with what is stored.
-
-    Run it in a REPEATABLE READ transaction, else events posted meanwhile look like faults.
-    """
-    reading = _Reading()
-    after = -1
-    while True:
-        events = await connection.fetch(
-            "SELECT * FROM ledger_event WHERE sequence > $1 ORDER BY sequence LIMIT $2", after, REPLAY_PAGE
-        )
-        if not events:
-            break
-        last = events[-1]["sequence"]
-        transfers = await connection.fetch(
-            "SELECT t.*, d.call_id AS debit_call, d.kind AS debit_kind, c.call_id AS credit_call, c.kind AS credit_kind "
-            "FROM ledger_transfer t JOIN ledger_account d ON d.id = t.debit_account "
-            "JOIN ledger_account c ON c.id = t.credit_account "
-            "WHERE event_sequence > $1 AND event_sequence <= $2 ORDER BY event_sequence, position",
-            after,
-            last,
-        )
-        reading.take(events, transfers)
-        after = last
-    head = await connection.fetchrow("SELECT sequence, hash FROM ledger_head")
-    accounts = await connection.fetch("SELECT call_id, kind, balance_pence FROM ledger_account ORDER BY id")
-    stored_transfers = await connection.fetchval("SELECT count(*) FROM ledger_transfer")
-    return reading.finish(head, accounts, stored_transfers)
-
-
-class _Reading:
-    """What a replay has seen so far."""
-
-    def __init__(self) -> None:
-        self._sequence = -1
-        self._hash = b""
-        self._transfers = 0
-        self._balances: dict[Account, int] = defaultdict(int)
-        self._faults: list[str] = []
-
-    def take(self, events: Sequence[asyncpg.Record], transfers: Sequence[asyncpg.Record]) -> None:
-        by_event: dict[int, list[Transfer]] = defaultdict(list)
-        for row in transfers:
-            transfer = Transfer(
-                debit=Account(row["debit_call"], AccountKind(row["debit_kind"])),
-                credit=Account(row["credit_call"], AccountKind(row["credit_kind"])),
-                amount_pence=row["amount_pence"],
-                purpose=row["purpose"],
-                subject_id=row["subject_id"],
-            )
-            by_event[row["event_sequence"]].append(transfer)
-            self._balances[transfer.debit] -= transfer.amount_pence
-            self._balances[transfer.credit] += transfer.amount_pence
-            self._transfers += 1
-        for row in events:
-            self._take_event(row, tuple(by_event.get(row["sequence"], ())))
-
-    def _take_event(self, row: asyncpg.Record, transfers: tuple[Transfer, ...]) -> None:
-        sequence = row["sequence"]
-        if sequence != self._sequence + 1:
-            self._faults.append(f"events {self._sequence + 1} to {sequence - 1} are missing")
-        if sequence > 0:
-            event = Event(
-                request_id=row["request_id"],
-                kind=row["kind"],
-                transfers=transfers,
-                credential_id=row["credential_id"],
-            )
-            content = event.content_sha256()
-            expected = event_hash(
-                sequence=sequence,
-                previous_hash=self._hash,
-                recorded_us=to_us(row["recorded"]),
-                credential_id=row["credential_id"],
-                correlation_id=row["correlation_id"],
-                content=content,
-            )
-            if row["previous_hash"] != self._hash:
-                self._faults.append(f"event {sequence} does not follow the event before it")
-            if row["content_sha256"] != content or row["hash"] != expected:
-                self._faults.append(f"event {sequence} or one of its transfers was altered after it was written")
-        self._sequence, self._hash = sequence, row["hash"]
-
-    def finish(self, head: asyncpg.Record | None, accounts: Sequence[asyncpg.Record], stored_transfers: int) -> Replay:
-        if head is None or (head["sequence"], head["hash"]) != (self._sequence, self._hash):
-            self._faults.append(
-                f"the newest event is not the one that the head names; {self._sequence} is the last there"
-            )
-        if stored_transfers != self._transfers:
-            self._faults.append(f"{stored_transfers - self._transfers} transfers belong to no event")
-        for row in accounts:
-            account = Account(row["call_id"], AccountKind(row["kind"]))
-            rebuilt = self._balances.pop(account, 0)
-            if rebuilt != row["balance_pence"]:
-                self._faults.append(f"{account} shows {row['balance_pence']} pence, its transfers make {rebuilt}")
-        self._faults.extend(f"{account} has transfers but is not there" for account in self._balances)
-        return Replay(
-            events=self._sequence,
-            transfers=self._transfers,
-            head_hash=self._hash.hex(),
-            faults=tuple(self._faults),
-        )

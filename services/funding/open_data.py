@@ -12,9 +12,9 @@ from services.common.identity import Caller, Role
 from services.common.logs import correlated
 from services.funding import agreement_store
 from services.funding.agreement_store import EntryDue, PublicAward
+from services.funding.award_store import audit
 from services.funding.domain import checked_text, is_id, uk_day
 from services.funding.requests import understood
-from services.funding.store import audit
 
 AWARDS_PER_PAGE = 1_000
 ENTRIES_MAX = 1_000
@@ -41,7 +41,7 @@ class Duty:
 
 
 class OpenDataService:
-    """The use cases. Awards are for every key; the list of duties is for operators."""
+    """The use cases. Awards are for everybody; the list of duties is for operators."""
 
     def __init__(self, pool: Pool, *, directory: Directory, clock: Clock) -> None:
         self._pool = pool

@@ -1,10 +1,14 @@
 """Open data over HTTP. Field names of 360Giving are the standard's own."""
 
+import hashlib
+import time
+from collections import OrderedDict
 from datetime import date
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from services.common.errors import SlowDown
 from services.common.http import Authenticated
 from services.funding.open_data import Duty, OpenDataService, Published
 from services.funding.rules.exact import gbp
@@ -12,6 +16,10 @@ from services.funding.rules.exact import gbp
 # The publisher's prefix has to be registered with 360Giving before the data are announced there.
 PUBLISHER_PREFIX = "360G-smdih"
 FUNDER_ID = f"{PUBLISHER_PREFIX}-ORG:fund"
+ASKS_A_MINUTE = 60
+ADDRESSES_MAX = 10_000
+# For how long a cache may answer in our place.
+FRESH_S = 300
 FUNDER_NAME = "Smart Manufacturing Data Innovation Hub"
 
 
@@ -70,17 +78,53 @@ class EntryIn(BaseModel):
     reference: str = Field(description="the number of the entry in the subsidy database")
 
 
-def router(service: OpenDataService) -> APIRouter:
-    """The awards for every key, and the duties of the operators."""
+def public_router(service: OpenDataService, *, asks_a_minute: int = ASKS_A_MINUTE) -> APIRouter:
+    """The awards, for everybody and without a key."""
     routes = APIRouter(prefix="/v1/open-data")
+    allowance = Allowance(asks_a_minute)
 
-    @routes.get("/360giving", response_model_exclude_none=True)
-    async def awards(request: Request, response: Response, page_token: str = "") -> GrantsOut:
-        """For every key, of any role. Another page is named by the header Link, rel="next"."""
+    @routes.get("/360giving", response_model=GrantsOut, response_model_exclude_none=True)
+    async def awards(request: Request, page_token: str = "") -> Response:
+        """Open data, no key needed. Another page is named by the header Link, rel="next"; who sends the ETag back as If-None-Match
+        gets 304 while nothing has changed."""
+        allowance.take(request.client.host if request.client else "")
         found, token = await service.awards(page_token=page_token)
+        body = GrantsOut(grants=[_grant(one) for one in found]).model_dump_json(exclude_none=True).encode()
+        tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+        headers = {"Cache-Control": f"public, max-age={FRESH_S}", "ETag": tag, "Access-Control-Allow-Origin": "*"}
         if token:
-            response.headers["Link"] = f'<{request.url.path}?page_token={token}>; rel="next"'
-        return GrantsOut(grants=[_grant(one) for one in found])
+            headers["Link"] = f'<{request.url.path}?page_token={token}>; rel="next"'
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(body, media_type="application/json", headers=headers)
+
+    return routes
+
+
+class Allowance:
+    """How often one address may ask: so many at once, and as many a minute. Addresses are forgotten once they have it all back."""
+
+    def __init__(self, asks_a_minute: int) -> None:
+        self._most = float(asks_a_minute)
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, address: str) -> None:
+        """Raises SlowDown."""
+        now = time.monotonic()
+        left, since = self._left.pop(address, (self._most, now))
+        left = min(self._most, left + (now - since) * self._most / 60)
+        self._left[address] = (max(0.0, left - 1), now)
+        if len(self._left) > ADDRESSES_MAX:
+            self._left.popitem(last=False)
+        if left < 1:
+            raise SlowDown(
+                "Too many requests from this address; keep what you have and use its ETag.", retry_after_s=60
+            )
+
+
+def router(service: OpenDataService) -> APIRouter:
+    """The duties of the operators."""
+    routes = APIRouter(prefix="/v1/open-data")
 
     @routes.get("/subsidy-entries")
     async def entries(caller: Authenticated) -> EntriesOut:

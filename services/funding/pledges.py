@@ -13,8 +13,8 @@ from fractions import Fraction
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from services.funding.allocation import input_hash
 from services.funding.rules.exact import InvalidFact, gbp
+from services.funding.selection import input_hash
 
 PLEDGES_FORMAT = "smdih-pledges-certificate/1"
 

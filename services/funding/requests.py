@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from services.common.errors import Invalid
-from services.funding.domain import Refused
+from services.funding.domain import Content, Refused, Terms
 from services.funding.ledger import RequestIdReused
+
+LATER = {"terms": (Terms(),), "content": (Content(),)}
 
 
 @contextmanager
@@ -23,7 +25,16 @@ def understood() -> Iterator[None]:
 
 def content_sha256(thing: Any) -> bytes:
     """Hash of what a request says (a dataclass), without what the hub adds."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(thing), sort_keys=True, default=str).encode()).digest()
+    said = {
+        field.name: value
+        for field in dataclasses.fields(thing)
+        # Fields that came later count once they say something: so a request of an earlier release keeps its hash.
+        if (value := getattr(thing, field.name)) not in LATER.get(field.name, ())
+    }
+    plain = dataclasses.asdict(thing)
+    return hashlib.sha256(
+        json.dumps({name: plain[name] for name in said}, sort_keys=True, default=str).encode()
+    ).digest()
 
 
 def check_same(first_content: bytes, content: bytes) -> None:

@@ -5,25 +5,39 @@ from typing import Any
 
 from services.common.errors import Invalid
 from services.common.rpc import current_caller
-from services.funding import domain
+from services.funding import domain, terms_rpc
+from services.funding.applications import ApplicationService
+from services.funding.balances import BalanceService
+from services.funding.calls import CallService
+from services.funding.decisions import DecisionService
+from services.funding.judging import View
 from services.funding.rules.assistance import AssistanceKind
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
-from services.funding.rules.size import Definition, Investor
-from services.funding.service import FundingService, View
+from services.funding.rules.size import Definition
 from services.funding.words import number_of, word_of
 from smdih.funding.v1 import funding_pb2 as pb
 from smdih.funding.v1.funding_pb2_grpc import FundingServiceServicer
 
 
 class FundingRpc(FundingServiceServicer):
-    """Translates; what is right and who may do it is the service's business."""
+    """Translates; what is right and who may do it is the services' business."""
 
-    def __init__(self, service: FundingService) -> None:
-        self._service = service
+    def __init__(
+        self,
+        *,
+        calls: CallService,
+        applications: ApplicationService,
+        decisions: DecisionService,
+        balances: BalanceService,
+    ) -> None:
+        self._calls = calls
+        self._applications = applications
+        self._decisions = decisions
+        self._balances = balances
 
     async def CreateCall(self, request: pb.CreateCallRequest, context: Any) -> pb.CreateCallResponse:
-        call = await self._service.create_call(
+        call = await self._calls.create_call(
             current_caller(),
             request_id=request.request_id,
             title=request.title,
@@ -34,20 +48,31 @@ class FundingRpc(FundingServiceServicer):
             size_definition=word_of(Definition, pb.SizeDefinition, "SIZE_DEFINITION", request.size_definition),
             rate_max=request.rate_max,
             in_kind_allowed=request.in_kind_allowed,
+            terms=terms_rpc.terms_of(request.terms),
         )
         return pb.CreateCallResponse(call=self._call(call))
 
     async def ListCalls(self, request: pb.ListCallsRequest, context: Any) -> pb.ListCallsResponse:
-        calls, token = await self._service.list_calls(
+        calls, token = await self._calls.list_calls(
             current_caller(), page_size=request.page_size, page_token=request.page_token
         )
         return pb.ListCallsResponse(calls=[self._call(call) for call in calls], next_page_token=token)
 
     async def GetCall(self, request: pb.GetCallRequest, context: Any) -> pb.GetCallResponse:
-        return pb.GetCallResponse(call=self._call(await self._service.get_call(current_caller(), request.call_id)))
+        return pb.GetCallResponse(call=self._call(await self._calls.get_call(current_caller(), request.call_id)))
+
+    async def MoveBudget(self, request: pb.MoveBudgetRequest, context: Any) -> pb.MoveBudgetResponse:
+        call = await self._calls.move_budget(
+            current_caller(),
+            request.call_id,
+            request_id=request.request_id,
+            change_pence=request.change_pence,
+            reason=request.reason,
+        )
+        return pb.MoveBudgetResponse(call=self._call(call))
 
     async def PreCheck(self, request: pb.PreCheckRequest, context: Any) -> pb.PreCheckResponse:
-        assessment = await self._service.pre_check(
+        assessment = await self._applications.pre_check(
             current_caller(),
             call_id=request.call_id,
             declaration=_declared(request.declaration),
@@ -61,7 +86,7 @@ class FundingRpc(FundingServiceServicer):
     async def CreateApplication(
         self, request: pb.CreateApplicationRequest, context: Any
     ) -> pb.CreateApplicationResponse:
-        view = await self._service.create_application(
+        view = await self._applications.create_application(
             current_caller(),
             request_id=request.request_id,
             call_id=request.call_id,
@@ -76,15 +101,16 @@ class FundingRpc(FundingServiceServicer):
             declaration=_declared(request.declaration),
             requested_pence=request.requested_pence,
             other_public_pence=request.other_public_pence,
+            content=terms_rpc.content_of(request),
         )
         return pb.CreateApplicationResponse(application=_view(view))
 
     async def GetApplication(self, request: pb.GetApplicationRequest, context: Any) -> pb.GetApplicationResponse:
-        view = await self._service.get_application(current_caller(), request.application_id)
+        view = await self._applications.get_application(current_caller(), request.application_id)
         return pb.GetApplicationResponse(application=_view(view))
 
     async def ListApplications(self, request: pb.ListApplicationsRequest, context: Any) -> pb.ListApplicationsResponse:
-        found, token = await self._service.list_applications(
+        found, token = await self._applications.list_applications(
             current_caller(),
             firm_id=request.firm_id,
             call_id=request.call_id,
@@ -99,7 +125,7 @@ class FundingRpc(FundingServiceServicer):
         )
 
     async def AddPledge(self, request: pb.AddPledgeRequest, context: Any) -> pb.AddPledgeResponse:
-        pledge = await self._service.add_pledge(
+        pledge = await self._applications.add_pledge(
             current_caller(),
             request.application_id,
             request_id=request.request_id,
@@ -111,7 +137,7 @@ class FundingRpc(FundingServiceServicer):
         return pb.AddPledgeResponse(pledge=_pledge(pledge))
 
     async def ConfirmPledge(self, request: pb.ConfirmPledgeRequest, context: Any) -> pb.ConfirmPledgeResponse:
-        pledge = await self._service.confirm_pledge(
+        pledge = await self._applications.confirm_pledge(
             current_caller(), request.application_id, request.pledge_id, evidence=request.evidence
         )
         return pb.ConfirmPledgeResponse(pledge=_pledge(pledge))
@@ -119,23 +145,23 @@ class FundingRpc(FundingServiceServicer):
     async def SubmitApplication(
         self, request: pb.SubmitApplicationRequest, context: Any
     ) -> pb.SubmitApplicationResponse:
-        view = await self._service.submit(current_caller(), request.application_id)
+        view = await self._applications.submit(current_caller(), request.application_id)
         return pb.SubmitApplicationResponse(application=_view(view))
 
     async def WithdrawApplication(
         self, request: pb.WithdrawApplicationRequest, context: Any
     ) -> pb.WithdrawApplicationResponse:
-        view = await self._service.withdraw(current_caller(), request.application_id)
+        view = await self._applications.withdraw(current_caller(), request.application_id)
         return pb.WithdrawApplicationResponse(application=_view(view))
 
     async def WaiveRatio(self, request: pb.WaiveRatioRequest, context: Any) -> pb.WaiveRatioResponse:
-        view = await self._service.waive_ratio(current_caller(), request.application_id, reason=request.reason)
+        view = await self._decisions.waive_ratio(current_caller(), request.application_id, reason=request.reason)
         return pb.WaiveRatioResponse(application=_view(view))
 
     async def Decide(self, request: pb.DecideRequest, context: Any) -> pb.DecideResponse:
         if request.decision not in (pb.DECISION_AWARD, pb.DECISION_REJECT):
             raise Invalid("decision is DECISION_AWARD or DECISION_REJECT.", reason="DECISION_MISSING")
-        view = await self._service.decide(
+        view = await self._decisions.decide(
             current_caller(),
             request.application_id,
             award=request.decision == pb.DECISION_AWARD,
@@ -144,7 +170,7 @@ class FundingRpc(FundingServiceServicer):
         return pb.DecideResponse(application=_view(view))
 
     async def TrialBalance(self, request: pb.TrialBalanceRequest, context: Any) -> pb.TrialBalanceResponse:
-        trial = await self._service.trial_balance(current_caller())
+        trial = await self._balances.trial_balance(current_caller())
         return pb.TrialBalanceResponse(
             accounts=[
                 pb.AccountBalance(
@@ -166,7 +192,7 @@ class FundingRpc(FundingServiceServicer):
         return pb.Call(
             id=call.id,
             title=call.title,
-            state=number_of(pb.CallState, "CALL_STATE", self._service.state_of(call)),
+            state=number_of(pb.CallState, "CALL_STATE", self._calls.state_of(call)),
             opens_us=call.opens_us,
             closes_us=call.closes_us,
             category=number_of(pb.Category, "CATEGORY", call.category),
@@ -177,30 +203,13 @@ class FundingRpc(FundingServiceServicer):
             committed_pence=call.committed_pence,
             left_pence=call.left_pence,
             created_us=call.created_us,
+            terms=terms_rpc.terms_message(call.terms),
         )
 
 
 def _declared(message: pb.Declaration) -> domain.Declaration:
-    size = message.size
     return domain.Declaration(
-        size=domain.SizeFigures(
-            headcount=size.headcount,
-            turnover_minor=size.turnover_minor,
-            balance_minor=size.balance_minor,
-            period_start=size.period_start,
-            relations=tuple(
-                domain.Relation(
-                    percent=relation.percent,
-                    upstream=relation.upstream,
-                    investor=word_of(Investor, pb.Investor, "INVESTOR", relation.investor),
-                    headcount=relation.headcount,
-                    turnover_minor=relation.turnover_minor,
-                    balance_minor=relation.balance_minor,
-                    dominant_influence=relation.dominant_influence,
-                )
-                for relation in size.relations
-            ),
-        ),
+        size=terms_rpc.size_of(message.size),
         uk_registered=message.uk_registered,
         insolvent=message.insolvent,
         ailing=message.ailing,
@@ -218,26 +227,8 @@ def _declared(message: pb.Declaration) -> domain.Declaration:
 
 
 def _declaration(declaration: domain.Declaration) -> pb.Declaration:
-    size = declaration.size
     return pb.Declaration(
-        size=pb.SizeFigures(
-            headcount=size.headcount,
-            turnover_minor=size.turnover_minor,
-            balance_minor=size.balance_minor,
-            period_start=size.period_start,
-            relations=[
-                pb.Relation(
-                    percent=relation.percent,
-                    upstream=relation.upstream,
-                    investor=number_of(pb.Investor, "INVESTOR", relation.investor),
-                    headcount=relation.headcount,
-                    turnover_minor=relation.turnover_minor,
-                    balance_minor=relation.balance_minor,
-                    dominant_influence=relation.dominant_influence,
-                )
-                for relation in size.relations
-            ],
-        ),
+        size=terms_rpc.size_message(declaration.size),
         uk_registered=declaration.uk_registered,
         insolvent=declaration.insolvent,
         ailing=declaration.ailing,
@@ -298,6 +289,7 @@ def _award(award: domain.Award) -> pb.AwardDetail:
 
 
 def _application(application: domain.Application) -> pb.Application:
+    content = application.content
     return pb.Application(
         id=application.id,
         call_id=application.call_id,
@@ -321,6 +313,10 @@ def _application(application: domain.Application) -> pb.Application:
         submitted_us=application.submitted_us,
         decided_us=application.decided_us,
         correlation_id=application.correlation_id,
+        answers=dict(content.answers),
+        partners=[terms_rpc.partner_message(partner) for partner in content.partners],
+        attachments=[terms_rpc.attachment_message(attachment) for attachment in content.attachments],
+        machine_ids=content.machine_ids,
     )
 
 

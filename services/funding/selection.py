@@ -1,12 +1,17 @@
 """What an allocation is about: applications, a call's declared limits, reasons; and the ranking itself (ALLOC-1)."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from fractions import Fraction
+from typing import Any
 
 from services.funding.rules.exact import InvalidFact, gbp
+
+APPLICATIONS_MAX = 20_000
 
 
 class Method(StrEnum):
@@ -130,3 +135,53 @@ def select_top_down(call: Call, passing: Sequence[Application]) -> Selection:
         if call.method is Method.TOP_DOWN_STOP:
             stopped_by = application.id
     return Selection(chosen=frozenset(chosen), reasons=reasons)
+
+
+def allocation_input(call: Call, applications: Sequence[Application]) -> dict[str, Any]:
+    """The decision's whole input as JSON in canonical order: the same facts always give the same text.
+
+    Raises:
+        InvalidFact: as for ``allocate``.
+    """
+    if len(applications) > APPLICATIONS_MAX:
+        raise InvalidFact(f"{len(applications)} applications; at most {APPLICATIONS_MAX} are decided at once")
+    if len({application.id for application in applications}) != len(applications):
+        raise InvalidFact("two applications have the same id")
+    if any(application.request_p <= 0 for application in applications):
+        raise InvalidFact("an application asks for nothing")
+    if len({quota.pot for quota in call.quotas}) != len(call.quotas):
+        raise InvalidFact("two quotas name the same pot")
+    return {
+        "call": {
+            "id": call.id,
+            "budget_p": call.budget_p,
+            "threshold": str(call.threshold),
+            "method": call.method.value,
+            "quotas": [
+                {
+                    "pot": quota.pot,
+                    "floor_p": quota.floor_p,
+                    "ceiling_p": quota.ceiling_p,
+                    "share_min": None if quota.share_min is None else str(quota.share_min),
+                    "share_max": None if quota.share_max is None else str(quota.share_max),
+                }
+                for quota in sorted(call.quotas, key=lambda quota: quota.pot)
+            ],
+        },
+        "applications": [
+            {
+                "id": application.id,
+                "firm": application.firm,
+                "request_p": application.request_p,
+                "mean": str(application.mean),
+                "submitted_at": application.submitted_at.isoformat(),
+                "pots": sorted(application.pots),
+            }
+            for application in sorted(applications, key=lambda application: application.id)
+        ],
+    }
+
+
+def input_hash(given: Mapping[str, Any]) -> str:
+    """Hash of the canonical input."""
+    return hashlib.sha256(json.dumps(given, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

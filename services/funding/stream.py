@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from services.common.clock import from_us
 from services.common.database import Connection
 from services.common.logs import accepted_correlation_id, correlated, get_logger
-from services.funding import store
+from services.funding import call_store
 from services.funding.domain import TITLE_CHARACTERS_MAX, Match, is_id
 from smdih.matching.v1 import events_pb2 as pb
 
@@ -33,7 +33,7 @@ async def keep_matches(
         if match is None:
             continue
         with correlated(match.correlation_id):
-            if await store.add_match(connection, match):
+            if await call_store.add_match(connection, match):
                 log.info("match known", match_id=match.id, firm_id=match.firm_id)
     return bad
 

@@ -235,18 +235,38 @@ def _batch(number: int, batch: Any) -> telemetry_pb2.Batch:
         raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.sequence: a number from 0 up.")
     if not isinstance(frames, list):
         raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.frames: a list.")
-    names: dict[str, int] = {}
     times: list[int] = []
     rows: list[dict[str, Any]] = []
     for index, frame in enumerate(frames):
-        at = f"{where}.frames.{index}"
         if not isinstance(frame, dict) or not isinstance(frame.get("values"), dict):
-            raise _NotTelemetry(Reason.WRONG_TYPE, f'{at}: {{"ts": ..., "values": {{...}}}}.')
-        times.append(_time_us(frame.get("ts"), at))
-        for name in frame["values"]:
-            names.setdefault(name, len(names))
+            raise _NotTelemetry(Reason.WRONG_TYPE, f'{where}.frames.{index}: {{"ts": ..., "values": {{...}}}}.')
+        ts = frame.get("ts")
+        times.append(ts * 1000 if type(ts) is int and 0 < ts < 2**53 else _time_us(ts, f"{where}.frames.{index}"))
         rows.append(frame["values"])
-    values: list[float] = []
+    names = list(rows[0]) if rows else []
+    values, absent = [value for row in rows for value in row.values()], b""
+    if not (_NUMBERS.issuperset(map(type, values)) and all(list(row) == names for row in rows)):
+        # Not every value in every frame in the same order, or not every one a number.
+        names, values, absent = _ragged(rows, where)
+    path, machine_id = (machine, 0) if isinstance(machine, str) else ("", machine)
+    return telemetry_pb2.Batch(
+        sequence=sequence,
+        machine_path=path,
+        machine_id=machine_id,
+        times_us=times,
+        signals=names,
+        values=values,
+        absent=absent,
+    )
+
+
+_NUMBERS = frozenset((float, int, bool))
+
+
+def _ragged(rows: list[dict[str, Any]], where: str) -> tuple[list[str], list[Any], bytes]:
+    """Names, the values of every row for all of them, and which of these are absent."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    values: list[Any] = []
     absent = bytearray((len(rows) * len(names) + 7) // 8)
     for index, row in enumerate(rows):
         for name in names:
@@ -255,22 +275,13 @@ def _batch(number: int, batch: Any) -> telemetry_pb2.Batch:
                 absent[len(values) >> 3] |= 1 << (len(values) & 7)
                 values.append(0.0)
             elif isinstance(value, bool | int | float):
-                values.append(float(value))
+                values.append(value)
             else:
                 raise _NotTelemetry(
                     Reason.WRONG_TYPE,
                     f"{where}.frames.{index}.values.{name}: a number, true, false or null, not {value!r:.40}.",
                 )
-    path, machine_id = (machine, 0) if isinstance(machine, str) else ("", machine)
-    return telemetry_pb2.Batch(
-        sequence=sequence,
-        machine_path=path,
-        machine_id=machine_id,
-        times_us=times,
-        signals=list(names),
-        values=values,
-        absent=bytes(absent) if any(absent) else b"",
-    )
+    return names, values, bytes(absent) if any(absent) else b""
 
 
 def _time_us(ts: Any, where: str) -> int:

@@ -16,6 +16,7 @@ CLOCK_BEHIND_S: Final = 600
 STORED_WITHIN_S: Final = 5
 CAUSES_MAX: Final = 10
 SIMILAR: Final = 0.75
+NAMES_COMPARED_MAX: Final = 50
 
 _SECOND_US: Final = 1_000_000
 
@@ -126,8 +127,10 @@ def diagnose(facts: Facts) -> Diagnosis:
         partly = [_of_refusal(facts, one) for one in [*_recent(_of_machine(facts), facts.now_us), *since]]
         late = [*_behind(facts), *_clock_behind(facts)]
         shut_out = [one for one in _of_keys(facts, facts.received_us + 1) if one.credential_id == facts.credential_id]
-        if shut_out:
-            return Diagnosis([*shut_out, *late, *partly][:CAUSES_MAX])
+        offline = [one for one in partly if one.cause == Reason.NODE_OFFLINE and one.last_us > facts.received_us]
+        if shut_out or offline:
+            others = [one for one in partly if one.cause != Reason.NODE_OFFLINE]
+            return Diagnosis([*shut_out, *offline, *late, *others][:CAUSES_MAX])
         flowing = Cause(
             "PARTLY_REFUSED" if partly else "FLOWING",
             f"Data arrives: the last of it {_ago(facts.received_us, facts.now_us)}"
@@ -214,9 +217,17 @@ def _clock_behind(facts: Facts) -> Iterator[Cause]:
 def _wrong_names(facts: Facts, good_us: int) -> Iterator[Cause]:
     """A sender that names a machine which does not exist may mean this one."""
     unknown = [one for one in facts.refusals if one.reason == Reason.UNKNOWN_MACHINE and one.last_us >= good_us]
-    likeness = {one: _likeness(one.subject, facts.path) for one in unknown}
-    for one in sorted(unknown, key=lambda one: (-likeness[one], -one.last_us)):
+    likeness = {one: _likeness(one.subject, facts.path) for one in _newest_first(unknown)[:NAMES_COMPARED_MAX]}
+    for one in sorted(likeness, key=lambda one: (-likeness[one], -one.last_us)):
         is_close = likeness[one] >= SIMILAR
+        if one.subject.lower() == facts.path:
+            yield Cause(
+                "REGISTERED_LATER",
+                f"{_sender(one)} sent for this machine before it was registered; what came then waits in quarantine.",
+                'Replay it: POST /v1/machines/{id}/replay with {"reason": "UNKNOWN_MACHINE"}. What comes from now on is taken.',
+                *(one.last_us, one.times, one.samples, one.credential_id, one.example),
+            )
+            continue
         if is_close or not facts.received_us:
             yield Cause(
                 "UNKNOWN_MACHINE",
@@ -301,6 +312,19 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
         "Compare what the gateway sends with the door's description.",
     ),
     Reason.TOO_LARGE: ("it is too large: {example}", "Let the gateway send smaller parts."),
+    Reason.DATA_BEFORE_BIRTH: (
+        "{example}",
+        "Nothing, if the node answers the hub's request for a rebirth. If it goes on, look whether the node may subscribe to its "
+        "NCMD topic and publish its births.",
+    ),
+    Reason.NOT_IN_BIRTH: (
+        "it holds metrics that the node's birth does not name: {example}",
+        "Nothing, if the node answers the hub's request for a rebirth. If it goes on, its births leave metrics out: mend the node.",
+    ),
+    Reason.BAD_QUALITY: (
+        "the gateway itself calls values bad: {example}",
+        "Look at the sensor, its cable and the gateway's connection to the controller.",
+    ),
     Reason.QUOTA_SAMPLES: (
         "the firm sends more samples a second than its quota",
         "Let gateways sample less often, or ask an operator for a higher quota. Nothing is lost where gateways have a buffer.",
@@ -322,6 +346,14 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
 def _of_refusal(facts: Facts, one: Refusal) -> Cause:
     if one.reason == Reason.TIME_OUT_OF_WINDOW:
         return _wrong_time(one)
+    if one.reason == Reason.NODE_OFFLINE:
+        return Cause(
+            one.reason,
+            f"The gateway is offline since {_ago(one.last_us, facts.now_us)}: {one.example}.",
+            "Look whether the gateway has power, network and a connection to the MQTT broker, and to the machine's controller.",
+            one.last_us,
+            one.times,
+        )
     what, step = _WORDS.get(one.reason, ("it was refused: {example}", "Mend what the message says."))
     is_kept = one.samples or one.reason in (Reason.MALFORMED, Reason.WRONG_TYPE, Reason.EMPTY_BATCH)
     verb = "was put into quarantine" if is_kept else "was refused"

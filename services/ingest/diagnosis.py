@@ -6,17 +6,18 @@ from services.common import topics
 from services.common.clock import Clock
 from services.common.database import Pool, transaction
 from services.common.directory import Directory
-from services.common.errors import NotFound
+from services.common.errors import Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.kafka import TopicEnds
 from services.ingest import diagnosis_store as store
-from services.ingest.asked import PAGE_SIZE_DEFAULT, check_id, checked_time, number_in_token, page_size_of
+from services.ingest.asked import PAGE_SIZE_DEFAULT, check_id, number_in_token, page_size_of
 from services.ingest.causes import Diagnosis, Facts, Refusal, diagnose
 from services.ingest.domain import PAGE_SIZE_MAX
 from services.ingest.sightings import SightingsWriter
 
 # Whoever asks looks at a machine without data: a broker that does not answer by then is an answer too.
 END_TIMEOUT_S = 2.0
+SKIPPED_MAX = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ class Diagnoses:
         if firm_id:
             check_id(firm_id, "firm_id")
         size = page_size_of(page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        before_us = number_in_token(page_token) if page_token else None
-        if before_us is not None:
-            checked_time(before_us, "page_token")
+        # A page is found by counting: the rows are few, and those that move do so to the front.
+        skip = number_in_token(page_token)
+        if not 0 <= skip <= SKIPPED_MAX:
+            raise Invalid("page_token: send back exactly what the page before gave.")
         await self._writer.write()
         async with transaction(self._pool) as connection:
-            found = await store.refusals_page(connection, firm_id, before_us, size + 1)
-        return found[:size], str(found[size - 1][1].last_us) if len(found) > size else ""
+            found = await store.refusals_page(connection, firm_id, skip, size + 1)
+        return found[:size], str(skip + size) if len(found) > size else ""

@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from services.common.clock import from_us, to_us
+from services.common.clock import to_us
 from services.common.database import Connection
 from services.ingest.causes import Facts, Key, Refusal, SignalSeen
 from services.ingest.domain import CHANNEL_GROUP
@@ -76,14 +76,12 @@ async def facts(connection: Connection, machine: Any, *, topic: str, partition: 
     return found, row["next_offset"] or 0
 
 
-async def refusals_page(
-    connection: Connection, firm_id: int, before_us: int | None, limit: int
-) -> list[tuple[int, Refusal]]:
+async def refusals_page(connection: Connection, firm_id: int, skip: int, limit: int) -> list[tuple[int, Refusal]]:
     """Refusals with their firm, newest first. firm_id 0: all firms, and keys of nobody."""
     rows = await connection.fetch(
-        "SELECT to_json(r) AS one FROM refusal r WHERE ($1::bigint = 0 OR firm_id = $1) "
-        "AND ($2::timestamptz IS NULL OR last < $2) ORDER BY last DESC LIMIT $3",
-        *(firm_id, from_us(before_us) if before_us is not None else None, limit),
+        "SELECT to_json(r) AS one FROM refusal r WHERE $1::bigint = 0 OR firm_id = $1 "
+        "ORDER BY last DESC, firm_id, machine_id, credential_id, subject, reason OFFSET $2 LIMIT $3",
+        *(firm_id, skip, limit),
     )
     found = [orjson.loads(row["one"]) for row in rows]
     return [(one["firm_id"], _refusal(one)) for one in found]

@@ -42,6 +42,12 @@ REGIONS: Final = (
 )
 SIZES: Final = ("micro", "small", "medium", "large")
 
+UNKNOWN_SIGNAL_POLICIES: Final = ("refuse", "propose")
+
+PATH_LENGTH_MAX: Final = 255
+# What programs write where they have no name: a machine of that name would gather the data of many.
+RESERVED_NAMES: Final = frozenset(("all", "any", "default", "nan", "nil", "none", "null", "undefined", "unknown"))
+
 _SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _SIC = re.compile(r"\d\d\.\d\d?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -60,6 +66,11 @@ class Reason:
     WRONG_TYPE = "WRONG_TYPE"
     MALFORMED = "MALFORMED"
     TOO_LARGE = "TOO_LARGE"
+    # Of Sparkplug nodes.
+    DATA_BEFORE_BIRTH = "DATA_BEFORE_BIRTH"
+    NOT_IN_BIRTH = "NOT_IN_BIRTH"
+    BAD_QUALITY = "BAD_QUALITY"
+    NODE_OFFLINE = "NODE_OFFLINE"  # nothing refused: the reason why nothing comes
     # These are sent back and not kept: the sender still has what it sent.
     QUOTA_SAMPLES = "QUOTA_SAMPLES"
     SLOW_DOWN = "SLOW_DOWN"
@@ -113,6 +124,8 @@ def check_slug(slug: str) -> str:
     """One level of a path. Raises BadName."""
     if not _SLUG.fullmatch(slug):
         raise BadName(f"{slug!r}: use 1 to 63 lower case letters, digits and dashes, not first or last a dash")
+    if slug in RESERVED_NAMES:
+        raise BadName(f"{slug!r}: programs write this where they have no name; choose another")
     return slug
 
 
@@ -123,6 +136,8 @@ def check_path(path: str) -> str:
         raise BadName(f"{path!r}: one to four levels, such as line-1/press-3")
     for level in levels:
         check_slug(level)
+    if len(path) > PATH_LENGTH_MAX:
+        raise BadName(f"{path[:40]!r}...: a path has at most {PATH_LENGTH_MAX} characters")
     return path
 
 

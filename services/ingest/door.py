@@ -57,16 +57,25 @@ class Taken:
             await commit.wait()
 
     def result(self) -> telemetry_pb2.BatchResult:
-        problems = [
-            telemetry_pb2.Problem(reason=record.reason, detail=record.detail, samples=record.samples)
-            for record in self.checked.quarantine
-        ]
-        return telemetry_pb2.BatchResult(
-            sequence=self.checked.sequence,
-            accepted=self.checked.accepted,
-            quarantined=sum(record.samples for record in self.checked.quarantine),
-            problems=problems,
-        )
+        return _result(self.checked)
+
+
+def _result(checked: Checked) -> telemetry_pb2.BatchResult:
+    problems = [
+        telemetry_pb2.Problem(reason=record.reason, detail=record.detail, samples=record.samples)
+        for record in checked.quarantine
+    ]
+    return telemetry_pb2.BatchResult(
+        sequence=checked.sequence,
+        accepted=checked.accepted,
+        quarantined=sum(record.samples for record in checked.quarantine),
+        problems=problems,
+    )
+
+
+def _check_number(batches: Sequence[telemetry_pb2.Batch]) -> None:
+    if len(batches) > BATCHES_PER_REQUEST_MAX:
+        raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
 
 
 class _InFlight:
@@ -152,11 +161,15 @@ class Door:
             raise invalid from error
         return Sender(caller.firm_id, caller.credential_id, source, door, current_correlation_id())
 
+    def check(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
+        """What would become of batches; nothing is kept or counted. Raises Invalid."""
+        _check_number(batches)
+        return [_result(self._check.check(sender, batch)) for batch in batches]
+
     def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[Taken]:
         """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid."""
         try:
-            if len(batches) > BATCHES_PER_REQUEST_MAX:
-                raise Invalid(f"{len(batches)} batches in one request; send at most {BATCHES_PER_REQUEST_MAX}.")
+            _check_number(batches)
             self._group_commit.check_room()
             self._in_flight.check_room(sender.credential_id)
             bucket = self._buckets.checked(sender.firm_id)
@@ -220,14 +233,37 @@ class Door:
         """Telemetry was sent back with this error and is not kept: whoever looks for it shall find out."""
         self._sightings.refused(sender, error.reason, error.detail)
 
-    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0) -> None:
+    def note_offline(self, sender: Sender, machine_id: int, detail: str) -> None:
+        """The sender says that this machine sends no more: whoever looks for its data shall find out."""
+        self._sightings.refused(sender, Reason.NODE_OFFLINE, detail, machine_id=machine_id)
+
+    async def set_aside(
+        self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0, *, machine_id: int = 0
+    ) -> None:
         """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
         record = quarantined(sender, reason, detail, samples, self._clock.now_us(), raw=raw)
         samples_total.labels(sender.door, "quarantined").inc(samples)
         quarantined_total.labels(reason).inc(samples)
-        self._sightings.refused(sender, reason, detail, samples=samples)
+        self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
         log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
         await self._group_commit.put_quarantine(record).wait()
+
+    async def keep_aside(
+        self, sender: Sender, reason: str, detail: str, batches: Sequence[telemetry_pb2.Batch]
+    ) -> None:
+        """Quarantine batches that can be replayed, of a sender that nobody can tell to wait. Raises TryAgain."""
+        commits = []
+        for batch in batches:
+            absent = sum(byte.bit_count() for byte in batch.absent)
+            samples, now_us = len(batch.values) - absent, self._clock.now_us()
+            whole, machine_id = batch.SerializeToString(), batch.machine_id
+            record = quarantined(sender, reason, detail, samples, now_us, batch=whole, machine_id=machine_id)
+            self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
+            samples_total.labels(sender.door, "quarantined").inc(samples)
+            quarantined_total.labels(reason).inc(samples)
+            self._sightings.refused(sender, reason, detail, machine_id=batch.machine_id, samples=samples)
+            commits.append(self._group_commit.put_quarantine(record))
+        await asyncio.gather(*(commit.wait() for commit in commits))
 
     async def note_malformed(self, caller: Caller, method: str, raw: bytes) -> None:
         """A gRPC body that is no message: quarantine it if it was meant as telemetry."""
@@ -240,8 +276,10 @@ class Door:
         bucket.spend(checked.accepted)
         commits = [self._group_commit.put_frames(frames) for frames in checked.frames]
         _accepted_total(sender.door).inc(checked.accepted)
-        if checked.accepted:
+        if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)
+        if checked.unknown:
+            self._sightings.proposed(sender, checked.machine_id, checked.unknown)
         for record in checked.quarantine:
             bucket.spend(record.samples)
             commits.append(self._group_commit.put_quarantine(record))

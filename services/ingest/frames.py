@@ -4,7 +4,7 @@ Work is per batch in Python and per sample in numpy.
 """
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -22,6 +22,8 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 RAW_BYTES_MAX = 64 * 1024
+# Of one batch; a machine whose signals are all unknown is found out about in a few.
+PROPOSED_AT_ONCE_MAX = 200
 _DAY_US = 86_400 * 1_000_000
 
 
@@ -34,6 +36,20 @@ class Sender:
     source: str
     door: str
     correlation_id: str
+    # False: history that is sent now. It says nothing about the machine and its gateway now.
+    is_live: bool = True
+
+
+@dataclass(frozen=True)
+class UnknownSignal:
+    """What a batch holds of a signal that its machine does not have, for a firm that wants such signals proposed."""
+
+    name: str
+    samples: int
+    example: float
+    lowest: float
+    highest: float
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Checked:
     newest_us: int = 0
     # Of the first time outside the window, where there is one: that time less the door's.
     clock_off_us: int = 0
+    unknown: Sequence[UnknownSignal] = ()
 
 
 class _MachineView:
@@ -91,7 +108,8 @@ class FrameCheck:
         samples = len(values) if present is None else int(present.sum())
 
         def refuse_all(reason: str, detail: str, machine_id: int = 0) -> Checked:
-            record = quarantined(sender, reason, detail, samples, received_us, batch=batch.SerializeToString())
+            whole = batch.SerializeToString()
+            record = quarantined(sender, reason, detail, samples, received_us, batch=whole, machine_id=machine_id)
             return Checked(batch.sequence, 0, [], [record], machine_id)
 
         machine = self._machine(sender, batch.machine_id, batch.machine_path)
@@ -148,10 +166,15 @@ class FrameCheck:
             if not count:
                 return
             part = _part(batch, matrix, bad)
-            quarantine.append(quarantined(sender, reason, detail, count, received_us, batch=part))
+            quarantine.append(
+                quarantined(sender, reason, detail, count, received_us, batch=part, machine_id=machine.id)
+            )
             good = good & ~bad
 
+        proposed: list[UnknownSignal] = []
         if unknown:
+            if batch.signals and self._is_proposing(sender.firm_id):
+                proposed = _unknown_signals(batch.signals, positions, matrix, good)
             named = ", ".join(repr(name) for name in unknown[:5])
             bad = np.zeros((rows, columns), dtype=bool)
             bad[:, positions < 0] = True
@@ -185,12 +208,18 @@ class FrameCheck:
         accepted = int(good.sum())
         frames = self._frames(sender, batch, machine, positions, times, matrix, good, received_us) if accepted else []
         newest_us = int(times[good.any(axis=1)].max()) if accepted else 0
-        return Checked(batch.sequence, accepted, frames, quarantine, machine.id, received_us, newest_us, clock_off_us)
+        return Checked(
+            batch.sequence, accepted, frames, quarantine, machine.id, received_us, newest_us, clock_off_us, proposed
+        )
 
     def signals_of(self, sender: Sender, machine_id: int, path: str) -> Container[str]:
         """Names of a machine's signals; none where the sender's firm has no such machine."""
         machine = self._machine(sender, machine_id, path)
         return () if machine is None else machine.positions
+
+    def _is_proposing(self, firm_id: int) -> bool:
+        firm = self._directory.firms.get(firm_id)
+        return firm is not None and firm.propose_unknown_signals
 
     def _machine(self, sender: Sender, machine_id: int, path: str) -> _MachineView | None:
         if not machine_id:
@@ -285,6 +314,7 @@ def quarantined(
     *,
     batch: bytes = b"",
     raw: bytes = b"",
+    machine_id: int = 0,
 ) -> records_pb2.QuarantineRecord:
     """A quarantine record; its id comes from its content, so that what is sent again is the same record."""
     digest = hashlib.sha256(f"{sender.firm_id}/{sender.source}/{reason}/".encode())
@@ -303,7 +333,19 @@ def quarantined(
         batch=batch,
         raw=raw[:RAW_BYTES_MAX],
         door=sender.door,
+        machine_id=machine_id,
     )
+
+
+def _unknown_signals(names: Sequence[str], positions: Ints, matrix: Floats, present: Bools) -> list[UnknownSignal]:
+    found = []
+    for column in np.flatnonzero(positions < 0)[:PROPOSED_AT_ONCE_MAX].tolist():
+        values = matrix[:, column][present[:, column] & np.isfinite(matrix[:, column])]
+        if len(values):
+            is_whole = bool((values == np.floor(values)).all())
+            low, high = float(values.min()), float(values.max())
+            found.append(UnknownSignal(names[column], len(values), float(values[-1]), low, high, is_whole))
+    return found
 
 
 def _present(absent: bytes, cells: int) -> Bools | None:

@@ -7,6 +7,7 @@ Machine: the tag `machine` (path or id), else the measurement as a path. Signal:
 else `measurement.field` if it has that.
 """
 
+import functools
 import re
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ CELLS_PER_SAMPLE_MAX = 4
 ROWS_PER_BATCH_MAX = 500
 # A pattern makes reading a form's lines fast but costs as much as some hundred lines.
 PATTERNS_MAX = 100
+# Over requests: the machines of a plant write the same fields again and again.
+PATTERNS_KEPT = 1_000
 PATTERN_FIELDS_MAX = 500
 # A form or a fault costs as much time as some hundred samples; these bound what one body can cost.
 FORMS_MAX = 10_000
@@ -159,7 +162,7 @@ class _Reader:
             form = latest.get(head)
             if form is not None:
                 if form.pattern is None and patterns < PATTERNS_MAX and len(form.fields) <= PATTERN_FIELDS_MAX:
-                    form.pattern, patterns = _pattern(form.names), patterns + 1
+                    form.pattern, patterns = _pattern(tuple(form.names)), patterns + 1
                 match = form.pattern and form.pattern.fullmatch(rest)
                 if match:
                     form.cells += match.groups()
@@ -255,6 +258,9 @@ class _Reader:
     def _values(self, form: _Form, whole: Bools) -> tuple[Floats, Bools | None]:
         """Values, and which cells hold one (None: all); clears `whole` for rows with one that cannot be read."""
         rows, columns = len(form.lines), len(form.fields)
+        floats = _floats(form.cells)  # with the times between them, which are numbers too
+        if floats is not None:
+            return np.array(floats).reshape(rows, columns + 1)[:, :columns], None
         values = np.zeros((rows, columns))
         present: Bools | None = None
         texts: dict[int, list[str]] = {}
@@ -460,7 +466,8 @@ def _machine(head: bytes) -> tuple[str, str]:
     return machine or name, name
 
 
-def _pattern(names: list[bytes]) -> re.Pattern[bytes]:
+@functools.lru_cache(PATTERNS_KEPT)
+def _pattern(names: tuple[bytes, ...]) -> re.Pattern[bytes]:
     fields = b",".join(re.escape(name) + rb'=([^,= "\\]++)' for name in names)
     return re.compile(fields + rb" ([0-9]++)")
 

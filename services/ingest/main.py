@@ -1,8 +1,10 @@
-"""The processes of ingest: `python -m services.ingest.main door|historian`, and `... operator-key` to make the first key."""
+"""The processes of ingest: `python -m services.ingest.main door|historian|mqtt`, and `... operator-key` to make the first key."""
 
 import asyncio
 import functools
 import sys
+
+from pydantic import Field
 
 from services.common import logs, topics
 from services.common.clock import SystemClock
@@ -34,20 +36,30 @@ from services.ingest.door import Door
 from services.ingest.export import Export
 from services.ingest.groupcommit import GroupCommit
 from services.ingest.historian import Historian
+from services.ingest.import_api import import_router
+from services.ingest.imports import Imports
 from services.ingest.kpi import KpiService
 from services.ingest.kpi_api import kpi_router
 from services.ingest.kpi_rpc import KpiServicer
+from services.ingest.mqttbridge import Births, Bridge, Host, Share
+from services.ingest.mqttlink import Broker
+from services.ingest.proposal_api import proposal_router
+from services.ingest.proposal_rpc import ProposalServicer
+from services.ingest.proposals import Proposals
 from services.ingest.quarantine import Quarantine
 from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
 from services.ingest.query_api import query_router
 from services.ingest.query_rpc import QueryServicer
+from services.ingest.query_turns import Turns
 from services.ingest.quota_api import quota_router
 from services.ingest.quota_rpc import QuotaServicer
 from services.ingest.quotas import Quotas
 from services.ingest.registry import Registry
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
+from services.ingest.retention import Enforcer, Retention
+from services.ingest.retention_api import retention_router
 from services.ingest.rooms import RoomReads, Rooms
 from services.ingest.rooms_api import rooms_router
 from services.ingest.rpc import TelemetryServicer
@@ -58,6 +70,7 @@ from smdih.ingest.v1 import (
     claim_pb2_grpc,
     diagnosis_pb2_grpc,
     kpi_pb2_grpc,
+    proposal_pb2_grpc,
     query_pb2_grpc,
     quota_pb2_grpc,
     registry_pb2_grpc,
@@ -66,8 +79,9 @@ from smdih.ingest.v1 import (
 )
 
 SCHEMA = "ingest"
-USAGE = "usage: python -m services.ingest.main door|historian|operator-key"
+USAGE = "usage: python -m services.ingest.main door|historian|mqtt|operator-key"
 
+HISTORIANS = 2
 HISTORIAN_RECORDS_MAX = 500
 # A partition's share of a poll. Small polls let fetching and storing overlap and stay in the processor's caches: from a full
 # topic 2 MiB stored 3.7-4.0 million samples a second, 8 MiB 2.2-2.8 million, 0.5 MiB 1.8-3.0 million.
@@ -83,6 +97,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     publisher = await runtime.enter(Publisher(cluster))
     sightings = Sightings(clock)
     writer = SightingsWriter(pool, sightings, clock)
+    runtime.on_stop(writer.close)
     runtime.background("sightings", writer.run())
     directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"), key_watch=sightings)
     runtime.background("directory", directory.run())
@@ -91,11 +106,11 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     partitions = await publisher.partitions(topics.SAMPLES)
     group_commit = GroupCommit(publisher, partitions=partitions)
     runtime.on_stop(group_commit.close)
+    ends = TopicEnds(cluster)
+    runtime.on_stop(ends.close)
     buckets = Buckets(directory)
     runtime.background("quotas", BucketsSharer(pool, buckets, clock).run())
     door = Door(directory, group_commit, clock, sightings, buckets)
-    ends = TopicEnds(cluster)
-    runtime.on_stop(ends.close)
     samples = Partitions(cluster.name(topics.SAMPLES), partitions)
     quotas = Quotas(pool, relay, clock)
     claims = Claims(pool, relay, directory, clock)
@@ -111,11 +126,13 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     room_reads = RoomReads(log_pool, rooms, clock=clock)
     runtime.on_stop(room_reads.flush)
     runtime.background("room reads", room_reads.run())
-    access = Access(rooms.grants, note=room_reads.note)
-    queries, export = Queries(pool, directory, access), Export(pool, directory, access)
+    access, turns = Access(rooms.grants, note=room_reads.note), Turns()
+    queries, export = Queries(pool, directory, access, turns), Export(pool, directory, access)
     signer = Signer(settings.evidence_key) if settings.evidence_key else None
-    kpi = KpiService(pool, directory, clock, signer)
-    quarantine = Quarantine(pool, directory, door)
+    kpi = KpiService(pool, directory, clock, turns, signer)
+    retention = Retention(pool, clock, disk_bytes=settings.database_disk_bytes)
+    quarantine = Quarantine(pool, directory, door, ends)
+    proposals = Proposals(pool, relay, clock, writer, registry, quarantine)
     await runtime.enter(
         serve_rpc(
             host=settings.grpc_host,
@@ -125,6 +142,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry, credentials)),
                 (query_pb2_grpc.add_QueryServiceServicer_to_server, QueryServicer(queries, quarantine)),
+                (proposal_pb2_grpc.add_ProposalServiceServicer_to_server, ProposalServicer(proposals, quarantine)),
                 (claim_pb2_grpc.add_ClaimServiceServicer_to_server, ClaimServicer(claims)),
                 (quota_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaServicer(quotas)),
                 (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
@@ -138,6 +156,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.DiagnosisService",
                 "smdih.ingest.v1.QuotaService",
                 "smdih.ingest.v1.ClaimService",
+                "smdih.ingest.v1.ProposalService",
                 "smdih.ingest.v1.SeriesService",
                 "smdih.ingest.v1.KpiService",
             ],
@@ -157,12 +176,15 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             query_router(queries),
             series_router(queries, export),
             kpi_router(kpi),
+            retention_router(retention),
             quarantine_router(quarantine),
             diagnosis_router(diagnoses),
             quota_router(quotas),
             claim_code_router(claims),
             audit_router(Audit(pool)),
             rooms_router(room_reads),
+            import_router(Imports(pool, relay, directory, clock)),
+            proposal_router(proposals),
         ],
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),
@@ -179,35 +201,105 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
-    historian = Historian()
-    samples = PositionedConsumer(
-        cluster,
-        pool,
-        publisher,
-        topic_names=[topics.SAMPLES],
-        group="smdih.ingest.historian",
-        handler=historian.store,
-        records_max=HISTORIAN_RECORDS_MAX,
-        poll_bytes_max=HISTORIAN_POLL_BYTES_MAX,
-        on_change=historian.forget,
-    )
+    # Each with partitions, memory and a connection of its own: while the database copies for one, the other makes ready.
+    historians = [Historian() for _ in range(HISTORIANS)]
+    samples = [
+        PositionedConsumer(
+            cluster,
+            pool,
+            publisher,
+            topic_names=[topics.SAMPLES],
+            group="smdih.ingest.historian",
+            handler=historian.store,
+            records_max=HISTORIAN_RECORDS_MAX,
+            poll_bytes_max=HISTORIAN_POLL_BYTES_MAX,
+            on_change=historian.forget,
+        )
+        for historian in historians
+    ]
     quarantine = PositionedConsumer(
         cluster,
         pool,
         publisher,
         topic_names=[topics.QUARANTINE],
         group="smdih.ingest.quarantine",
-        handler=historian.store_quarantine,
+        handler=Historian().store_quarantine,
     )
     app = application("SMDIH historian", runtime=runtime, directory=None)
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
-    runtime.background("samples", samples.run())
-    runtime.background("quarantine", quarantine.run())
+    enforcer = Enforcer(pool, SystemClock(), disk_bytes=settings.database_disk_bytes)
+    runtime.background("retention", enforcer.run())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
-    runtime.ready_when("partitions", samples.is_assigned)
-    runtime.alive_when("samples", samples.is_turning)
+    for number, consumer in enumerate(samples):
+        runtime.background(f"samples-{number}", consumer.run())
+        runtime.ready_when(f"partitions-{number}", consumer.is_assigned)
+        runtime.alive_when(f"samples-{number}", consumer.is_turning)
+    runtime.background("quarantine", quarantine.run())
     runtime.alive_when("quarantine", quarantine.is_turning)
+
+
+class MqttSettings(Settings):
+    """What the MQTT bridge needs besides: the broker, and as whom to come."""
+
+    mqtt_host: str = "127.0.0.1"
+    mqtt_port: int = Field(1883, ge=1, le=65535)
+    mqtt_user: str = ""
+    mqtt_password: str = Field("", repr=False)
+    mqtt_tls: bool = False
+    mqtt_ca: str = Field("", description="file of the broker's certificate authority; the system's without it")
+    mqtt_host_id: str = Field("smdih", description="the Sparkplug host that nodes wait for: spBv1.0/STATE/<this>")
+
+
+async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
+    """From an MQTT broker into the message log."""
+    found = MqttSettings()
+    broker = Broker(
+        found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls, found.mqtt_ca
+    )
+    clock = SystemClock()
+    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    runtime.on_stop(pool.close)
+    publisher = await runtime.enter(Publisher(cluster))
+    sightings = Sightings(clock)
+    writer = SightingsWriter(pool, sightings, clock)
+    runtime.on_stop(writer.close)
+    runtime.background("sightings", writer.run())
+    directory = Directory(cluster, clock=clock, kinds=("firm", "machine"))
+    runtime.background("directory", directory.run())
+    group_commit = GroupCommit(publisher, partitions=await publisher.partitions(topics.SAMPLES))
+    runtime.on_stop(group_commit.close)
+    buckets = Buckets(directory)
+    runtime.background("quotas", BucketsSharer(pool, buckets, clock).run())
+    door = Door(directory, group_commit, clock, sightings, buckets)
+    births = Births(cluster, publisher)
+    name = cluster.name("smdih-bridge")
+
+    def share(number: int, shares: int) -> Share:
+        return Share(
+            number,
+            shares,
+            broker=broker,
+            client_id=f"{name}-{number}",
+            births=births,
+            directory=directory,
+            door=door,
+            clock=clock,
+        )
+
+    host = Host(broker, host_id=found.mqtt_host_id, client_id=f"{name}-host", clock=clock)
+    bridge = Bridge(cluster, births, share=share, host=host)
+
+    async def serve() -> None:
+        await directory.wait_caught_up()  # a message of a firm that is not known yet would be nobody's
+        await bridge.run()
+
+    app = application("SMDIH MQTT bridge", runtime=runtime, directory=None)
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    runtime.background("bridge", serve())
+    runtime.ready_when("kafka", publisher.answers)
+    runtime.ready_when("mqtt", bridge.is_serving)
 
 
 async def operator_key(settings: Settings) -> str:
@@ -224,7 +316,7 @@ async def operator_key(settings: Settings) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    roles = {"door": start_door, "historian": start_historian}
+    roles = {"door": start_door, "historian": start_historian, "mqtt": start_mqtt}
     if len(arguments) != 1 or arguments[0] not in (*roles, "operator-key"):
         print(USAGE, file=sys.stderr)  # noqa: T201  a command line
         sys.exit(2)

@@ -1,5 +1,6 @@
 """HTTP edge of the quarantine."""
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,6 +16,10 @@ class ReplayBody(Body):
     machine_id: int = 0
 
 
+class ReplayAllBody(Body):
+    reason: str
+
+
 def quarantine_router(quarantine: Quarantine) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["quarantine"])
 
@@ -27,6 +32,14 @@ def quarantine_router(quarantine: Quarantine) -> APIRouter:
     async def replay(item_id: str, body: ReplayBody, caller: Authenticated) -> dict[str, Any]:
         result = await quarantine.replay(caller, item_id, body.machine_id)
         return {"accepted": result.accepted, "quarantined": result.quarantined}
+
+    @router.post("/machines/{machine_id}/replay")
+    async def replay_all(machine_id: int, body: ReplayAllBody, caller: Authenticated) -> dict[str, Any]:
+        """Send what waits of a machine for one reason (such as OUT_OF_RANGE) through the door again, after it was mended.
+
+        At most 5,000 items a call; `left` are still to come (or were refused again): the same call goes on.
+        """
+        return asdict(await quarantine.replay_all(caller, machine_id, body.reason))
 
     return router
 

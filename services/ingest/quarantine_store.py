@@ -1,5 +1,6 @@
 """SQL of the quarantine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -54,5 +55,40 @@ async def quarantined_item(connection: Connection, item_id: str) -> Quarantined:
     return Quarantined(**dict(row))
 
 
-async def mark_replayed(connection: Connection, item_id: str) -> None:
-    await connection.execute("UPDATE quarantine SET replayed = now() WHERE id = $1", item_id)
+async def mark_replayed(connection: Connection, item_ids: Sequence[str]) -> None:
+    await connection.execute("UPDATE quarantine SET replayed = now() WHERE id = ANY($1::text[])", list(item_ids))
+
+
+async def waiting(
+    connection: Connection,
+    machine_id: int,
+    firm_id: int,
+    reason: str,
+    after: tuple[datetime, str] | None,
+    limit: int,
+) -> list[Quarantined]:
+    """Items of a machine that have not been replayed, oldest first, above `after` (received, id)."""
+    at, item_id = after or (None, "")
+    rows = await connection.fetch(
+        _QUARANTINED + "WHERE machine_id = $1 AND reason = $2 AND replayed IS NULL AND batch IS NOT NULL "
+        "AND ($3::timestamptz IS NULL OR (received, id) > ($3, $4)) AND firm_id = $6 ORDER BY received, id LIMIT $5",
+        *(machine_id, reason, at, item_id, limit, firm_id),
+    )
+    return [Quarantined(**dict(row)) for row in rows]
+
+
+async def count_waiting(connection: Connection, machine_id: int, firm_id: int, reason: str, limit: int) -> int:
+    found: int = await connection.fetchval(
+        "SELECT count(*) FROM (SELECT 1 FROM quarantine WHERE machine_id = $1 AND reason = $2 "
+        "AND replayed IS NULL AND firm_id = $4 LIMIT $3) AS counted",
+        *(machine_id, reason, limit, firm_id),
+    )
+    return found
+
+
+async def position(connection: Connection, topic: str) -> int:
+    """How far the topic (one partition) has been stored."""
+    found: int | None = await connection.fetchval(
+        "SELECT next_offset FROM position WHERE topic = $1 AND partition = 0", topic
+    )
+    return found or 0

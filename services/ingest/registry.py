@@ -5,11 +5,12 @@ from dataclasses import replace
 from zoneinfo import ZoneInfo
 
 from services.common.clock import Clock
-from services.common.database import Pool, transaction
+from services.common.database import Connection, Pool, transaction
 from services.common.directory import Directory
 from services.common.errors import Invalid, TryAgain
 from services.common.identity import Caller, Role
 from services.common.outbox import OutboxRelay
+from services.ingest import audit_store
 from services.ingest import registry_store as store
 from services.ingest.asked import (
     PAGE_SIZE_DEFAULT,
@@ -36,6 +37,9 @@ from services.ingest.domain import (
 )
 from smdih.directory.v1 import directory_pb2 as pb
 
+# So many names of added signals stand in the audit.
+SIGNALS_NOTED_MAX = 20
+
 
 class Registry:
     """Firms, sites, machines, signals, partners and keys.
@@ -59,6 +63,7 @@ class Registry:
         check_one_of(new.size, SIZES, "size")
         async with transaction(self._pool) as connection:
             firm = await store.create_firm(connection, checked, self._clock.now_us())
+            await self._note(connection, caller, firm.id, "firm registered", firm.slug)
         self._relay.kick()
         return firm
 
@@ -69,6 +74,7 @@ class Registry:
         check_one_of(region, REGIONS, "region")
         async with transaction(self._pool) as connection:
             partner = await store.create_partner(connection, name, region, self._clock.now_us())
+            await self._note(connection, caller, 0, "partner registered", f"partner {partner.id}")
         self._relay.kick()
         return partner
 
@@ -84,6 +90,7 @@ class Registry:
             raise Invalid(f"{new.timezone!r} is no time zone; use a name such as Europe/London.") from error
         async with transaction(self._pool) as connection:
             site = await store.create_site(connection, new, self._clock.now_us())
+            await self._note(connection, caller, site.firm_id, "site registered", site.slug)
         self._relay.kick()
         return site
 
@@ -99,6 +106,7 @@ class Registry:
             caller.check_sees_firm(firm_id)
             path = f"{site_path}/{new.path}"
             machine = await store.create_machine(connection, new, firm_id, path, self._clock.now_us())
+            await self._note(connection, caller, firm_id, "machine registered", path)
         await self._known_here(machine)
         return machine
 
@@ -113,8 +121,22 @@ class Registry:
             caller.check_sees_firm(before.firm_id)
             if len(before.signals) + len(checked) > SIGNALS_PER_MACHINE_MAX:
                 raise Invalid(f"A machine has at most {SIGNALS_PER_MACHINE_MAX} signals.")
+            _check_not_alike([signal.name for signal in before.signals], checked)
             machine = await store.add_signals(connection, machine_id, checked, self._clock.now_us())
+            added = ", ".join(repr(signal.name) for signal in checked[:SIGNALS_NOTED_MAX])
+            await self._note(
+                connection, caller, machine.firm_id, "signals added", f"{len(checked)} of {machine.path}: {added}"
+            )
         await self._known_here(machine)
+        return machine
+
+    async def machine(self, caller: Caller, machine_id: int) -> pb.Machine:
+        """As it is in the database. Raises NotFound."""
+        caller.require(Role.OPERATOR, Role.FIRM)
+        check_id(machine_id, "machine_id")
+        async with transaction(self._pool) as connection:
+            machine = await store.machine_by_id(connection, machine_id)
+        caller.check_sees_firm(machine.firm_id)
         return machine
 
     async def list_machines(
@@ -127,8 +149,43 @@ class Registry:
         after = number_in_token(page_token)
         async with transaction(self._pool) as connection:
             ids = await store.list_machine_ids(connection, firm_id, after, size + 1)
-            machines = [await store.machine_by_id(connection, machine_id) for machine_id in ids[:size]]
-        return machines, str(ids[size - 1]) if len(ids) > size else ""
+            found = await store.machines_by_id(connection, ids[:size])
+        return [found[machine_id] for machine_id in ids[:size]], str(ids[size - 1]) if len(ids) > size else ""
+
+    async def firms(self, caller: Caller, page_size: int, page_token: str) -> tuple[list[pb.Firm], str]:
+        """Operators see all firms, in order of id; a firm sees itself."""
+        caller.require(Role.OPERATOR, Role.FIRM)
+        size = page_size_of(page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+        after = number_in_token(page_token)
+        seen = [
+            firm
+            for firm_id, firm in sorted(self._directory.firms.items())
+            if firm_id > after and (caller.role is Role.OPERATOR or firm_id == caller.firm_id)
+        ]
+        return seen[:size], str(seen[size - 1].id) if len(seen) > size else ""
+
+    async def sites(self, caller: Caller, firm_id: int, page_size: int, page_token: str) -> tuple[list[pb.Site], str]:
+        """In order of id. Operators see all sites with firm_id 0."""
+        caller.require(Role.OPERATOR, Role.FIRM)
+        firm_id = caller.firm_or(firm_id)
+        size = page_size_of(page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+        after = number_in_token(page_token)
+        seen = [
+            site
+            for site_id, site in sorted(self._directory.sites.items())
+            if site_id > after and firm_id in (0, site.firm_id)
+        ]
+        return seen[:size], str(seen[size - 1].id) if len(seen) > size else ""
+
+    async def _note(self, connection: Connection, caller: Caller, firm_id: int, action: str, detail: str) -> None:
+        await audit_store.note(
+            connection,
+            self._clock.now_us(),
+            firm_id=firm_id,
+            credential_id=caller.credential_id,
+            action=action,
+            detail=detail,
+        )
 
     async def _known_here(self, machine: pb.Machine) -> None:
         self._relay.kick()
@@ -148,4 +205,15 @@ def _checked_signals(signals: list[NewSignal]) -> list[NewSignal]:
             if bound is not None and not math.isfinite(bound):
                 raise Invalid(f"{name}: a range needs finite numbers; leave a bound out where there is none.")
         checked.append(NewSignal(name, unit, new.range_min, new.range_max))
+    _check_not_alike([], checked)
     return checked
+
+
+def _check_not_alike(have: list[str], new: list[NewSignal]) -> None:
+    """Raise Invalid for names that differ in case only; that the very same name is there already, the database tells."""
+    folded = {name.casefold(): name for name in have}
+    for signal in new:
+        like = folded.setdefault(signal.name.casefold(), signal.name)
+        if like != signal.name:
+            detail = f"{signal.name!r} and {like!r} differ in case only and will be mixed up; choose another name."
+            raise Invalid(detail, reason="BAD_NAME")

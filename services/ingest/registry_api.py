@@ -79,6 +79,18 @@ def registry_router(registry: Registry) -> APIRouter:
     async def add_signals(machine_id: int, body: SignalsBody, caller: Authenticated) -> dict[str, Any]:
         return as_dict(await registry.add_signals(caller, machine_id, [signal.new() for signal in body.signals]))
 
+    @router.get("/firms")
+    async def firms(caller: Authenticated, page_size: int = 0, page_token: str = "") -> dict[str, Any]:
+        found, token = await registry.firms(caller, page_size, page_token)
+        return {"firms": [as_dict(firm) for firm in found], "next_page_token": token}
+
+    @router.get("/sites")
+    async def sites(
+        caller: Authenticated, firm_id: int = 0, page_size: int = 0, page_token: str = ""
+    ) -> dict[str, Any]:
+        found, token = await registry.sites(caller, firm_id, page_size, page_token)
+        return {"sites": [as_dict(site) for site in found], "next_page_token": token}
+
     @router.get("/machines")
     async def list_machines(
         caller: Authenticated, firm_id: int = 0, page_size: int = 0, page_token: str = ""

@@ -37,16 +37,18 @@ async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.F
 async def publish_firm(connection: Connection, firm_id: int, now_us: int) -> pb.Firm:
     """Tell everybody what the firm is now. Raises NotFound."""
     row = await connection.fetchrow(
-        "SELECT f.id, f.name, f.slug, f.sic, f.region, f.size, q.samples_per_s, q.signals, q.stored_days "
+        "SELECT f.id, f.name, f.slug, f.sic, f.region, f.size, f.unknown_signals = 'propose' AS propose_unknown_signals, "
+        "q.samples_per_s, q.signals, q.stored_days "
         "FROM firm f LEFT JOIN firm_quota q ON q.firm_id = f.id WHERE f.id = $1",
         firm_id,
     )
     if row is None:
         raise NotFound(f"There is no firm {firm_id}.")
-    *of_firm, samples_per_s, signals, stored_days = row.values()
-    firm = pb.Firm(**dict(zip(("id", "name", "slug", "sic", "region", "size"), of_firm, strict=True)))
-    if samples_per_s or signals or stored_days:
-        firm.quota.MergeFrom(pb.Quota(samples_per_s=samples_per_s, signals=signals, stored_days=stored_days))
+    fields = dict(row)
+    quota = {name: fields.pop(name) for name in ("samples_per_s", "signals", "stored_days")}
+    firm = pb.Firm(**fields)
+    if any(quota.values()):
+        firm.quota.MergeFrom(pb.Quota(**quota))
     await publish(connection, "firm", pb.DirectoryEntry(firm=firm), firm_id, now_us)
     return firm
 
@@ -155,17 +157,26 @@ async def add_signals(connection: Connection, machine_id: int, signals: Sequence
 
 async def machine_by_id(connection: Connection, machine_id: int) -> pb.Machine:
     """Raises NotFound."""
-    row = await connection.fetchrow(
-        "SELECT id, firm_id, site_id, path, name, kind FROM machine WHERE id = $1", machine_id
-    )
-    if row is None:
+    found = await machines_by_id(connection, [machine_id])
+    if not found:
         raise NotFound(f"There is no machine {machine_id}.")
-    machine = pb.Machine(**dict(row))
-    for signal in await connection.fetch(
-        "SELECT id, name, unit, range_min, range_max FROM signal WHERE machine_id = $1 ORDER BY position", machine_id
+    return found[machine_id]
+
+
+async def machines_by_id(connection: Connection, machine_ids: Sequence[int]) -> dict[int, pb.Machine]:
+    """Those that there are, with their signals."""
+    rows = await connection.fetch(
+        "SELECT id, firm_id, site_id, path, name, kind FROM machine WHERE id = ANY($1::bigint[])", list(machine_ids)
+    )
+    machines = {row["id"]: pb.Machine(**dict(row)) for row in rows}
+    for row in await connection.fetch(
+        "SELECT machine_id, id, name, unit, range_min, range_max FROM signal WHERE machine_id = ANY($1::bigint[]) "
+        "ORDER BY machine_id, position",
+        list(machine_ids),
     ):
-        machine.signals.add(**dict(signal))
-    return machine
+        fields = dict(row)
+        machines[fields.pop("machine_id")].signals.add(**fields)
+    return machines
 
 
 async def list_machine_ids(connection: Connection, firm_id: int, after: int, limit: int) -> list[int]:

@@ -29,6 +29,12 @@ class TelemetryServicer(telemetry_pb2_grpc.TelemetryServiceServicer):
             raise Invalid("The request holds no batches.", reason="EMPTY_REQUEST")
         return telemetry_pb2.SendBatchesResponse(results=await self._door.send(sender, request.batches))
 
+    async def CheckBatches(
+        self, request: telemetry_pb2.CheckBatchesRequest, context: Any
+    ) -> telemetry_pb2.CheckBatchesResponse:
+        sender = self._door.sender(current_caller(), "", "grpc")
+        return telemetry_pb2.CheckBatchesResponse(results=self._door.check(sender, request.batches))
+
     async def StreamBatches(
         self, request_iterator: AsyncIterator[telemetry_pb2.StreamBatchesRequest], context: Any
     ) -> AsyncIterator[telemetry_pb2.StreamBatchesResponse]:

@@ -6,7 +6,9 @@ lasts is noted again.
 
 import asyncio
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import asyncpg
 from prometheus_client import Counter
@@ -16,9 +18,11 @@ from services.common.database import AWAY, Connection, Pool, transaction
 from services.common.errors import HubError
 from services.common.identity import Role, key_prefix, key_sha256
 from services.common.logs import get_logger
+from services.ingest import proposal_store
 from services.ingest import sightings_store as store
-from services.ingest.domain import Reason
-from services.ingest.frames import Sender
+from services.ingest.domain import BadName, Reason, check_signal_name
+from services.ingest.frames import Sender, UnknownSignal
+from services.ingest.proposal_store import ProposalKey, Seen
 from services.ingest.sightings_store import MachineSeen, RefusalKey, Refused
 from smdih.directory.v1 import directory_pb2 as pb
 
@@ -29,12 +33,12 @@ FLUSH_INTERVAL_S = 5.0
 FLUSH_SOON_S = 0.2
 # Machines that send all the time are the many; theirs is news only when it stops.
 MACHINES_INTERVAL_S = 30.0
-REFUSALS_NOTED_MAX = 10_000
+NOTED_MAX = 10_000
 TEXT_LENGTH_MAX = 300
 CLEAN_INTERVAL_S = 600.0
 
-# Refusals that were counted without their details, because more kinds than REFUSALS_NOTED_MAX waited to be written.
-unnoted_total = Counter("smdih_ingest_door_unnoted_refusals_total", "Refusals counted without details")
+# Refusals and proposals that were not noted, because NOTED_MAX kinds waited to be written already.
+unnoted_total = Counter("smdih_ingest_door_unnoted_total", "Refusals and proposals not noted")
 
 _KEY = re.compile(rf"smdih_({'|'.join(Role)})_[A-Za-z0-9_-]{{4,}}")
 _UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -46,15 +50,27 @@ class _UnknownKey:
     prefix: str
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What waits to be written."""
+
+    machines: dict[int, tuple[int, int, Sender]] = field(default_factory=dict)
+    used: dict[int, int] = field(default_factory=dict)
+    refusals: dict[RefusalKey, Refused] = field(default_factory=dict)
+    unknown_keys: dict[_UnknownKey, Refused] = field(default_factory=dict)
+    proposals: dict[ProposalKey, Seen] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.machines or self.used or self.refusals or self.unknown_keys or self.proposals)
+
+
 class Sightings:
     """One door's notes."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._machines: dict[int, tuple[int, int, Sender]] = {}
-        self._used: dict[int, int] = {}
-        self._refusals: dict[RefusalKey, Refused] = {}
-        self._unknown_keys: dict[_UnknownKey, Refused] = {}
+        self._notes = Notes()
+        self._machines = self._notes.machines
         self.is_new = asyncio.Event()
 
     def taken(self, sender: Sender, machine_id: int, received_us: int, newest_us: int) -> None:
@@ -63,7 +79,7 @@ class Sightings:
 
     def used(self, credential_id: int) -> None:
         """A key was accepted."""
-        self._used[credential_id] = self._clock.now_us()
+        self._notes.used[credential_id] = self._clock.now_us()
 
     def refused(
         self,
@@ -77,6 +93,8 @@ class Sightings:
         clock_off_us: int = 0,
     ) -> None:
         """Input of a known sender that was put aside or sent back."""
+        if not sender.is_live:
+            return
         key = RefusalKey(sender.firm_id, machine_id, sender.credential_id, _shown(subject), reason)
         self._note(key, sender.source, sender.door, samples, detail, clock_off_us)
 
@@ -87,20 +105,43 @@ class Sightings:
             self._note(noted, "", "", 0, detail, 0)
             return
         unknown = _UnknownKey(key_sha256(key), key_prefix(key) if _KEY.fullmatch(key) else "")
-        if unknown not in self._unknown_keys:
-            if len(self._unknown_keys) >= REFUSALS_NOTED_MAX:
-                unnoted_total.inc()
-                return
-            self.is_new.set()
-        self._unknown_keys[unknown] = self._counted(self._unknown_keys.get(unknown), "", "", 0, detail, 0)
+        if self._has_room(self._notes.unknown_keys, unknown):
+            before = self._notes.unknown_keys.get(unknown)
+            self._notes.unknown_keys[unknown] = self._counted(before, "", "", 0, detail, 0)
+
+    def proposed(self, sender: Sender, machine_id: int, unknown: Sequence[UnknownSignal]) -> None:
+        """Signals that a machine does not have, of a firm that wants them proposed."""
+        now_us = self._clock.now_us()
+        for one in unknown:
+            key = ProposalKey(machine_id, one.name)
+            if not _is_signal_name(one.name) or not self._has_room(self._notes.proposals, key):
+                continue
+            seen = Seen(
+                sender.firm_id,
+                one.samples,
+                now_us,
+                now_us,
+                one.example,
+                one.lowest,
+                one.highest,
+                one.is_whole,
+                sender.source,
+            )
+            before = self._notes.proposals.get(key)
+            self._notes.proposals[key] = seen if before is None else before.and_then(seen)
 
     def _note(self, key: RefusalKey, source: str, door: str, samples: int, detail: str, clock_off_us: int) -> None:
-        if key not in self._refusals:
-            if len(self._refusals) >= REFUSALS_NOTED_MAX:
+        if self._has_room(self._notes.refusals, key):
+            before = self._notes.refusals.get(key)
+            self._notes.refusals[key] = self._counted(before, source, door, samples, detail, clock_off_us)
+
+    def _has_room(self, noted: Mapping[Any, object], key: object) -> bool:
+        if key not in noted:
+            if len(noted) >= NOTED_MAX:
                 unnoted_total.inc()
-                return
+                return False
             self.is_new.set()
-        self._refusals[key] = self._counted(self._refusals.get(key), source, door, samples, detail, clock_off_us)
+        return True
 
     def _counted(
         self, before: Refused | None, source: str, door: str, samples: int, detail: str, clock_off_us: int
@@ -110,42 +151,33 @@ class Sightings:
         samples += before.samples if before else 0
         return Refused(times + 1, samples, first_us, now_us, source, door, _shown(detail), clock_off_us)
 
-    def take_machines(self) -> list[MachineSeen]:
-        """The notes about machines so far; they are the caller's now."""
-        machines, self._machines = self._machines, {}
-        for received_us, _, sender in machines.values():
-            self._used[sender.credential_id] = max(received_us, self._used.get(sender.credential_id, 0))
-        return [
-            MachineSeen(machine_id, received_us, newest_us, sender.credential_id, sender.source, sender.door)
-            for machine_id, (received_us, newest_us, sender) in machines.items()
-        ]
-
-    def take_used(self) -> dict[int, int]:
-        used, self._used = self._used, {}
-        return used
-
-    def take_refusals(self) -> tuple[dict[RefusalKey, Refused], dict[_UnknownKey, Refused]]:
+    def take(self, *, with_machines: bool) -> Notes:
+        """The notes so far; they are the caller's now. Without the machines those stay here."""
         self.is_new.clear()
-        refusals, self._refusals = self._refusals, {}
-        unknown, self._unknown_keys = self._unknown_keys, {}
-        return refusals, unknown
+        taken = self._notes
+        if with_machines:
+            for received_us, _, sender in taken.machines.values():
+                taken.used[sender.credential_id] = max(received_us, taken.used.get(sender.credential_id, 0))
+            self._notes = Notes()
+        else:
+            self._notes = Notes(machines=taken.machines)
+            taken = replace(taken, machines={})
+        self._machines = self._notes.machines
+        return taken
 
-    def give_back(
-        self,
-        machines: list[MachineSeen],
-        used: dict[int, int],
-        refusals: dict[RefusalKey, Refused],
-        unknown: dict[_UnknownKey, Refused],
-    ) -> None:
-        """What could not be written is written with the next; what has been noted since comes first."""
-        for seen in machines:
-            sender = Sender(0, seen.credential_id, seen.source, seen.door, "")
-            self._machines.setdefault(seen.machine_id, (seen.received_us, seen.newest_us, sender))
-        self._used = used | self._used
-        for key, refused in refusals.items():
-            self._refusals[key] = refused.and_then(self._refusals.get(key))
-        for digest, refused in unknown.items():
-            self._unknown_keys[digest] = refused.and_then(self._unknown_keys.get(digest))
+    def give_back(self, notes: Notes) -> None:
+        """What could not be written is written with the next; what has been noted since comes last."""
+        since = self._notes
+        for machine_id, seen in notes.machines.items():
+            since.machines.setdefault(machine_id, seen)
+        for credential_id, used_us in notes.used.items():
+            since.used.setdefault(credential_id, used_us)
+        for key, refused in notes.refusals.items():
+            since.refusals[key] = refused.and_then(since.refusals.get(key))
+        for unknown, refused in notes.unknown_keys.items():
+            since.unknown_keys[unknown] = refused.and_then(since.unknown_keys.get(unknown))
+        for proposal, proposed in notes.proposals.items():
+            since.proposals[proposal] = proposed.and_then(since.proposals.get(proposal))
 
 
 class SightingsWriter:
@@ -178,35 +210,41 @@ class SightingsWriter:
                     self._clean_due_s = loop.time() + CLEAN_INTERVAL_S
                     async with transaction(self._pool) as connection:
                         await store.clean_refusals(connection, self._clock.now_us())
+                        await proposal_store.clean(connection)
             except (*AWAY, asyncpg.PostgresError, HubError) as error:
                 log.warning("sightings wait", error=repr(error))
                 await asyncio.sleep(FLUSH_INTERVAL_S)
 
+    async def close(self) -> None:
+        """Write what is noted still; where the database is away it is lost."""
+        try:
+            await self.write()
+        except (*AWAY, asyncpg.PostgresError, HubError) as error:
+            log.warning("the last sightings are lost", error=repr(error))
+
     async def write(self, *, machines: bool = True) -> None:
         """Write what has been noted. Raises TryAgain; the notes are kept then (and may be counted twice)."""
         async with self._writing:
-            seen = self._sightings.take_machines() if machines else []
-            used = self._sightings.take_used()
-            refusals, unknown = self._sightings.take_refusals()
+            notes = self._sightings.take(with_machines=machines)
+            if not notes:
+                return
             try:
-                if seen or used or refusals or unknown:
-                    async with transaction(self._pool) as connection:
-                        await store.write_seen(connection, seen, used)
-                        await store.write_refusals(connection, await self._with_owners(connection, refusals, unknown))
+                async with transaction(self._pool) as connection:
+                    await store.write_seen(connection, _seen(notes), notes.used)
+                    await store.write_refusals(connection, await self._with_owners(connection, notes))
+                    await proposal_store.write(connection, notes.proposals)
             except BaseException:
-                self._sightings.give_back(seen, used, refusals, unknown)
+                self._sightings.give_back(notes)
                 raise
 
     @staticmethod
-    async def _with_owners(
-        connection: Connection, refusals: dict[RefusalKey, Refused], unknown: dict[_UnknownKey, Refused]
-    ) -> dict[RefusalKey, Refused]:
+    async def _with_owners(connection: Connection, notes: Notes) -> dict[RefusalKey, Refused]:
         """Unknown keys may be ones that were revoked: the database still knows whose they were."""
-        if not unknown:
-            return refusals
-        owners = await store.owners(connection, [key.digest for key in unknown])
-        found = dict(refusals)
-        for key, refused in unknown.items():
+        if not notes.unknown_keys:
+            return notes.refusals
+        owners = await store.owners(connection, [key.digest for key in notes.unknown_keys])
+        found = dict(notes.refusals)
+        for key, refused in notes.unknown_keys.items():
             owner = owners.get(key.digest)
             if owner is None:
                 noted = RefusalKey(0, 0, 0, key.prefix, Reason.KEY_UNKNOWN)
@@ -214,6 +252,20 @@ class SightingsWriter:
                 noted = RefusalKey(owner.firm_id, 0, owner.credential_id, owner.prefix, Reason.KEY_REVOKED)
             found[noted] = refused.and_then(found.get(noted))
         return found
+
+
+def _seen(notes: Notes) -> list[MachineSeen]:
+    return [
+        MachineSeen(machine_id, received_us, newest_us, sender.credential_id, sender.source, sender.door)
+        for machine_id, (received_us, newest_us, sender) in notes.machines.items()
+    ]
+
+
+def _is_signal_name(name: str) -> bool:
+    try:
+        return check_signal_name(name) == name
+    except BadName:
+        return False
 
 
 def _shown(text: str) -> str:

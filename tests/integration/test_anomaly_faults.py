@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,17 +15,34 @@ import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
 
+from services import anomaly
+from services.anomaly.domain import Severity
+from services.anomaly.raiser import AlarmRaiser
+from services.anomaly.scorer import Scorer, decode
+from services.anomaly.store import Actor, AlarmStore
+from services.anomaly.tuning_store import HorizonStore, NewTuning, TuningStore
+from services.anomaly.tunings import Rule, RuleKind, TuningKind
 from services.common import topics
-from services.common.kafka import DEAD_LETTERS_IN_A_ROW_MAX, Publisher
+from services.common.clock import SystemClock
+from services.common.database import Pool, create_pool, migrate, transaction
+from services.common.directory import Directory
+from services.common.kafka import DEAD_LETTERS_IN_A_ROW_MAX, Cluster, Publisher
 from services.common.settings import Settings
 from tests import anomaly_plant as plant
 from tests.polling import eventually
 
 FIRM = 7
-ROUNDS = int(os.environ.get("SMDIH_TEST_KILLS", "5"))
+ROUNDS = int(os.environ.get("SMDIH_TEST_KILLS", "3"))
 SEED = int(os.environ.get("SMDIH_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
 MACHINES = range(6)
 PARTITIONS = 4
+
+ALARMS = (
+    "SELECT machine_id - $1 AS number, position, started, ended, severity, component, explanation, value, score, "
+    "(SELECT count(*) FROM alarm_change c WHERE c.alarm_id = a.id) AS changes, "
+    "(SELECT e.position FROM alarm e WHERE e.id = a.episode_id) AS episode "
+    "FROM alarm a WHERE machine_id BETWEEN $1 AND $1 + 99 ORDER BY machine_id, started, position, component"
+)
 
 Database: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -42,15 +60,18 @@ class Run:
     def __init__(self, publisher: Publisher, database: Database, *, first_id: int) -> None:
         self._publisher = publisher
         self._database = database
-        self._first_id = first_id
+        self.first_id = first_id
         self.ends: dict[int, int] = {}
+
+    def machine(self, number: int) -> int:
+        return self.first_id + number
 
     def records(self) -> Sequence[tuple[int, bytes]]:
         """In order, each with its partition."""
         made: list[list[tuple[int, bytes]]] = []
         for partition in range(PARTITIONS):
             machines: dict[int, NDArray[Any]] = {
-                self._first_id + number: plant.with_fault(number, column=number % 3)
+                self.first_id + number: plant.with_fault(number, column=number % 3)
                 for number in MACHINES
                 if number % PARTITIONS == partition
             }
@@ -59,7 +80,7 @@ class Run:
 
     async def announce(self) -> None:
         for number in MACHINES:
-            await plant.publish_machine(self._publisher, machine_id=self._first_id + number, firm_id=FIRM)
+            await plant.publish_machine(self._publisher, machine_id=self.first_id + number, firm_id=FIRM)
 
     async def send(self, records: Sequence[tuple[int, bytes]]) -> None:
         for partition, record in records:
@@ -71,13 +92,7 @@ class Run:
         return all(positions.get(partition) == end for partition, end in self.ends.items())
 
     async def alarms(self) -> list[tuple[Any, ...]]:
-        rows = await self._database.fetch(
-            "SELECT machine_id - $1 AS number, position, started, ended, severity, component, explanation, value, score, "
-            "(SELECT count(*) FROM alarm_change c WHERE c.alarm_id = a.id) AS changes, "
-            "(SELECT e.position FROM alarm e WHERE e.id = a.episode_id) AS episode "
-            "FROM alarm a WHERE machine_id BETWEEN $1 AND $1 + 99 ORDER BY machine_id, started, position",
-            self._first_id,
-        )
+        rows = await self._database.fetch(ALARMS, self.first_id)
         return [tuple(row) for row in rows]
 
     async def events(self) -> int:
@@ -85,14 +100,14 @@ class Run:
         count: int = await self._database.fetchval(
             "SELECT count(*) FROM outbox o JOIN alarm a ON o.key = convert_to(a.id, 'UTF8') "
             "WHERE machine_id BETWEEN $1 AND $1 + 99",
-            self._first_id,
+            self.first_id,
         )
         return count
 
     async def states(self) -> dict[int, bytes]:
         rows = await self._database.fetch(
             "SELECT machine_id - $1 AS number, state FROM detector_state WHERE machine_id BETWEEN $1 AND $1 + 99",
-            self._first_id,
+            self.first_id,
         )
         return {row["number"]: row["state"] for row in rows}
 
@@ -137,6 +152,131 @@ async def test_killing_the_worker_changes_nothing(
     async with plant.running("worker", settings, tmp_path / "worker-last.log"):
         await eventually(run.taken, deadline_s=60)
     await assert_same(run, undisturbed)
+
+
+class Firm:
+    """What people do while samples flow, past the API: thresholds, changed sensors and rules, at once or after each other."""
+
+    def __init__(self, pool: Pool, run: Run, dice: random.Random) -> None:
+        self._pool = pool
+        self._run = run
+        self._dice = dice
+        self._rule_id = uuid.uuid4().hex
+        self.done = 0
+
+    async def begin(self) -> None:
+        """One rule from the start, so that there is something to see."""
+        rule = self._rule(self._run.machine(0), uuid.uuid4().hex, RuleKind.ABOVE)
+        await self._add(self._tuning(TuningKind.RULE, rule.machine_id, 0, rule_id=rule.id, rule=rule))
+
+    async def act(self) -> None:
+        while True:
+            await asyncio.sleep(self._dice.uniform(0.0, 0.05))
+            self.done += 1
+            await self._add(self._anything())
+
+    async def _add(self, new: NewTuning) -> None:
+        async with transaction(self._pool) as connection:
+            await TuningStore().lock(connection)
+            await TuningStore().add(connection, new, now_us=plant.START_US, actor=Actor())
+
+    def _anything(self) -> NewTuning:
+        dice = self._dice
+        machine_id, position = self._run.machine(dice.choice(MACHINES)), dice.choice([0, 1, 2])
+        match dice.choices(["threshold", "rule", "stop", "relearn"], weights=(5, 4, 1, 1))[0]:
+            case "threshold":
+                offset = dice.choice([-0.6, 0.0, 1.5])
+                return self._tuning(TuningKind.THRESHOLD, machine_id, position, threshold_offset=offset)
+            case "rule":
+                rule = self._rule(machine_id, self._rule_id, dice.choice([RuleKind.ABOVE, RuleKind.BELOW]))
+                return self._tuning(TuningKind.RULE, machine_id, 0, rule_id=rule.id, rule=rule)
+            case "stop":
+                return self._tuning(TuningKind.RULE, machine_id, 0, rule_id=self._rule_id)
+        return self._tuning(TuningKind.RELEARN, machine_id, position)
+
+    def _rule(self, machine_id: int, rule_id: str, kind: RuleKind) -> Rule:
+        return Rule(
+            id=rule_id,
+            version=self.done + 1,
+            firm_id=FIRM,
+            machine_id=machine_id,
+            position=0,
+            kind=kind,
+            name="test",
+            severity=Severity.LOW,
+            limit=60.5,
+        )
+
+    def _tuning(self, kind: TuningKind, machine_id: int, position: int, **fields: Any) -> NewTuning:
+        return NewTuning(
+            kind=kind, firm_id=FIRM, machine_id=machine_id, position=position, cause="test", reason="", **fields
+        )
+
+
+async def undisturbed_alarms(settings: Settings, records: Sequence[tuple[int, bytes]], run: Run) -> list[Any]:
+    """What one worker without any fault stores of these records, with tunings from the same records on."""
+    schema = "undisturbed"
+    await migrate(settings.database_dsn, schema=schema, folder=Path(anomaly.__file__).parent / "migrations")
+    own = await create_pool(settings.database_dsn, schema=schema, size_max=1)
+    tuned = await create_pool(settings.database_dsn, schema="anomaly", size_max=1)
+    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    clock = SystemClock()
+    directory = Directory(cluster, clock=clock, kinds=("machine",))
+    following = asyncio.create_task(directory.run())
+    await directory.wait_caught_up()
+    raiser = AlarmRaiser(AlarmStore(), own, directory, clock)
+    for partition in range(PARTITIONS):
+        mine = [record for number, record in records if number == partition]
+        first = run.ends[partition] - len(mine)
+        scorer = Scorer(partition, position=first)
+        scorer.tune((await HorizonStore(tuned).load(partition, position=first)).tunings)
+        for offset, record in enumerate(mine, first):
+            taken = scorer.take([(offset, decode(record))])
+            if taken.found:
+                await raiser.store(taken.found)
+        await raiser.store(scorer.settle().found)
+    following.cancel()
+    rows = await own.fetch(ALARMS, run.first_id)
+    await own.close()
+    await tuned.close()
+    return [tuple(row) for row in rows]
+
+
+async def test_tunings_under_load_and_killing_the_worker_give_the_alarms_of_an_undisturbed_run(
+    settings: Settings, publisher: Publisher, database: Database, undisturbed: Run, tmp_path: Path
+) -> None:
+    print(f"seed {SEED}")
+    dice = random.Random(SEED + 1)
+    run = Run(publisher, database, first_id=600)
+    await run.announce()
+    records = run.records()
+    pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=1)
+    firm = Firm(pool, run, dice)
+    await firm.begin()
+    acting = asyncio.create_task(firm.act())
+    cuts = sorted(dice.sample(range(1, len(records)), ROUNDS // 2))
+    fast = {"SMDIH_ANOMALY_CHECKPOINT_INTERVAL_S": "0.02"}
+    for round_, (start, end) in enumerate(zip([0, *cuts], [*cuts, len(records)], strict=True)):
+        worker = await plant.start_process("worker", settings, tmp_path / f"worker-{round_}.log", **fast)
+        sending = asyncio.create_task(run.send(records[start:end]))
+        await asyncio.wait([sending], timeout=dice.uniform(0.0, 0.8))
+        await worker.kill()
+        await sending
+    acting.cancel()
+    await asyncio.gather(acting, return_exceptions=True)
+    async with plant.running("worker", settings, tmp_path / "worker-last.log", **fast):
+        await eventually(run.taken, deadline_s=60)
+
+        async def tuned() -> bool:
+            # Tunings of a quiet partition take effect without a record; then nothing changes any more.
+            return await run.alarms() == await undisturbed_alarms(settings, records, run)
+
+        await eventually(tuned)
+    await pool.close()
+    alarms = await run.alarms()
+    print(f"{firm.done} tunings, {len(alarms)} alarms")
+    by_rule = [row for row in alarms if row[5] in ("above", "below")]
+    assert 0 < len(by_rule) < len(alarms)
 
 
 async def test_a_second_worker_that_comes_and_goes_changes_nothing(

@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import asyncpg
 import grpc
 import httpx
 import pytest
@@ -116,6 +117,10 @@ async def test_a_body_that_cannot_be_read_and_a_wrong_setting_are_told_to_the_fi
     assert {"MALFORMED", "INVALID"} <= set(causes(await firm.diagnosis(machine["id"])))
     listed = (await firm.admin.get("/v1/refusals")).json()["refusals"]
     assert {one["reason"] for one in listed} == {"MALFORMED", "INVALID"}
+    first = (await firm.admin.get("/v1/refusals", params={"page_size": 1})).json()
+    rest = (await firm.admin.get("/v1/refusals", params={"page_token": first["next_page_token"]})).json()
+    assert [*first["refusals"], *rest["refusals"]] == listed
+    assert rest["next_page_token"] == ""
 
 
 async def test_keys_that_are_revoked_expired_too_early_or_mistyped(hub: RegistryHub, firm: FirmAtHub) -> None:
@@ -221,3 +226,19 @@ async def test_the_same_by_grpc(hub: RegistryHub, firm: FirmAtHub) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.DiagnoseMachine(request)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_what_a_door_has_noted_is_written_when_it_stops(hub: RegistryHub, firm: FirmAtHub, dsn: str) -> None:
+    machine = await firm.machine()
+    assert (await firm.send(machine["id"])).status_code == 200
+    await hub.hub.pause("door")
+    try:
+        connection = await asyncpg.connect(dsn)
+        source = await connection.fetchval(
+            "SELECT source FROM ingest.machine_seen WHERE machine_id = $1", machine["id"]
+        )
+        await connection.close()
+        assert source == "gateway-1"
+    finally:
+        hub.hub.resume("door")
+        await hub.hub.wait_ready("door")

@@ -26,16 +26,24 @@ from services.common.directory import entity_key
 from services.common.identity import Role, key_prefix, key_sha256, new_key
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
-from services.funding import ledger
 from services.funding.domain import uk_day
+from services.funding.ledger_replay import replay
 from services.funding.rules.calendar import add_months
 from smdih.directory.v1 import directory_pb2
 from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, events_pb2, funding_pb2, funding_pb2_grpc
 from smdih.matching.v1 import events_pb2 as matching_pb2
 from tests.polling import eventually
 
-FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER, LARGE_AWARDS = 11, 12, 13, 14, 15
-FIRMS = {FIRM: "25.62", OTHER_FIRM: "28.99", SOFTWARE_FIRM: "62.01", TOOLMAKER: "25.73", LARGE_AWARDS: "28.41"}
+FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER, LARGE_AWARDS, SISTER, OTHER_SISTER = 11, 12, 13, 14, 15, 16, 17
+FIRMS = {
+    FIRM: "25.62",
+    OTHER_FIRM: "28.99",
+    SOFTWARE_FIRM: "62.01",
+    TOOLMAKER: "25.73",
+    LARGE_AWARDS: "28.41",
+    SISTER: "25.11",
+    OTHER_SISTER: "25.12",
+}
 DAY_US = 86_400_000_000
 PROCESSES = 2
 
@@ -124,7 +132,7 @@ class Hub:
         connection = await asyncpg.connect(self.dsn, server_settings={"search_path": "funding"})
         try:
             async with connection.transaction(isolation="repeatable_read", readonly=True):
-                assert (await ledger.replay(connection)).faults == ()
+                assert (await replay(connection)).faults == ()
         finally:
             await connection.close()
 
@@ -543,12 +551,17 @@ REQUIRED_BY_360GIVING = {
 }
 
 
-async def test_every_key_can_read_the_awards_in_the_360giving_standard(hub: Hub) -> None:
+async def test_everybody_can_read_the_awards_in_the_360giving_standard(hub: Hub) -> None:
     call = await hub.call()
     application_id = await hub.submitted(call["id"], grant=1_234_56, cost=4_000_00, pledged=3_000_00)
     award_id = (await hub.decide(application_id)).json()["award"]["id"]
-    answer = await hub.ask("GET", "/v1/open-data/360giving", who="device")
+    answer = await hub.ask("GET", "/v1/open-data/360giving", who="")
     assert answer.status_code == 200
+    assert answer.headers["cache-control"] == "public, max-age=300"
+    unchanged = await hub.client.get(
+        f"{hub.urls[1]}/v1/open-data/360giving", headers={"If-None-Match": answer.headers["etag"]}
+    )
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
     grants = answer.json()["grants"]
     for grant in grants:
         assert grant.keys() >= REQUIRED_BY_360GIVING
@@ -569,9 +582,10 @@ async def test_every_key_can_read_the_awards_in_the_360giving_standard(hub: Hub)
     await hub.done("POST", f"/v1/awards/{award_id}/withdraw", {"reason": "sold"}, who="firm")
     grants = (await hub.done("GET", "/v1/open-data/360giving", who="device"))["grants"]
     assert not [grant for grant in grants if grant["id"].endswith(award_id)]
-    await hub.refused(401, "UNAUTHENTICATED", "GET", "/v1/open-data/360giving", who="")
-    for odd in ("x", "9999999999999999-a", "1-%00"):
-        await hub.refused(400, "PAGE_TOKEN_INVALID", "GET", f"/v1/open-data/360giving?page_token={odd}", who="device")
+    # A tap that everybody may open has a narrow pipe.
+    answers = [await hub.ask("GET", "/v1/open-data/360giving", who="") for _ in range(90)]
+    (full, *_) = [answer for answer in answers if answer.status_code != 200]
+    assert (full.status_code, full.json()["reason"], full.headers["retry-after"]) == (429, "SLOW_DOWN", "60")
 
 
 async def test_two_calls_cannot_both_use_the_same_headroom_of_a_firm(hub: Hub) -> None:
@@ -593,6 +607,58 @@ async def test_two_calls_cannot_both_use_the_same_headroom_of_a_firm(hub: Hub) -
     answers = await asyncio.gather(*(hub.decide(one, process=number) for number, one in enumerate(waiting)))
     assert sorted(answer.status_code for answer in answers) == [200, 409]
     assert next(answer.json()["reason"] for answer in answers if answer.status_code == 409) == "MFA_LIMIT"
+
+
+async def test_sister_firms_share_one_limit_and_of_two_that_race_for_it_one_wins(hub: Hub) -> None:
+    path = "/v1/groups/hammersmith-holdings"
+    group = {"firm_ids": [SISTER, OTHER_SISTER], "source": "persons with significant control, 3 November"}
+    assert (await hub.done("PUT", path, group))["firm_ids"] == [SISTER, OTHER_SISTER]
+    earlier = [{"given_on": "2026-05-01", "amount_pence": 311_000_00, "kind": "SPEI"}]
+    waiting = []
+    for firm_id in (SISTER, OTHER_SISTER):
+        call = await hub.call()
+        made = await hub.application(
+            call["id"],
+            firm_id,
+            costs=[{"category": "labour", "amount_pence": 20_000_00}],
+            requested_pence=4_000_00,
+            declaration=declaration(earlier_assistance=earlier),
+        )
+        await hub.pledge(made["id"], 16_000_00)
+        await hub.done("POST", f"/v1/applications/{made['id']}/submit")
+        waiting.append(made["id"])
+    answers = await asyncio.gather(*(hub.decide(one, process=number) for number, one in enumerate(waiting)))
+    assert sorted(answer.status_code for answer in answers) == [200, 409]
+    assert next(answer.json()["reason"] for answer in answers if answer.status_code == 409) == "MFA_LIMIT"
+    for firm_id in (SISTER, OTHER_SISTER):
+        seen = await hub.done("GET", f"/v1/assistance?firm_id={firm_id}")
+        assert (seen["firm_ids"], seen["counted_pence"], seen["headroom_pence"]) == (
+            [SISTER, OTHER_SISTER],
+            4_000_00,
+            311_000_00,
+        )
+    # Once the group is given up each stands for itself.
+    loser = next(one for one, answer in zip(waiting, answers, strict=True) if answer.status_code == 409)
+    await hub.done("PUT", path, {**group, "firm_ids": []})
+    assert (await hub.decide(loser)).status_code == 200
+
+
+async def test_a_group_that_makes_no_sense_is_refused_and_is_for_operators(hub: Hub) -> None:
+    body = {"firm_ids": [FIRM, TOOLMAKER], "source": "filing"}
+    for who in ("firm", "partner", "device"):
+        await hub.refused(403, "FORBIDDEN", "PUT", "/v1/groups/g1", body, who=who)
+        await hub.refused(403, "FORBIDDEN", "GET", "/v1/groups/g1", who=who)
+    await hub.refused(401, "UNAUTHENTICATED", "PUT", "/v1/groups/g1", body, who="")
+    await hub.refused(404, "FIRM_UNKNOWN", "PUT", "/v1/groups/g1", {**body, "firm_ids": [FIRM, 999]})
+    for odd in ([FIRM], [FIRM, FIRM], list(range(1, 202))):
+        await hub.refused(400, "GROUP_INVALID", "PUT", "/v1/groups/g1", {**body, "firm_ids": odd})
+    await hub.refused(404, "GROUP_UNKNOWN", "GET", "/v1/groups/g1")
+    await hub.done("PUT", "/v1/groups/g1", body)
+    await hub.refused(409, "FIRM_IN_OTHER_GROUP", "PUT", "/v1/groups/g2", {**body, "firm_ids": [FIRM, OTHER_FIRM]})
+    await hub.done("PUT", "/v1/groups/g1", {**body, "firm_ids": []})
+    assert (await hub.done("GET", "/v1/assistance", who="firm"))["firm_ids"] == [FIRM]
+    await hub.refused(403, "FORBIDDEN", "GET", f"/v1/assistance?firm_id={OTHER_FIRM}", who="firm")
+    await hub.refused(403, "FORBIDDEN", "GET", "/v1/assistance", who="partner")
 
 
 async def test_an_award_below_the_programme_ratio_needs_two_different_operators(hub: Hub) -> None:
@@ -1039,6 +1105,31 @@ async def test_an_award_above_the_limit_is_listed_until_its_subsidy_entry_is_mad
         assert (await hub.ask("POST", f"{where}/{due['id']}", {"reference": "SC10001"})).status_code == 204
     left = [entry["award_id"] for entry in (await hub.done("GET", where))["entries"]]
     assert due["id"] not in left
+
+
+async def test_a_budget_moves_between_programme_and_call_as_far_as_it_is_free(hub: Hub) -> None:
+    call = await hub.call(budget_pence=1_000_00)
+    path, fund = f"/v1/calls/{call['id']}/budget", await hub.done("GET", "/v1/fund")
+    back = {"request_id": "back", "change_pence": -400_00, "reason": "less demand than planned"}
+    for process in (0, 1):  # the second is a repeat, to the other process
+        moved = await hub.done("POST", path, back, process=process)
+        assert (moved["budget_pence"], moved["left_pence"], moved["committed_pence"]) == (600_00, 600_00, 0)
+    assert (await hub.done("GET", "/v1/fund"))["unallotted_pence"] == fund["unallotted_pence"] + 400_00
+    more = await hub.done("POST", path, {**back, "request_id": "more", "change_pence": 100_00})
+    assert more["budget_pence"] == 700_00
+    await hub.refused(409, "BUDGET_EXHAUSTED", "POST", path, {**back, "request_id": "all", "change_pence": -700_01})
+    await hub.refused(409, "REQUEST_ID_REUSED", "POST", path, {**back, "change_pence": -400_01})
+    await hub.refused(400, "AMOUNT_OUT_OF_RANGE", "POST", path, {**back, "request_id": "none", "change_pence": 0})
+    await hub.refused(404, "CALL_UNKNOWN", "POST", "/v1/calls/none/budget", back)
+    for who in ("firm", "partner", "device"):
+        await hub.refused(403, "FORBIDDEN", "POST", path, back, who=who)
+    await hub.refused(401, "UNAUTHENTICATED", "POST", path, back, who="")
+    connection = await asyncpg.connect(hub.dsn)
+    noted = "SELECT count(*) FROM funding.audit WHERE call_id = $1 AND action = 'budget_moved'"
+    assert await connection.fetchval(noted, call["id"]) == 2
+    await connection.close()
+    await hub.trial_balance()
+    await hub.assert_replay_agrees()
 
 
 async def test_calls_that_race_for_the_last_of_the_programme_get_no_more_than_there_is(hub: Hub) -> None:

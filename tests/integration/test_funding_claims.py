@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
+from fractions import Fraction
 from typing import Any
 
 import asyncpg
@@ -15,18 +16,30 @@ from services.common.clock import to_us
 from services.common.database import Pool, create_pool, transaction
 from services.common.directory import Directory
 from services.common.errors import HubError
+from services.common.evidence import Signer, Statement, Verifier, new_key
 from services.common.identity import Caller, Role
 from services.common.kafka import Cluster
-from services.funding import ledger, store
+from services.funding import call_store, ledger
 from services.funding.agreement import Agreement, AgreementState, ClaimState, CostLine
 from services.funding.agreements import AgreementService
+from services.funding.applications import ApplicationService
+from services.funding.award_store import given_to
+from services.funding.calls import CallService
+from services.funding.change_requests import Change, ChangeKind, ChangeService, ChangeState
+from services.funding.decisions import DecisionService
 from services.funding.domain import Cost, CostCategory, Declaration, Match, SizeFigures
+from services.funding.impact import Figures, ImpactKind, change_between
+from services.funding.impacts import Impact, ImpactService
+from services.funding.journal import Journal
+from services.funding.judging import Judge
 from services.funding.ledger import AccountKind
+from services.funding.ledger_replay import replay
+from services.funding.milestone import Comparison, Milestone
+from services.funding.milestones import MilestoneService
 from services.funding.parameters import load_parameters
 from services.funding.rules.intensity import Category
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition
-from services.funding.service import FundingService
 from smdih.directory.v1 import directory_pb2
 
 FIRM_ID = 21
@@ -34,6 +47,8 @@ FIRM, OTHER = Caller(1, Role.FIRM, firm_id=FIRM_ID), Caller(2, Role.FIRM, firm_i
 FIRST, SECOND = Caller(3, Role.OPERATOR), Caller(4, Role.OPERATOR)
 START = date(2026, 6, 1)
 GRANT, COST = 4_000_00, 10_000_00
+MACHINE = 7
+SIGNER = Signer(new_key())
 # Gross: the rest of the cost is business money.
 BUSINESS = COST - GRANT
 
@@ -52,8 +67,13 @@ class TurnedClock:
 class Fund:
     pool: Pool
     clock: TurnedClock
-    funding: FundingService
+    calls: CallService
+    applications: ApplicationService
+    decisions: DecisionService
     agreements: AgreementService
+    milestones: MilestoneService
+    impacts: ImpactService
+    changes: ChangeService
 
     async def award(self, *, accept: bool = True, confirm: bool = True) -> str:
         """An award of GRANT on COST, made on START; the project runs from June to the end of August."""
@@ -72,8 +92,8 @@ class Fund:
             correlation_id=f"corr-{match_id}",
         )
         async with transaction(self.pool) as connection:
-            await store.add_match(connection, match)
-        call = await self.funding.create_call(
+            await call_store.add_match(connection, match)
+        call = await self.calls.create_call(
             FIRST,
             request_id=match_id,
             title="Digital spindles",
@@ -86,7 +106,7 @@ class Fund:
             in_kind_allowed=False,
         )
         size = SizeFigures(headcount="9", turnover_minor=1, balance_minor=1, period_start="2026-01-01")
-        view = await self.funding.create_application(
+        view = await self.applications.create_application(
             FIRM,
             request_id=match_id,
             call_id=call.id,
@@ -97,7 +117,7 @@ class Fund:
             other_public_pence=0,
         )
         application_id = view.application.id
-        pledge = await self.funding.add_pledge(
+        pledge = await self.applications.add_pledge(
             FIRM,
             application_id,
             request_id="p",
@@ -106,9 +126,9 @@ class Fund:
             public_body=False,
             amount_pence=BUSINESS,
         )
-        await self.funding.confirm_pledge(FIRST, application_id, pledge.id, evidence="statement")
-        await self.funding.submit(FIRM, application_id)
-        decided = await self.funding.decide(FIRST, application_id, award=True, reason="best")
+        await self.applications.confirm_pledge(FIRST, application_id, pledge.id, evidence="statement")
+        await self.applications.submit(FIRM, application_id)
+        decided = await self.decisions.decide(FIRST, application_id, award=True, reason="best")
         assert decided.application.award is not None
         award_id = decided.application.award.id
         if accept:
@@ -156,7 +176,7 @@ class Fund:
     async def assert_in_order(self) -> None:
         async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
             assert (await ledger.trial_balance(connection)).in_order
-            assert (await ledger.replay(connection)).faults == ()
+            assert (await replay(connection)).faults == ()
 
 
 def line(pence: int, category: CostCategory = CostCategory.LABOUR, evidence: str = "") -> CostLine:
@@ -176,9 +196,20 @@ async def fund(dsn: str, cluster: Cluster) -> AsyncIterator[Fund]:
     clock, table = TurnedClock(), load_parameters()
     directory = Directory(cluster, clock=clock, kinds=("firm",))
     directory.firms[FIRM_ID] = directory_pb2.Firm(id=FIRM_ID, name="Firm", sic="25.62")
-    funding = FundingService(pool, table=table, directory=directory, clock=clock, kick=lambda: None)
-    await funding.open_programme()
-    yield Fund(pool, clock, funding, AgreementService(pool, table=table, clock=clock, kick=lambda: None))
+    for machine_id, firm_id in ((MACHINE, FIRM_ID), (MACHINE + 1, 22)):
+        machine = directory_pb2.Machine(id=machine_id, firm_id=firm_id, path=f"firm-{firm_id}/site/spindle")
+        directory.machines.entries[machine_id] = directory_pb2.DirectoryEntry(machine=machine).SerializeToString()
+    judge = Judge(table=table, clock=clock)
+    calls = CallService(pool, journal=Journal(pool, clock), table=table, clock=clock)
+    applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
+    decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=lambda: None)
+    await calls.open_programme()
+    milestones = MilestoneService(pool, verifier=Verifier([SIGNER.public_key]), directory=directory, clock=clock)
+    agreements = AgreementService(pool, milestones=milestones, table=table, clock=clock, kick=lambda: None)
+    impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
+    yield Fund(
+        pool, clock, calls, applications, decisions, agreements, milestones, impacts, ChangeService(pool, clock=clock)
+    )
     await pool.close()
 
 
@@ -235,7 +266,7 @@ async def test_without_the_firms_written_confirmation_nothing_is_paid(fund: Fund
     await refused("ASSISTANCE_UNCONFIRMED", fund.settle(award_id, claim_id))
     async with transaction(fund.pool) as connection:
         # This grant is one of them.
-        here = sum(item.amount_pence for item in await store.given_to(connection, FIRM_ID))
+        here = sum(item.amount_pence for item in await given_to(connection, FIRM_ID))
     limit = 315_000_00 - here
     confirm = fund.agreements.confirm_assistance
     await refused("MFA_LIMIT", confirm(FIRM, award_id, elsewhere_pence=limit + 1, statement="we, the board"))
@@ -341,7 +372,7 @@ async def test_withdrawing_restores_the_budget_and_frees_the_headroom(fund: Fund
     assert (ended.paid_pence, ended.restored_pence) == (400_00, GRANT - 400_00)
     assert (await fund.balances(begun))["public_budget"] == GRANT - 400_00
     async with transaction(fund.pool) as connection:
-        given = await store.given_to(connection, FIRM_ID)
+        given = await given_to(connection, FIRM_ID)
     assert sum(item.amount_pence == 400_00 for item in given) >= 1
     assert paid.award.firm_id == FIRM_ID
     await fund.assert_in_order()
@@ -472,3 +503,262 @@ async def test_the_fund_watches_its_ratio_on_promises_and_on_payments(fund: Fund
     assert view.on_promises.met
     assert view.on_payments.ratio is not None
     await refused("FORBIDDEN", fund.agreements.get_fund(FIRM))
+
+
+def evidence(signer: Signer = SIGNER, **changes: Any) -> dict[str, Any]:
+    """Signed: 900 kWh of the firm's machine in the week from 8 June, data for 95 % of it."""
+
+    def at(day: int) -> int:
+        return to_us(datetime(2026, 6, day, tzinfo=UTC))
+
+    fields = {
+        "measure": "energy_kwh",
+        "firm_id": FIRM_ID,
+        "machine_id": MACHINE,
+        "machine_path": "firm-21/site/spindle",
+        "from_us": at(8),
+        "to_us": at(15),
+        "value": "900.00",
+        "unit": "kWh",
+        "coverage": "0.95",
+        "method": "sum over minutes",
+        "issued_us": at(16),
+        **changes,
+    }
+    return signer.sign(Statement(**fields))
+
+
+SAVES = Milestone(
+    id="saves",
+    title="A week at 900 kWh or less",
+    measure="energy_kwh",
+    machine_id=MACHINE,
+    comparison=Comparison.AT_MOST,
+    threshold="900",
+    days_min=7,
+    coverage_min="0.95",
+    due=date(2026, 6, 30),
+)
+
+
+async def test_a_milestone_is_met_by_signed_evidence_that_comes_with_a_claim(fund: Fund) -> None:
+    award_id = await fund.award()
+    await fund.milestones.set(FIRST, award_id, [SAVES])
+    claim_id = await fund.claim(award_id, 6, 1_000_00)
+    detail = await refused("MILESTONE_UNMET", fund.decide(award_id, claim_id))
+    assert "saves (A week at 900 kWh or less) was due on 2026-06-30" in detail
+    shown = evidence()
+    for _ in range(2):  # the second is a repeat
+        (met,) = await fund.milestones.show(FIRM, award_id, "saves", shown)
+        assert (met.value, met.met_us is not None) == ("900.00", True)
+    await fund.decide(award_id, claim_id)
+    await refused("MILESTONE_MET", fund.milestones.show(FIRM, award_id, "saves", evidence(value="899")))
+    await refused("MILESTONE_MET", fund.milestones.set(FIRST, award_id, []))
+    # One statement shows one milestone, of whichever award.
+    other = await fund.award()
+    await fund.milestones.set(FIRST, other, [SAVES])
+    await refused("EVIDENCE_USED", fund.milestones.show(FIRM, other, "saves", shown))
+    fresh = ("saves", evidence(value="899.99"))
+    await fund.claim(other, 6, 1_000_00, evidence=[fresh])
+    assert (await fund.milestones.get(FIRM, other))[0].value == "899.99"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"value": "900.01"}, "MILESTONE_NOT_MET"),
+        ({"firm_id": 22}, "EVIDENCE_OTHER_FIRM"),
+        ({"machine_id": MACHINE + 1}, "EVIDENCE_OTHER_MACHINE"),
+        ({"measure": "working_hours"}, "EVIDENCE_OTHER_MEASURE"),
+        ({"coverage": "0.949999"}, "EVIDENCE_TOO_THIN"),
+        # A minute less than seven days.
+        ({"to_us": to_us(datetime(2026, 6, 14, 23, 59, tzinfo=UTC))}, "EVIDENCE_TOO_SHORT"),
+        # The project began on 1 June, British time: an hour earlier than this in UTC.
+        ({"from_us": to_us(datetime(2026, 5, 31, 22, 59, tzinfo=UTC))}, "EVIDENCE_OUTSIDE_PROJECT"),
+        ({"to_us": to_us(datetime(2026, 8, 31, 23, 1, tzinfo=UTC))}, "EVIDENCE_OUTSIDE_PROJECT"),
+        ({"signer": Signer(new_key())}, "UNKNOWN_EVIDENCE_KEY"),
+    ],
+)
+async def test_evidence_that_does_not_show_the_milestone_is_refused(
+    fund: Fund, changes: dict[str, Any], reason: str
+) -> None:
+    award_id = await fund.award()
+    await fund.milestones.set(FIRST, award_id, [SAVES])
+    await refused(reason, fund.milestones.show(FIRM, award_id, "saves", evidence(**changes)))
+    assert (await fund.milestones.get(FIRM, award_id))[0].met_us is None
+
+
+async def test_evidence_that_was_touched_and_milestones_of_others_are_refused(fund: Fund) -> None:
+    award_id = await fund.award()
+    await fund.milestones.set(FIRST, award_id, [SAVES])
+    forged = evidence(value="950")
+    forged["statement"]["value"] = "900"
+    await refused("WRONG_SIGNATURE", fund.milestones.show(FIRM, award_id, "saves", forged))
+    await refused("BAD_EVIDENCE", fund.milestones.show(FIRM, award_id, "saves", {"statement": {}}))
+    await refused("MILESTONE_UNKNOWN", fund.milestones.show(FIRM, award_id, "else", evidence()))
+    await refused("AWARD_UNKNOWN", fund.milestones.show(OTHER, award_id, "saves", evidence()))
+    await refused("AWARD_UNKNOWN", fund.milestones.get(OTHER, award_id))
+    await refused("FORBIDDEN", fund.milestones.show(FIRST, award_id, "saves", evidence()))
+    await refused("FORBIDDEN", fund.milestones.set(FIRM, award_id, []))
+    for changes in (
+        {"id": "Bad id"},
+        {"threshold": "much"},
+        {"days_min": 0},
+        {"coverage_min": "1.01"},
+        {"coverage_min": "NaN"},
+        {"title": " "},
+    ):
+        with pytest.raises(HubError) as error:
+            await fund.milestones.set(FIRST, award_id, [replace(SAVES, **changes)])
+        assert error.value.HTTP_STATUS == 400
+    await refused("MACHINE_UNKNOWN", fund.milestones.set(FIRST, award_id, [replace(SAVES, machine_id=MACHINE + 1)]))
+    await refused("MILESTONE_INVALID", fund.milestones.set(FIRST, award_id, [SAVES, SAVES]))
+
+
+BEFORE = Figures(
+    jobs_fte="12.5", value_added_pence=900_000_00, hours_worked="20000", energy_kwh="250000.5", carbon_kg_co2e="51750"
+)
+AFTER = Figures(
+    jobs_fte="13", value_added_pence=1_050_000_00, hours_worked="21000", energy_kwh="240000", carbon_kg_co2e="48000.25"
+)
+
+
+async def reported(fund: Fund, award_id: str, kind: ImpactKind, figures: Figures, year_ending: str) -> Impact:
+    return await fund.impacts.report(
+        FIRM,
+        award_id,
+        kind,
+        year_ending=year_ending,
+        figures=figures,
+        uncertainty_percent="5",
+        method="meters and payroll",
+    )
+
+
+async def test_impact_is_reported_before_and_after_and_summed_exactly(fund: Fund) -> None:
+    award_id, other = await fund.award(), await fund.award()
+    fund.clock.day = date(2026, 7, 1)
+    impact = await fund.impacts.get(FIRM, award_id)
+    # Thirty days after 1 June; fifteen months after 31 August, in a month without a 31st.
+    assert (impact.baseline_due, impact.follow_up_due) == (date(2026, 7, 1), date(2027, 11, 30))
+    assert not {one.award_id for one in (await fund.impacts.overview(FIRST)).overdue} & {award_id, other}
+    fund.clock.day = date(2026, 7, 2)
+    overview = await fund.impacts.overview(FIRST)
+    assert {award_id, other} <= {one.award_id for one in overview.overdue if one.kind is ImpactKind.BASELINE}
+    wrong = await reported(fund, award_id, ImpactKind.BASELINE, AFTER, "2026-05-31")
+    for _ in range(2):  # the second is a repeat
+        corrected = await reported(fund, award_id, ImpactKind.BASELINE, BEFORE, "2026-06-01")
+    assert [one.version for one in corrected.reports] == [1, 2]
+    assert corrected.reports[0] == wrong.reports[0]
+    before = await fund.impacts.overview(FIRST)
+    await refused("YEAR_OPEN", reported(fund, award_id, ImpactKind.FOLLOW_UP, AFTER, "2027-08-31"))
+    fund.clock.day = date(2027, 9, 1)
+    await reported(fund, award_id, ImpactKind.FOLLOW_UP, AFTER, "2027-08-31")
+    after = await fund.impacts.overview(Caller(9, Role.PARTNER, partner_id=1))
+    assert after.totals.projects == before.totals.projects + 1
+    assert after.totals.jobs_fte - before.totals.jobs_fte == Fraction("0.5")
+    assert after.totals.energy_kwh - before.totals.energy_kwh == Fraction("-10000.5")
+    assert after.totals.carbon_kg_co2e - before.totals.carbon_kg_co2e == Fraction("-3749.75")
+    change = change_between(BEFORE, AFTER)
+    assert (change.productivity_before, change.productivity_after) == (Fraction(4_500), Fraction(5_000))
+    assert award_id not in {one.award_id for one in after.overdue}
+
+
+async def test_impact_that_makes_no_sense_or_is_anothers_is_refused(fund: Fund) -> None:
+    award_id = await fund.award()
+    fund.clock.day = date(2026, 12, 1)
+    await refused("YEAR_OUT_OF_RANGE", reported(fund, award_id, ImpactKind.BASELINE, BEFORE, "2026-06-02"))
+    await refused("YEAR_OUT_OF_RANGE", reported(fund, award_id, ImpactKind.FOLLOW_UP, AFTER, "2026-08-31"))
+    for changes in ({"jobs_fte": "-1"}, {"energy_kwh": "1e9"}, {"hours_worked": ""}, {"value_added_pence": -1}):
+        with pytest.raises(HubError) as error:
+            await reported(fund, award_id, ImpactKind.BASELINE, replace(BEFORE, **changes), "2026-06-01")
+        assert error.value.HTTP_STATUS == 400
+    await refused("AWARD_UNKNOWN", fund.impacts.get(OTHER, award_id))
+    await refused("FORBIDDEN", fund.impacts.get(Caller(9, Role.PARTNER, partner_id=1), award_id))
+    await refused("FORBIDDEN", fund.impacts.overview(FIRM))
+    offered = await fund.award(accept=False, confirm=False)
+    await refused("AWARD_OFFERED", fund.impacts.get(FIRM, offered))
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await fund.pool.execute("TRUNCATE impact_report")
+
+
+async def asked(fund: Fund, award_id: str, kind: ChangeKind, **fields: Any) -> Change:
+    wanted = {"request_id": secrets.token_hex(6), "reason": "the machine comes later", **fields}
+    return (await fund.changes.request(FIRM, award_id, kind=kind, **wanted))[-1]
+
+
+async def decided(fund: Fund, award_id: str, change: Change, *, approve: bool = True) -> Change:
+    return (await fund.changes.decide(FIRST, award_id, change.id, approve=approve, reason="seen"))[-1]
+
+
+async def test_an_approved_change_takes_effect_once_and_a_reduction_in_the_ledger(fund: Fund) -> None:
+    award_id = await fund.award()
+    await fund.paid(award_id, 6, 5_000_00)
+    reduction = await asked(fund, award_id, ChangeKind.REDUCTION, reduction_pence=500_00, request_id="less")
+    assert (await asked(fund, award_id, ChangeKind.REDUCTION, reduction_pence=500_00, request_id="less")) == reduction
+    await refused("CHANGE_OPEN", asked(fund, award_id, ChangeKind.OTHER))
+    assert (await fund.balances(award_id))["public_committed"] == 2_000_00
+    for _ in range(2):  # the second is a repeat
+        assert (await decided(fund, award_id, reduction)).state is ChangeState.APPROVED
+    await refused("ALREADY_DECIDED", decided(fund, award_id, reduction, approve=False))
+    assert await fund.balances(award_id) == {
+        "public_budget": 500_00,
+        "public_committed": 1_500_00,
+        "public_paid": 2_000_00,
+        "co_investment_source": -BUSINESS,
+        "co_investment_committed": 3_000_00,
+        "co_investment_paid": 3_000_00,
+    }
+    # 90 % of what is left of the grant, 3,500.00, may be paid before completion.
+    second = await fund.paid(award_id, 7, 4_900_00)
+    assert (second.paid_pence, second.held_pence) == (3_150_00, 350_00)
+    await fund.reports(award_id)
+    last = await fund.paid(award_id, 8, 100_00)
+    assert (last.state, last.paid_pence, last.restored_pence) == (AgreementState.COMPLETE, 3_500_00, 500_00)
+    await fund.assert_in_order()
+
+
+async def test_dates_and_cost_categories_change_within_what_was_awarded(fund: Fund) -> None:
+    award_id = await fund.award()
+    later = await decided(fund, award_id, await asked(fund, award_id, ChangeKind.TIME, project_end="2026-10-31"))
+    assert later.project_end == date(2026, 10, 31)
+    assert (await fund.agreements.get_agreement(FIRM, award_id)).project_end == date(2026, 10, 31)
+    materials = [line(1_000_00, CostCategory.MATERIALS)]
+    await refused("CATEGORY_NOT_AWARDED", fund.claim(award_id, 6, 0, costs=materials))
+    moved = (
+        Cost(category=CostCategory.LABOUR, amount_pence=COST - 1_000_00),
+        Cost(category=CostCategory.MATERIALS, amount_pence=1_000_00),
+    )
+    await refused("COSTS_SUM_CHANGED", asked(fund, award_id, ChangeKind.COSTS, costs=moved[:1]))
+    await decided(fund, award_id, await asked(fund, award_id, ChangeKind.COSTS, costs=moved))
+    claim_id = await fund.claim(award_id, 6, 0, costs=materials)
+    await refused("CLAIM_OPEN", asked(fund, award_id, ChangeKind.OTHER))
+    await fund.decide(award_id, claim_id)
+    await fund.settle(award_id, claim_id)
+    too_early = asked(fund, award_id, ChangeKind.TIME, project_end="2026-06-29")
+    await refused("PROJECT_END_OUT_OF_RANGE", too_early)
+
+
+async def test_changes_that_make_no_sense_or_are_anothers_are_refused(fund: Fund) -> None:
+    award_id = await fund.award()
+    await refused("REDUCTION_TOO_LARGE", asked(fund, award_id, ChangeKind.REDUCTION, reduction_pence=GRANT))
+    await refused("CHANGE_INVALID", asked(fund, award_id, ChangeKind.REDUCTION))
+    await refused("CHANGE_INVALID", asked(fund, award_id, ChangeKind.TIME, reduction_pence=1))
+    await refused("DATE_INVALID", asked(fund, award_id, ChangeKind.TIME, project_end="soon"))
+    change = await asked(fund, award_id, ChangeKind.OTHER, request_id="same")
+    await refused("REQUEST_ID_REUSED", asked(fund, award_id, ChangeKind.OTHER, request_id="same", reason="else"))
+    assert (await decided(fund, award_id, change, approve=False)).state is ChangeState.REFUSED
+    await refused("FORBIDDEN", fund.changes.decide(FIRM, award_id, change.id, approve=True, reason="mine"))
+    await refused("AWARD_UNKNOWN", fund.changes.get(OTHER, award_id))
+    await refused("CHANGE_UNKNOWN", fund.changes.decide(FIRST, award_id, "none", approve=True, reason="x"))
+    offered = await fund.award(accept=False, confirm=False)
+    await refused("AWARD_OFFERED", asked(fund, offered, ChangeKind.OTHER))
+    # Before the firm confirms its assistance the smaller grant is what has to fit.
+    unconfirmed = await fund.award(confirm=False)
+    await decided(fund, unconfirmed, await asked(fund, unconfirmed, ChangeKind.REDUCTION, reduction_pence=1_00))
+    async with transaction(fund.pool) as connection:
+        here = sum(item.amount_pence for item in await given_to(connection, FIRM_ID))
+    rest = 315_000_00 - here
+    over = fund.agreements.confirm_assistance(FIRM, unconfirmed, elsewhere_pence=rest + 1, statement="x")
+    await refused("MFA_LIMIT", over)
+    await fund.agreements.confirm_assistance(FIRM, unconfirmed, elsewhere_pence=rest, statement="x")

@@ -10,26 +10,29 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from services.common.clock import SystemClock
 from services.common.database import Pool, create_pool, transaction
 from services.common.errors import Invalid
-from services.funding import ledger, programme, store
-from services.funding.domain import AMOUNT_PENCE_MAX, Call
+from services.funding import award_store, ledger, programme
+from services.funding.domain import AMOUNT_PENCE_MAX
 from services.funding.ledger import (
     CALL_KINDS,
     PROGRAMME,
-    Account,
     AccountKind,
     Event,
     Overdrawn,
     Posted,
     RequestIdReused,
-    Transfer,
 )
-from services.funding.rules.intensity import Category
-from services.funding.rules.size import Definition
-
-CLOCK = SystemClock()
+from services.funding.ledger_replay import replay
+from tests.integration.funding_ledger import (
+    CLOCK,
+    assert_in_order,
+    balance,
+    commitment,
+    new_call,
+    one_transfer,
+    post,
+)
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -37,66 +40,6 @@ async def pool(dsn: str) -> AsyncIterator[Pool]:
     made = await create_pool(dsn, schema="funding", size_max=16)
     yield made
     await made.close()
-
-
-async def new_call(pool: Pool, budget_pence: int = 0) -> str:
-    """A call with its accounts and its budget, for which the programme is given as much."""
-    call_id = f"call-{random.getrandbits(64):x}"
-    call = Call(
-        id=call_id,
-        title="Digital plants",
-        budget_pence=budget_pence or 1,
-        opens_us=1_000_000_000_000_000,
-        closes_us=2_000_000_000_000_000,
-        category=Category.FEASIBILITY,
-        size_definition=Definition.EU,
-        rate_max="",
-        in_kind_allowed=False,
-        created_us=CLOCK.now_us(),
-    )
-    async with transaction(pool) as connection:
-        await store.add_call(connection, call, request_id=call_id, content_sha256=b"")
-        await ledger.open_accounts(connection, call_id)
-        if budget_pence:
-            to = AccountKind.PROGRAMME_BUDGET
-            given = one_transfer(PROGRAMME, AccountKind.PUBLIC_SOURCE, to, budget_pence, call_id)
-            await ledger.post(connection, CLOCK, given)
-            await programme.allot(connection, CLOCK, call_id=call_id, budget_pence=budget_pence, credential_id=1)
-    return call_id
-
-
-def one_transfer(call_id: str, debit: AccountKind, credit: AccountKind, pence: int, name: str) -> Event:
-    transfer = Transfer(
-        debit=Account(call_id, debit),
-        credit=Account(call_id, credit),
-        amount_pence=pence,
-        purpose="test",
-        subject_id=f"{call_id}/{name}",
-    )
-    return Event(request_id=f"{call_id}/{name}", kind="test", transfers=(transfer,), credential_id=1)
-
-
-def commitment(call_id: str, pence: int, name: str) -> Event:
-    return one_transfer(call_id, AccountKind.PUBLIC_BUDGET, AccountKind.PUBLIC_COMMITTED, pence, name)
-
-
-async def post(pool: Pool, *events: Event) -> list[Posted]:
-    async with transaction(pool) as connection:
-        return await ledger.post(connection, CLOCK, *events)
-
-
-async def balance(pool: Pool, call_id: str, kind: AccountKind) -> int:
-    async with transaction(pool) as connection:
-        return (await ledger.balances(connection, call_id))[kind]
-
-
-async def assert_in_order(pool: Pool) -> None:
-    async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
-        trial = await ledger.trial_balance(connection)
-        read = await ledger.replay(connection)
-    assert (trial.total_pence, trial.in_order) == (0, True)
-    assert read.faults == ()
-    assert (read.events, read.head_hash) == (trial.events, trial.head_hash)
 
 
 async def test_an_event_moves_money_and_the_trial_balance_stays_zero(pool: Pool) -> None:
@@ -222,7 +165,7 @@ async def test_what_is_written_stays_written(pool: Pool, statement: str) -> None
     call_id = await new_call(pool, 1_000)
     if "audit" in statement:
         async with transaction(pool) as connection:
-            await store.audit(connection, "a", credential_id=1, now_us=1, call_id=call_id, detail={})
+            await award_store.audit(connection, "a", credential_id=1, now_us=1, call_id=call_id, detail={})
     with pytest.raises(asyncpg.IntegrityConstraintViolationError, match="refused"):
         await pool.execute(statement)
     await assert_in_order(pool)
@@ -282,7 +225,7 @@ async def test_tampering_past_the_triggers_is_found(pool: Pool, tampering: str, 
             await connection.execute("SET LOCAL session_replication_role = replica")
             done = await connection.execute(tampering.format(newest=newest.sequence, call=call_id))
             assert not done.endswith(" 0"), "the tampering met no row"
-            faults = (await ledger.replay(connection)).faults
+            faults = (await replay(connection)).faults
         finally:
             await undone.rollback()
     assert any(shown in fault for fault in faults), faults
@@ -308,7 +251,7 @@ async def test_an_end_cut_off_with_everything_else_put_right_shows_against_a_has
                 "WHERE call_id = $1 AND kind IN ('public_budget', 'public_committed')",
                 call_id,
             )
-            read = await ledger.replay(connection)
+            read = await replay(connection)
         finally:
             await undone.rollback()
     assert read.faults == ()

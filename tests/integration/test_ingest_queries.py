@@ -22,6 +22,7 @@ from services.common.clock import to_us
 from services.common.settings import Settings
 from services.ingest.query_lttb import chosen
 from smdih.ingest.v1 import series_pb2, series_pb2_grpc
+from smdih_client.recording import read as read_recording
 from tests.integration.stored_plant import StoredPlant, stored_plant
 from tests.polling import eventually
 
@@ -220,7 +221,7 @@ def _us(text: str) -> int:
     return to_us(datetime.fromisoformat(text))
 
 
-async def test_a_csv_file_holds_every_sample_once_in_order_and_can_be_continued(stored: Stored) -> None:
+async def test_a_csv_file_holds_every_sample_once_in_order_and_can_be_continued(stored: Stored, tmp_path: Path) -> None:
     http, machine_id = stored.plant.http, stored.machine["id"]
     answer = await http.get("/v1/export", params=stored.range(machine_id=machine_id))
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
@@ -231,6 +232,12 @@ async def test_a_csv_file_holds_every_sample_once_in_order_and_can_be_continued(
     assert [_us(row[0]) for row in rows] == stored.times[some].tolist()
     found = np.array([[float(cell) if cell else np.nan for cell in row[1:]] for row in rows])
     np.testing.assert_array_equal(found, stored.values[some])
+    # The client that sends recordings reads it as it is.
+    (tmp_path / "samples.csv").write_text(answer.text)
+    recording = read_recording(tmp_path / "samples.csv")
+    assert (recording.names, recording.refused) == (("temp", "current, A", "speed"), 0)
+    assert recording.times_us.tolist() == stored.times[some].tolist()
+    np.testing.assert_array_equal(recording.values, stored.values[some])
     # Broken off after some line, continued, packed.
     lines = answer.text.splitlines(keepends=True)[:1234]
     rest = await http.get(

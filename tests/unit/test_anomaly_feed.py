@@ -17,7 +17,7 @@ async def test_a_firm_hears_only_of_its_own_alarms() -> None:
     with feed.watch(Caller(credential_id=2, role=Role.FIRM, firm_id=7), firm_id=0) as events:
         feed.tell(event(1, firm_id=8))
         feed.tell(event(2, firm_id=7))
-        assert (await anext(events)).event_id == "2"
+        assert (await anext(events))[0].event_id == "2"
 
 
 async def test_a_slow_reader_gets_what_waits_and_is_then_told_and_ended() -> None:
@@ -25,9 +25,9 @@ async def test_a_slow_reader_gets_what_waits_and_is_then_told_and_ended() -> Non
     with feed.watch(OPERATOR, firm_id=0) as slow, feed.watch(OPERATOR, firm_id=0) as quick:
         for number in range(WATCHER_QUEUE_MAX + 1):
             feed.tell(event(number))
-            assert (await anext(quick)).event_id == str(number)
+            assert (await anext(quick))[0].event_id == str(number)
         for number in range(WATCHER_QUEUE_MAX):
-            assert (await anext(slow)).event_id == str(number)
+            assert (await anext(slow))[0].event_id == str(number)
         with pytest.raises(SlowDown, match="watch again"):
             await anext(slow)
 

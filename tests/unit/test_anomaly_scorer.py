@@ -35,7 +35,11 @@ def records() -> Sequence[bytes]:
 
 def events_of(scorer: Scorer, records: Sequence[tuple[int, bytes]]) -> list[tuple[int, Event]]:
     taken = scorer.take([(offset, decode(value)) for offset, value in records])
-    return [(found.frames.machine_id, found.event._replace(frame=0)) for found in taken.found]
+    return [
+        (found.frames.machine_id, found.event._replace(frame=0))
+        for found in taken.found
+        if isinstance(found.event, Event)
+    ]
 
 
 def last_states(scorer: Scorer, database: "Database") -> dict[tuple[int, int], bytes]:

@@ -24,6 +24,11 @@ class Answers(telemetry_pb2_grpc.TelemetryServiceServicer):
     ) -> telemetry_pb2.SendBatchesResponse:
         raise NotImplementedError
 
+    async def CheckBatches(
+        self, request: telemetry_pb2.CheckBatchesRequest, context: Any
+    ) -> telemetry_pb2.CheckBatchesResponse:
+        raise NotImplementedError
+
     async def StreamBatches(
         self, request_iterator: AsyncIterator[telemetry_pb2.StreamBatchesRequest], context: Any
     ) -> AsyncIterator[telemetry_pb2.StreamBatchesResponse]:

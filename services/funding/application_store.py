@@ -1,9 +1,7 @@
-"""Calls, applications, pledges and awards in the database: SQL in, domain types out. Every function works in the caller's
+"""Applications, pledges and waivers in the database: SQL in, domain types out. Every function works in the caller's
 transaction."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import asyncpg
 from pydantic import TypeAdapter
@@ -11,139 +9,20 @@ from pydantic import TypeAdapter
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.errors import Conflict
-from services.common.logs import current_correlation_id
-from services.funding.checks import Given
-from services.funding.domain import (
-    Application,
-    ApplicationState,
-    Award,
-    Call,
-    Cost,
-    Declaration,
-    Finding,
-    Match,
-    Pledge,
-)
-from services.funding.rules.intensity import Category
+from services.funding.award_store import award_from
+from services.funding.domain import Application, ApplicationState, Award, Content, Cost, Declaration, Pledge
+from services.funding.paging import Place
 from services.funding.rules.match import PledgeKind
-from services.funding.rules.size import Definition
 
 _costs = TypeAdapter(tuple[Cost, ...])
 _declaration = TypeAdapter(Declaration)
-_findings = TypeAdapter(tuple[Finding, ...])
-_detail = TypeAdapter(dict[str, str | int])
+_content = TypeAdapter(Content)
 
 
 class MatchInUse(Conflict):
     """This match has an application that is not rejected or withdrawn; use that one, or withdraw it first."""
 
     REASON = "MATCH_IN_USE"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a page ended: the next one starts behind it."""
-
-    created_us: int
-    id: str
-
-
-# Matches
-
-
-async def add_match(connection: Connection, match: Match) -> bool:
-    """False when it is known already."""
-    done = await connection.execute(
-        "INSERT INTO match (id, event_id, firm_id, need_id, offer_id, provider_id, provider_title, accepted, correlation_id) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (id) DO NOTHING",
-        match.id,
-        match.event_id,
-        match.firm_id,
-        match.need_id,
-        match.offer_id,
-        match.provider_id,
-        match.provider_title,
-        from_us(match.accepted_us),
-        match.correlation_id,
-    )
-    return done == "INSERT 0 1"
-
-
-async def match_of(connection: Connection, match_id: str) -> Match | None:
-    row = await connection.fetchrow("SELECT * FROM match WHERE id = $1", match_id)
-    if row is None:
-        return None
-    fields = dict(row)
-    return Match(accepted_us=to_us(fields.pop("accepted")), **fields)
-
-
-# Calls
-
-_CALL = (
-    "SELECT c.*, a.committed_pence FROM call c CROSS JOIN LATERAL ("
-    "  SELECT sum(balance_pence)::bigint AS committed_pence FROM ledger_account WHERE call_id = c.id "
-    "  AND kind IN ('public_committed', 'public_held', 'public_paid', 'public_recovered')) a "
-)
-
-
-async def add_call(connection: Connection, call: Call, *, request_id: str, content_sha256: bytes) -> bool:
-    """False when there is one of that request id already."""
-    done = await connection.execute(
-        "INSERT INTO call (id, request_id, content_sha256, title, budget_pence, opens, closes, category, size_definition, "
-        "rate_max, in_kind_allowed, created) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) "
-        "ON CONFLICT (request_id) DO NOTHING",
-        call.id,
-        request_id,
-        content_sha256,
-        call.title,
-        call.budget_pence,
-        from_us(call.opens_us),
-        from_us(call.closes_us),
-        call.category,
-        call.size_definition,
-        call.rate_max,
-        call.in_kind_allowed,
-        from_us(call.created_us),
-    )
-    return done == "INSERT 0 1"
-
-
-async def call_by_request(connection: Connection, request_id: str) -> tuple[bytes, Call] | None:
-    row = await connection.fetchrow(_CALL + "WHERE c.request_id = $1", request_id)
-    return None if row is None else (row["content_sha256"], _call(row))
-
-
-async def call_of(connection: Connection, call_id: str) -> Call | None:
-    row = await connection.fetchrow(_CALL + "WHERE c.id = $1", call_id)
-    return None if row is None else _call(row)
-
-
-async def calls(connection: Connection, *, after: Place | None, limit: int) -> list[Call]:
-    """Newest first."""
-    rows = await connection.fetch(
-        _CALL
-        + "WHERE $1::timestamptz IS NULL OR (c.created, c.id) < ($1, $2) ORDER BY c.created DESC, c.id DESC LIMIT $3",
-        from_us(after.created_us) if after else None,
-        after.id if after else None,
-        limit,
-    )
-    return [_call(row) for row in rows]
-
-
-def _call(row: asyncpg.Record) -> Call:
-    return Call(
-        id=row["id"],
-        title=row["title"],
-        budget_pence=row["budget_pence"],
-        opens_us=to_us(row["opens"]),
-        closes_us=to_us(row["closes"]),
-        category=Category(row["category"]),
-        size_definition=Definition(row["size_definition"]),
-        rate_max=row["rate_max"],
-        in_kind_allowed=row["in_kind_allowed"],
-        created_us=to_us(row["created"]),
-        committed_pence=row["committed_pence"],
-    )
 
 
 # Applications
@@ -156,8 +35,8 @@ async def add_application(
     try:
         done = await connection.execute(
             "INSERT INTO application (id, request_id, content_sha256, call_id, match_id, firm_id, state, costs, declaration, "
-            "sic, requested_pence, other_public_pence, created, correlation_id) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) "
+            "sic, requested_pence, other_public_pence, created, correlation_id, content) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) "
             "ON CONFLICT (firm_id, request_id) DO NOTHING",
             application.id,
             request_id,
@@ -173,6 +52,7 @@ async def add_application(
             application.other_public_pence,
             from_us(application.created_us),
             application.correlation_id,
+            _content.dump_json(application.content).decode(),
         )
     except asyncpg.UniqueViolationError as error:
         if error.constraint_name == "application_match_id_live_key":
@@ -206,7 +86,7 @@ async def application_of(connection: Connection, application_id: str, *, lock: b
     return _application(
         row,
         pledges=[_pledge(item) for item in pledges],
-        award=None if award is None else _award(award),
+        award=None if award is None else award_from(award),
         ratio_waivers=waivers,
     )
 
@@ -230,6 +110,25 @@ async def applications(
         state,
         from_us(after.created_us) if after else None,
         after.id if after else None,
+        limit,
+    )
+    return [_application(row, pledges=(), award=None, ratio_waivers=0) for row in rows]
+
+
+async def newest_of(connection: Connection, firm_id: int) -> Application | None:
+    """The firm's newest application, without pledges."""
+    row = await connection.fetchrow(
+        "SELECT * FROM application WHERE firm_id = $1 ORDER BY created DESC, id DESC LIMIT 1", firm_id
+    )
+    return None if row is None else _application(row, pledges=(), award=None, ratio_waivers=0)
+
+
+async def submitted_of(connection: Connection, call_id: str, *, limit: int) -> list[Application]:
+    """All of a call that were submitted and not withdrawn, in order of submission, without pledges."""
+    rows = await connection.fetch(
+        "SELECT * FROM application WHERE call_id = $1 AND state IN ('submitted', 'awarded', 'rejected') "
+        "ORDER BY submitted, id LIMIT $2",
+        call_id,
         limit,
     )
     return [_application(row, pledges=(), award=None, ratio_waivers=0) for row in rows]
@@ -283,6 +182,7 @@ def _application(
         pledges=tuple(pledges),
         award=award,
         ratio_waivers=ratio_waivers,
+        content=_content.validate_json(row["content"]),
     )
 
 
@@ -344,68 +244,4 @@ def _pledge(row: asyncpg.Record) -> Pledge:
         added_us=to_us(row["added"]),
         confirmed_us=row["confirmed"] and to_us(row["confirmed"]),
         evidence=row["evidence"] or "",
-    )
-
-
-# Awards and audit
-
-
-async def add_award(connection: Connection, award: Award) -> None:
-    await connection.execute(
-        "INSERT INTO award (id, application_id, call_id, firm_id, match_id, grant_pence, co_investment_pence, awarded, "
-        "awarded_on, parameters_version, database_entry_due, findings, correlation_id) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
-        award.id,
-        award.application_id,
-        award.call_id,
-        award.firm_id,
-        award.match_id,
-        award.grant_pence,
-        award.co_investment_pence,
-        from_us(award.awarded_us),
-        award.awarded_on,
-        award.parameters_version,
-        award.database_entry_due,
-        _findings.dump_json(award.findings).decode(),
-        award.correlation_id,
-    )
-
-
-async def given_to(connection: Connection, firm_id: int) -> list[Given]:
-    """What this fund has awarded to the firm; of an award that has ended, what it came to."""
-    rows = await connection.fetch(
-        "SELECT w.awarded_on, w.grant_pence - coalesce(g.restored_pence, 0) AS grant_pence "
-        "FROM award w LEFT JOIN agreement g ON g.award_id = w.id WHERE w.firm_id = $1",
-        firm_id,
-    )
-    return [Given(on=row["awarded_on"], amount_pence=row["grant_pence"]) for row in rows]
-
-
-def _award(row: asyncpg.Record) -> Award:
-    fields: dict[str, Any] = dict(row)
-    findings = _findings.validate_json(fields.pop("findings"))
-    return Award(awarded_us=to_us(fields.pop("awarded")), findings=findings, **fields)
-
-
-async def audit(
-    connection: Connection,
-    action: str,
-    *,
-    credential_id: int,
-    now_us: int,
-    call_id: str,
-    application_id: str | None = None,
-    detail: Mapping[str, str | int],
-) -> None:
-    """Who did what. Append-only, in the transaction of what was done."""
-    await connection.execute(
-        "INSERT INTO audit (at, credential_id, action, call_id, application_id, detail, correlation_id) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7)",
-        from_us(now_us),
-        credential_id,
-        action,
-        call_id,
-        application_id,
-        _detail.dump_json(dict(detail)).decode(),
-        current_correlation_id(),
     )

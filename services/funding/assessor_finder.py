@@ -1,0 +1,117 @@
+"""Who could judge an application: asked of the matching service, which knows the experts and their conflicts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from services.common.errors import Forbidden, HubError, Invalid, TryAgain
+from services.common.logs import current_correlation_id
+from smdih.matching.v1 import matching_pb2, matching_pb2_grpc
+
+TIMEOUT_S = 10.0
+TEXT_CHARACTERS_MAX = 20_000
+# Of what the matching service takes.
+NAMES_MAX = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked: the application's text, and everyone who has a part in it."""
+
+    text: str
+    sic: str
+    region: str
+    firm_ids: Sequence[int]
+    organisations: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposed:
+    provider_id: str
+    name: str
+    partner_id: int
+    score: float
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excluded:
+    provider_id: str
+    name: str
+    codes: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    assessors: tuple[Proposed, ...]
+    excluded: tuple[Excluded, ...]
+    ranker_version: str
+
+
+class AssessorFinder:
+    """A client of the matching service; asks under the key of the operator who asks here."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._channel: grpc.aio.Channel | None = None
+
+    async def propose(self, key: str, question: Question, *, count: int) -> Proposal:
+        """Best first, without those who have a conflict. Raises TryAgain when the matching service does not answer."""
+        if not self._address:
+            raise TryAgain(
+                "This process does not know where the matching service is; set SMDIH_MATCHING_GRPC.",
+                reason="MATCHING_AWAY",
+            )
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._address)
+        try:
+            answer = await matching_pb2_grpc.MatchingServiceStub(self._channel).ProposeAssessors(
+                matching_pb2.ProposeAssessorsRequest(
+                    text=question.text[:TEXT_CHARACTERS_MAX],
+                    sic=question.sic,
+                    region=question.region,
+                    conflict_firm_ids=list(question.firm_ids)[:NAMES_MAX],
+                    conflict_organisations=list(question.organisations)[:NAMES_MAX],
+                    count=count,
+                ),
+                metadata=(("authorization", f"Bearer {key}"), ("x-correlation-id", current_correlation_id())),
+                timeout=TIMEOUT_S,
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _understood(error) from error
+        return Proposal(
+            assessors=tuple(
+                Proposed(
+                    provider_id=one.provider_id,
+                    name=one.name,
+                    partner_id=one.partner_id,
+                    score=one.score,
+                    reasons=tuple(one.reasons),
+                )
+                for one in answer.assessors
+            ),
+            excluded=tuple(
+                Excluded(provider_id=one.provider_id, name=one.name, codes=tuple(one.codes), reasons=tuple(one.reasons))
+                for one in answer.excluded
+            ),
+            ranker_version=answer.ranker_version,
+        )
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+
+
+def _understood(error: grpc.aio.AioRpcError) -> HubError:
+    detail = error.details() or ""
+    if error.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+        return Forbidden(detail)
+    if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+        return Invalid(f"The matching service did not understand: {detail}")
+    return TryAgain(
+        "The matching service does not answer; nothing was stored, send again.",
+        reason="MATCHING_AWAY",
+        retry_after_s=2,
+    )

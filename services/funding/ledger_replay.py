@@ -1,0 +1,127 @@
+"""Reading the whole ledger again: hashes and balances rebuilt from the rows alone, and compared with what is stored."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import asyncpg
+
+from services.common.clock import to_us
+from services.common.database import Connection
+from services.funding.ledger import Account, AccountKind, Event, Transfer, event_hash
+
+REPLAY_PAGE = 2_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """The outcome of reading the whole ledger again; `faults` names, in plain words, what does not hold."""
+
+    events: int
+    transfers: int
+    head_hash: str
+    faults: tuple[str, ...]
+
+
+async def replay(connection: Connection) -> Replay:
+    """Read every event from the first, rebuild hashes and balances from the rows, and compare with what is stored.
+
+    Run it in a REPEATABLE READ transaction, else events posted meanwhile look like faults.
+    """
+    reading = _Reading()
+    after = -1
+    while True:
+        events = await connection.fetch(
+            "SELECT * FROM ledger_event WHERE sequence > $1 ORDER BY sequence LIMIT $2", after, REPLAY_PAGE
+        )
+        if not events:
+            break
+        last = events[-1]["sequence"]
+        transfers = await connection.fetch(
+            "SELECT t.*, d.call_id AS debit_call, d.kind AS debit_kind, c.call_id AS credit_call, c.kind AS credit_kind "
+            "FROM ledger_transfer t JOIN ledger_account d ON d.id = t.debit_account "
+            "JOIN ledger_account c ON c.id = t.credit_account "
+            "WHERE event_sequence > $1 AND event_sequence <= $2 ORDER BY event_sequence, position",
+            after,
+            last,
+        )
+        reading.take(events, transfers)
+        after = last
+    head = await connection.fetchrow("SELECT sequence, hash FROM ledger_head")
+    accounts = await connection.fetch("SELECT call_id, kind, balance_pence FROM ledger_account ORDER BY id")
+    stored_transfers = await connection.fetchval("SELECT count(*) FROM ledger_transfer")
+    return reading.finish(head, accounts, stored_transfers)
+
+
+class _Reading:
+    """What a replay has seen so far."""
+
+    def __init__(self) -> None:
+        self._sequence = -1
+        self._hash = b""
+        self._transfers = 0
+        self._balances: dict[Account, int] = defaultdict(int)
+        self._faults: list[str] = []
+
+    def take(self, events: Sequence[asyncpg.Record], transfers: Sequence[asyncpg.Record]) -> None:
+        by_event: dict[int, list[Transfer]] = defaultdict(list)
+        for row in transfers:
+            transfer = Transfer(
+                debit=Account(row["debit_call"], AccountKind(row["debit_kind"])),
+                credit=Account(row["credit_call"], AccountKind(row["credit_kind"])),
+                amount_pence=row["amount_pence"],
+                purpose=row["purpose"],
+                subject_id=row["subject_id"],
+            )
+            by_event[row["event_sequence"]].append(transfer)
+            self._balances[transfer.debit] -= transfer.amount_pence
+            self._balances[transfer.credit] += transfer.amount_pence
+            self._transfers += 1
+        for row in events:
+            self._take_event(row, tuple(by_event.get(row["sequence"], ())))
+
+    def _take_event(self, row: asyncpg.Record, transfers: tuple[Transfer, ...]) -> None:
+        sequence = row["sequence"]
+        if sequence != self._sequence + 1:
+            self._faults.append(f"events {self._sequence + 1} to {sequence - 1} are missing")
+        if sequence > 0:
+            event = Event(
+                request_id=row["request_id"],
+                kind=row["kind"],
+                transfers=transfers,
+                credential_id=row["credential_id"],
+            )
+            content = event.content_sha256()
+            expected = event_hash(
+                sequence=sequence,
+                previous_hash=self._hash,
+                recorded_us=to_us(row["recorded"]),
+                credential_id=row["credential_id"],
+                correlation_id=row["correlation_id"],
+                content=content,
+            )
+            if row["previous_hash"] != self._hash:
+                self._faults.append(f"event {sequence} does not follow the event before it")
+            if row["content_sha256"] != content or row["hash"] != expected:
+                self._faults.append(f"event {sequence} or one of its transfers was altered after it was written")
+        self._sequence, self._hash = sequence, row["hash"]
+
+    def finish(self, head: asyncpg.Record | None, accounts: Sequence[asyncpg.Record], stored_transfers: int) -> Replay:
+        if head is None or (head["sequence"], head["hash"]) != (self._sequence, self._hash):
+            self._faults.append(
+                f"the newest event is not the one that the head names; {self._sequence} is the last there"
+            )
+        if stored_transfers != self._transfers:
+            self._faults.append(f"{stored_transfers - self._transfers} transfers belong to no event")
+        for row in accounts:
+            account = Account(row["call_id"], AccountKind(row["kind"]))
+            rebuilt = self._balances.pop(account, 0)
+            if rebuilt != row["balance_pence"]:
+                self._faults.append(f"{account} shows {row['balance_pence']} pence, its transfers make {rebuilt}")
+        self._faults.extend(f"{account} has transfers but is not there" for account in self._balances)
+        return Replay(
+            events=self._sequence,
+            transfers=self._transfers,
+            head_hash=self._hash.hex(),
+            faults=tuple(self._faults),
+        )

@@ -1,0 +1,103 @@
+"""Milestones: a figure of the firm's own machines that the project has to reach, shown by signed evidence."""
+
+import re
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+
+from services.funding.domain import TITLE_CHARACTERS_MAX, Refused, checked_text, uk_day
+
+MILESTONES_MAX = 20
+DAYS_MAX = 3_660
+ID = re.compile(r"[a-z][a-z0-9_-]{0,39}")
+_DECIMAL = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,9})?")
+
+
+class Comparison(StrEnum):
+    AT_LEAST = "at_least"
+    AT_MOST = "at_most"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Milestone:
+    """Met once a signed figure of `measure` over `days_min` days within the project, with data for at least `coverage_min` of the
+    time, is on the right side of the threshold."""
+
+    id: str
+    title: str
+    # As the hub measures it: energy_kwh, working_hours, samples and the like.
+    measure: str
+    # None: any machine of the firm.
+    machine_id: int | None
+    comparison: Comparison
+    threshold: str
+    days_min: int
+    coverage_min: str
+    due: date
+    # Once it is met.
+    met_us: int | None = None
+    value: str = ""
+    statement_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What a verified statement says."""
+
+    measure: str
+    firm_id: int
+    machine_id: int
+    from_: datetime
+    to: datetime
+    value: str
+    unit: str
+    coverage: str
+
+
+def checked_milestone(milestone: Milestone) -> Milestone:
+    """Raises Refused when a field makes no sense."""
+    if not ID.fullmatch(milestone.id):
+        raise Refused(
+            "milestones: an id has 1 to 40 lower case letters, digits, - or _, a letter first.", "MILESTONE_INVALID"
+        )
+    checked_text("milestones.title", milestone.title, TITLE_CHARACTERS_MAX)
+    checked_text("milestones.measure", milestone.measure, 60)
+    if not _DECIMAL.fullmatch(milestone.threshold):
+        raise Refused(f"{milestone.id}: threshold is a decimal number such as 1532.25.", "MILESTONE_INVALID")
+    if not 1 <= milestone.days_min <= DAYS_MAX:
+        raise Refused(f"{milestone.id}: days_min is from 1 to {DAYS_MAX}.", "MILESTONE_INVALID")
+    if not _DECIMAL.fullmatch(milestone.coverage_min) or not 0 <= Decimal(milestone.coverage_min) <= 1:
+        raise Refused(f"{milestone.id}: coverage_min is a decimal number from 0 to 1.", "MILESTONE_INVALID")
+    return milestone
+
+
+def check_shown(milestone: Milestone, figure: Figure, *, firm_id: int, start: date, end: date) -> None:
+    """Raises Refused with the first thing that keeps the figure from showing the milestone; equal to the threshold is enough."""
+
+    def refuse(text: str, reason: str) -> None:
+        raise Refused(f"{milestone.id}: {text}", reason)
+
+    if figure.firm_id != firm_id:
+        refuse("the evidence is about another firm.", "EVIDENCE_OTHER_FIRM")
+    if milestone.machine_id not in (None, figure.machine_id):
+        refuse(f"the evidence is about machine {figure.machine_id}.", "EVIDENCE_OTHER_MACHINE")
+    if figure.measure != milestone.measure:
+        refuse(f"the evidence is of {figure.measure}, not {milestone.measure}.", "EVIDENCE_OTHER_MEASURE")
+    # The last instant of the range is not part of it.
+    first, last = uk_day(figure.from_), uk_day(figure.to - timedelta(microseconds=1))
+    if first < start or last > end:
+        refuse(f"the evidence has to lie within the project, {start} to {end}.", "EVIDENCE_OUTSIDE_PROJECT")
+    if figure.to - figure.from_ < timedelta(days=milestone.days_min):
+        refuse(f"the evidence has to span at least {milestone.days_min} days.", "EVIDENCE_TOO_SHORT")
+    if Decimal(figure.coverage) < Decimal(milestone.coverage_min):
+        refuse(
+            f"data stand for {figure.coverage} of the time; {milestone.coverage_min} is needed.", "EVIDENCE_TOO_THIN"
+        )
+    value, threshold = Decimal(figure.value), Decimal(milestone.threshold)
+    met = value >= threshold if milestone.comparison is Comparison.AT_LEAST else value <= threshold
+    if not met:
+        words = milestone.comparison.replace("_", " ")
+        refuse(
+            f"the figure is {figure.value} {figure.unit}; {words} {milestone.threshold} is needed.", "MILESTONE_NOT_MET"
+        )

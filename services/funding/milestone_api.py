@@ -1,0 +1,88 @@
+"""Milestones of awards over HTTP."""
+
+from datetime import date
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from services.common.http import Authenticated
+from services.funding.domain import checked_date
+from services.funding.milestone import Comparison, Milestone
+from services.funding.milestones import MilestoneService
+from services.funding.requests import understood
+
+
+class _In(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MilestoneIn(_In):
+    id: str
+    title: str
+    measure: str = Field(description="as the hub measures it, such as energy_kwh")
+    machine_id: StrictInt | None = Field(None, description="none: any machine of the firm")
+    comparison: Comparison
+    threshold: str = Field(description="decimal text; equal is enough")
+    days_min: StrictInt = Field(description="how long the evidence spans at least")
+    coverage_min: str = Field("0.9", description="share of that time that data stand for at least")
+    due: str = Field(description="ISO date; a claim for a later period waits until it is met")
+
+
+class MilestonesIn(_In):
+    milestones: list[MilestoneIn]
+
+
+class ShowIn(_In):
+    evidence: dict[str, Any] = Field(description="exactly as GET /v1/machines/{id}/evidence gave it out")
+
+
+class MilestoneOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    title: str
+    measure: str
+    machine_id: int | None
+    comparison: Comparison
+    threshold: str
+    days_min: int
+    coverage_min: str
+    due: date
+    met_us: int | None
+    value: str
+    statement_id: str
+
+
+class MilestonesOut(BaseModel):
+    milestones: list[MilestoneOut]
+
+
+def router(service: MilestoneService) -> APIRouter:
+    """For the firm of the award and for operators."""
+    routes = APIRouter(prefix="/v1/awards/{award_id}/milestones")
+
+    @routes.get("")
+    async def get(caller: Authenticated, award_id: str) -> MilestonesOut:
+        return _out(await service.get(caller, award_id))
+
+    @routes.put("")
+    async def put(caller: Authenticated, award_id: str, body: MilestonesIn) -> MilestonesOut:
+        """Operators: these and no others, until the first is met."""
+        with understood():
+            wanted = [
+                Milestone(**one.model_dump(exclude={"due"}), due=checked_date("due", one.due))
+                for one in body.milestones
+            ]
+        return _out(await service.set(caller, award_id, wanted))
+
+    @routes.post("/{milestone_id}/evidence")
+    async def show(caller: Authenticated, award_id: str, milestone_id: str, body: ShowIn) -> MilestonesOut:
+        """The firm: signed evidence; its signature, firm, machine, measure, range, coverage and figure are checked."""
+        return _out(await service.show(caller, award_id, milestone_id, body.evidence))
+
+    return routes
+
+
+def _out(milestones: list[Milestone]) -> MilestonesOut:
+    return MilestonesOut(milestones=[MilestoneOut.model_validate(one) for one in milestones])

@@ -1,0 +1,184 @@
+"""What people can do with milestones: operators set them, the firm shows them by evidence that the hub signed."""
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import Any
+
+from services.common.clock import Clock, from_us
+from services.common.database import Connection, Pool, transaction
+from services.common.directory import Directory
+from services.common.errors import Conflict, Invalid, NotFound
+from services.common.evidence import Verifier
+from services.common.identity import Caller, Role
+from services.common.logs import correlated, get_logger
+from services.funding import milestone_store
+from services.funding.agreement import Agreement, AgreementState
+from services.funding.agreement_store import agreement_of, lock_award
+from services.funding.award_store import audit
+from services.funding.domain import Refused, is_id
+from services.funding.milestone import MILESTONES_MAX, Figure, Milestone, check_shown, checked_milestone
+from services.funding.requests import understood
+
+log = get_logger(__name__)
+
+_ENDED = (AgreementState.COMPLETE, AgreementState.LAPSED, AgreementState.WITHDRAWN)
+
+
+class MilestoneService:
+    """The use cases. Every method takes the caller first and raises Forbidden or NotFound where it may not or cannot see."""
+
+    def __init__(self, pool: Pool, *, verifier: Verifier, directory: Directory, clock: Clock) -> None:
+        self._pool = pool
+        self._verifier = verifier
+        self._directory = directory
+        self._clock = clock
+
+    async def get(self, caller: Caller, award_id: str) -> list[Milestone]:
+        async with transaction(self._pool) as connection:
+            await _agreement(connection, caller, award_id)
+            return await milestone_store.milestones_of(connection, award_id)
+
+    async def set(self, caller: Caller, award_id: str, milestones: Sequence[Milestone]) -> list[Milestone]:
+        """These, and no others; until the first is met."""
+        caller.require(Role.OPERATOR)
+        if len(milestones) > MILESTONES_MAX or len({one.id for one in milestones}) < len(milestones):
+            raise Invalid(
+                f"At most {MILESTONES_MAX} milestones, each with an id of its own.", reason="MILESTONE_INVALID"
+            )
+        with understood():
+            wanted = [checked_milestone(one) for one in milestones]
+        async with transaction(self._pool) as connection:
+            agreement = await self._locked(connection, caller, award_id)
+            _check_running(agreement)
+            for one in wanted:
+                machine = None if one.machine_id is None else self._directory.machines.get(one.machine_id)
+                if one.machine_id is not None and (machine is None or machine.firm_id != agreement.award.firm_id):
+                    raise NotFound(f"This firm has no machine {one.machine_id}.", reason="MACHINE_UNKNOWN")
+            there = await milestone_store.milestones_of(connection, award_id)
+            if any(one.met_us for one in there):
+                raise Conflict("A milestone is met already; they stay as they are.", reason="MILESTONE_MET")
+            await milestone_store.set_milestones(
+                connection, award_id, wanted, credential_id=caller.credential_id, now_us=self._clock.now_us()
+            )
+            await self._audit(connection, caller, "milestones_set", agreement, {"count": len(wanted)})
+            return await milestone_store.milestones_of(connection, award_id)
+
+    async def show(
+        self, caller: Caller, award_id: str, milestone_id: str, evidence: Mapping[str, Any]
+    ) -> list[Milestone]:
+        """The firm shows a milestone. A repeat with the same statement gets the first answer."""
+        caller.require(Role.FIRM)
+        async with transaction(self._pool) as connection:
+            agreement = await self._locked(connection, caller, award_id)
+            await self.show_within(connection, caller, agreement, milestone_id, evidence)
+            return await milestone_store.milestones_of(connection, award_id)
+
+    async def show_within(
+        self,
+        connection: Connection,
+        caller: Caller,
+        agreement: Agreement,
+        milestone_id: str,
+        evidence: Mapping[str, Any],
+    ) -> None:
+        """The same in the transaction of a claim, which holds the agreement."""
+        statement = self._verifier.verify(evidence)
+        found = await milestone_store.milestones_of(connection, agreement.award.id)
+        milestone = next((one for one in found if one.id == milestone_id), None)
+        if milestone is None:
+            raise NotFound("This award has no such milestone.", reason="MILESTONE_UNKNOWN")
+        if milestone.met_us is not None:
+            if milestone.statement_id != statement.id:
+                raise Conflict("The milestone is met already.", reason="MILESTONE_MET")
+            return
+        if agreement.state is not AgreementState.ACCEPTED:
+            raise Conflict(
+                f"The award is {agreement.state}; milestones are shown while the project runs.",
+                reason=f"AWARD_{agreement.state.upper()}",
+            )
+        try:
+            figure = Figure(
+                measure=statement.measure,
+                firm_id=statement.firm_id,
+                machine_id=statement.machine_id,
+                from_=from_us(statement.from_us),
+                to=from_us(statement.to_us),
+                value=statement.value,
+                unit=statement.unit,
+                coverage=statement.coverage,
+            )
+            assert agreement.project_start is not None, "an accepted agreement has its dates"
+            assert agreement.project_end is not None, "an accepted agreement has its dates"
+            check_shown(
+                milestone,
+                figure,
+                firm_id=agreement.award.firm_id,
+                start=agreement.project_start,
+                end=agreement.project_end,
+            )
+        except Refused as error:
+            raise Conflict(str(error), reason=error.reason) from error
+        await milestone_store.add_evidence(
+            connection,
+            agreement.award.id,
+            milestone.id,
+            statement_id=statement.id,
+            evidence=evidence,
+            value=statement.value,
+            credential_id=caller.credential_id,
+            now_us=self._clock.now_us(),
+        )
+        detail: dict[str, str | int] = {"milestone_id": milestone.id, "statement_id": statement.id}
+        await self._audit(connection, caller, "milestone_met", agreement, {**detail, "value": statement.value})
+        log.info("milestone met", award_id=agreement.award.id, milestone_id=milestone.id)
+
+    async def _locked(self, connection: Connection, caller: Caller, award_id: str) -> Agreement:
+        await _agreement(connection, caller, award_id)
+        await lock_award(connection, award_id)
+        return await _agreement(connection, caller, award_id)
+
+    async def _audit(
+        self,
+        connection: Connection,
+        caller: Caller,
+        action: str,
+        agreement: Agreement,
+        detail: Mapping[str, str | int],
+    ) -> None:
+        award = agreement.award
+        with correlated(award.correlation_id):
+            await audit(
+                connection,
+                action,
+                credential_id=caller.credential_id,
+                now_us=self._clock.now_us(),
+                call_id=award.call_id,
+                application_id=award.application_id,
+                detail={"award_id": award.id, **detail},
+            )
+
+
+async def check_due_are_met(connection: Connection, award_id: str, by: date) -> None:
+    """Raises Conflict while a milestone that is due by the day is not met."""
+    late = [
+        one for one in await milestone_store.milestones_of(connection, award_id) if one.due <= by and not one.met_us
+    ]
+    if late:
+        raise Conflict(
+            f"Milestone {late[0].id} ({late[0].title}) was due on {late[0].due.isoformat()} and is not shown yet; "
+            "the firm sends the evidence.",
+            reason="MILESTONE_UNMET",
+        )
+
+
+async def _agreement(connection: Connection, caller: Caller, award_id: str) -> Agreement:
+    caller.require(Role.FIRM, Role.OPERATOR)
+    found = await agreement_of(connection, award_id) if is_id(award_id) else None
+    if found is None or (caller.role is Role.FIRM and found.award.firm_id != caller.firm_id):
+        raise NotFound("There is no such award, or this key may not see it.", reason="AWARD_UNKNOWN")
+    return found
+
+
+def _check_running(agreement: Agreement) -> None:
+    if agreement.state in _ENDED:
+        raise Conflict(f"The award is {agreement.state}.", reason=f"AWARD_{agreement.state.upper()}")

@@ -1,0 +1,335 @@
+"""Telling contacts of alarms: real notifiers, a real database, a receiver and a mail server of the test."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from email import message_from_bytes
+from email.message import Message
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+from aiosmtpd.controller import Controller
+
+from localstack.servers import free_port
+from services.anomaly.contacts import CONTACTS_MAX, TRIALS_MAX
+from services.anomaly.delivery import ATTEMPTS_MAX
+from services.anomaly.domain import Alarm, Return, Severity, alarm_id
+from services.anomaly.store import AlarmStore
+from services.common.database import Pool, create_pool, transaction
+from services.common.identity import Role
+from services.common.kafka import Publisher
+from services.common.settings import Settings
+from smdih.anomaly.v1 import notification_pb2 as pb
+from smdih.anomaly.v1 import notification_pb2_grpc as pb_grpc
+from tests import anomaly_plant as plant
+from tests.polling import eventually
+
+FIRM, OTHER_FIRM = 7, 8
+
+
+@dataclass
+class Receiver:
+    """Takes webhooks; answers with `status` once `answering` is set."""
+
+    port: int = 0
+    status: int = 204
+    answering: asyncio.Event = field(default_factory=asyncio.Event)
+    got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                headers = dict(line.lower().split(": ", 1) for line in head.splitlines()[1:] if line)
+                self.got.append((headers, await reader.readexactly(int(headers["content-length"]))))
+                await self.answering.wait()
+                writer.write(f"HTTP/1.1 {self.status} x\r\ncontent-length: 0\r\n\r\n".encode())
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    def of(self, alarm: Alarm) -> list[str]:
+        bodies = [json.loads(body) for _, body in self.got]
+        return [body["transition"] for body in bodies if (body["alarm"] or {}).get("id") == alarm.id]
+
+
+class Mailbox:
+    """A mail server's memory."""
+
+    def __init__(self) -> None:
+        self.got: list[Message] = []
+
+    async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:
+        self.got.append(message_from_bytes(envelope.content))
+        return "250 OK"
+
+
+@dataclass
+class Hub:
+    settings: Settings
+    logs: Path
+    environment: dict[str, str]
+    http: httpx.AsyncClient
+    grpc: str
+    pool: Pool
+    receiver: Receiver
+    mailbox: Mailbox
+    firm: str
+    other_firm: str
+    device: str
+    notifiers: list[plant.Process]
+    started_us: int = 0
+
+    async def notifier(self) -> plant.Process:
+        log = self.logs / f"notifier-{time.monotonic_ns()}.log"
+        made = await plant.start_process("notifier", self.settings, log, **self.environment)
+        self.notifiers.append(made)
+        return made
+
+    async def call(self, method: str, path: str, *, status: int = 200, key: str = "", **body: Any) -> Any:
+        headers = {"authorization": f"Bearer {key or self.firm}"}
+        given: dict[str, Any] = {"json": body} if method == "POST" else {"params": body}
+        answer = await self.http.request(method, path, headers=headers, **given)
+        assert answer.status_code == status, answer.text
+        return answer.json() if answer.content else None
+
+    async def webhook(self) -> tuple[str, str]:
+        """(contact, secret)."""
+        address = f"http://127.0.0.1:{self.receiver.port}/alarms"
+        made = await self.call("POST", "/v1/contacts", status=201, name="shift", kind="webhook", address=address)
+        return made["contact"]["id"], made["secret"]
+
+    async def escalation(self, *steps: tuple[int, str], site: str, **given: Any) -> str:
+        parts = [{"after_s": after_s, "contact_ids": [contact]} for after_s, contact in steps]
+        made = await self.call("POST", "/v1/escalations", status=201, name="test", site=site, steps=parts, **given)
+        return str(made["id"])
+
+    async def raised(self, site: str, severity: Severity = Severity.MEDIUM) -> Alarm:
+        self.started_us = max(self.started_us + 1, time.time_ns() // 1000)
+        alarm = Alarm(
+            id=alarm_id(machine_id=1, position=0, started_us=self.started_us),
+            firm_id=FIRM,
+            machine_id=1,
+            position=0,
+            signal_id=1000,
+            machine_path=f"acme/{site}/press",
+            machine_kind="press",
+            signal_name="temperature",
+            unit="degC",
+            started_us=self.started_us,
+            ended_us=None,
+            severity=severity,
+            component="record",
+            explanation="too hot",
+            value=float("nan"),
+            score=5.0,
+            shares=(),
+            correlation_id="test",
+            episode_id="",
+        )
+        async with transaction(self.pool) as connection:
+            stored = await AlarmStore().raise_alarm(connection, alarm, now_us=self.started_us)
+        assert stored is not None
+        return stored
+
+    async def deliveries(self, alarm: Alarm) -> list[dict[str, Any]]:
+        found = await self.call("GET", "/v1/deliveries", alarm_id=alarm.id)
+        return list(reversed(found["deliveries"]))
+
+    async def becomes(self, alarm: Alarm, *expected: tuple[str, str]) -> None:
+        async def has_become() -> bool:
+            found = [(one["transition"], one["state"]) for one in await self.deliveries(alarm)]
+            return sorted(found) == sorted(expected)
+
+        await eventually(has_become)
+
+
+@pytest_asyncio.fixture(scope="module")
+async def hub(settings: Settings, publisher: Publisher, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hub]:
+    logs = tmp_path_factory.mktemp("logs")
+    keys = [
+        await plant.publish_key(publisher, credential_id=1, role=Role.FIRM, firm_id=FIRM),
+        await plant.publish_key(publisher, credential_id=2, role=Role.FIRM, firm_id=OTHER_FIRM),
+        await plant.publish_key(publisher, credential_id=3, role=Role.DEVICE, firm_id=FIRM),
+    ]
+    receiver, mailbox = Receiver(), Mailbox()
+    receiver.answering.set()
+    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
+    receiver.port = server.sockets[0].getsockname()[1]
+    mail = Controller(mailbox, hostname="127.0.0.1", port=free_port())
+    mail.start()
+    environment = {
+        "SMDIH_ANOMALY_WEBHOOK_NETWORKS": '["127.0.0.0/8"]',
+        "SMDIH_ANOMALY_SMTP_HOST": "127.0.0.1",
+        "SMDIH_ANOMALY_SMTP_PORT": str(mail.port),
+        "SMDIH_ANOMALY_SMTP_TLS": "none",
+    }
+    pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=2)
+    async with (
+        plant.running("api", settings, logs / "api.log", **environment) as api,
+        httpx.AsyncClient(base_url=api.http, timeout=30) as client,
+    ):
+        made = Hub(
+            settings, logs, environment, client, api.grpc, pool, receiver, mailbox, keys[0], keys[1], keys[2], []
+        )
+        await asyncio.gather(made.notifier(), made.notifier())
+        yield made
+        for one in made.notifiers:
+            if one.process.returncode is None:
+                one.process.terminate()
+                assert await one.ended(deadline_s=30) == 0, one.log.read_text()
+    await pool.close()
+    await asyncio.to_thread(mail.stop)
+    server.close()
+
+
+async def test_contacts_are_told_once_each_signed_and_in_order_of_steps(hub: Hub) -> None:
+    contact, secret = await hub.webhook()
+    second, _ = await hub.webhook()
+    await hub.escalation((0, contact), (1, second), (2, contact), site="north", tell_changes=True)
+    quiet = await hub.raised("north", Severity.LOW)
+    await hub.call("POST", f"/v1/alarms/{quiet.id}/acknowledge")
+    await hub.becomes(quiet, ("raised", "sent"), ("acknowledged", "sent"))
+    alarm = await hub.raised("north")
+    other_site = await hub.raised("south")
+    await hub.becomes(alarm, ("raised", "sent"), ("escalated_1", "sent"), ("escalated_2", "sent"))
+    async with transaction(hub.pool) as connection:
+        over = Return(alarm_id=alarm.id, ended_us=alarm.started_us + 1, correlation_id="")
+        await AlarmStore().end_alarm(connection, over, now_us=time.time_ns() // 1000)
+    sent = [("raised", "sent"), ("escalated_1", "sent"), ("escalated_2", "sent")]
+    await hub.becomes(alarm, *sent, ("returned", "sent"), ("returned", "sent"))
+    # Two notifiers worked at it all the time.
+    assert sorted(hub.receiver.of(alarm)) == ["escalated_1", "escalated_2", "raised", "returned", "returned"]
+    assert sorted(hub.receiver.of(quiet)) == ["acknowledged", "raised"]
+    assert hub.receiver.of(other_site) == []
+    headers, body = next((headers, body) for headers, body in hub.receiver.got if alarm.id.encode() in body)
+    digest = hmac.new(secret.encode(), f"{headers['x-smdih-timestamp']}.".encode() + body, hashlib.sha256)
+    assert headers["x-smdih-signature"] == f"v1={digest.hexdigest()}"
+    assert abs(int(headers["x-smdih-timestamp"]) - time.time()) < 60
+    assert json.loads(body)["delivery_id"] == headers["x-smdih-delivery"]
+    assert json.loads(body)["alarm"]["value"] is None
+
+
+async def test_a_receiver_that_fails_is_tried_again_given_up_and_sent_again_by_a_person(hub: Hub) -> None:
+    contact, _ = await hub.webhook()
+    await hub.escalation((0, contact), site="east", severity_min="medium")
+    hub.receiver.status = 500
+    assert await hub.deliveries(await hub.raised("east", Severity.LOW)) == []
+    alarm = await hub.raised("east")
+
+    async def has_failed() -> bool:
+        return any(one["last_error"] for one in await hub.deliveries(alarm))
+
+    await eventually(has_failed)
+    (one,) = await hub.deliveries(alarm)
+    assert (one["state"], one["attempts"], one["last_error"]) == ("pending", 1, "Answered with status 500.")
+    assert 3 < (one["due_us"] - time.time_ns() // 1000) / 1e6 < 7
+    async with hub.pool.acquire() as connection:
+        await connection.execute("UPDATE delivery SET attempts = $1, due = now()", ATTEMPTS_MAX - 1)
+    await hub.becomes(alarm, ("raised", "dead"))
+    (dead,) = (await hub.call("GET", "/v1/deliveries", state="dead"))["deliveries"]
+    hub.receiver.status = 204
+    await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend", key=hub.other_firm, status=404)
+    assert (await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend"))["state"] == "pending"
+    await hub.becomes(alarm, ("raised", "sent"))
+    assert (await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend"))["state"] == "sent"
+
+
+async def test_a_notifier_killed_after_sending_lets_it_go_out_again_with_the_same_id(hub: Hub) -> None:
+    contact, _ = await hub.webhook()
+    await hub.escalation((0, contact), site="west")
+    hub.receiver.answering.clear()
+    alarm = await hub.raised("west")
+
+    async def has_arrived() -> bool:
+        return hub.receiver.of(alarm) == ["raised"]
+
+    await eventually(has_arrived)
+    for one in hub.notifiers:
+        await one.kill()
+    hub.receiver.answering.set()
+    assert [one["state"] for one in await hub.deliveries(alarm)] == ["pending"]
+    async with hub.pool.acquire() as connection:  # the claim runs out after a minute, which is long for a test
+        await connection.execute("UPDATE delivery SET due = now() WHERE state = 'pending'")
+    await asyncio.gather(hub.notifier(), hub.notifier())
+    await hub.becomes(alarm, ("raised", "sent"))
+    ids = {headers["x-smdih-delivery"] for headers, body in hub.receiver.got if alarm.id.encode() in body}
+    assert (hub.receiver.of(alarm), len(ids)) == (["raised", "raised"], 1)
+
+
+async def test_mail_is_sent_and_what_is_off_the_list_is_told_when_it_is_back(hub: Hub) -> None:
+    made = await hub.call("POST", "/v1/contacts", status=201, name="mail", kind="email", address="shift@acme.example")
+    await hub.escalation((0, made["contact"]["id"]), site="mail")
+    alarm = await hub.raised("mail")
+    await hub.becomes(alarm, ("raised", "sent"))
+    message = hub.mailbox.got[-1]
+    assert message["Subject"] == "[medium] raised: temperature of acme/mail/press"
+    assert "too hot" in message.get_payload()
+    assert message["To"] == "shift@acme.example"
+    await hub.call("POST", f"/v1/alarms/{alarm.id}/take-out-of-service", reason="repair")
+    hidden = await hub.raised("mail")
+    await hub.call("POST", f"/v1/alarms/{hidden.id}/return-to-service", reason="done")
+    await hub.becomes(hidden, ("back_on_list", "sent"))
+
+
+async def test_contacts_are_tried_removed_and_nobody_elses(hub: Hub) -> None:
+    contact, _ = await hub.webhook()
+    before = len(hub.receiver.got)
+    for _ in range(TRIALS_MAX):
+        await hub.call("POST", f"/v1/contacts/{contact}/try")
+    await hub.call("POST", f"/v1/contacts/{contact}/try", status=409)
+
+    async def tried() -> bool:
+        return len(hub.receiver.got) == before + TRIALS_MAX
+
+    await eventually(tried)
+    escalation = await hub.escalation((0, contact), site="x")
+    step = {"after_s": 0, "contact_ids": [contact]}
+    for key, status in ((hub.other_firm, 404), (hub.device, 403), ("nobody", 401)):
+        await hub.call("POST", f"/v1/contacts/{contact}/try", key=key, status=status)
+        await hub.call("DELETE", f"/v1/contacts/{contact}", key=key, status=status)
+        await hub.call("DELETE", f"/v1/escalations/{escalation}", key=key, status=status)
+        await hub.call("POST", "/v1/escalations", key=key, status=status, name="x", steps=[step])
+    for path in ("/v1/contacts", "/v1/escalations", "/v1/deliveries"):
+        assert list((await hub.call("GET", path, key=hub.other_firm)).values()) == [[]]
+        await hub.call("GET", path, key=hub.other_firm, status=403, firm_id=FIRM)
+        await hub.call("GET", path, key=hub.device, status=403)
+    wrongs: tuple[dict[str, Any], ...] = (
+        {"steps": []},
+        {"steps": [step, step]},
+        {"steps": [step | {"after_s": -1}]},
+        {"steps": [step | {"contact_ids": []}]},
+        {"steps": [step], "site": "No Such"},
+        {"steps": [step], "name": ""},
+    )
+    for wrong in wrongs:
+        await hub.call("POST", "/v1/escalations", status=400, **({"name": "x"} | wrong))
+    for address in ("ftp://x.example", "x", "http://"):
+        await hub.call("POST", "/v1/contacts", status=400, name="x", kind="webhook", address=address)
+    await hub.call("POST", "/v1/contacts", status=400, name="x", kind="email", address="x@y\nBcc: z@z.example")
+    by = (("authorization", f"Bearer {hub.firm}"),)
+    async with grpc.aio.insecure_channel(hub.grpc) as channel:
+        stub: Any = pb_grpc.NotificationServiceStub(channel)
+        listed = (await stub.ListEscalations(pb.ListEscalationsRequest(), metadata=by)).escalations
+        assert listed[0].id == escalation
+        assert list(listed[0].steps[0].contact_ids) == [contact]
+        await stub.RemoveEscalation(pb.RemoveEscalationRequest(id=escalation), metadata=by)
+        made = await stub.CreateContact(
+            pb.CreateContactRequest(name="x", kind=pb.CONTACT_KIND_WEBHOOK, address="https://x.example"), metadata=by
+        )
+        assert len(made.secret) > 40
+        for _ in range(2):
+            await stub.RemoveContact(pb.RemoveContactRequest(id=contact), metadata=by)
+    there = (await hub.call("GET", "/v1/contacts"))["contacts"]
+    assert contact not in {one["id"] for one in there}
+    for _ in range(CONTACTS_MAX - len(there)):
+        await hub.webhook()
+    await hub.call("POST", "/v1/contacts", status=409, name="x", kind="webhook", address="https://x.example")

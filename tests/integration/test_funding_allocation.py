@@ -1,0 +1,626 @@
+"""From proposed assessors to decided applications: the fund in one loop with a real matching service behind its gRPC."""
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+
+from services.common import http, rpc, topics
+from services.common.database import Pool, create_pool, transaction
+from services.common.directory import Directory, entity_key
+from services.common.identity import key_sha256
+from services.common.kafka import Cluster, Publisher
+from services.common.runtime import Runtime
+from services.common.settings import Settings
+from services.funding import allocation_api, api, call_store, checker, pool_api, review_api
+from services.funding.allocations import AllocationService
+from services.funding.applications import ApplicationService
+from services.funding.assessor_finder import AssessorFinder
+from services.funding.balances import BalanceService
+from services.funding.calls import CallService
+from services.funding.decisions import DecisionService
+from services.funding.domain import Match
+from services.funding.journal import Journal
+from services.funding.judging import Judge
+from services.funding.parameters import load_parameters
+from services.funding.pools import PoolService
+from services.funding.review_rpc import ReviewRpc
+from services.funding.reviews import ReviewService
+from services.matching.rpc import MatchingServicer
+from smdih.directory.v1 import directory_pb2
+from smdih.funding.v1 import review_pb2, review_pb2_grpc
+from smdih.matching.v1 import matching_pb2_grpc
+from tests.integration.matching_hub import FIRM, KEYS, ShiftedClock, publish_world, running_hub
+
+DAY_US = 86_400_000_000
+FIRMS = {FIRM: "East Midlands", 101: "East Midlands", 102: "Wales", 103: "Wales"}
+ASSESSORS = ("gears", "vibration", "oil", "presses")
+SECOND = "second operator"
+ALL_KEYS = {**KEYS, SECOND: "smdih_test_second_operator", "device of 101": "smdih_test_device_101"}
+
+
+@dataclass
+class World:
+    client: httpx.AsyncClient
+    clock: ShiftedClock
+    pool: Pool
+    reviews: "review_pb2_grpc.ReviewServiceAsyncStub"
+    matches: int = 0
+
+    async def ask(self, method: str, path: str, body: Any = None, *, who: str = "operator") -> httpx.Response:
+        headers = {"authorization": f"Bearer {ALL_KEYS[who]}"} if who else {}
+        return await self.client.request(method, path, json=body, headers=headers)
+
+    async def done(self, method: str, path: str, body: Any = None, *, who: str = "operator") -> Any:
+        answer = await self.ask(method, path, body, who=who)
+        assert answer.status_code in (200, 201), answer.text
+        return answer.json()
+
+    async def refused(self, status: int, reason: str, method: str, path: str, body: Any = None, **how: Any) -> str:
+        answer = await self.ask(method, path, body, **how)
+        assert (answer.status_code, answer.json()["reason"]) == (status, reason), answer.text
+        return str(answer.json()["detail"])
+
+    async def call(self, budget: int, **terms: Any) -> str:
+        now_us = self.clock.now_us()
+        body = {
+            "request_id": f"call-{now_us}",
+            "title": "Gearboxes that report themselves",
+            "budget_pence": budget,
+            "opens_us": now_us - 1,
+            "closes_us": now_us + DAY_US,
+            "category": "experimental_development",
+            "size_definition": "COMPANIES_ACT_2006",
+            "terms": terms,
+        }
+        return str((await self.done("POST", "/v1/calls", body))["id"])
+
+    async def submitted(
+        self, call_id: str, firm_id: int, grant: int = 40_00, *, pledge: bool = True, **more: Any
+    ) -> str:
+        self.matches += 1
+        name = f"match-{self.matches}"
+        match = Match(
+            id=name,
+            event_id=name,
+            firm_id=firm_id,
+            need_id=name,
+            offer_id=name,
+            provider_id="helper",
+            provider_title="Gears, oil debris and vibration",
+            accepted_us=self.clock.now_us(),
+            correlation_id=f"corr-{name}",
+        )
+        async with transaction(self.pool) as connection:
+            await call_store.add_match(connection, match)
+        size = {"headcount": "9", "turnover_minor": 1, "balance_minor": 1, "period_start": "2026-01-01"}
+        body = {
+            "request_id": name,
+            "call_id": call_id,
+            "match_id": name,
+            "costs": [{"category": "labour", "amount_pence": grant * 5 // 2}],
+            "declaration": {"size": size, "uk_registered": True},
+            "requested_pence": grant,
+            **more,
+        }
+        made = str((await self.done("POST", "/v1/applications", body))["id"])
+        if pledge:
+            promise = {"request_id": name, "co_investor": "Northgate", "kind": "cash", "amount_pence": grant * 3 // 2}
+            path = f"/v1/applications/{made}/pledges"
+            pledged = await self.done("POST", path, promise)
+            await self.done("POST", f"{path}/{pledged['id']}/confirm", {"evidence": "letter"})
+        await self.done("POST", f"/v1/applications/{made}/submit")
+        return made
+
+    async def scored(self, application_id: str, *scores: str, in_scope: bool = True) -> None:
+        invited = {"provider_ids": list(ASSESSORS[: len(scores)])}
+        judged = await self.done("POST", f"/v1/applications/{application_id}/assessors", invited)
+        for review, score in zip(judged["reviews"], scores, strict=True):
+            await self.accepted(review["id"])
+            body = {"percent": score, "in_scope": in_scope, "justification": "sound plan"}
+            await self.done("POST", f"/v1/reviews/{review['id']}/score", body, who="partner")
+
+    async def accepted(self, review_id: str) -> None:
+        body = {"no_conflict": True, "declaration": "I have no part in this. Dr X"}
+        await self.done("POST", f"/v1/reviews/{review_id}/accept", body, who="partner")
+
+    def close_calls(self) -> None:
+        self.clock.shift += timedelta(days=2)
+
+    async def state(self, application_id: str) -> tuple[str, str]:
+        found = await self.done("GET", f"/v1/applications/{application_id}")
+        return found["state"], found["decision_reason"].partition(":")[0]
+
+
+def checked_by_command(file: Path) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, str(checker.__file__), str(file)], capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+@pytest_asyncio.fixture(scope="module")
+async def world(settings: Settings, publisher: Publisher) -> AsyncIterator[World]:
+    await publish_world(publisher)
+    pb = directory_pb2
+    more = []
+    for firm_id, region in FIRMS.items():
+        firm = pb.Firm(id=firm_id, name=f"=Firm {firm_id}", sic="25.62", region=region)
+        more.append((entity_key("firm", firm_id), pb.DirectoryEntry(firm=firm)))
+    for number, (who, role, firm_id) in enumerate(
+        ((SECOND, pb.ROLE_OPERATOR, 0), ("device of 101", pb.ROLE_DEVICE, 101)), start=90
+    ):
+        credential = pb.Credential(id=number, sha256=key_sha256(ALL_KEYS[who]), role=role, firm_id=firm_id)
+        more.append((entity_key("credential", number), pb.DirectoryEntry(credential=credential)))
+    for key, entry in more:
+        await publisher.publish(topics.DIRECTORY, entry.SerializeToString(), key=key.encode(), partition=0)
+    async with AsyncExitStack() as stack:
+        matching = await stack.enter_async_context(running_hub(settings))
+        for name in ASSESSORS:
+            expert = {"kind": "expert", "title": f"Dr {name}", "assesses": "also", "capacity_per_quarter": 2}
+            await matching.ok("partner", "PUT", f"/v1/providers/{name}", {**expert, "text": f"{name}; gears and oil"})
+        declared = {"kind": "expert", "title": "Dr Kin", "assesses": "also", "capacity_per_quarter": 2, "text": "gears"}
+        await matching.ok("partner", "PUT", "/v1/providers/kin", {**declared, "conflict_firm_ids": [FIRM]})
+        clock, table = matching.clock, load_parameters()
+        directory = Directory(
+            Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix),
+            clock=clock,
+            kinds=("firm", "partner", "machine"),
+        )
+        runtime = Runtime()
+        runtime.background("directory", directory.run())
+        stack.push_async_callback(runtime._stack.aclose)
+        await directory.wait_caught_up()
+        port = await stack.enter_async_context(
+            rpc.serve(
+                host="127.0.0.1",
+                port=0,
+                directory=directory,
+                register=[
+                    (matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching.matching))
+                ],
+                service_names=[],
+            )
+        )
+        pool = await create_pool(settings.database_dsn, schema="funding", size_max=6)
+        stack.push_async_callback(pool.close)
+        finder = AssessorFinder(f"127.0.0.1:{port}")
+        stack.push_async_callback(finder.close)
+        judge = Judge(table=table, clock=clock)
+        calls = CallService(pool, journal=Journal(pool, clock), table=table, clock=clock)
+        await calls.open_programme()
+        applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
+        decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=lambda: None)
+        reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
+        allocations = AllocationService(
+            pool, judge=judge, reviews=reviews, decisions=decisions, table=table, clock=clock
+        )
+        balances = BalanceService(pool)
+        routers = [
+            api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
+            review_api.router(reviews),
+            allocation_api.router(allocations),
+            pool_api.router(PoolService(pool, applications=applications, judge=judge, table=table, clock=clock)),
+        ]
+        app = http.application("fund", runtime=runtime, directory=directory, routers=routers)
+        served = await stack.enter_async_context(http.serve(app, host="127.0.0.1", port=0))
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{served}", timeout=60))
+        by_grpc = await stack.enter_async_context(
+            rpc.serve(
+                host="127.0.0.1",
+                port=0,
+                directory=directory,
+                register=[(review_pb2_grpc.add_ReviewServiceServicer_to_server, ReviewRpc(reviews))],
+                service_names=[],
+            )
+        )
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{by_grpc}"))
+        yield World(client, clock, pool, review_pb2_grpc.ReviewServiceStub(channel))
+
+
+async def test_assessors_come_from_matching_without_those_who_have_a_conflict(world: World) -> None:
+    call_id = await world.call(100_00)
+    made = await world.submitted(call_id, FIRM)
+    path = f"/v1/applications/{made}/assessors"
+    proposal = await world.done("GET", f"{path}?count=10")
+    assert {one["provider_id"] for one in proposal["assessors"]} == set(ASSESSORS)
+    assert all(one["reasons"] for one in proposal["assessors"])
+    assert {one["provider_id"]: one["codes"] for one in proposal["excluded"]} == {"kin": ["CONFLICT_OF_INTEREST"]}
+    await world.refused(409, "CONFLICT_OF_INTEREST", "POST", path, {"provider_ids": ["gears", "kin"]})
+    await world.refused(409, "ASSESSOR_NOT_PROPOSED", "POST", path, {"provider_ids": ["nobody"]})
+    for odd in ([], ["\x00"], ["a", "b", "c", "d", "e", "f"]):
+        await world.refused(400, "PROVIDER_IDS_INVALID", "POST", path, {"provider_ids": odd})
+    for _ in range(2):  # the second is a repeat
+        judged = await world.done("POST", path, {"provider_ids": ["gears", "oil"]})
+        assert [one["provider_id"] for one in judged["reviews"]] == ["gears", "oil"]
+    assert judged["verdict"]["code"] == "TOO_FEW_ASSESSORS"
+    for who in ("firm", "partner", "device"):
+        await world.refused(403, "FORBIDDEN", "GET", path, who=who)
+        await world.refused(403, "FORBIDDEN", "POST", path, {"provider_ids": ["gears"]}, who=who)
+        await world.refused(403, "FORBIDDEN", "GET", f"/v1/applications/{made}/reviews", who=who)
+    await world.refused(401, "UNAUTHENTICATED", "GET", path, who="")
+    # A group's other firm is in it as well.
+    async with world.pool.acquire() as connection:
+        await connection.execute("INSERT INTO enterprise_group VALUES ('g', 'filing', now(), 1)")
+        await connection.execute("INSERT INTO firm_group VALUES ($1, 'g', now(), 1), (101, 'g', now(), 1)", FIRM)
+    sister = await world.submitted(call_id, 101)
+    excluded = (await world.done("GET", f"/v1/applications/{sister}/assessors"))["excluded"]
+    assert [one["provider_id"] for one in excluded] == ["kin"]
+    await world.pool.execute("DELETE FROM firm_group")
+
+
+async def test_an_assessor_declares_answers_and_scores_once(world: World) -> None:
+    made = await world.submitted(await world.call(100_00), FIRM)
+    invited = {"provider_ids": list(ASSESSORS)}
+    reviews = (await world.done("POST", f"/v1/applications/{made}/assessors", invited))["reviews"]
+    listed = await world.done("GET", "/v1/reviews?state=invited&page_size=100", who="partner")
+    assert {one["id"] for one in reviews} <= {one["id"] for one in listed["reviews"]}
+    assert (await world.done("GET", "/v1/reviews", who="other_partner"))["reviews"] == []
+    first, second, third, fourth = (f"/v1/reviews/{one['id']}" for one in reviews)
+    task = await world.done("GET", first, who="partner")
+    assert (task["firm_name"], task["grant_pence"]) == ("=Firm 1", 40_00)
+    assert "declaration" not in json.dumps(task)
+    score = {"percent": "72.5", "in_scope": True, "justification": "sound plan"}
+    await world.refused(409, "REVIEW_INVITED", "POST", f"{first}/score", score, who="partner")
+    declared = {"no_conflict": False, "declaration": "my brother owns it"}
+    await world.refused(400, "CONFLICT_NOT_EXCLUDED", "POST", f"{first}/accept", declared, who="partner")
+    for one in reviews[:3]:
+        await world.accepted(one["id"])
+    declined = {"declined_as": "conflict", "reason": "my brother owns it"}
+    await world.done("POST", f"{fourth}/decline", declined, who="partner")
+    await world.refused(409, "REVIEW_DECLINED", "POST", f"{fourth}/score", score, who="partner")
+    for bad in ("100.01", "-1", "7e1", "72.555", "", "NaN"):
+        await world.refused(400, "SCORE_INVALID", "POST", f"{first}/score", {**score, "percent": bad}, who="partner")
+    for _ in range(2):
+        assert (await world.done("POST", f"{first}/score", score, who="partner"))["review"]["percent"] == "72.5"
+    await world.refused(409, "ALREADY_SCORED", "POST", f"{first}/score", {**score, "percent": "90"}, who="partner")
+    for who in ("other_partner",):
+        await world.refused(404, "REVIEW_UNKNOWN", "GET", first, who=who)
+        await world.refused(404, "REVIEW_UNKNOWN", "POST", f"{first}/score", score, who=who)
+    for who in ("firm", "device"):
+        await world.refused(403, "FORBIDDEN", "GET", first, who=who)
+        await world.refused(403, "FORBIDDEN", "GET", "/v1/reviews", who=who)
+    await world.refused(403, "FORBIDDEN", "POST", f"{second}/score", score, who="operator")
+    await world.refused(403, "FORBIDDEN", "POST", f"{second}/take-back", {"reason": "x"}, who="partner")
+    # A partner that turns out to put money in has a part in it.
+    promise = {"request_id": "uni", "co_investor": "university", "kind": "cash", "amount_pence": 1_00}
+    await world.done("POST", f"/v1/applications/{made}/pledges", promise)
+    await world.refused(409, "CONFLICT_OF_INTEREST", "POST", f"{second}/score", score, who="partner")
+    judged = await world.done("POST", f"{third}/take-back", {"reason": "left the university"})
+    assert [one["state"] for one in judged["reviews"]] == ["scored", "accepted", "withdrawn", "declined"]
+
+
+async def test_a_partners_program_assesses_by_grpc(world: World) -> None:
+    made = await world.submitted(await world.call(100_00, scope="Gears that report themselves."), FIRM)
+    invited = {"provider_ids": ["gears", "oil"]}
+    ids = [one["id"] for one in (await world.done("POST", f"/v1/applications/{made}/assessors", invited))["reviews"]]
+
+    def bearer(who: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {ALL_KEYS[who]}"),)
+
+    async def refused(code: grpc.StatusCode, reason: str, asked: Any) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await asked
+        assert (error.value.code(), dict(error.value.trailing_metadata())["reason"]) == (code, reason)
+
+    listed = await world.reviews.ListReviews(
+        review_pb2.ListReviewsRequest(state=review_pb2.REVIEW_STATE_INVITED), metadata=bearer("partner")
+    )
+    assert set(ids) <= {one.id for one in listed.reviews}
+    task = (
+        await world.reviews.GetReview(review_pb2.GetReviewRequest(review_id=ids[0]), metadata=bearer("partner"))
+    ).task
+    assert (task.scope, task.grant_pence, task.costs[0].amount_pence) == (
+        "Gears that report themselves.",
+        40_00,
+        100_00,
+    )
+    accept = review_pb2.AcceptReviewRequest(review_id=ids[0], no_conflict=True, declaration="none. Dr X")
+    await world.reviews.AcceptReview(accept, metadata=bearer("partner"))
+    score = review_pb2.ScoreReviewRequest(review_id=ids[0], percent="81.25", in_scope=True, justification="sound")
+    scored = (await world.reviews.ScoreReview(score, metadata=bearer("partner"))).task.review
+    assert (scored.state, scored.percent, scored.in_scope) == (review_pb2.REVIEW_STATE_SCORED, "81.25", True)
+    decline = review_pb2.DeclineReviewRequest(review_id=ids[1], reason="abroad")
+    await refused(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "DECLINED_AS_MISSING",
+        world.reviews.DeclineReview(decline, metadata=bearer("partner")),
+    )
+    decline.declined_as = review_pb2.DECLINED_AS_NO_TIME
+    declined = (await world.reviews.DeclineReview(decline, metadata=bearer("partner"))).task.review
+    assert declined.state == review_pb2.REVIEW_STATE_DECLINED
+    get = review_pb2.GetReviewRequest(review_id=ids[0])
+    await refused(
+        grpc.StatusCode.NOT_FOUND, "REVIEW_UNKNOWN", world.reviews.GetReview(get, metadata=bearer("other_partner"))
+    )
+    await refused(grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN", world.reviews.GetReview(get, metadata=bearer("firm")))
+    await refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", world.reviews.GetReview(get))
+
+
+async def test_means_are_exact_ties_share_a_rank_and_wide_scores_wait_for_a_person(world: World) -> None:
+    call_id = await world.call(1_000_00)
+    best, tied, low, wide = [await world.submitted(call_id, firm_id) for firm_id in (FIRM, 101, 102, 103)]
+    await world.scored(best, "80", "75", "70")
+    await world.scored(tied, "74", "76", "75")
+    # 69.99 and two thirds: a rounded mean would show 70 and pass.
+    await world.scored(low, "69.99", "70", "70")
+    await world.scored(wide, "95", "64.99", "80")
+    rows = (await world.done("GET", f"/v1/calls/{call_id}/panel"))["rows"]
+    assert [(row["application_id"], row["rank"], row["tied"]) for row in rows[1:3]] == sorted(
+        [(best, 2, True), (tied, 2, True)], key=lambda row: [one["application_id"] for one in rows].index(row[0])
+    )
+    seen = {row["application_id"]: row["verdict"] for row in rows}
+    assert (seen[low]["mean"], seen[low]["mean_shown"], seen[low]["code"]) == (
+        "20999/300",
+        "69.99",
+        "BELOW_THRESHOLD",
+    )
+    assert (seen[wide]["spread"], seen[wide]["code"], rows[0]["application_id"]) == (
+        "30.01",
+        "MODERATION_NEEDED",
+        wide,
+    )
+    stands = {"outcome": "stands", "reason": "the low score misread the budget; the panel keeps it"}
+    path = f"/v1/applications/{wide}/moderate"
+    for who in ("firm", "partner"):
+        await world.refused(403, "FORBIDDEN", "POST", path, stands, who=who)
+    assert (await world.done("POST", path, stands))["verdict"]["code"] == ""
+    reopened = await world.done("POST", path, {**stands, "outcome": "reopened"})
+    assert {one["state"] for one in reopened["reviews"]} == {"accepted"}
+    await world.refused(409, "NOT_SCORED", "POST", path, stands)
+    sheet = await world.ask("GET", f"/v1/calls/{call_id}/panel.csv")
+    assert sheet.headers["content-type"].startswith("text/csv")
+    assert "'=Firm 101" in sheet.text
+    assert "20999/300,69.99" in sheet.text
+    page = await world.ask("GET", f"/v1/calls/{call_id}/panel.html")
+    assert page.text.count('<tr class="tied">') == 2
+    for ending in ("", ".csv", ".html"):
+        await world.refused(403, "FORBIDDEN", "GET", f"/v1/calls/{call_id}/panel{ending}", who="partner")
+        await world.refused(404, "CALL_UNKNOWN", "GET", f"/v1/calls/none/panel{ending}")
+
+
+async def test_a_closed_call_is_allocated_checked_confirmed_by_a_second_person_and_decided(
+    world: World, tmp_path: Path
+) -> None:
+    call_id = await world.call(80_00, method="top_down_skip", limits=[{"pot": "region:wales", "ceiling_pence": 40_00}])
+    first = await world.submitted(call_id, FIRM, 40_00)
+    wales = await world.submitted(call_id, 102, 40_00)
+    more_wales = await world.submitted(call_id, 103, 30_00)
+    low = await world.submitted(call_id, 101, 10_00)
+    outside = await world.submitted(call_id, 101, 10_00)
+    unmatched = await world.submitted(call_id, 101, 10_00, pledge=False)
+    path = f"/v1/calls/{call_id}/allocations"
+    await world.refused(409, "CALL_NOT_CLOSED", "POST", path)
+    for made, scores, scope in (
+        (first, ("80", "81", "82"), True),
+        (wales, ("79", "79", "79"), True),
+        (more_wales, ("78", "78", "78"), True),
+        (low, ("60", "61", "62"), True),
+        (outside, ("90", "90", "90"), False),
+    ):
+        await world.scored(made, *scores, in_scope=scope)
+    world.close_calls()
+    assert "TOO_FEW_ASSESSORS" in await world.refused(409, "NOT_ASSESSED", "POST", path)
+    await world.scored(unmatched, "99", "99", "99")
+    stale = await world.done("POST", path)
+    for who in ("firm", "partner", "device"):
+        await world.refused(403, "FORBIDDEN", "POST", path, who=who)
+        await world.refused(403, "FORBIDDEN", "GET", f"/v1/allocations/{stale['id']}", who=who)
+        await world.refused(
+            403, "FORBIDDEN", "POST", f"/v1/allocations/{stale['id']}/confirm", {"reason": "x"}, who=who
+        )
+    # What is confirmed is what was seen: a budget that moved since makes it stale.
+    move = {"request_id": "less", "change_pence": -1, "reason": "correction"}
+    await world.done("POST", f"/v1/calls/{call_id}/budget", move)
+    confirm = {"reason": "panel of 3 November"}
+    await world.refused(409, "ALLOCATION_STALE", "POST", f"/v1/allocations/{stale['id']}/confirm", confirm, who=SECOND)
+    await world.done("POST", f"/v1/calls/{call_id}/budget", {**move, "request_id": "back", "change_pence": 1})
+    run = await world.done("POST", path)
+    assert {one["application_id"]: one["code"] for one in run["reasons"]} == {
+        first: "FUNDED",
+        wales: "FUNDED",
+        more_wales: "ASKS_MORE_THAN_LEFT",
+        low: "BELOW_THRESHOLD",
+        outside: "OUT_OF_SCOPE",
+        unmatched: "MATCH_SHORTFALL",
+    }
+    assert (run["spent_pence"], run["left_pence"], run["checker_agrees"], run["checker_proof"]) == (
+        80_00,
+        0,
+        True,
+        "ranking",
+    )
+    where = f"/v1/allocations/{run['id']}"
+    await world.refused(403, "SECOND_PERSON", "POST", f"{where}/confirm", confirm)
+    assert {await world.state(made) for made in (first, low)} == {("submitted", "")}
+    done = await world.done("POST", f"{where}/confirm", confirm, who=SECOND)
+    assert (done["state"], done["pending"], done["refused"]) == ("confirmed", [], {})
+    assert [await world.state(made) for made in (first, wales, more_wales, low, outside, unmatched)] == [
+        ("awarded", "FUNDED"),
+        ("awarded", "FUNDED"),
+        ("rejected", "ASKS_MORE_THAN_LEFT"),
+        ("rejected", "BELOW_THRESHOLD"),
+        ("rejected", "OUT_OF_SCOPE"),
+        # A rule that people may still see met: the decision is theirs.
+        ("submitted", ""),
+    ]
+    assert (await world.done("POST", f"{where}/confirm", confirm, who=SECOND))["pending"] == []
+    # Anyone with the two documents repeats the check with a program that knows nothing of the fund.
+    documents = await world.done("GET", f"{where}/documents")
+    file = tmp_path / "allocation.json"
+    file.write_text(json.dumps(documents))
+    assert checked_by_command(file) == (0, "holds; proof by ranking\n")
+    documents["certificate"]["chosen"] = documents["certificate"]["chosen"][:1]
+    file.write_text(json.dumps(documents))
+    assert checked_by_command(file)[0] == 1
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await world.pool.execute("UPDATE allocation SET certificate = '{}' WHERE id = $1", run["id"])
+    await world.refused(404, "ALLOCATION_UNKNOWN", "GET", "/v1/allocations/none")
+
+
+async def test_a_declared_portfolio_is_solved_to_the_proven_optimum_and_the_same_again(world: World) -> None:
+    limits = [{"pot": "region:wales", "floor_pence": 20_00}, {"pot": "size:micro", "share_min": "0.50"}]
+    call_id = await world.call(60_00, method="portfolio", limits=limits)
+    made = [await world.submitted(call_id, firm_id, 20_00) for firm_id in (FIRM, 101, 101, 102, 103)]
+    for one, score in zip(made, ("95", "90", "85", "80", "75"), strict=True):
+        await world.scored(one, score, score, score)
+    world.close_calls()
+    runs = [await world.done("POST", f"/v1/calls/{call_id}/allocations", who=who) for who in ("operator", SECOND)]
+    funded = [{one["application_id"] for one in run["reasons"] if one["funded"]} for run in runs]
+    # By rank alone the third would win over the first of Wales.
+    assert funded == [{made[0], made[1], made[3]}] * 2
+    assert runs[0]["certificate_sha256"] == runs[1]["certificate_sha256"]
+    assert (runs[0]["checker_agrees"], runs[0]["checker_proof"]) == (True, "exhaustion")
+    done = await world.done("POST", f"/v1/allocations/{runs[0]['id']}/confirm", {"reason": "yes"}, who=SECOND)
+    assert done["pending"] == []
+    # What was confirmed last does not decide again: there is nothing left to decide.
+    await world.refused(
+        409, "ALLOCATION_STALE", "POST", f"/v1/allocations/{runs[1]['id']}/confirm", {"reason": "no"}, who="operator"
+    )
+
+
+async def test_limits_that_cannot_be_kept_decide_nothing_and_say_which(world: World) -> None:
+    call_id = await world.call(60_00, method="portfolio", limits=[{"pot": "region:scotland", "floor_pence": 1}])
+    await world.scored(await world.submitted(call_id, FIRM, 20_00), "95", "95", "95")
+    world.close_calls()
+    detail = await world.refused(409, "ALLOCATION_INFEASIBLE", "POST", f"/v1/calls/{call_id}/allocations")
+    assert "region:scotland asks for GBP 0.00, below its floor of GBP 0.01" in detail
+
+
+@pytest.mark.parametrize(
+    ("terms", "reason"),
+    [
+        ({"limits": [{"pot": "region:wales", "floor_pence": 1}]}, "LIMIT_NEEDS_PORTFOLIO"),
+        ({"limits": [{"pot": "planet:mars", "ceiling_pence": 1}]}, "LIMIT_INVALID"),
+        ({"limits": [{"pot": "first-time", "ceiling_pence": 1}] * 2}, "LIMIT_INVALID"),
+        ({"limits": [{"pot": "first-time", "ceiling_pence": 100_01}]}, "LIMIT_INVALID"),
+        ({"questions": [{"id": "Bad Id", "text": "?", "kind": "text"}]}, "QUESTION_INVALID"),
+        ({"questions": [{"id": "a", "text": "?", "kind": "choice", "choices": ["x"]}]}, "QUESTION_INVALID"),
+        ({"questions": [{"id": "a", "text": "?", "kind": "whole_number", "least": 2, "most": 1}]}, "QUESTION_INVALID"),
+        ({"adoption_max_pence": -1}, "AMOUNT_OUT_OF_RANGE"),
+    ],
+)
+async def test_terms_that_make_no_sense_are_refused(world: World, terms: Any, reason: str) -> None:
+    now_us = world.clock.now_us()
+    body = {"request_id": f"bad-{now_us}", "title": "x", "budget_pence": 100_00, "opens_us": now_us, "terms": terms}
+    body |= {"closes_us": now_us + 1, "category": "feasibility", "size_definition": "COMPANIES_ACT_2006"}
+    await world.refused(400, reason, "POST", "/v1/calls", body)
+
+
+async def test_an_application_answers_the_questions_of_its_call_in_their_form(world: World) -> None:
+    questions = [
+        {"id": "plan", "text": "What will you do?", "kind": "text", "characters_max": 20},
+        {"id": "jobs", "text": "How many jobs?", "kind": "whole_number", "least": 0, "most": 500},
+        {"id": "site", "text": "Where?", "kind": "choice", "choices": ["at home", "abroad"]},
+        {"id": "new", "text": "First digital project?", "kind": "yes_no", "required": False},
+        {"id": "start", "text": "When?", "kind": "date", "required": False},
+    ]
+    call_id = await world.call(100_00, questions=questions, scope="Machines that report themselves.")
+    good = {"plan": "Measure oil debris", "jobs": "3", "site": "at home", "new": "yes", "start": "2026-12-01"}
+    document = {"name": "plan.pdf", "sha256": "a" * 64, "size_bytes": 10, "media_type": "application/pdf"}
+    more: dict[str, Any] = {"answers": good, "attachments": [document], "machine_ids": [100, 101]}
+    made = await world.submitted(call_id, FIRM, **more)
+    seen = await world.done("GET", f"/v1/applications/{made}")
+    assert dict(seen["content"]["answers"]) == good
+    assert seen["content"]["attachments"] == [document]
+    assert seen["content"]["machine_ids"] == [100, 101]
+    known = await world.done(
+        "GET", f"/v1/applications/prefill?call_id={call_id}&match_id={seen['match_id']}", who="firm"
+    )
+    assert (known["sic"], known["region"], known["call"]["terms"]["questions"][0]["id"]) == (
+        "25.62",
+        "East Midlands",
+        "plan",
+    )
+    assert known["declaration"]["size"]["headcount"] == "9"
+    for who, reason in (("other_firm", "MATCH_UNKNOWN"), ("partner", "FORBIDDEN")):
+        where = f"/v1/applications/prefill?call_id={call_id}&match_id={seen['match_id']}"
+        await world.refused(404 if reason == "MATCH_UNKNOWN" else 403, reason, "GET", where, who=who)
+    assert (await world.done("GET", f"/v1/calls/{call_id}"))["terms"]["scope"] == "Machines that report themselves."
+    wrong: list[tuple[dict[str, Any], int, str]] = [
+        ({"answers": {**good, "plan": ""}}, 400, "ANSWER_MISSING"),
+        ({"answers": {**good, "plan": "x" * 21}}, 400, "TEXT_TOO_LONG"),
+        ({"answers": {**good, "jobs": "501"}}, 400, "ANSWER_INVALID"),
+        ({"answers": {**good, "jobs": "3.5"}}, 400, "ANSWER_INVALID"),
+        ({"answers": {**good, "site": "the moon"}}, 400, "ANSWER_INVALID"),
+        ({"answers": {**good, "new": "maybe"}}, 400, "ANSWER_INVALID"),
+        ({"answers": {**good, "start": "soon"}}, 400, "DATE_INVALID"),
+        ({"answers": {**good, "else": "x"}}, 400, "ANSWER_UNKNOWN"),
+        ({**more, "attachments": [{**document, "sha256": "A" * 64}]}, 400, "ATTACHMENT_INVALID"),
+        ({**more, "machine_ids": [200]}, 404, "MACHINE_UNKNOWN"),
+        ({**more, "machine_ids": [2**63]}, 404, "MACHINE_UNKNOWN"),
+    ]
+    for number, (change, status, reason) in enumerate(wrong):
+        world.matches += 1
+        name = f"wrong-{number}"
+        async with transaction(world.pool) as connection:
+            match = Match(
+                id=name, event_id=name, firm_id=FIRM, need_id=name, offer_id=name, provider_id="p", provider_title="t",
+                accepted_us=1, correlation_id="c",
+            )  # fmt: skip
+            await call_store.add_match(connection, match)
+        size = {"headcount": "9", "turnover_minor": 1, "balance_minor": 1, "period_start": "2026-01-01"}
+        body = {"request_id": name, "call_id": call_id, "match_id": name, **more, **change}
+        body |= {"declaration": {"size": size, "uk_registered": True}}
+        body |= {"costs": [{"category": "labour", "amount_pence": 1_00}]}
+        await world.refused(status, reason, "POST", "/v1/applications", body)
+
+
+async def test_co_investors_pay_alike_for_what_they_chose_and_for_nothing_else(world: World) -> None:
+    call_id = await world.call(1_000_00)
+    # Each of the three still needs 60.00 of match.
+    loved, liked, alone = [await world.submitted(call_id, firm_id, 40_00, pledge=False) for firm_id in (FIRM, 101, 102)]
+    path = f"/v1/calls/{call_id}/pool-pledges"
+    for name, pence, supports in (
+        ("Ash", 50_01, [loved, liked]),
+        ("Beech", 80_00, [loved, liked]),
+        ("Cedar", 59_99, [alone]),
+    ):
+        body = {
+            "request_id": name,
+            "co_investor": name,
+            "amount_pence": pence,
+            "supports": supports,
+            "evidence": "letter",
+        }
+        for _ in range(2):  # the second is a repeat
+            listed = await world.done("POST", path, body)
+        await world.refused(409, "REQUEST_ID_REUSED", "POST", path, {**body, "amount_pence": pence + 1})
+    assert [one["co_investor"] for one in listed["pledges"]] == ["Ash", "Beech", "Cedar"]
+    wrong = {"request_id": "w", "co_investor": "W", "amount_pence": 1, "supports": ["none"], "evidence": "x"}
+    await world.refused(404, "APPLICATION_UNKNOWN", "POST", path, wrong)
+    await world.refused(400, "SUPPORTS_INVALID", "POST", path, {**wrong, "supports": []})
+    for who in ("firm", "partner"):
+        await world.refused(403, "FORBIDDEN", "POST", path, wrong, who=who)
+        await world.refused(403, "FORBIDDEN", "GET", path, who=who)
+        await world.refused(403, "FORBIDDEN", "POST", f"/v1/calls/{call_id}/pool-spreads", who=who)
+    await world.refused(409, "CALL_NOT_CLOSED", "POST", f"/v1/calls/{call_id}/pool-spreads")
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/pool-spreads")
+    assert run["checker_agrees"]
+    paid = {one["project"]: sorted(one["payments_p"].values()) for one in run["certificate"]["purchases"]}
+    # The first is paid half and half; of the second Ash has 20.01 left, and Beech pays the rest. A penny short is not enough.
+    assert sorted(paid.values()) == [[20_01, 39_99], [30_00, 30_00]]
+    assert paid.keys() == {loved, liked}
+    assert run["certificate"]["reasons"][alone]["code"] == "NOT_AFFORDABLE"
+    where = f"/v1/pool-spreads/{run['id']}"
+    await world.refused(403, "SECOND_PERSON", "POST", f"{where}/confirm", {"reason": "x"})
+    await world.refused(403, "FORBIDDEN", "POST", f"{where}/confirm", {"reason": "x"}, who="partner")
+    for _ in range(2):
+        done = await world.done("POST", f"{where}/confirm", {"reason": "agreed"}, who=SECOND)
+        assert (done["state"], done["refused"]) == ("confirmed", {})
+    for made, counted in ((loved, 60_00), (liked, 60_00), (alone, 0)):
+        assert (await world.done("GET", f"/v1/applications/{made}"))["assessment"]["match_counted_pence"] == counted
+    await world.refused(409, "POOL_SPREAD", "POST", f"/v1/calls/{call_id}/pool-spreads")
+    await world.refused(404, "SPREAD_UNKNOWN", "GET", "/v1/pool-spreads/none")
+    trial = await world.done("GET", "/v1/ledger/trial-balance")
+    assert (trial["total_pence"], trial["in_order"]) == (0, True)
