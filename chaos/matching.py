@@ -46,25 +46,31 @@ class _Worker:
     process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> None:
-        while len(self.answers) < len(self.batches):
-            self.restarts += 1
-            # Whole groups are told together.
-            first = len(self.answers) // BATCHES_AT_ONCE * BATCHES_AT_ONCE
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "chaos.places_worker", self.dsn, str(self.seed), str(self.number)),
-                *(self.quarter.isoformat(), str(first), str(self.operations)),
-                stdout=asyncio.subprocess.PIPE,
-                limit=16 * 1024 * 1024,
-            )
-            assert self.process.stdout is not None
-            async for line in self.process.stdout:
-                with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
-                    for told in json.loads(line):
-                        self.answers[told["batch"]] = told["answer"]
-                        self.repeats += told["attempts"] - 1
-            if await self.process.wait() > 0:
-                raise RuntimeError(f"worker {self.number} failed")
+        try:
+            while len(self.answers) < len(self.batches):
+                self.restarts += 1
+                await self._work()
+        finally:
+            self.kill()
+
+    async def _work(self) -> None:
+        # Whole groups are told together.
+        first = len(self.answers) // BATCHES_AT_ONCE * BATCHES_AT_ONCE
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "chaos.places_worker", self.dsn, str(self.seed), str(self.number)),
+            *(self.quarter.isoformat(), str(first), str(self.operations)),
+            stdout=asyncio.subprocess.PIPE,
+            limit=16 * 1024 * 1024,
+        )
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
+                for told in json.loads(line):
+                    self.answers[told["batch"]] = told["answer"]
+                    self.repeats += told["attempts"] - 1
+        if await self.process.wait() > 0:
+            raise RuntimeError(f"worker {self.number} failed")
 
     def kill(self) -> None:
         if self.process is not None and self.process.returncode is None:

@@ -156,5 +156,7 @@ async def test_operators_see_how_groups_of_firms_fare_and_no_single_firm(hub: Hu
         assert (await hub.call(who, "GET", "/v1/reports/fairness")).status_code == status
     empty = await hub.ok("operator", "GET", "/v1/reports/fairness?from_us=1000000000000000&until_us=1000000001000000")
     assert (empty["by_size"], empty["by_region"]) == ([], [])
-    bad = await hub.call("operator", "GET", "/v1/reports/fairness?from_us=5&until_us=5")
-    assert (bad.status_code, bad.json()["reason"]) == (400, "BAD_TIME")
+    last_us = 253_402_300_799_000_000  # in the year 9999
+    for period in ("from_us=5&until_us=5", f"from_us={last_us}", f"until_us={last_us}&from_us=5", f"from_us={2**62}"):
+        bad = await hub.call("operator", "GET", f"/v1/reports/fairness?{period}")
+        assert (bad.status_code, bad.json()["reason"]) == (400, "BAD_TIME")

@@ -25,7 +25,7 @@ class Reports:
         if end < from_us(0) + PERIOD_DEFAULT:
             raise Invalid("until_us is too early.", reason="BAD_TIME")
         start = opened_from or end - PERIOD_DEFAULT
-        if not start < end <= start + PERIOD_MAX:
+        if not timedelta(0) < end - start <= PERIOD_MAX:
             raise Invalid(f"The period ends after it begins, within {PERIOD_MAX.days} days.", reason="BAD_TIME")
         async with transaction(self._pool) as connection:
             by_size = await fairness_store.figures(connection, "size", opened_from=start, opened_until=end)

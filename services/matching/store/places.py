@@ -124,6 +124,14 @@ async def release(connection: Connection, ids: Collection[str], why: Why) -> set
     return {row["id"] for row in rows}
 
 
+async def held_quarter(connection: Connection, place_id: str) -> date | None:
+    """The quarter of a place that is reserved or confirmed; None where there is none."""
+    found: date | None = await connection.fetchval(
+        "SELECT quarter FROM place WHERE id = $1 AND state <> 'released'", place_id
+    )
+    return found
+
+
 async def due(connection: Connection, *, now: datetime, limit: int) -> list[str]:
     """Ids of reserved places whose time has run out, the oldest first."""
     rows = await connection.fetch(
