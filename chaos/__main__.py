@@ -12,12 +12,18 @@ import sys
 import time
 import traceback
 
-from chaos import funding, telemetry
+from chaos import anomaly, funding, matching, mqtt, telemetry
 from chaos.stage import Outcome, Scenario, Stage
 from localstack.servers import LocalServers
 from services.common import logs
 
-SCENARIOS: tuple[Scenario, ...] = (*telemetry.SCENARIOS, *funding.SCENARIOS)
+SCENARIOS: tuple[Scenario, ...] = (
+    *telemetry.SCENARIOS,
+    *mqtt.SCENARIOS,
+    *anomaly.SCENARIOS,
+    *matching.SCENARIOS,
+    *funding.SCENARIOS,
+)
 
 
 async def play(scenario: Scenario, stage: Stage, seeds: list[int]) -> bool:

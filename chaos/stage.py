@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localstack.hub import Hub
+from localstack.mosquitto import Mosquitto
 from localstack.servers import LOCAL, LocalServers, Servers
 
 
@@ -38,11 +39,21 @@ class Stage:
 
     @asynccontextmanager
     async def hub(
-        self, name: str, roles: Collection[str], *, copies: Mapping[str, int] | None = None
+        self,
+        name: str,
+        roles: Collection[str],
+        *,
+        copies: Mapping[str, int] | None = None,
+        mqtt: Mosquitto | None = None,
     ) -> AsyncIterator[Hub]:
         """Processes of the hub, with topics of their own; they share the database."""
         hub = Hub(
-            self.servers, LOCAL / "log" / "chaos" / name, topic_prefix=f"{name}.", roles=roles, copies=copies or {}
+            self.servers,
+            LOCAL / "log" / "chaos" / name,
+            topic_prefix=f"{name}.",
+            roles=roles,
+            copies=copies or {},
+            mqtt=mqtt,
         )
         try:
             await hub.start()

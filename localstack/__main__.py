@@ -34,7 +34,8 @@ The hub is up. Keys and addresses: .local/endpoints.json   Logs: .local/log/up/ 
                 -d '{{"batches": [{{"machine": "{machine}", "frames": [{{"ts": {now_ms}, "values": {{"temperature": 21.5}}}}]}}]}}'
 {mqtt}  stored      curl -H "Authorization: Bearer {device}" {ingest}/v1/machines/{machine_id}/latest
   no data?    curl -H "Authorization: Bearer {device}" {ingest}/v1/machines/{machine_id}/diagnosis
-  alarms      curl -H "Authorization: Bearer {operator}" {anomaly}/v1/alarms
+  alarms      curl -H "Authorization: Bearer {operator}" {anomaly}/v1/alarms   (drawn: .../v1/alarms/ID/picture)
+  rules       curl -H "Authorization: Bearer {operator}" {anomaly}/v1/rules   (who is told: .../v1/escalations?firm_id=1)
   providers   curl -H "Authorization: Bearer {partner}" {matching}/v1/providers
   the fund    curl -H "Authorization: Bearer {operator}" {funding}/v1/ledger/trial-balance
   gRPC        ingest {ingest_grpc}  anomaly {anomaly_grpc}  matching {matching_grpc}  funding {funding_grpc}

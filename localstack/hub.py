@@ -202,6 +202,8 @@ class Hub:
             "SMDIH_DATABASE_DSN": self.settings.database_dsn,
             "SMDIH_HTTP_PORT": str(running.http_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
+            # A worker that was killed gets its partitions back at once.
+            "SMDIH_ANOMALY_INSTANCE": running.role.name,
             # Where explanations of alarms get their samples.
             "SMDIH_INGEST_GRPC": self.processes["door"].grpc if "door" in self.processes else "",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",

@@ -57,8 +57,11 @@ class Mosquitto:
         self.port = 0
         self.passwords: dict[str, str] = {}
 
-    def start(self, firms: Mapping[str, str] | None = None) -> None:
-        """Start with an account for the bridge and one for each firm (short name to password). Raises ServersError."""
+    def start(self, firms: Mapping[str, str] | None = None, *, more: str = "") -> None:
+        """Start with an account for the bridge and one for each firm (short name to password). Raises ServersError.
+
+        `more`: lines for the listener.
+        """
         path = program()
         if path is None:
             raise ServersError("Mosquitto is not installed: run `make setup`, or apt-get install mosquitto")
@@ -69,7 +72,7 @@ class Mosquitto:
         self._write_accounts()
         (self.folder / "access").write_text(ACCESS)
         (self.folder / "mosquitto.conf").write_text(
-            CONFIG + f"listener {self.port} 127.0.0.1\npersistence_location {self.folder}/\n"
+            CONFIG + f"listener {self.port} 127.0.0.1\n{more}persistence_location {self.folder}/\n"
             f"password_file {self.folder}/passwords\nacl_file {self.folder}/access\nuser root\n"
         )
         with (self.folder / "mosquitto.log").open("ab") as log:

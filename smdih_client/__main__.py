@@ -3,11 +3,15 @@
 python -m smdih_client claim CODE --target HOST:PORT: get a key; it goes into smdih.key.
 python -m smdih_client replay --file F --machine PATH --target HOST:PORT: stream a CSV file (key in SMDIH_KEY).
 python -m smdih_client backfill PATH --machine PATH --target HOST:PORT: send history, CSV or Parquet (key in SMDIH_KEY).
+python -m smdih_client opcua run --config gateway.toml: read OPC UA servers for ever (key in SMDIH_KEY).
+python -m smdih_client opcua browse URL --machine PATH: propose signals, and write a configuration.
 """
 
 import argparse
 import asyncio
+import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +112,23 @@ def _arguments() -> argparse.Namespace:
     command.add_argument("code", help="such as 7KQ4-M2XP-9RTV")
     command.add_argument("--target", required=True, help="host:port of the gRPC door")
     command.add_argument("--key-file", type=Path, default=Path("smdih.key"), help="where the key goes (mode 0600)")
+    _add_opcua(commands.add_parser("opcua", help="read OPC UA servers, as a gateway that runs for ever"))
     return parser.parse_args()
+
+
+def _add_opcua(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="opcua", required=True)
+    command = commands.add_parser("run", help="read the servers of a configuration and send to the hub")
+    command.add_argument("--config", type=Path, required=True, help="a TOML file, such as browse writes")
+    command = commands.add_parser("browse", help="propose signals: a table for the hub's import, and a configuration")
+    command.add_argument("url", help="such as opc.tcp://10.0.0.5:4840")
+    command.add_argument("--machine", required=True, help="path of the machine, such as acme/leeds/press-3")
+    command.add_argument("--root", default="", help="node to begin below, such as ns=2;s=Press3; default: all objects")
+    command.add_argument("--target", default="127.0.0.1:8002", help="host:port of the hub, for the configuration")
+    command.add_argument("--config", type=Path, help="write a configuration to this file")
+    command.add_argument("--user", default="")
+    command.add_argument("--password-env", default="", help="environment variable that holds the password")
+    command.add_argument("--security", default="", help="policy,mode,certificate,private key")
 
 
 def _rate(text: str) -> float:
@@ -141,10 +161,14 @@ def main() -> int:
     arguments = _arguments()
     if arguments.command == "claim":
         return _claim(arguments.code, arguments.target, arguments.key_file)
+    if arguments.command == "opcua" and arguments.opcua == "browse":
+        return _browse(arguments)
     key = os.environ.get("SMDIH_KEY", "")
     if not key:
         print("put a device key into the environment variable SMDIH_KEY", file=sys.stderr)
         return 2
+    if arguments.command == "opcua":
+        return _gateway(arguments.config, key)
     try:
         return 1 if asyncio.run(_run(arguments, key)) else 0
     except (NotARecording, Refused, BufferFull, BufferInUse, OSError) as error:
@@ -164,6 +188,53 @@ def _claim(code: str, target: str, key_file: Path) -> int:
     print(f'The key is in {claimed.key_file}. Use it with: export SMDIH_KEY="$(cat {claimed.key_file})"')
     print(f"It is for {claimed.machine or 'machines of ' + claimed.site}.")
     return 0
+
+
+def _gateway(config: Path, key: str) -> int:
+    from smdih_client import opcua  # large, and nobody else's
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("asyncua").setLevel(logging.CRITICAL)  # it tells every lost connection again, at length
+
+    async def run() -> None:
+        me = asyncio.current_task()
+        assert me is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, me.cancel)
+        await opcua.Gateway(opcua.load(config), key).run()
+
+    try:
+        asyncio.run(run())
+    except opcua.BadConfiguration as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (BufferInUse, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        pass
+    return 0
+
+
+def _browse(arguments: argparse.Namespace) -> int:
+    from asyncua import ua
+
+    from smdih_client import opcua
+
+    logging.getLogger("asyncua").setLevel(logging.CRITICAL)
+    password = os.environ.get(arguments.password_env, "") if arguments.password_env else ""
+    server = opcua.Server(arguments.url, False, 1_000, (), arguments.user, password, arguments.security)
+    try:
+        found = asyncio.run(opcua.browse(server, arguments.root))
+        if arguments.config is not None:
+            text = opcua.configuration_text(arguments.url, found, target=arguments.target, machine=arguments.machine)
+            with arguments.config.open("x") as file:
+                file.write(text)
+    except (OSError, ua.UaError, opcua.BadConfiguration) as error:
+        print(f"{arguments.url}: {error or repr(error)}", file=sys.stderr)
+        return 1
+    print(opcua.table(found, arguments.machine), end="")
+    print(f"{len(found)} variables are numbers", file=sys.stderr)
+    return 0 if found else 1
 
 
 if __name__ == "__main__":

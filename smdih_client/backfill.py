@@ -104,9 +104,13 @@ class Hub:
     async def forecast(self, job: Job) -> Forecast:
         """Run the hub's checks over a whole file; nothing is sent to be kept. Raises Refused, NotARecording."""
         forecast = Forecast()
+        shown_s = time.monotonic()
         async with grpc.aio.insecure_channel(self._target) as channel:
             stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
             for part in _parts(blocks(job.path), BLOCKS_PER_CHECK):
+                if time.monotonic() - shown_s >= SHOW_EVERY_S:
+                    shown_s = time.monotonic()
+                    print(f"{job.name}: {forecast.counts.rows:,} rows looked at", file=sys.stderr)
                 results = await self._check(stub, [_batch(job, block) for block in part])
                 for block, result in zip(part, results, strict=True):
                     self._count(forecast, block, result)

@@ -1,5 +1,6 @@
 """Rules that firms write themselves: kept, changed, stopped, and tried on what was stored."""
 
+import asyncio
 import re
 import uuid
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from math import isfinite, nan
 import numpy as np
 
 from services.anomaly.domain import MICROSECONDS, Severity
-from services.anomaly.rulebook import RuleBook, place
 from services.anomaly.samples import HOUR_US, MINUTE_US, Floats, Ints, Samples
 from services.anomaly.service import actor_of, changing, check_role, check_text
 from services.anomaly.tuning import HISTORY_MAX, LIST_MAX, check_id, known_machine, position_of
@@ -169,7 +169,8 @@ class RuleService:
                 key, signal_id, from_us=from_us, to_us=to_us, limit=PREVIEW_SAMPLES_MAX
             )
             counted = len(times)
-        alarms = tried(rule, times, values, now_us=to_us)
+        # Not in the loop: the first time it loads the compiled code.
+        alarms = await asyncio.to_thread(tried, rule, times, values, now_us=to_us)
         return Preview(from_us, to_us, counted, by_minute, len(alarms), alarms[-PREVIEW_ALARMS_MAX:])
 
     async def _store_rule(self, caller: Caller, rule: Rule, *, cause: str) -> StoredRule:
@@ -262,6 +263,9 @@ def tried(rule: Rule, times_us: Ints, values: Floats, *, now_us: int) -> Sequenc
         return silent
     if not len(times_us):
         return []
+    # Only here: the compiler is large, and most processes of the API never try a rule.
+    from services.anomaly.rulebook import RuleBook, place
+
     book = RuleBook()
     book.set(rule, last_us=0, made_us=0, saved=False)
     key, column = place(rule)

@@ -27,6 +27,8 @@ ANSWER_BYTES_MAX = 64 * 1024
 USER_AGENT = "smdih-alarms/1"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+# A gateway turns these into any IPv4 address, also private ones.
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 
 
 class Forbidden(Exception):
@@ -57,7 +59,13 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         for address in addresses:
             if not may_call(address, self._allowed):
                 raise Forbidden(f"{host} leads to an address that is not public")
-        return await self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        *others, last = addresses
+        for address in others:
+            try:
+                return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue  # a machine without IPv6 has such addresses all the same
+        return await self._backend.connect_tcp(last, port, timeout, local_address, socket_options)
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -70,7 +78,7 @@ def may_call(address: str, allowed: Sequence[Network]) -> bool:
         ip = ip.ipv4_mapped or ip.sixtofour or ip
     if any(ip.version == network.version and ip in network for network in allowed):
         return True
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in _TRANSLATED
 
 
 def is_allowed_literal(host: str, allowed: Sequence[Network]) -> bool:

@@ -82,32 +82,27 @@ class AlarmStore:
         Several signals together raise no alarm of their own while the one that contributes most has one: it would say the same
         twice. All conditions are in times of samples, so a replay decides alike whatever has happened since.
         """
-        if alarm.lead_position is not None and await connection.fetchval(
-            "SELECT 1 FROM alarm WHERE machine_id = $1 AND position = $2 AND rule_id = '' AND started <= $3 "
-            "AND (ended IS NULL OR ended >= $3)",
-            alarm.machine_id,
-            alarm.lead_position,
-            from_us(alarm.started_us),
-        ):
-            return None
-        episode_id = await connection.fetchval(
-            "SELECT episode_id FROM alarm WHERE machine_id = $1 AND started <= $2 AND (ended IS NULL OR ended >= $3) "
-            "ORDER BY started DESC, id DESC LIMIT 1",
-            alarm.machine_id,
-            from_us(alarm.started_us),
-            from_us(alarm.started_us - EPISODE_GAP_US),
-        )
-        # A person's doing, so it depends on when that was done; the set of alarms does not.
-        suppression = await connection.fetchval(
-            f"SELECT {WANTED_SUPPRESSION} | CASE WHEN EXISTS ("  # noqa: S608  # fixed texts
-            "SELECT FROM maintenance_window WHERE machine_id = a.machine_id AND starts <= $4 AND ends > $4 AND ended IS NULL"
-            ") THEN 2 ELSE 0 END FROM (SELECT $2::bigint AS machine_id, $3::int AS position) AS a",
+        # In one question: in a flood of alarms the way to the database is what takes long. Suppression is a person's doing, so
+        # it depends on when that was done; the set of alarms does not.
+        row = await connection.fetchrow(
+            "SELECT EXISTS (SELECT FROM alarm WHERE machine_id = $2 AND position = $6 AND rule_id = '' AND started <= $4 "  # noqa: S608
+            "AND (ended IS NULL OR ended >= $4)) AS lead_has_one, "
+            "(SELECT episode_id FROM alarm WHERE machine_id = $2 AND started <= $4 AND (ended IS NULL OR ended >= $5) "
+            "ORDER BY started DESC, id DESC LIMIT 1) AS episode_id, "
+            f"{WANTED_SUPPRESSION} | CASE WHEN EXISTS (SELECT FROM maintenance_window WHERE machine_id = $2 AND starts <= $4 "
+            "AND ends > $4 AND ended IS NULL) THEN 2 ELSE 0 END AS suppression "
+            "FROM (SELECT $2::bigint AS machine_id, $3::int AS position) AS a",
             from_us(now_us),
             alarm.machine_id,
             alarm.position,
             from_us(alarm.started_us),
+            from_us(alarm.started_us - EPISODE_GAP_US),
+            alarm.lead_position,
         )
-        alarm = replace(alarm, episode_id=episode_id or alarm.id, suppression=Suppression(suppression))
+        assert row is not None
+        if row["lead_has_one"]:
+            return None
+        alarm = replace(alarm, episode_id=row["episode_id"] or alarm.id, suppression=Suppression(row["suppression"]))
         inserted = await connection.fetchval(
             "INSERT INTO alarm (id, firm_id, machine_id, position, signal_id, machine_path, machine_kind, signal_name, unit, "
             "started, severity, component, explanation, value, score, shares, correlation_id, episode_id, raised, suppression, "

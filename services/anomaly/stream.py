@@ -1,4 +1,4 @@
-"""Kafka at the anomaly service's edges: samples in, through Faust; alarm changes in, for those who watch."""
+"""Samples in, through Faust."""
 
 import asyncio
 import contextlib
@@ -11,21 +11,19 @@ from typing import Any
 
 import asyncpg
 import faust
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
 from faust.types import TP
-from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.anomaly.domain import Change
+from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Frames, Scorer, Taken, decode
-from services.anomaly.service import AlarmFeed, AlarmRaiser, Place
+from services.anomaly.settings import CHECKPOINT_INTERVAL_S
 from services.anomaly.store import Checkpoint, StateStore
 from services.anomaly.tuning_store import Horizon, HorizonStore
 from services.common import topics
 from services.common.clock import Clock
 from services.common.database import AWAY
-from services.common.errors import NotFound, TryAgain
+from services.common.errors import TryAgain
 from services.common.kafka import (
     REQUEST_BYTES_MAX,
     RETRY_DELAY_S_MAX,
@@ -37,7 +35,6 @@ from services.common.kafka import (
     lag_records,
 )
 from services.common.logs import get_logger
-from smdih.anomaly.v1 import events_pb2 as events_pb
 
 log = get_logger(__name__)
 
@@ -49,22 +46,16 @@ RECORDS_BYTES_MAX = 2 * 1024 * 1024
 # faster: 4,400 records/s with 1,024 as with 128.)
 FETCH_RECORDS_MAX = 64
 BUFFER_RECORDS_MAX = 128
-CHECKPOINT_INTERVAL_S = 2.0
-# Of one partition in one go: bounds the pause, and what the worker writes, to this much an interval.
-CHECKPOINT_BYTES_MAX = 16 * 1024 * 1024
+# Of one partition in one go: bounds the pause, and what the worker writes, to this much an interval. Less of it means more to score
+# again after a crash, which goes many times faster than samples come.
+CHECKPOINT_BYTES_MAX = 4 * 1024 * 1024
 # Records taken but not yet covered by a checkpoint (without their bytes); past it the worker waits for one.
 UNCOVERED_RECORDS_MAX = 100_000
 # What a rebalance or a stop may wait for a last checkpoint; without it the next owner replays from the one before.
 LAST_CHECKPOINT_TIMEOUT_S = 6.0
 SESSION_TIMEOUT_S = 10.0
-# The horizon is moved past what is in hand by what comes in this time, so that a busy partition asks the database a few times a
-# second and a quiet one at each record: that is how soon a tuning holds.
-HORIZON_AHEAD_S = 0.25
-HORIZON_AHEAD_RECORDS_MAX = 10_000
 CRASH_POLL_S = 1.0
 OFFSET_COMMIT_INTERVAL_S = 1.0
-FEED_POLL_MS = 500
-FEED_RETRY_DELAY_S = 1.0
 
 # Values that went through the detector.
 samples_scored_total = Counter("smdih_anomaly_samples_scored_total", "Values scored by the detector")
@@ -108,7 +99,6 @@ class _Partition:
         # Records below it may be scored with the tunings up to the one known last.
         self.horizon = horizon.next_offset
         self.known_tuning = horizon.known
-        self.horizon_moved = (time.monotonic(), position)
         # Taken, but not below the saved position: acknowledged once a checkpoint covers them.
         self.uncovered: deque[Any] = deque()
         self.unreadable_in_a_row = 0
@@ -331,16 +321,13 @@ class Worker:
         return expected
 
     async def _move_horizon(self, partition: _Partition, end: int) -> None:
-        """Before anything up to `end` is scored: learn of the tunings that hold there."""
-        since, start = partition.horizon_moved
-        now = time.monotonic()
-        ahead = (
-            int((end - start) / max(now - since, 0.001) * HORIZON_AHEAD_S) if now - since < HORIZON_AHEAD_S * 4 else 0
-        )
-        wanted = end + min(ahead, HORIZON_AHEAD_RECORDS_MAX)
-        partition.horizon_moved = now, end
+        """Before anything up to `end` is scored: learn of the tunings that hold there.
+
+        Not further than what is in hand: where little comes, a tuning would wait for what is ahead. One question for all records
+        that are taken together is not much.
+        """
         moved = await self._until_answered(
-            lambda: self._horizons.move(partition.scorer.partition, wanted=wanted, known=partition.known_tuning)
+            lambda: self._horizons.move(partition.scorer.partition, wanted=end, known=partition.known_tuning)
         )
         partition.horizon = moved.next_offset
         partition.known_tuning = moved.known
@@ -478,101 +465,3 @@ class Worker:
         horizon = await self._horizons.load(number, position=position)
         scorer.tune(horizon.tunings)
         return _Partition(scorer, position, horizon)
-
-
-class AlarmFeedConsumer:
-    """Reads alarm changes as they are published, from now on, and passes them to the feed. In no group: every process reads all."""
-
-    def __init__(self, cluster: Cluster, feed: AlarmFeed) -> None:
-        self._cluster = cluster
-        self._feed = feed
-        self._positions: dict[TopicPartition, int] = {}
-        self._reading = False
-
-    async def run(self) -> None:
-        while True:
-            try:
-                await self._follow()
-            except (KafkaError, OSError) as error:
-                log.warning("alarm changes cannot be read", error=repr(error))
-            self._reading = False
-            await asyncio.sleep(FEED_RETRY_DELAY_S)
-
-    async def is_reading(self) -> bool:
-        return self._reading
-
-    async def _follow(self) -> None:
-        async with _alarm_consumer(self._cluster) as (consumer, partitions):
-            ends = await consumer.end_offsets(partitions)
-            for partition in partitions:
-                # After a lost connection: from where we were, not from the end.
-                consumer.seek(partition, self._positions.setdefault(partition, ends[partition]))
-            self._feed.stand(self._place())
-            self._reading = bool(partitions)
-            while self._reading:
-                for partition, records in (await consumer.getmany(timeout_ms=FEED_POLL_MS)).items():
-                    for record in records:
-                        self._positions[partition] = record.offset + 1
-                        event = _alarm_event(record)
-                        if event is not None:
-                            self._feed.tell(event, self._place())
-
-    def _place(self) -> Place:
-        return tuple(offset for _, offset in sorted(self._positions.items()))
-
-
-class AlarmRecall:
-    """Reads alarm changes of before from the topic, for those who watched and come back."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-
-    async def between(self, start: Place, end: Place) -> AsyncIterator[tuple[events_pb.AlarmEvent, Place]]:
-        async with _alarm_consumer(self._cluster) as (consumer, partitions):
-            firsts = await consumer.beginning_offsets(partitions)
-            if any(at < firsts[partition] for partition, at in zip(partitions, start, strict=True)):
-                raise NotFound("Changes of so long ago are not kept; list the alarms, then watch without resume_token.")
-            place = list(start)
-            for number, partition in enumerate(partitions):
-                consumer.seek(partition, start[number])
-                if start[number] >= end[number]:
-                    consumer.pause(partition)
-            while any(at < to for at, to in zip(place, end, strict=True)):
-                for partition, records in (await consumer.getmany(timeout_ms=FEED_POLL_MS)).items():
-                    number = partitions.index(partition)
-                    for record in records:
-                        if place[number] >= end[number]:
-                            break
-                        place[number] = record.offset + 1
-                        event = _alarm_event(record)
-                        if event is not None:
-                            yield event, tuple(place)
-
-
-@asynccontextmanager
-async def _alarm_consumer(cluster: Cluster) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
-    """A consumer in no group with all partitions of the alarm topic, in order."""
-    topic = cluster.name(topics.ALARMS)
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=cluster.bootstrap,
-        group_id=None,
-        enable_auto_commit=False,
-        auto_offset_reset="latest",
-        fetch_max_wait_ms=FEED_POLL_MS,
-    )
-    await consumer.start()
-    try:
-        await consumer._client.force_metadata_update()
-        partitions = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]
-        consumer.assign(partitions)
-        yield consumer, partitions
-    finally:
-        await consumer.stop()
-
-
-def _alarm_event(record: Any) -> events_pb.AlarmEvent | None:
-    try:
-        return events_pb.AlarmEvent.FromString(record.value or b"")
-    except DecodeError:
-        log.error("alarm event unreadable", offset=record.offset)
-        return None

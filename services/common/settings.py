@@ -18,6 +18,9 @@ class Settings(BaseSettings):
     kafka_replication: int = Field(1, ge=1, le=7)
     database_dsn: str = Field(repr=False)
     database_pool_max: int = Field(8, ge=1, le=100)
+    database_disk_bytes: int = Field(
+        0, ge=0, description="size of the disk (or share of it) that the database may fill; 0: not known"
+    )
     http_host: str = "127.0.0.1"
     http_port: int = Field(0, ge=0, le=65535)
     grpc_host: str = "127.0.0.1"

@@ -127,8 +127,10 @@ def diagnose(facts: Facts) -> Diagnosis:
         partly = [_of_refusal(facts, one) for one in [*_recent(_of_machine(facts), facts.now_us), *since]]
         late = [*_behind(facts), *_clock_behind(facts)]
         shut_out = [one for one in _of_keys(facts, facts.received_us + 1) if one.credential_id == facts.credential_id]
-        if shut_out:
-            return Diagnosis([*shut_out, *late, *partly][:CAUSES_MAX])
+        offline = [one for one in partly if one.cause == Reason.NODE_OFFLINE and one.last_us > facts.received_us]
+        if shut_out or offline:
+            others = [one for one in partly if one.cause != Reason.NODE_OFFLINE]
+            return Diagnosis([*shut_out, *offline, *late, *others][:CAUSES_MAX])
         flowing = Cause(
             "PARTLY_REFUSED" if partly else "FLOWING",
             f"Data arrives: the last of it {_ago(facts.received_us, facts.now_us)}"
@@ -266,11 +268,15 @@ def _of_keys(facts: Facts, good_us: int) -> Iterator[Cause]:
             cause, text, step = words
             at = key.revoked_us or key.valid_to_us
             yield Cause(cause, f"The key {key} of this machine's gateway {text}.", step, at, credential_id=key.id)
-    if not any(key.state(facts.now_us) == "valid" for key in facts.keys):
+    comes_by_mqtt = (
+        bool(facts.received_us) and not facts.credential_id
+    )  # where the broker knows the gateway, not the hub
+    if not comes_by_mqtt and not any(key.state(facts.now_us) == "valid" for key in facts.keys):
         yield Cause(
             "NO_VALID_KEY",
-            "The firm has no device key that is valid now, so no gateway can send.",
-            "Make a claim code (POST /v1/claim-codes) or a key (POST /v1/credentials) and put it into the gateway.",
+            "The firm has no device key that is valid now, so no gateway can send, but by MQTT.",
+            "Make a claim code (POST /v1/claim-codes) or a key (POST /v1/credentials) and put it into the gateway. A gateway that "
+            "sends by MQTT needs an account at the broker instead.",
         )
 
 
@@ -310,6 +316,19 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
         "Compare what the gateway sends with the door's description.",
     ),
     Reason.TOO_LARGE: ("it is too large: {example}", "Let the gateway send smaller parts."),
+    Reason.DATA_BEFORE_BIRTH: (
+        "{example}",
+        "Nothing, if the node answers the hub's request for a rebirth. If it goes on, look whether the node may subscribe to its "
+        "NCMD topic and publish its births.",
+    ),
+    Reason.NOT_IN_BIRTH: (
+        "it holds metrics that the node's birth does not name: {example}",
+        "Nothing, if the node answers the hub's request for a rebirth. If it goes on, its births leave metrics out: mend the node.",
+    ),
+    Reason.BAD_QUALITY: (
+        "the gateway itself calls values bad: {example}",
+        "Look at the sensor, its cable and the gateway's connection to the controller.",
+    ),
     Reason.QUOTA_SAMPLES: (
         "the firm sends more samples a second than its quota",
         "Let gateways sample less often, or ask an operator for a higher quota. Nothing is lost where gateways have a buffer.",
@@ -331,6 +350,14 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
 def _of_refusal(facts: Facts, one: Refusal) -> Cause:
     if one.reason == Reason.TIME_OUT_OF_WINDOW:
         return _wrong_time(one)
+    if one.reason == Reason.NODE_OFFLINE:
+        return Cause(
+            one.reason,
+            f"The gateway is offline since {_ago(one.last_us, facts.now_us)}: {one.example}.",
+            "Look whether the gateway has power, network and a connection to the MQTT broker, and to the machine's controller.",
+            one.last_us,
+            one.times,
+        )
     what, step = _WORDS.get(one.reason, ("it was refused: {example}", "Mend what the message says."))
     is_kept = one.samples or one.reason in (Reason.MALFORMED, Reason.WRONG_TYPE, Reason.EMPTY_BATCH)
     verb = "was put into quarantine" if is_kept else "was refused"

@@ -70,6 +70,7 @@ class Reason:
     DATA_BEFORE_BIRTH = "DATA_BEFORE_BIRTH"
     NOT_IN_BIRTH = "NOT_IN_BIRTH"
     BAD_QUALITY = "BAD_QUALITY"
+    NODE_OFFLINE = "NODE_OFFLINE"  # nothing refused: the reason why nothing comes
     # These are sent back and not kept: the sender still has what it sent.
     QUOTA_SAMPLES = "QUOTA_SAMPLES"
     SLOW_DOWN = "SLOW_DOWN"

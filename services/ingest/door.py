@@ -12,10 +12,10 @@ from services.common.directory import Directory
 from services.common.errors import Forbidden, HubError, Invalid, SlowDown, TooLarge
 from services.common.identity import Caller, Role
 from services.common.logs import current_correlation_id, get_logger
-from services.ingest.buckets import Bucket, Buckets
+from services.ingest.buckets import Buckets
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, check_text
 from services.ingest.frames import Checked, FrameCheck, Sender, quarantined
-from services.ingest.groupcommit import RETRY_AFTER_S, WAITING_BYTES_MAX, Commit, GroupCommit
+from services.ingest.groupcommit import RETRY_AFTER_S, WAITING_BYTES_MAX, Commit, GroupCommit, Share
 from services.ingest.lineprotocol import Fault, TooMany, batches, by_reason, read
 from services.ingest.sightings import Sightings
 from smdih.ingest.v1 import telemetry_pb2
@@ -31,6 +31,8 @@ LINES_ROWS_AT_ONCE = 10_000
 
 # What came in at the door, in samples, by what became of it. sent = accepted + quarantined + refused.
 samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
+# Requests and stream messages that were sent back, by reason; their senders keep what was in them.
+refusals_total = Counter("smdih_ingest_door_refusals_total", "Telemetry sent back", ["reason"])
 # Quarantined samples by reason.
 quarantined_total = Counter("smdih_ingest_door_quarantined_samples_total", "Samples put into quarantine", ["reason"])
 
@@ -40,24 +42,35 @@ def _accepted_total(door: str) -> Counter:
     return samples_total.labels(door, "accepted")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would cost more: there is one for every batch
 class Taken:
-    """A batch on its way; durable when every commit has succeeded."""
+    """A batch on its way; durable when every publish that carries a share of it has succeeded."""
 
     checked: Checked
-    commits: Sequence[Commit]
+    shares: Sequence[Share]
 
     @property
     def is_settled(self) -> bool:
-        return all(commit.is_settled for commit in self.commits)
+        return all(share.commit.is_settled for share in self.shares)
+
+    def check(self) -> None:
+        """Of a batch that is settled: raise what kept it from becoming durable."""
+        for share in self.shares:
+            share.commit.check()
 
     async def durable(self) -> None:
         """Raises what kept it from becoming durable."""
-        for commit in self.commits:
-            await commit.wait()
+        for share in self.shares:
+            await share.commit.wait()
 
     def result(self) -> telemetry_pb2.BatchResult:
         return _result(self.checked)
+
+
+async def durable(taken: Sequence[Taken]) -> None:
+    """Return once all are. Raises what kept one of them from it."""
+    commits = dict.fromkeys(share.commit for one in taken for share in one.shares)
+    await asyncio.gather(*(commit.wait() for commit in commits))
 
 
 def _result(checked: Checked) -> telemetry_pb2.BatchResult:
@@ -94,24 +107,23 @@ class _InFlight:
                 retry_after_s=RETRY_AFTER_S,
             )
 
-    def add(self, credential_id: int, size: int, commits: Sequence[Commit]) -> None:
-        """Count a batch until all its commits are settled."""
-        self._batches[credential_id] = self._batches.get(credential_id, 0) + 1
+    def add(self, credential_id: int, taken: Sequence[Taken]) -> None:
+        """Count batches until they are settled. A batch in several publishes counts with the last of them."""
+        of_commit: dict[Commit, list[int]] = {}
+        for one in taken:
+            for share in one.shares:
+                of_commit.setdefault(share.commit, [0, 0])[1] += share.bytes
+            if one.shares:
+                of_commit[one.shares[-1].commit][0] += 1
+        for commit, (count, size) in of_commit.items():
+            self._change(credential_id, count, size)
+            commit.when_settled(functools.partial(self._change, credential_id, -count, -size))
+
+    def _change(self, credential_id: int, count: int, size: int) -> None:
+        self._batches[credential_id] = self._batches.get(credential_id, 0) + count
         self._bytes[credential_id] = self._bytes.get(credential_id, 0) + size
-        left = len(commits)
-
-        def settled() -> None:
-            nonlocal left
-            left -= 1
-            if left:
-                return
-            self._batches[credential_id] -= 1
-            self._bytes[credential_id] -= size
-            if not self._batches[credential_id]:
-                del self._batches[credential_id], self._bytes[credential_id]
-
-        for commit in commits:
-            commit.when_settled(settled)
+        if not self._bytes[credential_id]:
+            del self._batches[credential_id], self._bytes[credential_id]
 
 
 @dataclass(frozen=True)
@@ -174,15 +186,21 @@ class Door:
             self._in_flight.check_room(sender.credential_id)
             bucket = self._buckets.checked(sender.firm_id)
         except HubError as error:
+            samples_total.labels(sender.door, "refused").inc(sum(len(batch.values) for batch in batches))
             self.note_refused(sender, error)
             raise
-        return [self._take(sender, batch, bucket) for batch in batches]
+        taken = [self._take(sender, batch) for batch in batches]
+        accepted = sum([one.checked.accepted for one in taken])
+        bucket.spend(accepted + sum([record.samples for one in taken for record in one.checked.quarantine]))
+        _accepted_total(sender.door).inc(accepted)
+        self._in_flight.add(sender.credential_id, taken)
+        return taken
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
         """Take batches and wait until they are durable. Raises SlowDown, TryAgain, Invalid."""
         taken = self.take(sender, batches)
         try:
-            await asyncio.gather(*(one.durable() for one in taken))
+            await durable(taken)
         except HubError as error:
             self.note_refused(sender, error)
             raise
@@ -231,16 +249,23 @@ class Door:
 
     def note_refused(self, sender: Sender, error: HubError) -> None:
         """Telemetry was sent back with this error and is not kept: whoever looks for it shall find out."""
+        refusals_total.labels(error.reason).inc()
         self._sightings.refused(sender, error.reason, error.detail)
 
-    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0) -> None:
+    def note_offline(self, sender: Sender, machine_id: int, detail: str) -> None:
+        """The sender says that this machine sends no more: whoever looks for its data shall find out."""
+        self._sightings.refused(sender, Reason.NODE_OFFLINE, detail, machine_id=machine_id)
+
+    async def set_aside(
+        self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0, *, machine_id: int = 0
+    ) -> None:
         """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
         record = quarantined(sender, reason, detail, samples, self._clock.now_us(), raw=raw)
         samples_total.labels(sender.door, "quarantined").inc(samples)
         quarantined_total.labels(reason).inc(samples)
-        self._sightings.refused(sender, reason, detail, samples=samples)
+        self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
         log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
-        await self._group_commit.put_quarantine(record).wait()
+        await self._group_commit.put_quarantine(record).commit.wait()
 
     async def keep_aside(
         self, sender: Sender, reason: str, detail: str, batches: Sequence[telemetry_pb2.Batch]
@@ -255,8 +280,8 @@ class Door:
             self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
             samples_total.labels(sender.door, "quarantined").inc(samples)
             quarantined_total.labels(reason).inc(samples)
-            commits.append(self._group_commit.put_quarantine(record))
-        await asyncio.gather(*(commit.wait() for commit in commits))
+            commits.append(self._group_commit.put_quarantine(record).commit)
+        await asyncio.gather(*(commit.wait() for commit in dict.fromkeys(commits)))
 
     async def note_malformed(self, caller: Caller, method: str, raw: bytes) -> None:
         """A gRPC body that is no message: quarantine it if it was meant as telemetry."""
@@ -264,18 +289,15 @@ class Door:
             sender = self.sender(caller, "", "grpc")
             await self.set_aside(sender, Reason.MALFORMED, f"The body is not a message of {method}.", raw)
 
-    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, bucket: Bucket) -> Taken:
+    def _take(self, sender: Sender, batch: telemetry_pb2.Batch) -> Taken:
         checked = self._check.check(sender, batch)
-        bucket.spend(checked.accepted)
-        commits = [self._group_commit.put_frames(frames) for frames in checked.frames]
-        _accepted_total(sender.door).inc(checked.accepted)
+        shares = [self._group_commit.put_frames(frames) for frames in checked.frames]
         if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)
         if checked.unknown:
             self._sightings.proposed(sender, checked.machine_id, checked.unknown)
         for record in checked.quarantine:
-            bucket.spend(record.samples)
-            commits.append(self._group_commit.put_quarantine(record))
+            shares.append(self._group_commit.put_quarantine(record))
             samples_total.labels(sender.door, "quarantined").inc(record.samples)
             quarantined_total.labels(record.reason).inc(record.samples)
             self._sightings.refused(
@@ -295,7 +317,4 @@ class Door:
                 source=sender.source,
                 quarantine_id=record.id,
             )
-        size = sum(len(frames.values) + len(frames.times_us) for frames in checked.frames)
-        size += sum(len(record.batch) for record in checked.quarantine)
-        self._in_flight.add(sender.credential_id, size, commits)
-        return Taken(checked, commits)
+        return Taken(checked, shares)

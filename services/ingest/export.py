@@ -8,7 +8,7 @@ for the whole.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from prometheus_client import Counter, Gauge
@@ -23,6 +23,7 @@ from services.ingest.access import Access
 from services.ingest.asked import check_id, check_one_of
 from services.ingest.export_formats import Encoder, Gzip, NarrowCsv, WideCsv
 from services.ingest.queries import check_range
+from services.ingest.query_read import Floats, Ints
 from services.ingest.query_store import SignalPlace
 
 SIGNALS_PER_EXPORT_MAX = 1_000
@@ -34,6 +35,7 @@ RETRY_AFTER_S = 10
 CHUNK_BYTES_MAX = 512 * 1024
 
 FORMATS = ("csv", "parquet")
+RESOLUTIONS = {"raw": None, "minute": read.MINUTE, "hour": read.HOUR}
 LAYOUTS = ("wide", "narrow")
 
 # Samples that left in exports.
@@ -55,6 +57,8 @@ class Wanted:
     gzip: bool = False
     # A header line in CSV; left out when a file is continued.
     header: bool = True
+    # raw, or stored buckets: minute or hour.
+    resolution: str = "raw"
 
 
 class File:
@@ -102,6 +106,8 @@ class Export:
         check_range(wanted.from_us, wanted.to_us)
         check_one_of(wanted.format, FORMATS, "format")
         check_one_of(wanted.layout, LAYOUTS, "layout")
+        check_one_of(wanted.resolution, tuple(RESOLUTIONS), "resolution")
+        wanted = _in_whole_buckets(wanted)
         if wanted.gzip and wanted.format != "csv":
             raise Invalid("gzip: for CSV only; Parquet is packed already.")
         places = await self._places(caller, wanted)
@@ -133,10 +139,8 @@ class Export:
     ) -> AsyncGenerator[bytes, None]:
         self._take_place(caller)
         try:
-            encoder = await asyncio.to_thread(_encoder, wanted, self._names(places))
-            async with transaction(self._pool) as connection:
-                first, end = await read.extent(connection, places)
-            windows = read.samples(self._pool, places, max(first, wanted.from_us), min(end, wanted.to_us))
+            encoder = await asyncio.to_thread(_encoder, wanted, self._columns(wanted, places))
+            windows = await self._windows(wanted, places)
             async with aclosing(windows):
                 async for times, values in windows:
                     # A room that was recalled meanwhile lends no more.
@@ -150,6 +154,23 @@ class Export:
                 yield chunk
         finally:
             self._give_place(caller)
+
+    async def _windows(
+        self, wanted: Wanted, places: Sequence[SignalPlace]
+    ) -> AsyncGenerator[tuple[Ints, Floats], None]:
+        async with transaction(self._pool) as connection:
+            first, end = await read.extent(connection, places)
+        resolution = RESOLUTIONS[wanted.resolution]
+        if resolution is None:
+            return read.samples(self._pool, places, max(first, wanted.from_us), min(end, wanted.to_us))
+        start_us = max(first // resolution.width_us * resolution.width_us, wanted.from_us)
+        return read.bucket_rows(self._pool, places, resolution, start_us, min(end, wanted.to_us))
+
+    def _columns(self, wanted: Wanted, places: Sequence[SignalPlace]) -> list[str]:
+        names = self._names(places)
+        if RESOLUTIONS[wanted.resolution] is None:
+            return names
+        return [f"{name} {figure}" for name in names for figure in read.BUCKET_FIGURES]
 
     def _names(self, places: Sequence[SignalPlace]) -> list[str]:
         """Of one machine the signals' own names; of several with the machine's path before them."""
@@ -177,6 +198,19 @@ class Export:
         if not self._running[caller.credential_id]:
             del self._running[caller.credential_id]
         exports_running.dec()
+
+
+def _in_whole_buckets(wanted: Wanted) -> Wanted:
+    """A bucket tells of all of its time: the range is widened to whole ones. Raises Invalid."""
+    resolution = RESOLUTIONS[wanted.resolution]
+    if resolution is None:
+        return wanted
+    width_us = resolution.width_us
+    widened = replace(
+        wanted, from_us=wanted.from_us // width_us * width_us, to_us=-(-wanted.to_us // width_us) * width_us
+    )
+    check_range(widened.from_us, widened.to_us)
+    return widened
 
 
 def _encoder(wanted: Wanted, names: Sequence[str]) -> Encoder:

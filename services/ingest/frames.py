@@ -52,7 +52,7 @@ class UnknownSignal:
     is_whole: bool
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would cost more: there is one for every batch
 class Checked:
     """A batch after checking. accepted + the samples of `quarantine` = the samples of the batch."""
 

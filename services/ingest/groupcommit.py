@@ -6,6 +6,7 @@ partition is the order of `put`: a later batch is never durable before an earlie
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from prometheus_client import Counter, Gauge
 
@@ -36,10 +37,11 @@ class Commit:
         self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # A sender that went away leaves nobody to look at a failure.
         self._future.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.is_settled = False
 
-    @property
-    def is_settled(self) -> bool:
-        return self._future.done()
+    def check(self) -> None:
+        """Of a commit that is settled: raise what the publish raised."""
+        self._future.result()
 
     async def wait(self) -> None:
         """Return once it is durable. Raises what the publish raised."""
@@ -50,10 +52,19 @@ class Commit:
         self._future.add_done_callback(lambda _: callback())
 
     def succeed(self) -> None:
+        self.is_settled = True
         self._future.set_result(None)
 
     def fail(self, error: BaseException) -> None:
+        self.is_settled = True
         self._future.set_exception(error)
+
+
+class Share(NamedTuple):
+    """What one batch has in a publish."""
+
+    commit: Commit
+    bytes: int
 
 
 class _Queue:
@@ -71,6 +82,7 @@ class _Queue:
         self.waiting_bytes = 0
 
     def put(self, payload: bytes) -> Commit:
+        """The publish that will carry it."""
         if self._open_items and (
             self._open_bytes + len(payload) > self._bytes_max or self._open_items >= self._items_max
         ):
@@ -78,7 +90,7 @@ class _Queue:
         self._open_bytes += len(payload)
         self._open_items += 1
         self._waiting.append((payload, self._open))
-        self._count(len(payload))
+        self.waiting_bytes += len(payload)
         if self._sender is None:
             self._sender = asyncio.create_task(self._send_all())
         return self._open
@@ -107,18 +119,14 @@ class _Queue:
                 else:
                     commit.succeed()
                 finally:
-                    self._count(-sum(map(len, payloads)))
+                    self.waiting_bytes -= sum(map(len, payloads))
         finally:
             self._sender = None
-
-    def _count(self, change: int) -> None:
-        self.waiting_bytes += change
-        waiting_bytes.inc(change)
 
     def _fail_rest(self, error: HubError) -> None:
         # What waited behind a failure must not become durable before it: its senders send both again, in order.
         for payload, commit in self._waiting:
-            self._count(-len(payload))
+            self.waiting_bytes -= len(payload)
             if not commit.is_settled:
                 commit.fail(error)
         self._waiting.clear()
@@ -135,19 +143,24 @@ class GroupCommit:
             for partition in range(partitions)
         ]
         self._quarantine = _Queue(self._publish_quarantine, RECORD_BYTES_MAX, QUARANTINE_AT_ONCE_MAX)
+        waiting_bytes.set_function(self._waiting_bytes)
 
     def check_room(self) -> None:
         """Raise SlowDown when too much waits already: memory stays bounded however slow the message log is."""
-        if sum(queue.waiting_bytes for queue in (*self._samples, self._quarantine)) > WAITING_BYTES_MAX:
+        if self._waiting_bytes() > WAITING_BYTES_MAX:
             raise SlowDown("The hub is busy; nothing was taken, send again.", retry_after_s=RETRY_AFTER_S)
 
-    def put_frames(self, frames: records_pb2.FrameBatch) -> Commit:
+    def put_frames(self, frames: records_pb2.FrameBatch) -> Share:
         """Frames of one machine always go to one partition, in order."""
-        queue = self._samples[frames.machine_id % len(self._samples)]
-        return queue.put(frames.SerializeToString())
+        payload = frames.SerializeToString()
+        return Share(self._samples[frames.machine_id % len(self._samples)].put(payload), len(payload))
 
-    def put_quarantine(self, record: records_pb2.QuarantineRecord) -> Commit:
-        return self._quarantine.put(record.SerializeToString())
+    def put_quarantine(self, record: records_pb2.QuarantineRecord) -> Share:
+        payload = record.SerializeToString()
+        return Share(self._quarantine.put(payload), len(payload))
+
+    def _waiting_bytes(self) -> int:
+        return sum(queue.waiting_bytes for queue in (*self._samples, self._quarantine))
 
     async def close(self) -> None:
         await asyncio.gather(*(queue.close() for queue in (*self._samples, self._quarantine)))

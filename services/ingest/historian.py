@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import asyncpg
 import numpy as np
 from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
@@ -16,6 +17,7 @@ from prometheus_client import Counter, Histogram
 
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
+from services.common.errors import TryAgain
 from services.common.logs import get_logger
 from services.ingest.binarycopy import HEADER, TRAILER, Floats, Ints, keyed_rows
 from services.ingest.rollups import Bools, OpenBuckets, Stats
@@ -54,13 +56,21 @@ FROM unnest($1::bigint[], $2::int[], $3::timestamptz[]) AS touched (machine_id, 
      LATERAL buckets_from_frames(touched.machine_id, touched.first_position, touched.ts, touched.ts + {width}, {width}) AS b
 ON CONFLICT (machine_id, first_position, ts) DO UPDATE SET
     counts = excluded.counts, sums = excluded.sums, mins = excluded.mins, maxs = excluded.maxs, lasts = excluded.lasts
+-- Fewer samples than before: retention has removed frames, and the bucket knows more than what is left of them.
+WHERE total(excluded.counts) >= total({table}.counts)
 """
 
+# Of a machine whose frames retention has removed, the buckets say how far it had come.
 _NEWEST = """
-SELECT asked.machine_id, asked.first_position, newest.ts
-FROM unnest($1::bigint[], $2::int[]) AS asked (machine_id, first_position),
-     LATERAL (SELECT f.ts FROM frame f WHERE f.machine_id = asked.machine_id AND f.first_position = asked.first_position
-              ORDER BY f.ts DESC LIMIT 1) AS newest
+SELECT asked.machine_id, asked.first_position, greatest(
+    (SELECT f.ts FROM frame f WHERE f.machine_id = asked.machine_id AND f.first_position = asked.first_position
+     ORDER BY f.ts DESC LIMIT 1),
+    (SELECT r.ts + INTERVAL '1 minute' - INTERVAL '1 microsecond' FROM rollup_1m r
+     WHERE r.machine_id = asked.machine_id AND r.first_position = asked.first_position ORDER BY r.ts DESC LIMIT 1),
+    (SELECT r.ts FROM rollup_1h r
+     WHERE r.machine_id = asked.machine_id AND r.first_position = asked.first_position ORDER BY r.ts DESC LIMIT 1)
+) AS ts
+FROM unnest($1::bigint[], $2::int[]) AS asked (machine_id, first_position)
 """
 
 
@@ -232,7 +242,7 @@ class Historian:
         if not widths:
             return
         rows = await connection.fetch(_NEWEST, [key[0] for key in widths], [key[1] for key in widths])
-        newest = {(row["machine_id"], row["first_position"]): to_us(row["ts"]) for row in rows}
+        newest = {(row["machine_id"], row["first_position"]): to_us(row["ts"]) for row in rows if row["ts"]}
         for key, width in widths.items():
             lane = self._lanes.setdefault(width, _Lane(width))
             self._slots[key] = (lane, lane.add(*key, newest.get(key, NOTHING_STORED_US)))
@@ -307,9 +317,13 @@ async def _remake(connection: Connection, lane: _Lane, resolution: _Resolution, 
 
 
 async def _copy(connection: Connection, table: str, columns: Sequence[str], rows: bytes) -> None:
-    await connection.copy_to_table(
-        table, columns=list(columns), source=io.BytesIO(HEADER + rows + TRAILER), format="binary"
-    )
+    try:
+        await connection.copy_to_table(
+            table, columns=list(columns), source=io.BytesIO(HEADER + rows + TRAILER), format="binary"
+        )
+    except asyncpg.UniqueViolationError as error:
+        # Retention closed a bucket that is still open in memory. Read again how far each machine has come.
+        raise TryAgain("What is held in memory is behind the database.") from error
 
 
 def _fits(batch: records_pb2.FrameBatch) -> bool:

@@ -19,8 +19,8 @@ from services.common.identity import Caller, Role
 from services.ingest import kpi_store as store
 from services.ingest import query_read as read
 from services.ingest import query_store
-from services.ingest.asked import check_id, check_one_of
-from services.ingest.domain import CHANNEL_GROUP, REGIONS, BadName, check_text
+from services.ingest.asked import check_id, check_one_of, names
+from services.ingest.domain import CHANNEL_GROUP, REGIONS, check_text
 from services.ingest.kpi_calendar import Bools, local_minutes
 from services.ingest.kpi_counts import KW, KWH, Floats, counted, flowed, spread
 from services.ingest.kpi_figures import Figures, Minutes
@@ -28,6 +28,7 @@ from services.ingest.kpi_settings import Chosen, KpiSettings, chosen_signals
 from services.ingest.kpi_states import Codes, Levels, NoLevels, State, found_levels, runs, states
 from services.ingest.kpi_tariff import CarbonFactor, RateCost, Tariff, YearCarbon, carbon, costs, total_pence
 from services.ingest.queries import check_range
+from services.ingest.query_turns import Turns
 from smdih.directory.v1 import directory_pb2 as pb
 
 MINUTE_US = 60 * 1_000_000
@@ -38,6 +39,8 @@ LEVEL_DAYS = 28
 # Read before the range: where a counter stood, and which state a machine was in.
 LEAD_MINUTES = 24 * 60
 RUNS_MAX = 10_000
+# No power, current or count is larger: such a value is a fault, and sums of it would be no numbers.
+VALUE_MAX = 1e12
 RATES_MAX = 20
 TARIFFS_PER_SITE_MAX = 200
 
@@ -123,10 +126,11 @@ class Kpis:
 
 
 class KpiService:
-    def __init__(self, pool: Pool, directory: Directory, clock: Clock, signer: Signer | None) -> None:
+    def __init__(self, pool: Pool, directory: Directory, clock: Clock, turns: Turns, signer: Signer | None) -> None:
         self._pool = pool
         self._directory = directory
         self._clock = clock
+        self._turns = turns
         self._signer = signer
 
     async def settings(self, caller: Caller, machine_id: int) -> tuple[int, KpiSettings]:
@@ -178,7 +182,7 @@ class KpiService:
             raise Invalid(f"rates: {error}.") from error
         if any(rate.spans is None for rate in checked[:-1]) or checked[-1].spans is not None:
             raise Invalid("rates: the last one, and only that, has no times: it holds whenever no other does.")
-        with _texts():
+        with names():
             for rate in checked:
                 check_text(rate.name, what="rate name", length_max=50)
             source = check_text(source, what="source", length_max=500)
@@ -220,7 +224,7 @@ class KpiService:
             raise Invalid("year: 1990 to 2100.")
         if not kg_per_kwh.is_finite() or not 0 <= kg_per_kwh < 5:
             raise Invalid("kg_per_kwh: from 0 to below 5, in kgCO2e a kWh.")
-        with _texts():
+        with names():
             source = check_text(source, what="source", length_max=500)
             confirmed_by = check_text(confirmed_by, what="confirmed_by") if confirmed_by else ""
         async with transaction(self._pool) as connection:
@@ -241,7 +245,9 @@ class KpiService:
         start, end = self._minutes(from_us, to_us)
         async with transaction(self._pool) as connection:
             revision, settings = await store.settings_of(connection, machine.id)
-        source, codes = await self._codes(settings, chosen_signals(settings, machine), machine, start, end)
+        async with self._turns.of(caller):
+            history = _History(self._pool, machine, start, end)
+            source, codes = await self._codes(settings, chosen_signals(settings, machine), history)
         if source.levels is None:
             raise Conflict(f"{source.detail} Set off_below and working_from in the kpi-settings.", reason=source.how)
         starts, ends, values = runs(codes)
@@ -259,6 +265,10 @@ class KpiService:
         """All figures of a machine over whole minutes. Raises NotFound, Invalid; a figure that cannot be had says why itself."""
         machine = self._machine(caller, machine_id)
         start, end = self._minutes(from_us, to_us)
+        async with self._turns.of(caller):
+            return await self._kpis(machine, start, end, by_day=by_day)
+
+    async def _kpis(self, machine: pb.Machine, start: int, end: int, *, by_day: bool) -> Kpis:
         site = self._directory.sites.get(machine.site_id)
         region = self._region(machine.firm_id)
         own_grid = GRIDS[1] if region == "Northern Ireland" else GRIDS[0]
@@ -267,12 +277,13 @@ class KpiService:
             tariffs = await store.tariffs(connection, machine.site_id, region)
             factors = {name: await store.carbon_factors(connection, name) for name in (REPORTING_REGION, own_grid)}
         chosen = chosen_signals(settings, machine)
-        state_source, codes = await self._codes(settings, chosen, machine, start, end)
+        history = _History(self._pool, machine, start, end)
+        state_source, codes = await self._codes(settings, chosen, history)
         timezone = site.timezone if site is not None else "Europe/London"
         local = await asyncio.to_thread(local_minutes, start, end - start, ZoneInfo(timezone))
-        energy_source, energy, accounted = await self._energy(settings, chosen, machine, start, end)
+        energy_source, energy, accounted = await self._energy(settings, chosen, history)
         counts = {
-            role: await self._added(machine, chosen.signals[role], settings.count_rollover, start, end)
+            role: await self._added(history, chosen.signals[role], settings.count_rollover)
             for role in ("total_count", "good_count")
             if role in chosen.signals
         }
@@ -323,7 +334,8 @@ class KpiService:
         if start * MINUTE_US != from_us or end * MINUTE_US != to_us:
             raise Invalid("from_us and to_us: whole minutes that are over; evidence is for exactly what was asked.")
         if measure == "samples":
-            value, unit, coverage, method = await self._counted_samples(machine, from_us, to_us)
+            async with self._turns.of(caller):
+                value, unit, coverage, method = await self._counted_samples(machine, from_us, to_us)
         else:
             value, unit, coverage, method = await self._measured(caller, machine, measure, from_us, to_us)
         return self._signer.sign(
@@ -380,17 +392,16 @@ class KpiService:
         coverage = minutes / ((to_us - from_us) // MINUTE_US)
         return str(count), "samples", coverage, "Samples stored of all signals of the machine."
 
-    async def _codes(
-        self, settings: KpiSettings, chosen: Chosen, machine: pb.Machine, start: int, end: int
-    ) -> tuple[StateSource, Codes]:
+    async def _codes(self, settings: KpiSettings, chosen: Chosen, history: "_History") -> tuple[StateSource, Codes]:
         """States of the minutes start to end - 1, by power, else by current."""
+        start, end = history.start, history.end
         unknown = np.full(end - start, State.NO_DATA, dtype=np.int8)
         signal = chosen.signals.get("power") or chosen.signals.get("current")
         if signal is None:
             detail = chosen.missing["power"]
             return StateSource(None, None, "NO_POWER_SIGNAL", detail), unknown
         first = min(start - LEAD_MINUTES, end - LEVEL_DAYS * 24 * 60)
-        means = (await self._read(machine, signal, first, end))["means"]
+        means = (await history.minutes(signal, first))["means"]
         lead = start - LEAD_MINUTES - first
         how = "set"
         if settings.off_below is not None and settings.working_from is not None:
@@ -405,26 +416,26 @@ class KpiService:
         return StateSource(signal, levels, how), codes[LEAD_MINUTES:]
 
     async def _energy(
-        self, settings: KpiSettings, chosen: Chosen, machine: pb.Machine, start: int, end: int
+        self, settings: KpiSettings, chosen: Chosen, history: "_History"
     ) -> tuple[EnergySource, Floats | None, Bools]:
         """kWh of each minute: by the energy counter if there is one, else by power, else by current."""
         counter, power, current = (chosen.signals.get(role) for role in ("energy", "power", "current"))
-        first = start - LEAD_MINUTES
+        first = history.start - LEAD_MINUTES
         if counter is not None and counter.unit in KWH:
-            stood = await self._read(machine, counter, first, end)
-            added, resets = counted(stood["mins"], stood["maxs"], stood["lasts"], settings.energy_rollover)
+            stood = await history.minutes(counter, first)
+            added, anew = counted(stood["mins"], stood["maxs"], stood["lasts"], settings.energy_rollover)
             energy, accounted = spread(added * KWH[counter.unit], ~np.isnan(stood["lasts"]))
-            detail = f"Differences of the energy counter, {resets} resets."
+            detail = f"Differences of the energy counter, which began anew {int(anew[LEAD_MINUTES:].sum())} times."
             return EnergySource("counter", counter, detail), energy[LEAD_MINUTES:], accounted[LEAD_MINUTES:]
         gap = f"over gaps of up to {settings.gap_minutes} minutes drawn as a line."
         if power is not None and power.unit in KW:
-            means = (await self._read(machine, power, first, end))["means"] * KW[power.unit]
+            means = (await history.minutes(power, first))["means"] * KW[power.unit]
             energy, accounted = flowed(means, settings.gap_minutes)
             detail = f"Mean power of each minute, {gap}"
             return EnergySource("power", power, detail), energy[LEAD_MINUTES:], accounted[LEAD_MINUTES:]
         if current is not None and settings.volts:
             factor = settings.volts * settings.power_factor * (3**0.5 if settings.phases == 3 else 1) / 1000
-            means = (await self._read(machine, current, first, end))["means"] * factor
+            means = (await history.minutes(current, first))["means"] * factor
             energy, accounted = flowed(means, settings.gap_minutes)
             detail = (
                 f"Estimated: mean current of each minute at {settings.volts:g} V, {settings.phases} phases, power factor "
@@ -435,28 +446,12 @@ class KpiService:
             detail = "A current alone is no energy: set volts, phases and power_factor in the kpi-settings."
         else:
             detail = chosen.missing.get("energy", chosen.missing.get("power", ""))
-        return EnergySource("", None, detail), None, np.zeros(end - start, dtype=bool)
+        return EnergySource("", None, detail), None, np.zeros(history.end - history.start, dtype=bool)
 
-    async def _added(self, machine: pb.Machine, signal: pb.Signal, rollover: float, start: int, end: int) -> Floats:
-        stood = await self._read(machine, signal, start - LEAD_MINUTES, end)
+    async def _added(self, history: "_History", signal: pb.Signal, rollover: float) -> Floats:
+        stood = await history.minutes(signal, history.start - LEAD_MINUTES)
         added, _ = counted(stood["mins"], stood["maxs"], stood["lasts"], rollover)
         return added[LEAD_MINUTES:]
-
-    async def _read(self, machine: pb.Machine, signal: pb.Signal, first: int, end: int) -> dict[str, Floats]:
-        """Means, mins, maxs and lasts of the minutes first to end - 1; NaN: no value."""
-        position = next(number for number, one in enumerate(machine.signals) if one.id == signal.id)
-        place = query_store.SignalPlace(signal.id, machine.firm_id, machine.id, position, signal.name, signal.unit)
-        found = {name: np.full(end - first, np.nan) for name in ("means", "mins", "maxs", "lasts")}
-        async for _, page in read.stats(self._pool, [place], read.MINUTE, first * MINUTE_US, end * MINUTE_US):
-            some = page.column(0)
-            at = some.buckets - first
-            found["means"][at] = (some.sums / some.counts)[:, 0]
-            found["mins"][at], found["maxs"][at], found["lasts"][at] = (
-                some.mins[:, 0],
-                some.maxs[:, 0],
-                some.lasts[:, 0],
-            )
-        return found
 
     def _minutes(self, from_us: int, to_us: int) -> tuple[int, int]:
         """The whole minutes of the range that are over. Raises Invalid."""
@@ -493,15 +488,37 @@ class KpiService:
         return "" if firm is None else firm.region
 
 
-class _texts:
-    """Inside, a text that breaks a rule is an invalid request."""
+class _History:
+    """The stored minutes of a machine's signals before `end`, each signal read once."""
 
-    def __enter__(self) -> None:
-        return None
+    def __init__(self, pool: Pool, machine: pb.Machine, start: int, end: int) -> None:
+        self._pool = pool
+        self._machine = machine
+        self.start = start
+        self.end = end
+        self._known: dict[int, tuple[int, dict[str, Floats]]] = {}
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BadName):
-            raise Invalid(f"{error}.") from error
+    async def minutes(self, signal: pb.Signal, first: int) -> dict[str, Floats]:
+        """Means, mins, maxs and lasts of the minutes first to end - 1; NaN: no value."""
+        known = self._known.get(signal.id)
+        if known is None or known[0] > first:
+            known = self._known[signal.id] = (first, await self._read(signal, first))
+        return {name: values[first - known[0] :] for name, values in known[1].items()}
+
+    async def _read(self, signal: pb.Signal, first: int) -> dict[str, Floats]:
+        machine = self._machine
+        position = next(number for number, one in enumerate(machine.signals) if one.id == signal.id)
+        place = query_store.SignalPlace(signal.id, machine.firm_id, machine.id, position, signal.name, signal.unit)
+        found = {name: np.full(self.end - first, np.nan) for name in ("means", "mins", "maxs", "lasts")}
+        async for _, page in read.stats(self._pool, [place], read.MINUTE, first * MINUTE_US, self.end * MINUTE_US):
+            some = page.column(0)
+            at = some.buckets - first
+            found["means"][at] = (some.sums / some.counts)[:, 0]
+            for name in ("mins", "maxs", "lasts"):
+                found[name][at] = getattr(some, name)[:, 0]
+        for values in found.values():
+            values[np.abs(values) > VALUE_MAX] = np.nan
+        return found
 
 
 def _cost(energy: Floats, minutes: Minutes, tariffs: Sequence[Tariff]) -> Cost:

@@ -16,16 +16,16 @@ KWH: Final = {"Wh": 0.001, "kWh": 1.0, "MWh": 1000.0}
 GAP_MINUTES: Final = 5
 
 
-def counted(mins: Floats, maxs: Floats, lasts: Floats, rollover: float = 0.0) -> tuple[Floats, int]:
-    """What a counter added in each minute (0 where there is no value), and how often it began anew.
+def counted(mins: Floats, maxs: Floats, lasts: Floats, rollover: float = 0.0) -> tuple[Floats, Bools]:
+    """What a counter added in each minute (0 where there is no value), and in which it began anew.
 
     A counter that falls was reset to 0, or rolled over where `rollover` says at which value it does. What it counted between its
     last value before a reset and the reset is not known, and not guessed. NaN: no value in that minute.
     """
-    added = np.zeros(len(lasts))
+    added, anew = np.zeros(len(lasts)), np.zeros(len(lasts), dtype=bool)
     known = np.flatnonzero(~np.isnan(lasts))
     if not len(known):
-        return added, 0
+        return added, anew
     low, high, last = mins[known], maxs[known], lasts[known]
     before = np.concatenate([[low[0]], last[:-1]])  # the first minute counts from its own least value
     inside = high > last  # it fell within the minute
@@ -33,7 +33,8 @@ def counted(mins: Floats, maxs: Floats, lasts: Floats, rollover: float = 0.0) ->
     top = np.maximum(high - before, 0)
     fresh = last + (np.maximum(rollover - np.where(inside, high, before), 0) if rollover else 0.0)
     added[known] = np.where(inside, top + fresh, np.where(between, fresh, last - before))
-    return added, int(np.count_nonzero(inside | between))
+    anew[known] = inside | between
+    return added, anew
 
 
 def spread(added: Floats, known: Bools) -> tuple[Floats, Bools]:

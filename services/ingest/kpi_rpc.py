@@ -1,13 +1,18 @@
 """gRPC edge of the figures of machines."""
 
 import json
+import re
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
+from services.common.errors import Invalid
 from services.common.evidence import ALGORITHM
 from services.common.rpc import current_caller
 from services.ingest import kpi_figures
 from services.ingest.kpi import Carbon, KpiService, StateSource
 from services.ingest.kpi_calendar import day_of
+from services.ingest.kpi_settings import KpiSettings, Shift
 from services.ingest.kpi_states import State
 from smdih.ingest.v1 import kpi_pb2, kpi_pb2_grpc
 
@@ -86,6 +91,118 @@ class KpiServicer(kpi_pb2_grpc.KpiServiceServicer):
     ) -> kpi_pb2.GetEvidenceKeyResponse:
         key_id, public_key = self._kpi.evidence_key()
         return kpi_pb2.GetEvidenceKeyResponse(algorithm=ALGORITHM, key_id=key_id, public_key=public_key)
+
+    async def GetKpiSettings(
+        self, request: kpi_pb2.GetKpiSettingsRequest, context: Any
+    ) -> kpi_pb2.GetKpiSettingsResponse:
+        revision, found = await self._kpi.settings(current_caller(), request.machine_id)
+        return kpi_pb2.GetKpiSettingsResponse(revision=revision, settings=_settings_message(found))
+
+    async def SetKpiSettings(
+        self, request: kpi_pb2.SetKpiSettingsRequest, context: Any
+    ) -> kpi_pb2.SetKpiSettingsResponse:
+        settings = _settings(request.settings)
+        revision = await self._kpi.change_settings(current_caller(), request.machine_id, settings)
+        return kpi_pb2.SetKpiSettingsResponse(revision=revision)
+
+    async def ListTariffs(self, request: kpi_pb2.ListTariffsRequest, context: Any) -> kpi_pb2.ListTariffsResponse:
+        response = kpi_pb2.ListTariffsResponse()
+        for tariff in await self._kpi.tariffs(current_caller(), request.site_id):
+            response.tariffs.add(
+                id=tariff.id,
+                valid_from=tariff.valid_from.isoformat(),
+                rates=[kpi_pb2.Rate(name=rate.name, pence_per_kwh=str(rate.pence_per_kwh)) for rate in tariff.rates],
+                source=tariff.source,
+                assumed=tariff.is_assumed,
+                confirmed_by=tariff.confirmed_by or "",
+            )
+        return response
+
+    async def AddTariff(self, request: kpi_pb2.AddTariffRequest, context: Any) -> kpi_pb2.AddTariffResponse:
+        try:
+            valid_from = date.fromisoformat(request.valid_from)
+        except ValueError as error:
+            raise Invalid("valid_from: a date such as 2026-04-01.") from error
+        rates = [
+            {
+                "name": rate.name,
+                "pence_per_kwh": rate.pence_per_kwh,
+                "days": list(rate.days),
+                "from": rate.start if rate.HasField("start") else None,
+                "to": rate.end if rate.HasField("end") else None,
+            }
+            for rate in request.rates
+        ]
+        added = await self._kpi.add_tariff(
+            current_caller(),
+            site_id=request.site_id,
+            region=request.region,
+            valid_from=valid_from,
+            rates=rates,
+            source=request.source,
+            confirmed_by=request.confirmed_by,
+        )
+        return kpi_pb2.AddTariffResponse(id=added)
+
+    async def ListCarbonFactors(
+        self, request: kpi_pb2.ListCarbonFactorsRequest, context: Any
+    ) -> kpi_pb2.ListCarbonFactorsResponse:
+        response = kpi_pb2.ListCarbonFactorsResponse()
+        for factor in await self._kpi.carbon_factors(current_caller()):
+            response.carbon_factors.add(
+                id=factor.id,
+                region=factor.region,
+                year=factor.year,
+                kg_per_kwh=str(factor.kg_per_kwh),
+                source=factor.source,
+                sure=factor.sure,
+                confirmed_by=factor.confirmed_by or "",
+            )
+        return response
+
+    async def AddCarbonFactor(
+        self, request: kpi_pb2.AddCarbonFactorRequest, context: Any
+    ) -> kpi_pb2.AddCarbonFactorResponse:
+        if not _FACTOR.fullmatch(request.kg_per_kwh):
+            raise Invalid("kg_per_kwh: a decimal number as text, such as 0.207.")
+        added = await self._kpi.add_carbon_factor(
+            current_caller(),
+            region=request.region,
+            year=request.year,
+            kg_per_kwh=Decimal(request.kg_per_kwh),
+            source=request.source,
+            sure=request.sure,
+            confirmed_by=request.confirmed_by,
+        )
+        return kpi_pb2.AddCarbonFactorResponse(id=added)
+
+
+_FACTOR = re.compile(r"[0-9](\.[0-9]{1,6})?")
+_PLAIN = (
+    *("power_signal_id", "current_signal_id", "energy_signal_id", "total_count_signal_id", "good_count_signal_id"),
+    *("energy_rollover", "count_rollover", "ideal_cycle_s", "volts"),
+)
+_OPTIONAL = ("off_below", "working_from", "dwell_minutes", "gap_minutes", "phases", "power_factor")
+
+
+def _settings(message: kpi_pb2.KpiSettings) -> KpiSettings:
+    plain = {name: getattr(message, name) for name in _PLAIN}
+    plain |= {field.name: value for field, value in message.ListFields() if field.name in _OPTIONAL}
+    shifts = tuple(
+        Shift(one.start, one.end, tuple(one.days), tuple((pause.start, pause.end) for pause in one.breaks))
+        for one in message.shifts
+    )
+    return KpiSettings(**plain, shifts=shifts, closed_days=tuple(message.closed_days))
+
+
+def _settings_message(found: KpiSettings) -> kpi_pb2.KpiSettings:
+    message = kpi_pb2.KpiSettings(
+        **{name: getattr(found, name) for name in (*_PLAIN, *_OPTIONAL)}, closed_days=found.closed_days
+    )
+    for shift in found.shifts:
+        breaks = [kpi_pb2.Break(start=start, end=end) for start, end in shift.breaks]
+        message.shifts.add(start=shift.start, end=shift.end, days=shift.days, breaks=breaks)
+    return message
 
 
 def _state_source(source: StateSource) -> kpi_pb2.StateSource:

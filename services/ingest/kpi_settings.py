@@ -1,5 +1,6 @@
 """How the figures of a machine are made: which signal is what, thresholds, shifts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -75,6 +76,9 @@ class KpiSettings:
         for role in SIGNAL_ROLES:
             if self.signal_id(role) and self.signal_id(role) not in names:
                 raise ValueError(f"{role}_signal_id: the machine has no signal {self.signal_id(role)}")
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: a finite number")
         if (self.off_below is None) != (self.working_from is None):
             raise ValueError("off_below and working_from: both or none")
         if self.off_below is not None and self.working_from is not None and not 0 < self.off_below <= self.working_from:

@@ -51,12 +51,15 @@ from services.ingest.quarantine_api import quarantine_router
 from services.ingest.queries import Queries
 from services.ingest.query_api import query_router
 from services.ingest.query_rpc import QueryServicer
+from services.ingest.query_turns import Turns
 from services.ingest.quota_api import quota_router
 from services.ingest.quota_rpc import QuotaServicer
 from services.ingest.quotas import Quotas
 from services.ingest.registry import Registry
 from services.ingest.registry_api import registry_router
 from services.ingest.registry_rpc import RegistryServicer
+from services.ingest.retention import Enforcer, Retention
+from services.ingest.retention_api import retention_router
 from services.ingest.rooms import RoomReads, Rooms
 from services.ingest.rooms_api import rooms_router
 from services.ingest.rpc import TelemetryServicer
@@ -123,10 +126,11 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     room_reads = RoomReads(log_pool, rooms, clock=clock)
     runtime.on_stop(room_reads.flush)
     runtime.background("room reads", room_reads.run())
-    access = Access(rooms.grants, note=room_reads.note)
-    queries, export = Queries(pool, directory, access), Export(pool, directory, access)
+    access, turns = Access(rooms.grants, note=room_reads.note), Turns()
+    queries, export = Queries(pool, directory, access, turns), Export(pool, directory, access)
     signer = Signer(settings.evidence_key) if settings.evidence_key else None
-    kpi = KpiService(pool, directory, clock, signer)
+    kpi = KpiService(pool, directory, clock, turns, signer)
+    retention = Retention(pool, clock, disk_bytes=settings.database_disk_bytes)
     quarantine = Quarantine(pool, directory, door, ends)
     proposals = Proposals(pool, relay, clock, writer, registry, quarantine)
     await runtime.enter(
@@ -172,6 +176,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             query_router(queries),
             series_router(queries, export),
             kpi_router(kpi),
+            retention_router(retention),
             quarantine_router(quarantine),
             diagnosis_router(diagnoses),
             quota_router(quotas),
@@ -222,6 +227,8 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
     )
     app = application("SMDIH historian", runtime=runtime, directory=None)
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    enforcer = Enforcer(pool, SystemClock(), disk_bytes=settings.database_disk_bytes)
+    runtime.background("retention", enforcer.run())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
     for number, consumer in enumerate(samples):
@@ -240,13 +247,16 @@ class MqttSettings(Settings):
     mqtt_user: str = ""
     mqtt_password: str = Field("", repr=False)
     mqtt_tls: bool = False
+    mqtt_ca: str = Field("", description="file of the broker's certificate authority; the system's without it")
     mqtt_host_id: str = Field("smdih", description="the Sparkplug host that nodes wait for: spBv1.0/STATE/<this>")
 
 
 async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     """From an MQTT broker into the message log."""
     found = MqttSettings()
-    broker = Broker(found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls)
+    broker = Broker(
+        found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls, found.mqtt_ca
+    )
     clock = SystemClock()
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
@@ -290,7 +300,6 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     runtime.background("bridge", serve())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("mqtt", bridge.is_serving)
-    runtime.alive_when("shares", bridge.is_turning)
 
 
 async def operator_key(settings: Settings) -> str:

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -26,7 +26,7 @@ from services.common.kafka import Cluster, Message, Publisher
 from services.common.logs import correlated, current_correlation_id, get_logger, new_correlation_id
 from services.ingest import mqttpayload, sparkplug
 from services.ingest.domain import Reason
-from services.ingest.door import Door
+from services.ingest.door import Door, durable
 from services.ingest.frames import Sender
 from services.ingest.mqttbatches import Gathered
 from services.ingest.mqttlink import TAKEN_OVER, Broker, Link, LinkLost, LinkRefused, Received, Will
@@ -91,6 +91,7 @@ class _Aside:
     """Something of a message that goes to quarantine as it came."""
 
     sender: Sender
+    machine_id: int
     fault: Fault
     raw: bytes
 
@@ -101,6 +102,8 @@ class _Turn:
 
     gathered: Gathered
     aside: list[_Aside]
+    # Machines that send no more, as their nodes say.
+    gone: list[tuple[Sender, int, str]]
     births: dict[tuple[str, str], births_pb2.NodeRecord]
     rebirths: dict[tuple[str, str], str]
 
@@ -213,6 +216,8 @@ class Share:
                     await asyncio.sleep(error.retry_after_s or delay_s)
         link.ack(messages)
         _count(messages, "taken")
+        for sender, machine_id, detail in turn.gone:  # after what came before it has been noted as taken
+            self._door.note_offline(sender, machine_id, detail)
         for (group, node), why in turn.rebirths.items():
             rebirths_total.inc()
             log.info("rebirth asked for", group=group, node=node, why=why)
@@ -221,7 +226,7 @@ class Share:
             )
 
     def _read(self, messages: Sequence[Received]) -> _Turn:
-        turn = _Turn(Gathered(), [], {}, {})
+        turn = _Turn(Gathered(), [], [], {}, {})
         now_s = time.monotonic()
         wanted: dict[tuple[str, str], str] = {}
         for message in messages:
@@ -246,7 +251,7 @@ class Share:
         machine_id = self._directory.machine_id(read.machine)
         for sample in read.samples:
             turn.gathered.add(sender, machine_id, read.machine, sample.name, sample.time_us, sample.value)
-        turn.aside.extend(_Aside(sender, fault, message.payload) for fault in read.faults)
+        turn.aside.extend(_Aside(sender, machine_id, fault, message.payload) for fault in read.faults)
 
     def _read_sparkplug(
         self,
@@ -261,7 +266,7 @@ class Share:
         if node is None:
             node = self._nodes[key] = sparkplug.Node(*key)
         sender = self._sender(topic.group, f"sparkplug {topic.node}"[:128])
-        heard = node.hear(topic, message.payload, now_s)
+        heard = node.hear(topic, message.payload, now_s, is_again=message.is_again)
         if topic.kind == "NBIRTH":
             self._rebirths.born(key)
             wanted.pop(key, None)
@@ -271,13 +276,15 @@ class Share:
             turn.births[key] = node.record(self._clock.now_us())
             log.info("sparkplug state", kind=topic.kind, group=topic.group, node=topic.node, device=topic.device)
             self._count_nodes()
-        paths = machine_paths(topic)
-        machine_id, path = next(
-            ((found, path) for path in paths if (found := self._directory.machine_id(path))), (0, paths[0])
-        )
+        for device in heard.gone:
+            gone_id, _ = self._machine(replace(topic, device=device))
+            if gone_id:
+                who = f"the device {device!r} of the node {topic.node!r}" if device else f"the node {topic.node!r}"
+                turn.gone.append((sender, gone_id, f"{who} said goodbye, or its connection broke"))
+        machine_id, path = self._machine(topic)
         for sample in heard.samples:
             turn.gathered.add(sender, machine_id, path, sample.name, sample.time_us, sample.value)
-        turn.aside.extend(_Aside(sender, fault, message.payload) for fault in heard.faults)
+        turn.aside.extend(_Aside(sender, machine_id, fault, message.payload) for fault in heard.faults)
 
     async def _keep(self, turn: _Turn) -> None:
         """Return when Kafka holds what the turn's messages hold. Raises SlowDown, TryAgain."""
@@ -291,9 +298,16 @@ class Share:
                 # Nobody can be told to wait, and the other firms of the share must not.
                 await self._door.keep_aside(sender, Reason.QUOTA_SAMPLES, _OVER_QUOTA, batches)
         await asyncio.gather(
-            *(one.durable() for one in taken),
+            durable(taken),
             *(
-                self._door.set_aside(one.sender, one.fault.reason, one.fault.detail, one.raw, one.fault.samples)
+                self._door.set_aside(
+                    one.sender,
+                    one.fault.reason,
+                    one.fault.detail,
+                    one.raw,
+                    one.fault.samples,
+                    machine_id=one.machine_id,
+                )
                 for one in turn.aside
             ),
         )
@@ -303,6 +317,12 @@ class Share:
     def _sender(self, slug: str, source: str) -> Sender:
         # The broker's access list is what binds an account to its firm's topics; no key of the hub takes part.
         return Sender(self._firms.get(slug, 0), 0, source, "mqtt", current_correlation_id())
+
+    def _machine(self, topic: sparkplug.Topic) -> tuple[int, str]:
+        """Id (0: none is registered) and path of the machine that a topic names."""
+        paths = machine_paths(topic)
+        found = ((self._directory.machine_id(path), path) for path in paths)
+        return next((one for one in found if one[0]), (0, paths[0]))
 
     def _count_nodes(self) -> None:
         nodes_online.labels(str(self._number)).set(sum(node.is_online for node in self._nodes.values()))
@@ -386,7 +406,7 @@ class Host:
                 while True:
                     for message in await link.messages(messages_max=100, timeout_s=TURN_TIMEOUT_S):
                         link.ack([message])
-                        if message.payload != birth:
+                        if sparkplug.says_offline(message.payload):
                             # The will of an earlier connection came late, or somebody else speaks in our name.
                             await link.publish(self._topic, birth, qos=1, retain=True)
             finally:
@@ -440,6 +460,8 @@ class Bridge(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped base
                 await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS)
                 await self._serve({partition.partition for partition in consumer.assignment()}, shares)
                 self._is_joined = self._is_joined or self._is_assigned
+                for task in [task for tasks in self._tasks.values() for task in tasks if task.done()]:
+                    task.result()  # a share ends by what it did not expect only: then so does the process
         finally:
             await self._serve(frozenset(), shares)
             await consumer.stop()
@@ -447,10 +469,6 @@ class Bridge(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped base
     async def is_serving(self) -> bool:
         """Readiness: the group has been joined, and every share that fell to this process is connected."""
         return self._is_joined and all(share.is_connected for share in self._served.values())
-
-    async def is_turning(self) -> bool:
-        """Liveness: no share has ended by itself."""
-        return not any(task.done() for tasks in self._tasks.values() for task in tasks)
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Nothing to do: whoever gets a share takes its session with it, and `_serve` stops what is no longer ours."""

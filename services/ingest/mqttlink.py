@@ -55,11 +55,12 @@ class LinkRefused(LinkLost):
 
 @dataclass(frozen=True)
 class Received:
-    """A message from the broker. packet_id 0: QoS 0, nothing to acknowledge."""
+    """A message from the broker. packet_id 0: QoS 0, nothing to acknowledge; `is_again`: it was on its way to us before."""
 
     topic: str
     payload: bytes
     packet_id: int
+    is_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Broker:
     user: str = ""
     password: str = field(default="", repr=False)
     tls: bool = False
+    # File of the certificate authority; empty: those of the system.
+    ca: str = ""
 
 
 class Link:
@@ -104,7 +107,7 @@ class Link:
     async def __aenter__(self) -> Self:
         """Raises LinkLost, LinkRefused."""
         loop = asyncio.get_running_loop()
-        context = ssl.create_default_context() if self._broker.tls else None
+        context = ssl.create_default_context(cafile=self._broker.ca or None) if self._broker.tls else None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await loop.create_connection(lambda: self._wire, self._broker.host, self._broker.port, ssl=context)
@@ -326,7 +329,7 @@ class _Wire(asyncio.Protocol):
             (packet_id,) = struct.unpack_from(">H", body, at)
             at += 2
         size, at = _whole_varint(body, at)
-        message = Received(topic, body[at + size :], packet_id)
+        message = Received(topic, body[at + size :], packet_id, bool(head & 0x08))
         self._waiting.append(message)
         self._waiting_bytes += len(message.payload)
         self._arrived.set()

@@ -18,6 +18,7 @@ from services.ingest.domain import HISTORY_PAGE_SIZE_MAX
 from services.ingest.query_lttb import chosen
 from services.ingest.query_read import Floats, Ints
 from services.ingest.query_store import Bucket, Latest, SignalPlace
+from services.ingest.query_turns import Turns
 from services.ingest.rollups import Counts, Stats, joined
 from smdih.directory.v1 import directory_pb2 as pb
 
@@ -89,10 +90,11 @@ class Plot:
 class Queries:
     """What is stored, for those who may read it."""
 
-    def __init__(self, pool: Pool, directory: Directory, access: Access) -> None:
+    def __init__(self, pool: Pool, directory: Directory, access: Access, turns: Turns) -> None:
         self._pool = pool
         self._directory = directory
         self._access = access
+        self._turns = turns
 
     async def machine(self, caller: Caller, machine_id: int) -> pb.Machine:
         """Raises NotFound."""
@@ -161,16 +163,16 @@ class Queries:
                 "ask for wider buckets, a shorter range or fewer signals.",
                 reason="TOO_MANY_BUCKETS",
             )
-        if resolution is None:
-            found = await self._from_samples(places, start_us, end_us, width_us)
-        else:
-            cells = (end_us - start_us) // resolution.width_us * len(places)
-            if cells > CELLS_READ_MAX:
-                raise TooLarge(
-                    "That is too much to read for one answer: ask for whole hours as width_s, a shorter range or fewer signals.",
-                    reason="TOO_MUCH_TO_READ",
-                )
-            found = await self._from_stats(places, resolution, start_us, end_us, width_us)
+        if resolution is not None and (end_us - start_us) // resolution.width_us * len(places) > CELLS_READ_MAX:
+            raise TooLarge(
+                "That is too much to read for one answer: ask for whole hours as width_s, a shorter range or fewer signals.",
+                reason="TOO_MUCH_TO_READ",
+            )
+        async with self._turns.of(caller):
+            if resolution is None:
+                found = await self._from_samples(places, start_us, end_us, width_us)
+            else:
+                found = await self._from_stats(places, resolution, start_us, end_us, width_us)
         series = [_filled(place, stats, first, end, width_us, fill) for place, stats in zip(places, found, strict=True)]
         return Buckets(start_us, end_us, width_s, "raw" if resolution is None else resolution.name, series)
 
@@ -184,25 +186,8 @@ class Queries:
         if not PLOT_POINTS_MIN <= points <= PLOT_POINTS_MAX:
             raise Invalid(f"points: {PLOT_POINTS_MIN} to {PLOT_POINTS_MAX}.")
         places = await self._places(caller, signal_ids, from_us, to_us)
-        async with transaction(self._pool) as connection:
-            first, end = await read.extent(connection, places)
-        start_us, end_us = max(from_us, first), min(to_us, end)
-        for resolution in (read.HOUR, read.MINUTE):
-            # Only buckets that lie within the range wholly: what is shown, and what is lent, ends where it was said to end.
-            inner_us = -(-start_us // resolution.width_us) * resolution.width_us
-            inner_end_us = end_us // resolution.width_us * resolution.width_us
-            buckets = (inner_end_us - inner_us) // resolution.width_us
-            if 2 * buckets >= points * PLOT_CANDIDATES_PER_POINT:
-                return await self._plotted_stats(places, resolution, inner_us, inner_end_us, points)
-        try:
-            return await self._plotted_samples(places, start_us, end_us, points)
-        except TooLarge:
-            # So dense that a minute holds more than a screen shows.
-            inner_us = -(-start_us // read.MINUTE_US) * read.MINUTE_US
-            inner_end_us = end_us // read.MINUTE_US * read.MINUTE_US
-            if inner_us >= inner_end_us:
-                raise
-            return await self._plotted_stats(places, read.MINUTE, inner_us, inner_end_us, points)
+        async with self._turns.of(caller):
+            return await self._plotted(places, from_us, to_us, points)
 
     async def _places(self, caller: Caller, signal_ids: Sequence[int], start_us: int, end_us: int) -> list[SignalPlace]:
         wanted = list(dict.fromkeys(signal_ids))
@@ -236,6 +221,27 @@ class Queries:
             for number, column in enumerate(group.columns.tolist()):
                 parts[column].append(reduced.column(number))
         return [joined(found).reduced() if found else Stats.none(1) for found in parts.values()]
+
+    async def _plotted(self, places: Sequence[SignalPlace], from_us: int, to_us: int, points: int) -> Plot:
+        async with transaction(self._pool) as connection:
+            first, end = await read.extent(connection, places)
+        start_us, end_us = max(from_us, first), min(to_us, end)
+        for resolution in (read.HOUR, read.MINUTE):
+            # Only buckets that lie within the range wholly: what is shown, and what is lent, ends where it was said to end.
+            inner_us = -(-start_us // resolution.width_us) * resolution.width_us
+            inner_end_us = end_us // resolution.width_us * resolution.width_us
+            buckets = (inner_end_us - inner_us) // resolution.width_us
+            if 2 * buckets >= points * PLOT_CANDIDATES_PER_POINT:
+                return await self._plotted_stats(places, resolution, inner_us, inner_end_us, points)
+        try:
+            return await self._plotted_samples(places, start_us, end_us, points)
+        except TooLarge:
+            # So dense that a minute holds more than a screen shows.
+            inner_us = -(-start_us // read.MINUTE_US) * read.MINUTE_US
+            inner_end_us = end_us // read.MINUTE_US * read.MINUTE_US
+            if inner_us >= inner_end_us:
+                raise
+            return await self._plotted_stats(places, read.MINUTE, inner_us, inner_end_us, points)
 
     async def _plotted_samples(self, places: Sequence[SignalPlace], start_us: int, end_us: int, points: int) -> Plot:
         parts: list[tuple[Ints, Floats]] = []

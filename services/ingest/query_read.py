@@ -169,6 +169,38 @@ async def stats(
                 yield group, found
 
 
+# Of a bucket, in the order of the columns of `bucket_rows`.
+BUCKET_FIGURES = ("count", "mean", "min", "max", "last")
+
+
+async def bucket_rows(
+    pool: Pool, places: Sequence[SignalPlace], resolution: Resolution, start_us: int, end_us: int
+) -> AsyncGenerator[tuple[Ints, Floats], None]:
+    """Stored buckets of several signals that begin in [start, end), in order of time: (starts, buckets x figures of each signal).
+
+    NaN where a bucket holds no value of a signal; each time comes once.
+    """
+    groups = groups_of(places)
+    rows = min(PAGE_ROWS_MAX, max(PAGE_ROWS_MIN, PAGE_CELLS_MAX // (len(BUCKET_FIGURES) * len(places))))
+    for page_us in range(start_us, end_us, rows * resolution.width_us):
+        page_end_us = min(end_us, page_us + rows * resolution.width_us)
+        pages = []
+        for group in groups:
+            async with transaction(pool) as connection:
+                pages.append(await buckets(connection, group, resolution, page_us, page_end_us))
+        numbers = np.unique(np.concatenate([page.buckets for page in pages]))
+        values = np.full((len(numbers), len(places), len(BUCKET_FIGURES)), np.nan)
+        for group, page in zip(groups, pages, strict=True):
+            means = page.sums / np.maximum(page.counts, 1)
+            figures = np.stack([page.counts, means, page.mins, page.maxs, page.lasts], axis=2)
+            figures[page.counts == 0] = np.nan
+            values[np.searchsorted(numbers, page.buckets)[:, None], group.columns] = figures
+        flat = values.reshape(len(numbers), -1)
+        some = ~np.isnan(flat).all(axis=1)
+        if some.any():
+            yield numbers[some] * resolution.width_us, flat[some]
+
+
 async def frames(connection: Connection, group: Group, start_us: int, end_us: int, limit: int) -> tuple[Ints, Floats]:
     """At most `limit` frames of [start, end), in order of time; NaN: no value."""
     width = len(group.indexes)

@@ -35,11 +35,11 @@ async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.F
 
 
 async def publish_firm(connection: Connection, firm_id: int, now_us: int) -> pb.Firm:
-    """Tell everybody what the firm is now. Raises NotFound."""
+    """Tell everybody what the firm is now; what is told last holds, so one change waits for the other. Raises NotFound."""
     row = await connection.fetchrow(
         "SELECT f.id, f.name, f.slug, f.sic, f.region, f.size, f.unknown_signals = 'propose' AS propose_unknown_signals, "
         "q.samples_per_s, q.signals, q.stored_days "
-        "FROM firm f LEFT JOIN firm_quota q ON q.firm_id = f.id WHERE f.id = $1",
+        "FROM firm f LEFT JOIN firm_quota q ON q.firm_id = f.id WHERE f.id = $1 FOR NO KEY UPDATE OF f",
         firm_id,
     )
     if row is None:

@@ -16,6 +16,8 @@ Counts: TypeAlias = npt.NDArray[np.int32]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
+# Finite values may have a sum that no float holds; those beyond count as this in sums, here and in buckets_from_frames.
+SUMMED_VALUE_MAX = 1e280
 NO_BUCKET = np.iinfo(np.int64).min
 
 
@@ -35,11 +37,13 @@ class Stats:
     def of_frames(cls, slots: Ints, times_us: Ints, values: Floats, width_us: int) -> "Stats":
         """One frame each: sorted by (slot, time)."""
         present = ~np.isnan(values)
+        sums = np.where(present, values, 0.0)
+        np.clip(sums, -SUMMED_VALUE_MAX, SUMMED_VALUE_MAX, out=sums)
         return cls(
             slots,
             times_us // width_us,
             present.astype(np.int32),
-            np.where(present, values, 0.0),
+            sums,
             values,
             values,
             values,

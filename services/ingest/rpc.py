@@ -103,7 +103,7 @@ class _Window:
             del answer.problems[:]
             while self._taken and self._taken[0].is_settled:
                 one = self._taken.popleft()
-                await one.durable()
+                one.check()
                 answer.acknowledged_sequence = max(answer.acknowledged_sequence, one.checked.sequence)
                 answer.acknowledged_batches += 1
                 answer.accepted += one.checked.accepted

@@ -76,14 +76,15 @@ def series_router(queries: Queries, export: Export) -> APIRouter:
         layout: str = "wide",
         gzip: bool = False,
         header: bool = True,
+        resolution: str = "raw",
     ) -> Response:
         """Every sample of the signals, or of a machine, as a file of any length: `format` csv or parquet, `layout` wide (a column a
-        signal) or narrow (a row a sample).
+        signal) or narrow (a row a sample). `resolution` minute or hour: the stored buckets instead, five figures of each signal.
 
         In order of time. A download that breaks off is seen as broken by the reader; go on with `from_us` one microsecond after the
         last whole line and `header=false`.
         """
-        wanted = Wanted(signal_ids or [], machine_id, from_us, to_us, format, layout, gzip, header)
+        wanted = Wanted(signal_ids or [], machine_id, from_us, to_us, format, layout, gzip, header, resolution)
         return _FileResponse(await export.file(caller, wanted))
 
     return router

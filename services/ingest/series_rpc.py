@@ -8,7 +8,7 @@ from services.common.errors import Invalid
 from services.common.rpc import current_caller
 from services.ingest.export import Export, Wanted
 from services.ingest.queries import Queries
-from smdih.ingest.v1 import series_pb2, series_pb2_grpc
+from smdih.ingest.v1 import query_pb2, series_pb2, series_pb2_grpc
 
 _FILLS = {
     series_pb2.FILL_UNSPECIFIED: "none",
@@ -20,6 +20,12 @@ _FORMATS = {
     series_pb2.EXPORT_FORMAT_CSV: ("csv", False),
     series_pb2.EXPORT_FORMAT_CSV_GZIP: ("csv", True),
     series_pb2.EXPORT_FORMAT_PARQUET: ("parquet", False),
+}
+_RESOLUTIONS = {
+    query_pb2.RESOLUTION_UNSPECIFIED: "raw",
+    query_pb2.RESOLUTION_RAW: "raw",
+    query_pb2.RESOLUTION_MINUTE: "minute",
+    query_pb2.RESOLUTION_HOUR: "hour",
 }
 _LAYOUTS = {
     series_pb2.EXPORT_LAYOUT_UNSPECIFIED: "wide",
@@ -90,6 +96,7 @@ class SeriesServicer(series_pb2_grpc.SeriesServiceServicer):
             _LAYOUTS[request.layout],
             gzip,
             not request.headless,
+            _RESOLUTIONS.get(request.resolution, "unknown"),
         )
         async with aclosing(await self._export.file(current_caller(), wanted)) as file:
             async for chunk in file:

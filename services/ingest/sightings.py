@@ -37,6 +37,8 @@ NOTED_MAX = 10_000
 TEXT_LENGTH_MAX = 300
 CLEAN_INTERVAL_S = 600.0
 
+# Keys that were shown and may not come in, by reason. A revoked key counts as unknown here.
+keys_refused_total = Counter("smdih_ingest_keys_refused_total", "Keys refused", ["reason"])
 # Refusals and proposals that were not noted, because NOTED_MAX kinds waited to be written already.
 unnoted_total = Counter("smdih_ingest_door_unnoted_total", "Refusals and proposals not noted")
 
@@ -100,6 +102,7 @@ class Sightings:
 
     def key_refused(self, key: str, credential: pb.Credential | None, reason: str, detail: str) -> None:
         """A key that may not come in; `credential` where it is one of ours, but not valid now."""
+        keys_refused_total.labels(reason).inc()
         if credential is not None:
             noted = RefusalKey(credential.firm_id, 0, credential.id, credential.prefix, reason)
             self._note(noted, "", "", 0, detail, 0)

@@ -68,6 +68,15 @@ def state_payload(*, is_online: bool, started_ms: int) -> bytes:
     return json.dumps({"online": is_online, "timestamp": started_ms}).encode()
 
 
+def says_offline(payload: bytes) -> bool:
+    """Whether a STATE message says anything but that the host is there. Two hosts of one name do not answer each other's births."""
+    try:
+        said = json.loads(payload)
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(said, dict) or said.get("online") is not True
+
+
 def rebirth_topic(group: str, node: str) -> str:
     return f"{NAMESPACE}/{group}/NCMD/{node}"
 
@@ -85,6 +94,8 @@ class Heard:
     faults: list[Fault] = field(default_factory=list)
     # The node's record is another one now and has to be kept.
     is_changed: bool = False
+    # Devices that were alive and are not any more; "" is the node itself.
+    gone: list[str] = field(default_factory=list)
     # Why the node should be asked to be born again; empty: no need.
     rebirth: str = ""
 
@@ -138,8 +149,11 @@ class Node:
         self._online: set[str] = set()
         self._aliases: dict[int, _Known] = {}
         self._order = _Order()
+        # Times of the node: of its newest data; what the record says, and what the next one will say.
+        self._last_ms = self._settled_ms = self._to_settle_ms = 0
         if record is not None:
             self._death_sequence = record.death_sequence
+            self._last_ms = self._settled_ms = self._to_settle_ms = record.settled_ms
             for device in record.devices:
                 self._learn(
                     device.device,
@@ -158,7 +172,11 @@ class Node:
     def record(self, changed_us: int) -> births_pb2.NodeRecord:
         """What a new process needs to go on with this node."""
         made = births_pb2.NodeRecord(
-            group=self.group, node=self.node, death_sequence=self._death_sequence, changed_us=changed_us
+            group=self.group,
+            node=self.node,
+            death_sequence=self._death_sequence,
+            changed_us=changed_us,
+            settled_ms=self._to_settle_ms,
         )
         for device, metrics in self._devices.items():
             made.devices.add(
@@ -175,25 +193,34 @@ class Node:
         """Why the node should be asked for a rebirth though it says nothing; empty: no need."""
         return "a message is missing" if self._order.is_broken(now_s) else ""
 
-    def hear(self, topic: Topic, body: bytes, now_s: float) -> Heard:
-        """Take one message. Never raises for what can be sent."""
+    def hear(self, topic: Topic, body: bytes, now_s: float, *, is_again: bool = False) -> Heard:
+        """Take one message; `is_again`: the broker says that it has sent it before. Never raises for what can be sent."""
         try:
             payload = payload_pb2.Payload.FromString(body)
         except DecodeError:
             detail = f"The body is no Sparkplug B payload; the hub asked {self.node} for a rebirth."
             return Heard(faults=[Fault(Reason.MALFORMED, detail, 0)], rebirth="a body that cannot be read")
+        if topic.kind in ("NDATA", "DDATA"):
+            if is_again and payload.timestamp <= self._settled_ms:
+                return Heard()
+            self._last_ms = min(payload.timestamp, _TIME_MS_MAX)
+        elif topic.kind in ("NBIRTH", "DBIRTH"):
+            self._to_settle_ms = max(0, min(payload.timestamp, _TIME_MS_MAX) - 1)
+        else:
+            self._to_settle_ms = self._last_ms
         if topic.kind == "NDEATH":
             return self._node_death(payload)
         if topic.kind == "NBIRTH":
+            self._settled_ms = 0  # from here on the node's state is what its messages make of it, in their order
             self._order.restart(payload.seq % SEQUENCES)
         elif payload.HasField("seq"):
             self._order.take(payload.seq % SEQUENCES, now_s)
         if topic.kind in ("NBIRTH", "DBIRTH"):
             heard = self._birth(topic, payload)
         elif topic.kind == "DDEATH":
-            is_changed = topic.device in self._online
+            gone = [topic.device] if topic.device in self._online else []
             self._online.discard(topic.device)
-            heard = Heard(is_changed=is_changed)
+            heard = Heard(is_changed=bool(gone), gone=gone)
         else:
             heard = self._data(topic, payload)
         heard.rebirth = heard.rebirth or self.overdue(now_s)
@@ -202,8 +229,9 @@ class Node:
     def _node_death(self, payload: payload_pb2.Payload) -> Heard:
         if not self.is_online or _death_sequence(payload) != self._death_sequence:
             return Heard()  # the will of an earlier connection: the node has been born again since
+        gone = sorted(self._online)
         self._online.clear()
-        return Heard(is_changed=True)
+        return Heard(is_changed=True, gone=gone)
 
     def _birth(self, topic: Topic, payload: payload_pb2.Payload) -> Heard:
         if topic.kind == "DBIRTH" and not self.is_online:

@@ -6,7 +6,6 @@ import random
 import signal
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from services import anomaly
 from services.anomaly.domain import Severity
+from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Scorer, decode
-from services.anomaly.service import AlarmRaiser
 from services.anomaly.store import Actor, AlarmStore
 from services.anomaly.tuning_store import HorizonStore, NewTuning, TuningStore
 from services.anomaly.tunings import Rule, RuleKind, TuningKind
@@ -33,7 +32,7 @@ from tests import anomaly_plant as plant
 from tests.polling import eventually
 
 FIRM = 7
-ROUNDS = int(os.environ.get("SMDIH_TEST_KILLS", "5"))
+ROUNDS = int(os.environ.get("SMDIH_TEST_KILLS", "3"))
 SEED = int(os.environ.get("SMDIH_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
 MACHINES = range(6)
 PARTITIONS = 4
@@ -165,34 +164,53 @@ class Firm:
         self._rule_id = uuid.uuid4().hex
         self.done = 0
 
+    async def begin(self) -> None:
+        """One rule from the start, so that there is something to see."""
+        rule = self._rule(self._run.machine(0), uuid.uuid4().hex, RuleKind.ABOVE)
+        await self._add(self._tuning(TuningKind.RULE, rule.machine_id, 0, rule_id=rule.id, rule=rule))
+
     async def act(self) -> None:
         while True:
             await asyncio.sleep(self._dice.uniform(0.0, 0.05))
             self.done += 1
-            async with transaction(self._pool) as connection:
-                await TuningStore().lock(connection)
-                await TuningStore().add(connection, self._anything(), now_us=plant.START_US, actor=Actor())
+            await self._add(self._anything())
+
+    async def _add(self, new: NewTuning) -> None:
+        async with transaction(self._pool) as connection:
+            await TuningStore().lock(connection)
+            await TuningStore().add(connection, new, now_us=plant.START_US, actor=Actor())
 
     def _anything(self) -> NewTuning:
-        machine_id, position = self._run.machine(self._dice.choice(MACHINES)), self._dice.choice([0, 1, 2])
-        kind = self._dice.choice([TuningKind.THRESHOLD, TuningKind.RULE, TuningKind.RULE, TuningKind.RELEARN])
-        new = NewTuning(kind=kind, firm_id=FIRM, machine_id=machine_id, position=position, cause="test", reason="")
-        if kind is TuningKind.THRESHOLD:
-            return replace(new, threshold_offset=self._dice.choice([-0.6, 0.0, 1.5]))
-        if kind is TuningKind.RELEARN:
-            return new if self._dice.random() < 0.2 else replace(new, kind=TuningKind.THRESHOLD, threshold_offset=-0.3)
-        rule = Rule(
-            id=self._rule_id,
-            version=self.done,
+        dice = self._dice
+        machine_id, position = self._run.machine(dice.choice(MACHINES)), dice.choice([0, 1, 2])
+        match dice.choices(["threshold", "rule", "stop", "relearn"], weights=(5, 4, 1, 1))[0]:
+            case "threshold":
+                offset = dice.choice([-0.6, 0.0, 1.5])
+                return self._tuning(TuningKind.THRESHOLD, machine_id, position, threshold_offset=offset)
+            case "rule":
+                rule = self._rule(machine_id, self._rule_id, dice.choice([RuleKind.ABOVE, RuleKind.BELOW]))
+                return self._tuning(TuningKind.RULE, machine_id, 0, rule_id=rule.id, rule=rule)
+            case "stop":
+                return self._tuning(TuningKind.RULE, machine_id, 0, rule_id=self._rule_id)
+        return self._tuning(TuningKind.RELEARN, machine_id, position)
+
+    def _rule(self, machine_id: int, rule_id: str, kind: RuleKind) -> Rule:
+        return Rule(
+            id=rule_id,
+            version=self.done + 1,
             firm_id=FIRM,
             machine_id=machine_id,
             position=0,
-            kind=self._dice.choice([RuleKind.ABOVE, RuleKind.BELOW]),
+            kind=kind,
             name="test",
             severity=Severity.LOW,
             limit=60.5,
         )
-        return replace(new, position=0, rule_id=rule.id, rule=rule if self._dice.random() < 0.9 else None)
+
+    def _tuning(self, kind: TuningKind, machine_id: int, position: int, **fields: Any) -> NewTuning:
+        return NewTuning(
+            kind=kind, firm_id=FIRM, machine_id=machine_id, position=position, cause="test", reason="", **fields
+        )
 
 
 async def undisturbed_alarms(settings: Settings, records: Sequence[tuple[int, bytes]], run: Run) -> list[Any]:
@@ -234,8 +252,9 @@ async def test_tunings_under_load_and_killing_the_worker_give_the_alarms_of_an_u
     records = run.records()
     pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=1)
     firm = Firm(pool, run, dice)
+    await firm.begin()
     acting = asyncio.create_task(firm.act())
-    cuts = sorted(dice.sample(range(1, len(records)), (ROUNDS - 1) // 2))
+    cuts = sorted(dice.sample(range(1, len(records)), ROUNDS // 2))
     fast = {"SMDIH_ANOMALY_CHECKPOINT_INTERVAL_S": "0.02"}
     for round_, (start, end) in enumerate(zip([0, *cuts], [*cuts, len(records)], strict=True)):
         worker = await plant.start_process("worker", settings, tmp_path / f"worker-{round_}.log", **fast)

@@ -173,6 +173,37 @@ async def test_late_and_corrected_frames_are_merged_and_rollups_made_anew(plant:
     assert buckets[0]["max"] == 5.0
 
 
+async def test_values_whose_sum_no_number_holds_do_not_stop_the_historian(plant: Plant) -> None:
+    machine = await plant.new_machine("huge-1", [{"name": "n"}])
+    start, huge = _now_s(), 1.7e308
+    async with plant.client("gateway-huge") as client:
+        seconds = np.array([0, 10, 70])
+        await client.send(machine["id"], (start + seconds) * 1_000_000, np.array([[huge], [huge], [1.0]]))
+        await client.flush()
+        window = {"from_us": start * 1_000_000, "to_us": (start + 120) * 1_000_000}
+        signal = machine["signals"][0]["id"]
+
+        async def shown() -> list[tuple[int, float, float, float]]:
+            answer = await plant.http.get(f"/v1/signals/{signal}/history", params=window | {"resolution": "minute"})
+            return [(b["count"], b["sum"], b["max"], b["last"]) for b in answer.json()["buckets"]]
+
+        async def closed() -> bool:
+            return await shown() == [(2, 2e280, huge, huge), (1, 1.0, 1.0, 1.0)]
+
+        await eventually(closed)
+        # Late: the bucket is made anew from its frames.
+        await client.send(machine["id"], [(start + 20) * 1_000_000], [[huge]])
+        await client.flush()
+
+    async def made_anew() -> bool:
+        return await shown() == [(3, 3e280, huge, huge), (1, 1.0, 1.0, 1.0)]
+
+    await eventually(made_anew)
+    for path in ("buckets", "plot"):
+        answer = await plant.http.get(f"/v1/{path}", params=window | {"signal_id": signal, "width_s": 10})
+        assert answer.status_code == 200, answer.text
+
+
 async def test_a_batch_sent_again_changes_nothing_even_after_a_correction(plant: Plant) -> None:
     machine = await plant.new_machine("again-1")
     start = _now_s()

@@ -247,7 +247,7 @@ async def test_an_energy_counter_is_used_before_anything_else_and_its_gaps_are_s
     found = await plant.get(f"/v1/machines/{plant.meter['id']}/kpis", by_day=True)
     assert (found["energy_source"]["kind"], found["energy_source"]["detail"]) == (
         "counter",
-        "Differences of the energy counter, 1 resets.",
+        "Differences of the energy counter, which began anew 1 times.",
     )
     # 50 Wh a minute; of the ten minutes before the new counter was read first, 25 Wh are known.
     minutes = len(plant.truth.minutes)
@@ -298,6 +298,76 @@ async def test_grpc_answers_the_same(plant: Plant) -> None:
     assert len(states.states) == len((await plant.get(f"/v1/machines/{machine}/states"))["states"])
     assert key.public_key in (await plant.get("/v1/evidence/key")).values()
     assert '"signature"' in evidence.evidence_json
+
+
+async def test_settings_tariffs_and_factors_can_be_had_and_made_by_grpc(plant: Plant) -> None:
+    machine = await plant.plant.machine("grpc-1", [{"name": "power", "unit": "kW"}, {"name": "items"}])
+    firm = (("authorization", f"Bearer {plant.plant.firm_key}"),)
+    operator = (("authorization", f"Bearer {plant.plant.hub.operator_key}"),)
+    async with grpc.aio.insecure_channel(plant.plant.hub.processes["door"].grpc) as channel:
+        stub = kpi_pb2_grpc.KpiServiceStub(channel)
+
+        async def refused(call: Any, code: grpc.StatusCode) -> None:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is code
+
+        before = await stub.GetKpiSettings(kpi_pb2.GetKpiSettingsRequest(machine_id=machine["id"]), metadata=firm)
+        assert (before.revision, before.settings.dwell_minutes, before.settings.phases) == (0, 2, 1)
+        settings = kpi_pb2.KpiSettings(
+            total_count_signal_id=machine["signals"][1]["id"],
+            off_below=0.5,
+            working_from=4,
+            gap_minutes=0,
+            shifts=[
+                kpi_pb2.Shift(
+                    days=["mon"], start="06:00", end="14:00", breaks=[kpi_pb2.Break(start="09:00", end="09:15")]
+                )
+            ],
+            closed_days=["2026-12-25"],
+        )
+        set_request = kpi_pb2.SetKpiSettingsRequest(machine_id=machine["id"], settings=settings)
+        assert (await stub.SetKpiSettings(set_request, metadata=firm)).revision == 1
+        url = f"/v1/machines/{machine['id']}/kpi-settings"
+        same = (await plant.plant.http.get(url)).json()
+        # What HTTP gives back can be put as it is.
+        again = await plant.plant.http.put(url, json=same["settings"])
+        assert (again.json()["revision"], again.json()["settings"]) == (2, same["settings"])
+        after = await stub.GetKpiSettings(kpi_pb2.GetKpiSettingsRequest(machine_id=machine["id"]), metadata=firm)
+        for name in ("total_count_signal_id", "off_below", "working_from", "gap_minutes", "shifts", "closed_days"):
+            assert getattr(after.settings, name) == getattr(settings, name)
+        settings.volts = float("nan")
+        set_request = kpi_pb2.SetKpiSettingsRequest(machine_id=machine["id"], settings=settings)
+        await refused(stub.SetKpiSettings(set_request, metadata=firm), grpc.StatusCode.INVALID_ARGUMENT)
+        tariff = kpi_pb2.AddTariffRequest(
+            site_id=plant.plant.site["id"],
+            valid_from="2019-01-01",
+            rates=[
+                kpi_pb2.Rate(name="peak", pence_per_kwh="40", days=["mon", "fri"], start="16:00", end="19:00"),
+                kpi_pb2.Rate(name="rest", pence_per_kwh="20.5"),
+            ],
+            source="an old contract",
+        )
+        added = await stub.AddTariff(tariff, metadata=firm)
+        listed = await stub.ListTariffs(kpi_pb2.ListTariffsRequest(site_id=plant.plant.site["id"]), metadata=firm)
+        assert (listed.tariffs[0].id, listed.tariffs[0].valid_from) == (added.id, "2019-01-01")
+        assert [rate.pence_per_kwh for rate in listed.tariffs[0].rates] == ["40", "20.5"]
+        for wrong in ({"valid_from": "soon"}, {"site_id": 10**6}, {"source": ""}):
+            bad = kpi_pb2.AddTariffRequest()
+            bad.CopyFrom(tariff)
+            for name, value in wrong.items():
+                setattr(bad, name, value)
+            code = grpc.StatusCode.NOT_FOUND if "site_id" in wrong else grpc.StatusCode.INVALID_ARGUMENT
+            await refused(stub.AddTariff(bad, metadata=firm), code)
+        factor = kpi_pb2.AddCarbonFactorRequest(
+            region="Great Britain", year=2025, kg_per_kwh="0.1", source="a test", sure="memory"
+        )
+        await refused(stub.AddCarbonFactor(factor, metadata=firm), grpc.StatusCode.PERMISSION_DENIED)
+        made = await stub.AddCarbonFactor(factor, metadata=operator)
+        factors = await stub.ListCarbonFactors(kpi_pb2.ListCarbonFactorsRequest(), metadata=firm)
+        assert made.id in {one.id for one in factors.carbon_factors}
+        factor.kg_per_kwh = "much"
+        await refused(stub.AddCarbonFactor(factor, metadata=operator), grpc.StatusCode.INVALID_ARGUMENT)
 
 
 async def test_evidence_is_checked_with_the_public_key_and_says_how_the_figure_was_made(plant: Plant) -> None:
@@ -399,7 +469,8 @@ async def test_tariffs_that_cannot_be_meant_are_refused(plant: Plant, wrong: dic
     tariff = {"site_id": plant.plant.site["id"], "valid_from": "2020-01-01", "source": "s"}
     tariff |= {"rates": [{"name": "day", "pence_per_kwh": "30"}]}
     answer = await plant.plant.http.post("/v1/tariffs", json=tariff | wrong)
-    assert (answer.status_code, answer.json()["reason"]) == (400, "INVALID"), answer.text
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["reason"] == ("BAD_NAME" if "source" in wrong else "INVALID")
 
 
 async def test_figures_and_settings_are_for_the_firm_itself(plant: Plant) -> None:

@@ -4,17 +4,26 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import aiomqtt
 import pytest
 import pytest_asyncio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from localstack.hub import Hub
-from localstack.mosquitto import Mosquitto, program
+from localstack.mosquitto import BRIDGE, Mosquitto, program
 from localstack.servers import Servers
 from services.common.settings import Settings
+from services.ingest.mqttlink import Broker, Link, LinkLost, LinkRefused
 from tests.integration.mqtt_plant import FIRMS, PASSWORD, Plant, edge_node, metric, now_ms, paused, plain, running_plant
 from tests.polling import eventually
 
@@ -211,9 +220,45 @@ async def test_a_gap_an_unknown_alias_and_data_before_a_birth_ask_for_a_rebirth_
         reasons_expected = ["DATA_BEFORE_BIRTH", "NOT_IN_BIRTH", "DATA_BEFORE_BIRTH", "DATA_BEFORE_BIRTH"]
         await eventually(lambda: _equals(reasons, [(reason, 1) for reason in reasons_expected]))
 
+    async def told_offline() -> bool:
+        found = (await plant.operator.get(f"/v1/machines/{machine['id']}/diagnosis")).json()
+        return bool(found["verdict"] == "NODE_OFFLINE" and "the device 'press-1' of the node 'works'" in found["text"])
+
+    await eventually(told_offline)
+
 
 async def _equals(ask: Any, expected: Any) -> bool:
     return bool(await ask() == expected)
+
+
+async def test_a_firm_over_its_quota_has_its_samples_in_quarantine_and_others_are_not_held_up(plant: Plant) -> None:
+    firm_id, at = plant.machines["acme"]["firm_id"], now_ms() - 7_200_000
+    answer = await plant.operator.put(f"/v1/firms/{firm_id}/quota", json={"samples_per_s": 1})
+    assert answer.status_code == 200, answer.text
+    try:
+        sent = 0
+
+        async def is_over() -> bool:
+            nonlocal sent
+            async with plant.client("acme") as client:
+                for _ in range(30):
+                    await client.publish("smdih/v1/acme/works/press-1/current", plain(sent, at + sent), qos=1)
+                    sent += 1
+            return (await _samples_by_reason(plant, firm_id)).get("QUOTA_SAMPLES", 0) > 0
+
+        await eventually(is_over)
+
+        async def all_there() -> bool:
+            stored = sum(1 for _, ms in await plant.stored(plant.machines["acme"]["id"]) if at <= ms < at + sent)
+            return stored + (await _samples_by_reason(plant, firm_id))["QUOTA_SAMPLES"] == sent
+
+        await eventually(all_there)
+    finally:
+        await plant.operator.put(f"/v1/firms/{firm_id}/quota", json={})
+        item = (await plant.operator.get("/v1/quarantine")).json()["items"][0]
+    assert item["reason"] == "QUOTA_SAMPLES"
+    replayed = await plant.operator.post(f"/v1/quarantine/{item['id']}/replay", json={})
+    assert (replayed.status_code, replayed.json()["accepted"]) == (200, item["samples"]), replayed.text
 
 
 async def test_the_host_says_that_it_is_there_and_says_it_again_when_someone_denies_it(plant: Plant) -> None:
@@ -232,6 +277,51 @@ async def test_the_host_says_that_it_is_there_and_says_it_again_when_someone_den
             await impostor.publish("spBv1.0/STATE/smdih", json.dumps(said | {"online": False}), qos=1, retain=True)
         assert json.loads(bytes((await anext(messages)).payload))["online"] is False
         assert json.loads(bytes((await anext(messages)).payload)) == said
+
+
+def _certificate(folder: Path, host: str) -> Path:
+    """A certificate of its own authority, and its key beside it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(host))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "certificate.pem"
+    path.write_bytes(certificate.public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return path
+
+
+async def test_the_bridges_connection_is_encrypted_and_checks_the_broker(tmp_path: Path) -> None:
+    if program() is None:
+        pytest.skip("Mosquitto is not installed")
+    authority = _certificate(tmp_path, "127.0.0.1")
+    mosquitto = Mosquitto(tmp_path / "mosquitto")
+    mosquitto.start(more=f"certfile {authority}\nkeyfile {tmp_path}/key.pem\n")
+    try:
+        user, password = BRIDGE, mosquitto.passwords[BRIDGE]
+        trusted = Broker("127.0.0.1", mosquitto.port, user, password, True, str(authority))
+        async with Link(trusted, client_id="c") as link:
+            await link.subscribe(["spBv1.0/#"])
+            await link.publish("spBv1.0/STATE/other", b"x" * 500_000, qos=1)
+            (message,) = await link.messages(messages_max=10, timeout_s=10)
+            assert (message.topic, len(message.payload)) == ("spBv1.0/STATE/other", 500_000)
+        with pytest.raises(LinkLost, match="certificate verify failed"):
+            await Link(replace(trusted, ca=""), client_id="c").__aenter__()
+        with pytest.raises(LinkRefused):
+            await Link(replace(trusted, password="wrong"), client_id="c").__aenter__()
+    finally:
+        mosquitto.stop()
 
 
 async def test_nothing_is_lost_though_bridges_are_killed_kafka_is_away_and_the_broker_is_restarted(

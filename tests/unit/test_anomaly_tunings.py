@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from services.anomaly.detector import Event
 from services.anomaly.domain import Severity
 from services.anomaly.rulebook import SILENCE_GRACE_US, RuleBook, RuleEvent
+from services.anomaly.rules import tried
 from services.anomaly.scorer import Found, Scorer, decode
 from services.anomaly.store import Checkpoint, SavedState
 from services.anomaly.tunings import (
@@ -248,6 +249,18 @@ def test_silence_is_told_by_the_clock_and_again_by_the_records_as_the_same_alarm
     raised, ended = take(200)
     assert (told.raised, told.started_us) == (raised.raised, raised.started_us) == (True, plant.START_US + 30 * S)
     assert (ended.raised, ended.started_us, ended.time_us) == (False, raised.started_us, plant.START_US + 200 * S)
+
+
+def test_a_rule_is_tried_by_the_code_that_the_worker_runs() -> None:
+    times = plant.START_US + np.array([0, 1, 2, 3, 100, 101]) * S
+    values = np.array([1.0, 5.0, 5.0, 1.0, 5.0, 1.0])
+    found = tried(rule(RuleKind.ABOVE, limit=3.0), times, values, now_us=0)
+    assert [(alarm.started_us, alarm.ended_us) for alarm in found] == [(times[1], times[3]), (times[4], times[5])]
+    silence = rule(RuleKind.NO_DATA, position=MACHINE_POSITION, window_s=60)
+    found = tried(silence, times, values, now_us=int(times[-1]) + 61 * S)
+    assert [(alarm.started_us, alarm.ended_us) for alarm in found] == [(times[3], times[4]), (times[5], None)]
+    assert len(tried(silence, times, values, now_us=int(times[-1]) + 60 * S)) == 1
+    assert tried(silence, times[:0], values[:0], now_us=0) == tried(LIMIT, times[:0], values[:0], now_us=0) == []
 
 
 def test_ratings_move_a_threshold_within_bounds() -> None:

@@ -24,8 +24,8 @@ def _counts(samples: list[list[float]], rollover: float = 0.0) -> tuple[list[flo
         np.array([function(minute) if minute else NAN for minute in samples])
         for function in (min, max, lambda minute: minute[-1])
     )
-    added, resets = counted(mins, maxs, lasts, rollover)
-    return added.tolist(), resets
+    added, anew = counted(mins, maxs, lasts, rollover)
+    return added.tolist(), int(anew.sum())
 
 
 def test_counters_count_on_over_gaps_and_resets() -> None:

@@ -191,6 +191,32 @@ def test_a_node_is_known_again_from_its_record_with_its_aliases_and_any_next_seq
     assert after.hear("NDEATH", body(metric("bdSeq", kind=UINT64, long_value=6), seq=None)).is_changed
 
 
+def test_data_that_the_broker_sends_again_after_a_newer_birth_or_death_are_not_read_by_it() -> None:
+    edge = Edge()
+
+    def data(node: Node, at: int, *, is_again: bool) -> Heard:
+        topic = sparkplug.read_topic("spBv1.0/acme/DDATA/works/press")
+        assert topic is not None
+        return node.hear(topic, body(metric("", 1, double_value=1.0), seq=9, timestamp=at), 0.0, is_again=is_again)
+
+    edge.hear("NBIRTH", body(metric("bdSeq", kind=UINT64, long_value=0), timestamp=10))
+    edge.hear("DBIRTH", body(metric("heat", 1), seq=1, timestamp=11), "press")
+    assert data(edge.node, 20, is_again=False).samples
+    edge.hear("NBIRTH", body(metric("bdSeq", kind=UINT64, long_value=0), timestamp=30))
+    edge.hear("DBIRTH", body(metric("cold", 1), seq=1, timestamp=31), "press")
+    # The process dies before it has acknowledged any of it.
+    after = Node("acme", "works", edge.node.record(1))
+    again = data(after, 20, is_again=True)
+    assert (again.samples, again.faults, again.rebirth) == ([], [], "")
+    assert [sample.name for sample in data(after, 20, is_again=False).samples] == ["cold"]
+    assert [sample.name for sample in data(after, 32, is_again=True).samples] == ["cold"]
+    edge.node = after
+    edge.hear("NDEATH", body(metric("bdSeq", kind=UINT64, long_value=0), seq=None))
+    dead = Node("acme", "works", after.record(1))
+    assert data(dead, 32, is_again=True).faults == []
+    assert data(dead, 33, is_again=True).faults
+
+
 def test_whatever_bytes_come_the_node_lives_on() -> None:
     randoms = random.Random(5)
     edge = Edge().born()
@@ -208,6 +234,21 @@ def test_birth_and_will_of_the_host_carry_the_same_time() -> None:
     birth, death = (sparkplug.state_payload(is_online=online, started_ms=5) for online in (True, False))
     assert json.loads(birth) == {"online": True, "timestamp": 5}
     assert json.loads(death) == {"online": False, "timestamp": 5}
+
+
+@pytest.mark.parametrize(
+    ("payload", "offline"),
+    [
+        (sparkplug.state_payload(is_online=True, started_ms=9), False),
+        (sparkplug.state_payload(is_online=False, started_ms=9), True),
+        (b"OFFLINE", True),
+        (b"", True),
+        (b"[]", True),
+        (b"\xff", True),
+    ],
+)
+def test_only_what_denies_the_host_is_answered(payload: bytes, offline: bool) -> None:
+    assert sparkplug.says_offline(payload) == offline
 
 
 def test_group_node_and_device_name_a_machine_with_or_without_the_gateway() -> None:

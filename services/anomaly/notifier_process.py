@@ -1,0 +1,41 @@
+"""The process that tells contacts of alarms."""
+
+import ipaddress
+from collections.abc import Awaitable, Callable
+
+from services.anomaly.contact_store import ContactStore
+from services.anomaly.delivery import ContactKind
+from services.anomaly.notifier import Notifier, Sender
+from services.anomaly.senders import MailSender, WebhookSender
+from services.anomaly.settings import SCHEMA, AnomalySettings
+from services.common import http
+from services.common.clock import SystemClock
+from services.common.database import can_write, create_pool_when_it_answers
+from services.common.runtime import Runtime
+
+
+def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
+    """A process of its own: it alone talks to the outside, so a network policy can keep all others from it."""
+
+    async def start(runtime: Runtime) -> None:
+        app = http.application("SMDIH alarm notifier", runtime=runtime, directory=None)
+        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+        pool = await create_pool_when_it_answers(
+            settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
+        )
+        runtime.on_stop(pool.close)
+        webhooks = WebhookSender([ipaddress.ip_network(one) for one in settings.anomaly_webhook_networks])
+        runtime.on_stop(webhooks.close)
+        mail = MailSender(
+            host=settings.anomaly_smtp_host,
+            port=settings.anomaly_smtp_port,
+            sender=settings.anomaly_smtp_sender,
+            username=settings.anomaly_smtp_username,
+            password=settings.anomaly_smtp_password,
+            tls=settings.anomaly_smtp_tls,
+        )
+        senders: dict[ContactKind, Sender] = {ContactKind.WEBHOOK: webhooks, ContactKind.EMAIL: mail}
+        runtime.ready_when("database", lambda: can_write(pool))
+        runtime.background("notifier", Notifier(ContactStore(), pool, SystemClock(), senders=senders).run())
+
+    return start

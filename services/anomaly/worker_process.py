@@ -1,0 +1,53 @@
+"""The process that scores every sample and raises alarms."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from services.anomaly.raiser import AlarmRaiser
+from services.anomaly.scorer import compile_kernel
+from services.anomaly.settings import SCHEMA, AnomalySettings
+from services.anomaly.store import AlarmStore, StateStore
+from services.anomaly.stream import Worker
+from services.anomaly.tuning_store import HorizonStore
+from services.common import http, topics
+from services.common.clock import SystemClock
+from services.common.database import can_write, create_pool_when_it_answers
+from services.common.directory import Directory
+from services.common.kafka import Cluster, DeadLetters, Publisher
+from services.common.runtime import Runtime
+
+
+def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
+    async def start(runtime: Runtime) -> None:
+        clock = SystemClock()
+        cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+        publisher = Publisher(cluster)
+        directory = Directory(cluster, clock=clock, kinds=("machine",))
+        app = http.application("SMDIH anomaly worker", runtime=runtime, directory=None)
+        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+        runtime.background("directory", directory.run())
+        pool = await create_pool_when_it_answers(
+            settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
+        )
+        runtime.on_stop(pool.close)
+        runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
+        await asyncio.to_thread(compile_kernel)
+        await directory.wait_caught_up()
+        made = Worker(
+            cluster,
+            states=StateStore(pool, topic=cluster.name(topics.SAMPLES)),
+            horizons=HorizonStore(pool),
+            raiser=AlarmRaiser(AlarmStore(), pool, directory, clock),
+            dead_letters=DeadLetters(publisher),
+            clock=clock,
+            instance=settings.anomaly_instance,
+            checkpoint_interval_s=settings.anomaly_checkpoint_interval_s,
+        )
+        runtime.ready_when("kafka", publisher.answers)
+        runtime.ready_when("database", lambda: can_write(pool))
+        runtime.ready_when("partitions", made.is_assigned)
+        runtime.alive_when("scoring", made.is_turning)
+        await runtime.enter(made.consuming())
+        runtime.background("worker", made.run())
+
+    return start

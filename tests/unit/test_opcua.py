@@ -1,0 +1,99 @@
+"""The OPC UA gateway without a server: its configuration, what it keeps of a value, what it proposes."""
+
+import csv
+import io
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from asyncua import ua
+
+from smdih_client.opcua import (
+    BadConfiguration,
+    Proposal,
+    Variable,
+    Waiting,
+    _free,
+    _signal_name,
+    configuration_text,
+    load,
+    table,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("target = ", "gateway.toml: Invalid value"),
+        ('target = "h:1"', "server is missing"),
+        ('target = "h:1"\nserver = []', "at least one"),
+        ('target = "h:1"\ntempo = 3\n[[server]]', "'tempo' is not known"),
+        ('target = "h:1"\n[[server]]\nurl = "u"\nmachine = []', "names no signals"),
+        ('target = "h:1"\n[[server]]\nurl = "u"\nmode = "guess"\nmachine = []', "subscribe or poll"),
+        ('target = "h:1"\n[[server]]\nurl = "u"\n[[server.machine]]\npath = "p"\nsignals = {a = "x"}', "no node id"),
+        ('target = "h:1"\n[[server]]\nurl = "u"\n[[server.machine]]\npath = "p"\nsignals = {a = 5}', "no node id"),
+    ],
+)
+def test_a_wrong_configuration_says_where_and_why(tmp_path: Path, text: str, why: str) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text(text)
+    with pytest.raises(BadConfiguration, match=re.escape(why)):
+        load(path)
+
+
+def test_a_signal_named_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    server = '[[server]]\nurl = "u"\n[[server.machine]]\npath = "p"\nsignals = {a = "ns=2;i=5"}\n'
+    path.write_text('target = "h:1"\n' + server + server)
+    with pytest.raises(BadConfiguration, match="'a' of p is named twice"):
+        load(path)
+
+
+def _value(value: object, kind: ua.VariantType, status: int = ua.StatusCodes.Good) -> ua.DataValue:
+    return ua.DataValue(ua.Variant(value, kind), StatusCode=ua.StatusCode(status))
+
+
+def test_only_good_finite_numbers_are_kept_and_everything_is_counted() -> None:
+    waiting, variable = Waiting(), Variable("m", "s", "ns=2;i=1")
+    for number, value in enumerate(
+        (
+            _value(1.5, ua.VariantType.Double),
+            _value(True, ua.VariantType.Boolean),
+            _value(-3, ua.VariantType.Int16),
+            _value(1.5, ua.VariantType.Double, ua.StatusCodes.BadSensorFailure),
+            _value(1.5, ua.VariantType.Double, ua.StatusCodes.UncertainLastUsableValue),
+            _value(float("nan"), ua.VariantType.Double),
+            _value("hot", ua.VariantType.String),
+            _value([1.0], ua.VariantType.Double),
+            _value(datetime(2026, 1, 1, tzinfo=UTC), ua.VariantType.DateTime),
+            ua.DataValue(),
+        )
+    ):
+        waiting.add(variable, number, value)
+    waiting.add(variable, 0, _value(2.5, ua.VariantType.Double))
+    totals = waiting.totals
+    assert (totals.received, totals.unusable, totals.replaced, waiting.samples) == (11, 7, 1, 3)
+
+
+def test_names_are_made_fit_for_the_registry_and_told_apart_without_regard_to_case() -> None:
+    assert _signal_name("Axis/1.Speed #2 $") == "Axis-1.Speed -2 -"
+    assert len(_signal_name("x" * 300)) == 100
+    taken: set[str] = set()
+    assert [_free(name, taken) for name in ("Speed", "speed", "SPEED")] == ["Speed", "speed-2", "SPEED-3"]
+
+
+def test_what_is_proposed_can_be_read_back(tmp_path: Path) -> None:
+    proposals = [
+        Proposal('a "quoted" \\ name', "degC", -5.0, 5.5, 'ns=2;s=x"y', "Double"),
+        Proposal("=sum", "", None, None, "ns=2;i=7", "Int32"),
+    ]
+    path = tmp_path / "gateway.toml"
+    path.write_text(configuration_text("opc.tcp://h:4840", proposals, target="hub:1", machine="acme/leeds/press"))
+    (server,) = load(path).servers
+    assert [(one.machine, one.signal, one.node_id) for one in server.variables] == [
+        ("acme/leeds/press", one.signal, one.node_id) for one in proposals
+    ]
+    rows = list(csv.reader(io.StringIO(table(proposals, "acme/leeds/press"))))
+    assert rows[1] == ["acme/leeds/press", "press", "machine", 'a "quoted" \\ name', "degC", "-5.0", "5.5"]
+    assert rows[2] == ["acme/leeds/press", "", "", "'=sum", "", "", ""]
