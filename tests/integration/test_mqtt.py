@@ -23,7 +23,7 @@ from localstack.hub import Hub
 from localstack.mosquitto import BRIDGE, Mosquitto, program
 from localstack.servers import Servers
 from services.common.settings import Settings
-from services.ingest.mqttlink import Broker, Link, LinkLost, LinkRefused
+from services.ingest.mqtt.link import Broker, Link, LinkLost, LinkRefused
 from tests.integration.mqtt_plant import FIRMS, PASSWORD, Plant, edge_node, metric, now_ms, paused, plain, running_plant
 from tests.polling import eventually
 

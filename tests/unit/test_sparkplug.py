@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from services.ingest import sparkplug
 from services.ingest.domain import Reason
-from services.ingest.mqttbridge import machine_paths
-from services.ingest.sparkplug import REORDER_S, Heard, Node
+from services.ingest.mqtt import sparkplug
+from services.ingest.mqtt.bridge import machine_paths
+from services.ingest.mqtt.sparkplug import REORDER_S, Heard, Node
 from smdih.sparkplug.v1 import payload_pb2
 
 INT8, INT32, INT64, UINT64, FLOAT, DOUBLE, BOOLEAN, STRING = 1, 3, 4, 8, 9, 10, 11, 12
