@@ -9,7 +9,7 @@ import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from bench import anomaly, funding, ingest
+from bench import anomaly, funding, ingest, matching
 from bench.report import tell
 from localstack.servers import LocalServers, Servers, named_in_environment
 from services.common import logs
@@ -17,6 +17,7 @@ from services.common import logs
 PARTS: dict[str, Callable[[Servers], Awaitable[None]]] = {
     "ingest": ingest.run,
     "anomaly": anomaly.run,
+    "matching": matching.run,
     "funding": funding.run,
 }
 

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 
-from chaos import anomaly, funding, mqtt, telemetry
+from chaos import anomaly, funding, matching, mqtt, telemetry
 from chaos.stage import Outcome, Scenario, Stage
 from localstack.servers import LocalServers
 from services.common import logs
@@ -21,6 +21,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *telemetry.SCENARIOS,
     *mqtt.SCENARIOS,
     *anomaly.SCENARIOS,
+    *matching.SCENARIOS,
     *funding.SCENARIOS,
 )
 

@@ -15,10 +15,10 @@ from services.matching.domain import Assesses, Kind, Size, Source, Urgency
 from services.matching.matches import Match, MatchState, Result, Side
 from services.matching.messages import asked_time
 from services.matching.needs import Need, NeedState, Offer, OfferState, Origin
-from services.matching.providers import ProviderRecord
+from services.matching.providers import Evidence, ProviderRecord
 from services.matching.rounds import Round, RoundState
 from services.matching.service import Matching
-from services.matching.service.needs import NewNeed
+from services.matching.service.needs import NewNeed, OpenedNeed
 
 # Ids of the registry; 0: none named.
 RegistryId = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -31,6 +31,16 @@ _SEVERITIES = {severity.name.lower(): severity for severity in Severity}
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class EvidenceBody(_Body):
+    title: str
+    # Where it is: an address, or the partner's own file number.
+    reference: str
+    sha256: str
+    expires_on: date | None = None
+    # The provider is not offered without it.
+    required: bool = False
 
 
 class ProviderBody(_Body):
@@ -53,6 +63,12 @@ class ProviderBody(_Body):
     assesses: Assesses = Assesses.NO
     # Organisations whose applications it must not judge, by name.
     conflict_organisations: list[str] = []
+    # Addresses of ESCO terms.
+    esco_skills: list[str] = []
+    # Documents that stand behind the profile; kept elsewhere.
+    evidence: list[EvidenceBody] = []
+    # First day on which the partner must have looked through the profile again: put it anew then.
+    review_on: date | None = None
     conflict_firm_ids: list[RegistryId] = []
     # First day on which it is not offered any more.
     expires_on: date | None = None
@@ -76,6 +92,9 @@ class ProviderBody(_Body):
             lead_days=self.lead_days,
             assesses=self.assesses,
             conflict_organisations=tuple(self.conflict_organisations),
+            esco_skills=tuple(self.esco_skills),
+            evidence=tuple(Evidence(**each.model_dump()) for each in self.evidence),
+            review_on=self.review_on,
             conflict_firm_ids=tuple(self.conflict_firm_ids),
             expires_on=self.expires_on,
         )
@@ -84,6 +103,8 @@ class ProviderBody(_Body):
 class ProviderView(ProviderBody):
     id: str
     active: bool
+    # First day on which it is not offered: expired, due for review, or without a document that it needs.
+    offered_until: date | None
     taken_this_quarter: int
     changed_us: int | None
 
@@ -414,7 +435,7 @@ def _needs(matching: Matching) -> APIRouter:
             shown=body.show_to_partners,
         )
         opened = await matching.needs.open_need(caller, body.firm_id, new, request_id=body.request_id)
-        return OpenedView(need=_need_view(opened.need), offers=_offer_views(opened.offers))
+        return opened_view(opened)
 
     @routes.get("")
     async def list_needs(
@@ -591,6 +612,19 @@ def _provider_view(provider: ProviderRecord) -> ProviderView:
         lead_days=provider.lead_days,
         assesses=provider.assesses,
         conflict_organisations=list(provider.conflict_organisations),
+        esco_skills=list(provider.esco_skills),
+        evidence=[
+            EvidenceBody(
+                title=each.title,
+                reference=each.reference,
+                sha256=each.sha256,
+                expires_on=each.expires_on,
+                required=each.required,
+            )
+            for each in provider.evidence
+        ],
+        review_on=provider.review_on,
+        offered_until=provider.offered_until,
         conflict_firm_ids=list(provider.conflict_firm_ids),
         expires_on=provider.expires_on,
         active=provider.active,
@@ -615,6 +649,10 @@ def _consent_view(consent: Consent) -> ConsentView:
         ended_by=consent.ended_by,
         replaced=consent.replaced,
     )
+
+
+def opened_view(opened: OpenedNeed) -> OpenedView:
+    return OpenedView(need=_need_view(opened.need), offers=_offer_views(opened.offers))
 
 
 def _need_view(need: Need) -> NeedView:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import replace
 from datetime import date
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ Column = NDArray[np.float64]
 Value = TypeVar("Value", bound=Hashable)
 
 SLOTS_FIRST = 64
+REMEMBERED_MAX = 200
+"""Columns and masks that a field remembers; for 5,000 providers a column has 40 kB."""
 
 
 class UnknownProviderError(MatchingError):
@@ -120,44 +122,65 @@ class Directory:
 
     @property
     def occupied(self) -> Mask:
-        return self._occupied.test(bool)
+        return self._occupied.test("occupied", bool)
 
     def blocked(self, need: Need, today: date) -> dict[FilterCode, Mask]:
         """For each filter the slots it takes out, in the order of the codes."""
         occupied = self.occupied
-        division, wait = need.division, LEAD_DAYS_MAX[need.urgency]
-        fields: dict[FilterCode, Mask] = {
-            FilterCode.INACTIVE: self._active.test(lambda active: not active),
-            FilterCode.EXPIRED: self._expiry.test(lambda expiry: expiry <= today),
-            FilterCode.ASSESSES_ONLY: self._assesses.test(lambda assesses: assesses is Assesses.ONLY),
-            FilterCode.CONFLICT_OF_INTEREST: self._in_conflict({need.firm_id}),
-            FilterCode.SECTOR_EXCLUDED: self._excluded.test(lambda excluded: division in excluded),
-            FilterCode.SIZE_NOT_SERVED: self._sizes.test(lambda sizes: bool(sizes) and need.size not in sizes),
-            FilterCode.OUT_OF_REGION: self._reach.test(
-                lambda reach: not serves_region(need.region, home=reach[1][0], served=reach[1][1:], bound=reach[0])
+        masks = {code: field.test((code, key), rule) for code, (key, field, rule) in self._filters(need, today).items()}
+        masks[FilterCode.CONFLICT_OF_INTEREST] = self._in_conflict({need.firm_id})
+        return {code: masks[code] & occupied for code in FilterCode if code in masks}
+
+    def blocked_for_round(self, need: Need, today: date) -> Mask:
+        """Slots that any filter takes out but places, which the round counts itself, and conflicts, which are a firm's own."""
+        mask = ~self.occupied
+        for code, (key, field, rule) in self._filters(need, today).items():
+            if code is not FilterCode.NO_CAPACITY:
+                mask |= field.test((code, key), rule)
+        return mask
+
+    def in_conflict_with(self, firm_id: str) -> list[int]:
+        """Slots of providers that must not work for the firm."""
+        return list(self._conflicts.get(firm_id, ()))
+
+    def _filters(
+        self, need: Need, today: date
+    ) -> dict[FilterCode, tuple[Hashable, "Field[Any]", Callable[[Any], bool]]]:
+        """Of each filter: what of the need it looks at, the field of a provider, and whether a value takes it out."""
+        division, size, wait = need.division, need.size, LEAD_DAYS_MAX[need.urgency]
+        region = canonical_region(need.region)
+        return {
+            FilterCode.INACTIVE: (None, self._active, lambda active: not active),
+            FilterCode.EXPIRED: (today, self._expiry, lambda expiry: expiry <= today),
+            FilterCode.ASSESSES_ONLY: (None, self._assesses, lambda assesses: assesses is Assesses.ONLY),
+            FilterCode.SECTOR_EXCLUDED: (division, self._excluded, lambda excluded: division in excluded),
+            FilterCode.SIZE_NOT_SERVED: (size, self._sizes, lambda sizes: bool(sizes) and size not in sizes),
+            FilterCode.OUT_OF_REGION: (
+                region,
+                self._reach,
+                lambda reach: not serves_region(region, home=reach[1][0], served=reach[1][1:], bound=reach[0]),
             ),
-            FilterCode.LEAD_TIME_TOO_LONG: self._lead_days.test(lambda days: days > wait),
-            FilterCode.NO_CAPACITY: self.places.test(lambda places: places[0] <= 0),
+            FilterCode.LEAD_TIME_TOO_LONG: (wait, self._lead_days, lambda days: days > wait),
+            FilterCode.NO_CAPACITY: (None, self.places, lambda places: places[0] <= 0),
         }
-        return {code: mask & occupied for code, mask in fields.items()}
 
     @property
     def assessors(self) -> Mask:
         """Those who assess applications."""
-        return self._assesses.test(lambda assesses: assesses is not Assesses.NO) & self.occupied
+        return self._assesses.test("assessors", lambda assesses: assesses is not Assesses.NO) & self.occupied
 
     def blocked_as_assessors(self, asked: Assessment, today: date) -> dict[FilterCode, Mask]:
         """For each filter the assessors it takes out. Places, regions and sizes are about helping firms: no filter here."""
         division, worked = division_of(asked.sic), np.zeros(self.size, dtype=np.bool_)
         worked[[self.slots[each] for each in asked.worked_for if each in self.slots]] = True
-        names = self._organisations.test(lambda names: bool(names & asked.organisations))
+        named = self._organisations.fresh(lambda names: bool(names & asked.organisations))
         fields: dict[FilterCode, Mask] = {
-            FilterCode.INACTIVE: self._active.test(lambda active: not active),
-            FilterCode.EXPIRED: self._expiry.test(lambda expiry: expiry <= today),
+            FilterCode.INACTIVE: self._active.fresh(lambda active: not active),
+            FilterCode.EXPIRED: self._expiry.fresh(lambda expiry: expiry <= today),
             FilterCode.CONFLICT_OF_INTEREST: self._in_conflict(asked.firm_ids),
-            FilterCode.CONFLICT_ORGANISATION: names | self._owners.test(lambda owner: owner in asked.owners),
+            FilterCode.CONFLICT_ORGANISATION: named | self._owners.fresh(lambda owner: owner in asked.owners),
             FilterCode.WORKED_FOR_FIRM: worked,
-            FilterCode.SECTOR_EXCLUDED: self._excluded.test(lambda excluded: division in excluded),
+            FilterCode.SECTOR_EXCLUDED: self._excluded.fresh(lambda excluded: division in excluded),
         }
         assessors = self.assessors
         return {code: mask & assessors for code, mask in fields.items()}
@@ -191,13 +214,19 @@ class Directory:
 
 
 class Field(Generic[Value]):
-    """One field of all providers: a table of distinct values and a code per slot."""
+    """One field of all providers: a table of distinct values and a code per slot.
+
+    What a rule makes of it is remembered under the key that names the rule and all that it depends on, until a provider
+    changes in this field. What is returned must not be written into.
+    """
 
     def __init__(self) -> None:
         self._codes = np.zeros(SLOTS_FIRST, dtype=np.int32)
         self._used = 0
         self._values: list[Value] = []
         self._code_of: dict[Value, int] = {}
+        self._columns: dict[Hashable, Column] = {}
+        self._masks: dict[Hashable, Mask] = {}
 
     def put(self, slot: int, value: Value) -> None:
         if slot >= len(self._codes):
@@ -205,16 +234,34 @@ class Field(Generic[Value]):
         code = self._code_of.setdefault(value, len(self._values))
         if code == len(self._values):
             self._values.append(value)
+        if slot >= self._used or self._codes[slot] != code:
+            self._columns.clear()
+            self._masks.clear()
         self._codes[slot] = code
         self._used = max(self._used, slot + 1)
 
     def at(self, slot: int) -> Value:
         return self._values[int(self._codes[slot])]
 
-    def map(self, rule: Callable[[Value], float]) -> Column:
-        return np.array([rule(value) for value in self._values], dtype=np.float64)[self._codes[: self._used]]
+    def map(self, key: Hashable, rule: Callable[[Value], float]) -> Column:
+        found = self._columns.get(key)
+        if found is None:
+            if len(self._columns) >= REMEMBERED_MAX:
+                self._columns.clear()
+            found = np.array([rule(value) for value in self._values], dtype=np.float64)[self._codes[: self._used]]
+            self._columns[key] = found
+        return found
 
-    def test(self, rule: Callable[[Value], bool]) -> Mask:
+    def test(self, key: Hashable, rule: Callable[[Value], bool]) -> Mask:
+        found = self._masks.get(key)
+        if found is None:
+            if len(self._masks) >= REMEMBERED_MAX:
+                self._masks.clear()
+            found = self._masks[key] = self.fresh(rule)
+        return found
+
+    def fresh(self, rule: Callable[[Value], bool]) -> Mask:
+        """`test` of a rule that is asked once."""
         return np.array([rule(value) for value in self._values], dtype=np.bool_)[self._codes[: self._used]]
 
 
@@ -224,11 +271,6 @@ def any_of(blocked: Mapping[FilterCode, Mask], size: int) -> Mask:
     for each in blocked.values():
         mask |= each
     return mask
-
-
-def filter_key(need: Need) -> Hashable:
-    """Needs with equal keys meet the same filters."""
-    return need.firm_id, need.division, need.size, canonical_region(need.region), need.urgency
 
 
 def provider_places(provider: Provider) -> tuple[str, ...]:

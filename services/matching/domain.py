@@ -56,6 +56,8 @@ class Urgency(StrEnum):
 class Source(StrEnum):
     FIRM = "firm"
     ANOMALY = "anomaly"
+    # Drafted from a self-assessment of the firm.
+    MATURITY = "maturity"
 
 
 class Assesses(StrEnum):

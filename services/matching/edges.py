@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from services.matching import api, rooms_api, sessions_api
+from services.matching import api, reports_api, rooms_api, sessions_api
 from services.matching.rooms_rpc import RoomServicer
 from services.matching.rpc import MatchingServicer
 from services.matching.service import Matching
@@ -20,7 +20,12 @@ SERVICE_NAMES = (
 
 
 def routers(matching: Matching) -> Sequence[APIRouter]:
-    return [api.router(matching), sessions_api.router(matching), rooms_api.router(matching)]
+    return [
+        api.router(matching),
+        sessions_api.router(matching),
+        rooms_api.router(matching),
+        reports_api.router(matching),
+    ]
 
 
 def servicers(matching: Matching) -> Sequence[tuple[Callable[[Any, Any], None], Any]]:

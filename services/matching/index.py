@@ -29,7 +29,7 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 # A change made through another process shows here after this time at the latest, and the time to embed it.
-POLL_INTERVAL_S = 0.5
+POLL_INTERVAL_S = 0.25
 RETRY_DELAY_S = 1.0
 CHANGES_MAX = 500
 # Ranking computes; two at a time leave the loop free to answer on a small machine.
@@ -39,6 +39,8 @@ RANKS_WAITING_MAX = 200
 
 # Providers that can be ranked, withdrawn and expired ones not counted.
 providers_known = Gauge("smdih_matching_providers", "Providers in the index")
+# 1 while the sentence model is missing and words alone rank: offers are worse than they could be.
+degraded = Gauge("smdih_matching_degraded", "Whether words alone rank")
 # Time to rank all providers for one need, without waiting for a thread.
 rank_seconds = Histogram(
     "smdih_matching_rank_seconds",
@@ -60,6 +62,7 @@ class ProviderIndex:
         self._clock = clock
         self._kicked = asyncio.Event()
         self._waiting = 0
+        degraded.set(embedder is None)
         self._quarter = date.min
         # Title and text that the ranker holds, by provider: what is unchanged needs no vector.
         self._texts: dict[str, tuple[str, str]] = {}

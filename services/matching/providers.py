@@ -9,6 +9,24 @@ UNLIMITED = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A document that stands behind a profile, kept elsewhere: what it is, where, and its digest, so that nobody can swap it."""
+
+    title: str
+    # Where it is: an address, or the partner's own file number.
+    reference: str
+    # In hexadecimal, lower case.
+    sha256: str
+    # First day on which it does not hold any more.
+    expires_on: date | None = None
+    # The provider is not offered without it.
+    required: bool = False
+
+    def is_valid(self, day: date) -> bool:
+        return self.expires_on is None or day < self.expires_on
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProviderRecord:
     """What a partner puts, and what the hub sets: `active`, `change`, `changed`, `taken`."""
 
@@ -24,6 +42,11 @@ class ProviderRecord:
     sic_excluded: tuple[str, ...] = ()
     sizes_served: tuple[Size, ...] = ()
     skills: tuple[str, ...] = ()
+    # Addresses of terms of ESCO, the European vocabulary of skills.
+    esco_skills: tuple[str, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
+    # First day on which the partner must have looked through the profile again.
+    review_on: date | None = None
     # None: no limit, for courses.
     capacity_per_quarter: int | None
     lead_days: int = 0
@@ -40,9 +63,15 @@ class ProviderRecord:
     # Places taken in the quarter that was asked about.
     taken: int = 0
 
+    @property
+    def offered_until(self) -> date | None:
+        """First day on which it is not offered: expired, due for review, or without a document that it needs."""
+        ends = [self.expires_on, self.review_on, *(each.expires_on for each in self.evidence if each.required)]
+        return min((end for end in ends if end is not None), default=None)
+
     def is_live(self, day: date) -> bool:
         """May be offered and accepted on that day."""
-        return self.active and (self.expires_on is None or day < self.expires_on)
+        return self.active and (self.offered_until is None or day < self.offered_until)
 
     def for_ranking(self) -> Provider:
         """What the ranker looks at, with the places that were free in the quarter of `taken`."""
@@ -64,7 +93,7 @@ class ProviderRecord:
             capacity_left=max(0, capacity - self.taken),
             lead_days=self.lead_days,
             active=self.active,
-            expires_on=self.expires_on,
+            expires_on=self.offered_until,
             assesses=self.assesses,
             conflict_organisations=frozenset(map(organisation_name, self.conflict_organisations)),
             outcome_firms=self.outcome_firms,

@@ -25,7 +25,6 @@ from services.matching.directory import (
     Mask,
     UnknownProviderError,
     any_of,
-    filter_key,
     provider_places,
 )
 from services.matching.domain import (
@@ -40,6 +39,7 @@ from services.matching.domain import (
     Size,
     Source,
     Urgency,
+    canonical_region,
     outcome_lift,
     region_nearness,
     sector_closeness,
@@ -280,14 +280,13 @@ class Ranker:
             today = self._today()
             shared: dict[Hashable, Scores] = {}
             for row, need in enumerate(needs):
-                key = _features_key(need)
+                key = need.skills, need.division, canonical_region(need.region), need.urgency, need.source, need.size
                 if key not in shared:
                     structured = _total(self._structured(need)).astype(np.float32)
-                    blocked = self._directory.blocked(need, today)
-                    blocked.pop(FilterCode.NO_CAPACITY, None)
-                    structured[any_of(blocked, len(structured))] = -np.inf
+                    structured[self._directory.blocked_for_round(need, today)] = -np.inf
                     shared[key] = structured
                 table[row] += shared[key]
+                table[row, self._directory.in_conflict_with(need.firm_id)] = -np.inf
             in_order = len(columns) == table.shape[1] and bool((columns[1:] > columns[:-1]).all())
             if in_order:
                 return table
@@ -328,14 +327,14 @@ class Ranker:
 
     def _structured(self, need: Need) -> dict[str, NDArray[np.float64]]:
         return {
-            name: getattr(self._weights, name) * column.map(functools.partial(rule, need))
-            for name, (column, rule) in self._rules.items()
+            name: getattr(self._weights, name) * column.map((name, looks_at(need)), functools.partial(rule, need))
+            for name, (column, looks_at, rule) in self._rules.items()
         }
 
     def _structured_at(self, need: Need, slot: int) -> dict[str, float]:
         return {
             name: getattr(self._weights, name) * rule(need, column.at(slot))
-            for name, (column, rule) in self._rules.items()
+            for name, (column, _, rule) in self._rules.items()
         }
 
     def _explain(
@@ -380,16 +379,28 @@ class Ranker:
 Rule = Callable[[Need, Any], float]
 
 
-def _rules(directory: Directory) -> dict[str, tuple[Field[Any], Rule]]:
-    """The structured parts: which field of a provider each looks at, and what it makes of it, before its weight."""
+def _rules(directory: Directory) -> dict[str, tuple[Field[Any], Callable[[Need], Hashable], Rule]]:
+    """The structured parts: which field of a provider each looks at, what of the need, and what it makes of both."""
     return {
-        "skills": (directory.skills, lambda need, held: _overlap(need.skills, held)),
-        "sector": (directory.divisions, lambda need, served: sector_closeness(need.division, served)),
-        "region": (directory.regions, lambda need, there: _nearest(need.region, there)),
-        "urgency": (directory.kinds, lambda need, kind: _URGENCY_FIT[_acted_on(need)][kind]),
-        "size": (directory.kinds, lambda need, kind: _SIZE_FIT[need.size][kind]),
-        "capacity": (directory.places, lambda need, places: min(places[0] / places[1], 1.0) if places[1] else 0.0),
-        "outcomes": (directory.outcomes, lambda need, scored: outcome_lift(*scored)),
+        "skills": (directory.skills, lambda need: need.skills, lambda need, held: _overlap(need.skills, held)),
+        "sector": (
+            directory.divisions,
+            lambda need: need.division,
+            lambda need, served: sector_closeness(need.division, served),
+        ),
+        "region": (
+            directory.regions,
+            lambda need: canonical_region(need.region),
+            lambda need, there: _nearest(need.region, there),
+        ),
+        "urgency": (directory.kinds, _acted_on, lambda need, kind: _URGENCY_FIT[_acted_on(need)][kind]),
+        "size": (directory.kinds, lambda need: need.size, lambda need, kind: _SIZE_FIT[need.size][kind]),
+        "capacity": (
+            directory.places,
+            lambda need: None,
+            lambda need, places: min(places[0] / places[1], 1.0) if places[1] else 0.0,
+        ),
+        "outcomes": (directory.outcomes, lambda need: None, lambda need, scored: outcome_lift(*scored)),
     }
 
 
@@ -400,11 +411,6 @@ def _acted_on(need: Need) -> Urgency:
 def _total(parts: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
     total: NDArray[np.float64] = np.sum(list(parts.values()), axis=0)
     return np.round(total, PLACES)
-
-
-def _features_key(need: Need) -> Hashable:
-    """Needs with equal keys have equal structured parts and equal filters."""
-    return (filter_key(need), need.division, need.skills, need.source)
 
 
 def _overlap(wanted: frozenset[str], held: frozenset[str]) -> float:

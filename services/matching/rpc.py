@@ -12,7 +12,7 @@ from services.matching.domain import Assesses, Kind, Size, Source, Urgency
 from services.matching.matches import Match, MatchState, Result, Side
 from services.matching.messages import KINDS, RESULTS, asked_time, offer_message
 from services.matching.needs import Need, NeedState, Offer, OfferState, Origin
-from services.matching.providers import ProviderRecord
+from services.matching.providers import Evidence, ProviderRecord
 from services.matching.service import Matching
 from services.matching.service.assessors import Application
 from services.matching.service.needs import NewNeed
@@ -78,7 +78,11 @@ _ORIGINS = {
     Origin.ROUND: pb.OFFER_ORIGIN_ROUND,
     Origin.PARTNER: pb.OFFER_ORIGIN_PARTNER,
 }
-_SOURCES = {Source.FIRM: pb.NEED_SOURCE_FIRM, Source.ANOMALY: pb.NEED_SOURCE_ANOMALY}
+_SOURCES = {
+    Source.FIRM: pb.NEED_SOURCE_FIRM,
+    Source.ANOMALY: pb.NEED_SOURCE_ANOMALY,
+    Source.MATURITY: pb.NEED_SOURCE_MATURITY,
+}
 _URGENCY_NUMBERS = {
     Urgency.LOW: pb.URGENCY_LOW,
     Urgency.NORMAL: pb.URGENCY_NORMAL,
@@ -317,6 +321,18 @@ def _provider(message: pb.Provider) -> ProviderRecord:
         lead_days=message.lead_days,
         assesses=_member("assesses", _ASSESSES, message.assesses),
         conflict_organisations=tuple(message.conflict_organisations),
+        esco_skills=tuple(message.esco_skills),
+        evidence=tuple(
+            Evidence(
+                title=each.title,
+                reference=each.reference,
+                sha256=each.sha256,
+                expires_on=_date("expires_on", each.expires_on),
+                required=each.required,
+            )
+            for each in message.evidence
+        ),
+        review_on=_date("review_on", message.review_on),
         conflict_firm_ids=tuple(message.conflict_firm_ids),
         expires_on=_date("expires_on", message.expires_on),
     )
@@ -336,7 +352,7 @@ def _provider_message(provider: ProviderRecord) -> pb.Provider:
         sic_divisions=provider.sic_divisions,
         skills=provider.skills,
         capacity_per_quarter=provider.capacity_per_quarter or 0,
-        expires_on="" if provider.expires_on is None else provider.expires_on.isoformat(),
+        expires_on=_date_text(provider.expires_on),
         active=provider.active,
         taken_this_quarter=provider.taken,
         changed_us=_us(provider.changed),
@@ -347,6 +363,19 @@ def _provider_message(provider: ProviderRecord) -> pb.Provider:
         lead_days=provider.lead_days,
         assesses=_number(_ASSESSES, provider.assesses),  # type: ignore[arg-type]
         conflict_organisations=provider.conflict_organisations,
+        esco_skills=provider.esco_skills,
+        evidence=[
+            pb.Evidence(
+                title=each.title,
+                reference=each.reference,
+                sha256=each.sha256,
+                expires_on=_date_text(each.expires_on),
+                required=each.required,
+            )
+            for each in provider.evidence
+        ],
+        review_on=_date_text(provider.review_on),
+        offered_until=_date_text(provider.offered_until),
         conflict_firm_ids=provider.conflict_firm_ids,
     )
 
@@ -442,6 +471,10 @@ def _match_message(match: Match) -> pb.Match:
 
 def _number(members: Mapping[int, T], member: T) -> int:
     return next(number for number, each in members.items() if each == member)
+
+
+def _date_text(day: date | None) -> str:
+    return "" if day is None else day.isoformat()
 
 
 def _us(time_: datetime | None) -> int:

@@ -130,13 +130,17 @@ class Words:
     def __init__(self) -> None:
         self._stemmer = Stemmer.Stemmer("english", 0)
         self._stems: dict[str, str] = {}
+        self._last: tuple[str, list[tuple[str, str]]] = "", []
 
     def split(self, text: str) -> list[str]:
         return [stem for _, stem in self.pairs(text)]
 
     def pairs(self, text: str) -> list[tuple[str, str]]:
         """(word as written in lower case, stem) in reading order."""
-        return [(word, self._stem(word)) for word in _WORD.findall(text.casefold()) if word not in _STOP_WORDS]
+        if self._last[0] != text:  # one need is asked about many profiles
+            words = _WORD.findall(text.casefold())
+            self._last = text, [(word, self._stem(word)) for word in words if word not in _STOP_WORDS]
+        return self._last[1]
 
     def _stem(self, word: str) -> str:
         stem = self._stems.get(word)

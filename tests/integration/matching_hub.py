@@ -222,6 +222,7 @@ async def running_hub(
     taking_alarms: bool = True,
     upkeep_runs: bool = True,
     limits: Limits | None = None,
+    with_model: bool = True,
 ) -> AsyncIterator[Hub]:
     """The parts of the api process in this loop, with a clock that can be moved."""
     cluster, clock = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix), ShiftedClock()
@@ -239,7 +240,7 @@ async def running_hub(
         stack.push_async_callback(stop_tasks)
         directory = Directory(cluster, clock=clock, kinds=("firm", "machine", "partner"))
         tasks.append(asyncio.create_task(directory.run()))
-        embedder = await asyncio.to_thread(Embedder.installed)
+        embedder = await asyncio.to_thread(Embedder.installed) if with_model else None
         index = ProviderIndex(pool, Ranker(embedder, today=functools.partial(today, clock)), embedder, clock=clock)
         stack.push_async_callback(index.close)
         relay = OutboxRelay(pool, publisher, schema="matching")

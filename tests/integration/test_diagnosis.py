@@ -17,8 +17,8 @@ from services.common.clock import SystemClock
 from services.common.database import create_pool
 from services.common.errors import TryAgain
 from services.common.settings import Settings
-from services.ingest.frames import Sender
-from services.ingest.sightings import Sightings, SightingsWriter
+from services.ingest.diagnosis.sightings import Sightings, SightingsWriter
+from services.ingest.domain import Sender
 from smdih.ingest.v1 import diagnosis_pb2, diagnosis_pb2_grpc
 from tests.integration.registry_hub import FirmAtHub, RegistryHub, created, running
 from tests.polling import eventually

@@ -20,7 +20,7 @@ import pytest_asyncio
 from localstack.servers import Servers
 from services.common.clock import to_us
 from services.common.settings import Settings
-from services.ingest.query_lttb import chosen
+from services.ingest.queries.lttb import chosen
 from smdih.ingest.v1 import query_pb2, series_pb2, series_pb2_grpc
 from smdih_client.recording import read as read_recording
 from tests.integration.stored_plant import StoredPlant, stored_plant

@@ -159,7 +159,10 @@ async def test_what_the_firm_does_not_share_is_not_in_the_need(hub: Hub) -> None
     await hub.raise_alarm("private", machine_id(FIRM, 3))
     need = await opened_need(hub, machine_id(FIRM, 3))
     assert need["text"] == "Anomaly on gearbox test stand: oil iron particles jumps suddenly."
-    assert (need["sic"], need["region"], need["size"]) == ("", "", "")
+    assert (need["sic"], need["region"], need["size"], need["shown_to_partners"]) == ("", "", "", False)
+    await give_consent(hub, shared=["fault", "partners"])
+    await hub.raise_alarm("shown", machine_id(FIRM, 11))
+    assert (await opened_need(hub, machine_id(FIRM, 11)))["shown_to_partners"] is True
 
 
 async def test_a_repeated_event_and_more_alarms_of_the_machine_open_no_second_need(hub: Hub, cluster: Cluster) -> None:

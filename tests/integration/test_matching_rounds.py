@@ -103,6 +103,22 @@ async def test_a_round_gives_every_waiting_need_one_offer_within_live_capacity(h
     assert await hub.pool.fetchval("SELECT taken FROM provider_quarter WHERE provider_id = 'gear-rigs'") == 1
 
 
+async def test_an_offer_of_a_round_keeps_its_place_over_the_end_of_a_quarter(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", capacity_per_quarter=1)
+    offer = await _placed(hub, await wait_for_round(hub), "turn-of-quarter")
+    await hub.pool.execute("UPDATE offer SET expires = expires + interval '300 days' WHERE id = $1", offer["id"])
+    await hub.pool.execute("UPDATE place SET expires = expires + interval '300 days' WHERE state = 'reserved'")
+    hub.clock.shift = timedelta(days=95)
+    match = (await hub.ok("firm", "POST", f"/v1/offers/{offer['id']}/accept"))["match"]
+    assert match["quarter"] == (await hub.pool.fetchval("SELECT min(quarter) FROM place")).isoformat()
+    assert await hub.pool.fetchval("SELECT count(*) FROM place WHERE state <> 'released'") == 1
+
+
+async def _placed(hub: Hub, need_id: str, round_id: str) -> dict[str, Any]:
+    await run_round(hub, round_id)
+    return await only_offer(hub, need_id)
+
+
 async def test_a_repeated_round_is_the_first_one_and_only_operators_run_them(hub: Hub) -> None:
     await hub.put_providers("gear-rigs")
     need_id = await wait_for_round(hub)

@@ -18,9 +18,9 @@ import pytest_asyncio
 
 from localstack.servers import ROOT, Servers
 from services.common.settings import Settings
-from services.ingest import claimcodes
-from services.ingest.claims import WRONG_ATTEMPTS_MAX
 from services.ingest.domain import QUOTA_BURST_S, QUOTA_SAMPLES_PER_S_DEFAULT, QUOTA_SIGNALS_DEFAULT
+from services.ingest.registry import claimcodes
+from services.ingest.registry.claims import WRONG_ATTEMPTS_MAX
 from smdih.ingest.v1 import (
     claim_pb2,
     claim_pb2_grpc,

@@ -269,6 +269,6 @@ async def test_rooms_by_grpc_and_across_a_restart_of_the_door(world: World) -> N
             except httpx.TransportError:
                 return False
 
-        await eventually(readable_again, deadline_s=30)
+        await eventually(readable_again, deadline_s=90)
         recalled = await stub.RecallRoom(pb.RecallRoomRequest(room_id=opened.room.id), metadata=key("firm"))
         assert recalled.room.state == events_pb2.ROOM_STATE_RECALLED

@@ -11,9 +11,11 @@ from services.matching.service.checks import Known
 from services.matching.service.consents import Consents
 from services.matching.service.desk import Desk
 from services.matching.service.matches import Matches
+from services.matching.service.maturity import Maturity
 from services.matching.service.needs import Needs
 from services.matching.service.offers import Offers
 from services.matching.service.providers import Providers
+from services.matching.service.reports import Reports
 from services.matching.service.rooms import Rooms
 from services.matching.service.rounds import Rounds
 from services.matching.service.sessions import Sessions
@@ -42,3 +44,5 @@ class Matching:
         self.rooms = Rooms(pool, relay, directory, Known(directory), clock=clock)
         self.sessions = Sessions(pool, relay, Known(directory), clock=clock)
         self.needs = Needs(pool, index, relay, directory, self.offers, clock=clock, limits=limits)
+        self.maturity = Maturity(pool, Known(directory), self.needs, clock=clock)
+        self.reports = Reports(pool, clock=clock)

@@ -59,6 +59,7 @@ class NewNeed:
     waits: bool = False
     # Partners may see the text, not whose it is, and propose themselves.
     shown: bool = False
+    source: Source = Source.FIRM
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Needs:
         need = Need(
             id=uuid.uuid4().hex,
             firm_id=firm_id,
-            source=Source.FIRM,
+            source=new.source,
             text=new.text.strip(),
             urgency=new.urgency,
             sic=firm.sic,
@@ -144,6 +145,12 @@ class Needs:
             await needs_store.set_shown(connection, need_id, shown=shown)
         log.info("need shown" if shown else "need hidden", need=need_id, by=caller.credential_id)
         return replace(need, shown=shown)
+
+    async def opened_need(self, caller: Caller, need_id: str) -> OpenedNeed:
+        """A need with its offers, as it is now."""
+        async with transaction(self._pool) as connection:
+            need = await need_seen_by(connection, caller, need_id)
+            return OpenedNeed(need, await offers_store.offers_of_need(connection, need_id))
 
     async def get_need(self, caller: Caller, need_id: str) -> Need:
         caller.require(Role.FIRM, Role.OPERATOR)

@@ -183,6 +183,9 @@ class Offers:
             raise Conflict(
                 "This provider is not to be had any more; accept another offer of the need.", reason="PROVIDER_GONE"
             )
+        quarter = quarter_of(now.date())
+        if offer.holds_place:  # of the quarter that the offer was made in
+            quarter = await places_store.held_quarter(connection, match_id(offer.id)) or quarter
         match = Match(
             id=match_id(offer.id),
             need_id=offer.need_id,
@@ -190,7 +193,7 @@ class Offers:
             firm_id=offer.firm_id,
             provider_id=offer.provider_id,
             partner_id=provider.partner_id,
-            quarter=quarter_of(now.date()),
+            quarter=quarter,
             accepted=now,
             accepted_by=caller.credential_id,
             correlation_id=offer.correlation_id,

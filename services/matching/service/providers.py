@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import date, datetime, timedelta
 
 from services.common.clock import Clock, from_us, today
 from services.common.database import Connection, Pool, transaction
@@ -18,6 +18,7 @@ from services.matching.providers import ProviderRecord
 from services.matching.service.checks import (
     CHOSEN_ID,
     KNOWN_TIMEOUT_S,
+    NOTE_CHARACTERS_MAX,
     TEXT_CHARACTERS_MAX,
     TITLE_CHARACTERS_MAX,
     after_id,
@@ -33,6 +34,14 @@ LIST_ITEMS_MAX = 50
 CAPACITY_MAX = 100_000
 LEAD_DAYS_MAX = 366
 
+# Who puts a profile has looked through it; two years on it is looked through again.
+REVIEW_WITHIN_MAX = timedelta(days=731)
+
+# A term or a group of terms.
+_ESCO_SKILL = re.compile(
+    r"http://data\.europa\.eu/esco/skill/([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[A-Z]\d?(\.\d{1,2}){0,3})"
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIVISION = re.compile(r"\d{2}|any")
 
 
@@ -49,6 +58,7 @@ class Providers:
         """Create or replace. On return this process ranks it; the others do within POLL_INTERVAL_S."""
         caller.require(Role.PARTNER, Role.OPERATOR)
         _check_provider(provider)
+        _check_review(provider, today(self._clock))
         partner_id = provider.partner_id
         if caller.role is Role.PARTNER:
             if partner_id not in (0, caller.partner_id):
@@ -150,6 +160,8 @@ def _check_provider(provider: ProviderRecord) -> None:
         "sic_excluded": provider.sic_excluded,
         "sizes_served": provider.sizes_served,
         "skills": provider.skills,
+        "esco_skills": provider.esco_skills,
+        "evidence": provider.evidence,
         "conflict_firm_ids": provider.conflict_firm_ids,
         "conflict_organisations": provider.conflict_organisations,
     }
@@ -171,3 +183,25 @@ def _check_provider(provider: ProviderRecord) -> None:
         )
     if not 0 <= provider.lead_days <= LEAD_DAYS_MAX:
         raise Invalid(f"lead_days is 0 to {LEAD_DAYS_MAX}.", reason="BAD_LEAD_DAYS")
+    for skill in provider.esco_skills:
+        if not _ESCO_SKILL.fullmatch(skill):
+            raise Invalid(
+                "An ESCO skill is named by its address, such as "
+                "http://data.europa.eu/esco/skill/ccd0a1d9-afda-43d9-b901-96344886e14d.",
+                reason="BAD_ESCO_SKILL",
+            )
+    for evidence in provider.evidence:
+        if not evidence.title.strip() or not evidence.reference.strip():
+            raise Invalid("A document has a title and a reference.", reason="BAD_EVIDENCE")
+        check_text("title of evidence", evidence.title, TITLE_CHARACTERS_MAX)
+        check_text("reference of evidence", evidence.reference, NOTE_CHARACTERS_MAX)
+        if not _SHA256.fullmatch(evidence.sha256):
+            raise Invalid("The sha256 of a document has 64 hexadecimal digits, lower case.", reason="BAD_EVIDENCE")
+
+
+def _check_review(provider: ProviderRecord, day: date) -> None:
+    if provider.review_on is not None and not day < provider.review_on <= day + REVIEW_WITHIN_MAX:
+        raise Invalid(
+            f"review_on is a day after today, within {REVIEW_WITHIN_MAX.days} days: who puts a profile has looked through it.",
+            reason="BAD_REVIEW_DATE",
+        )

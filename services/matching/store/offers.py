@@ -117,7 +117,7 @@ async def due_lapses(connection: Connection, *, now: datetime, today: date, limi
     )
     gone = await connection.fetch(
         "SELECT o.id, o.need_id FROM provider p JOIN offer o ON o.provider_id = p.id AND o.state = 'made' "
-        "WHERE NOT p.active OR p.expires_on <= $1 LIMIT $2",
+        "WHERE NOT p.active OR p.offered_until <= $1 LIMIT $2",
         today,
         limit,
     )

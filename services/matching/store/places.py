@@ -101,10 +101,10 @@ async def extend(connection: Connection, ids: Collection[str], expires: datetime
 
 async def release(connection: Connection, ids: Collection[str], why: Why) -> set[str]:
     """Give places back, each once; returns those given back by this call. A confirmed place does not expire."""
-    providers = {each.provider_id for each in (await _known(connection, ids)).values()}
-    if not providers:
+    if not await _known(connection, ids):
         return set()
-    change = await next_provider_change(connection, len(providers))
+    # As many numbers as there may be providers: what is known may have grown once the lock is had.
+    change = await next_provider_change(connection, len(set(ids)))
     rows = await connection.fetch(
         "WITH held AS (SELECT id FROM place WHERE id = ANY($1::text[]) ORDER BY id FOR NO KEY UPDATE) "
         "UPDATE place SET state = 'released', expires = NULL, why = $2 FROM held WHERE place.id = held.id "
@@ -122,6 +122,14 @@ async def release(connection: Connection, ids: Collection[str], why: Why) -> set
     )
     await _count(connection, quarters, -1, change=change)
     return {row["id"] for row in rows}
+
+
+async def held_quarter(connection: Connection, place_id: str) -> date | None:
+    """The quarter of a place that is reserved or confirmed; None where there is none."""
+    found: date | None = await connection.fetchval(
+        "SELECT quarter FROM place WHERE id = $1 AND state <> 'released'", place_id
+    )
+    return found
 
 
 async def due(connection: Connection, *, now: datetime, limit: int) -> list[str]:

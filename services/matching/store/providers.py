@@ -1,14 +1,16 @@
 """SQL of providers and of the places in their quarters."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 import asyncpg
 
 from services.common.database import Connection
 from services.matching.domain import Assesses, Kind, Size
-from services.matching.providers import ProviderRecord
+from services.matching.providers import Evidence, ProviderRecord
 
 Row = asyncpg.Record
 
@@ -38,8 +40,9 @@ async def put_provider(connection: Connection, provider: ProviderRecord) -> None
         INSERT INTO provider AS p (
             id, kind, partner_id, title, text, region, region_bound, regions_served, sic_divisions, sic_excluded,
             sizes_served, skills, capacity_per_quarter, lead_days, conflict_firm_ids, expires_on, active, change, changed,
-            assesses, conflict_organisations)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
+            assesses, conflict_organisations, esco_skills, evidence, review_on, offered_until)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22,
+            $23::text::jsonb, $24, $25)
         ON CONFLICT (id) DO UPDATE SET
             kind = excluded.kind, partner_id = excluded.partner_id, title = excluded.title, text = excluded.text,
             region = excluded.region, region_bound = excluded.region_bound, regions_served = excluded.regions_served,
@@ -48,7 +51,8 @@ async def put_provider(connection: Connection, provider: ProviderRecord) -> None
             capacity_per_quarter = excluded.capacity_per_quarter, lead_days = excluded.lead_days,
             conflict_firm_ids = excluded.conflict_firm_ids, expires_on = excluded.expires_on, active = excluded.active,
             change = excluded.change, changed = excluded.changed, assesses = excluded.assesses,
-            conflict_organisations = excluded.conflict_organisations,
+            conflict_organisations = excluded.conflict_organisations, esco_skills = excluded.esco_skills,
+            evidence = excluded.evidence, review_on = excluded.review_on, offered_until = excluded.offered_until,
             vector = CASE WHEN (p.title, p.text) = (excluded.title, excluded.text) THEN p.vector END
         """,
         provider.id,
@@ -72,6 +76,10 @@ async def put_provider(connection: Connection, provider: ProviderRecord) -> None
         provider.changed,
         provider.assesses,
         provider.conflict_organisations,
+        provider.esco_skills,
+        json.dumps([_evidence_row(each) for each in provider.evidence]),
+        provider.review_on,
+        provider.offered_until,
     )
 
 
@@ -107,7 +115,7 @@ async def list_providers(
     """In order of id. `live_on`: only those that may be offered on that day."""
     rows = await connection.fetch(
         f"{_PROVIDERS} WHERE p.id > $2 AND ($3::bigint = 0 OR p.partner_id = $3) AND ($4::text IS NULL OR p.kind = $4) "
-        "AND ($5::date IS NULL OR (p.active AND (p.expires_on IS NULL OR p.expires_on > $5))) ORDER BY p.id LIMIT $6",
+        "AND ($5::date IS NULL OR (p.active AND (p.offered_until IS NULL OR p.offered_until > $5))) ORDER BY p.id LIMIT $6",
         quarter,
         after,
         partner_id,
@@ -121,7 +129,7 @@ async def list_providers(
 async def live_providers(connection: Connection, *, quarter: date, today: date) -> list[ProviderRecord]:
     """All that may be offered today, with the places taken in the quarter."""
     rows = await connection.fetch(
-        f"{_PROVIDERS} WHERE p.active AND (p.expires_on IS NULL OR p.expires_on > $2)", quarter, today
+        f"{_PROVIDERS} WHERE p.active AND (p.offered_until IS NULL OR p.offered_until > $2)", quarter, today
     )
     return [_provider(row) for row in rows]
 
@@ -170,7 +178,7 @@ async def bookable_providers(
 ) -> dict[str, ProviderRecord]:
     """Those of the providers that may be offered today and have a place left in the quarter, by id."""
     rows = await connection.fetch(
-        f"{_PROVIDERS} WHERE p.id = ANY($2::text[]) AND p.active AND (p.expires_on IS NULL OR p.expires_on > $3) "
+        f"{_PROVIDERS} WHERE p.id = ANY($2::text[]) AND p.active AND (p.offered_until IS NULL OR p.offered_until > $3) "
         "AND (q.capacity IS NULL OR q.taken < q.capacity)",
         quarter,
         provider_ids,
@@ -219,6 +227,9 @@ def _provider(row: Row) -> ProviderRecord:
         lead_days=row["lead_days"],
         assesses=Assesses(row["assesses"]),
         conflict_organisations=tuple(row["conflict_organisations"]),
+        esco_skills=tuple(row["esco_skills"]),
+        evidence=tuple(_evidence(each) for each in json.loads(row["evidence"])),
+        review_on=row["review_on"],
         outcome_firms=row["outcome_firms"],
         outcome_points=row["outcome_points"],
         conflict_firm_ids=tuple(row["conflict_firm_ids"]),
@@ -228,3 +239,19 @@ def _provider(row: Row) -> ProviderRecord:
         changed=row["changed"],
         taken=row["taken"],
     )
+
+
+def _evidence_row(evidence: Evidence) -> dict[str, Any]:
+    expires_on = None if evidence.expires_on is None else evidence.expires_on.isoformat()
+    return {
+        "title": evidence.title,
+        "reference": evidence.reference,
+        "sha256": evidence.sha256,
+        "expires_on": expires_on,
+        "required": evidence.required,
+    }
+
+
+def _evidence(row: dict[str, Any]) -> Evidence:
+    expires_on = None if row["expires_on"] is None else date.fromisoformat(row["expires_on"])
+    return Evidence(**{**row, "expires_on": expires_on})

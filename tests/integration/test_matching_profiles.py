@@ -1,0 +1,162 @@
+"""Evidence and reviews of profiles, self-assessments of firms, and the fairness report."""
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from services.common.clock import from_us
+from services.common.kafka import Publisher
+from services.common.settings import Settings
+from smdih.matching.v1 import matching_pb2
+from tests.integration.matching_hub import KEYS, PROVIDERS, Hub, publish_world, running_hub
+from tests.polling import eventually
+
+SHA256 = "0123456789abcdef" * 4
+ESCO = "http://data.europa.eu/esco/skill/ccd0a1d9-afda-43d9-b901-96344886e14d"
+
+
+@pytest_asyncio.fixture(scope="module")
+async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub]:
+    await publish_world(publisher)
+    async with running_hub(settings) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
+    await one_hub.withdraw_all()
+    yield one_hub
+    one_hub.clock.shift = timedelta(0)
+
+
+def day(hub: Hub, days: int) -> str:
+    return (from_us(hub.clock.now_us()).date() + timedelta(days=days)).isoformat()
+
+
+def document(**fields: Any) -> dict[str, Any]:
+    return {"title": "Insurance", "reference": "file 17/26", "sha256": SHA256, **fields}
+
+
+async def test_a_provider_is_offered_until_its_review_is_due_or_a_document_it_needs_runs_out(hub: Hub) -> None:
+    await hub.put_providers(
+        "gear-rigs",
+        esco_skills=[ESCO],
+        review_on=day(hub, 30),
+        expires_on=day(hub, 60),
+        evidence=[document(expires_on=day(hub, 10), required=True), document(title="Prize", expires_on=day(hub, 5))],
+    )
+    shown = await hub.ok("firm", "GET", "/v1/providers/gear-rigs")
+    assert (shown["offered_until"], shown["esco_skills"]) == (day(hub, 10), [ESCO])
+    assert [each["title"] for each in shown["evidence"]] == ["Insurance", "Prize"]
+    opened = await hub.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."})
+    assert [each["provider_id"] for each in opened["offers"]] == ["gear-rigs"]
+    by_grpc = await hub.stub.GetProvider(
+        matching_pb2.GetProviderRequest(provider_id="gear-rigs"),
+        metadata=(("authorization", f"Bearer {KEYS['firm']}"),),
+    )
+    assert by_grpc.provider.evidence[0].required
+    assert by_grpc.provider.offered_until == shown["offered_until"]
+    assert list(by_grpc.provider.esco_skills) == [ESCO]
+    hub.clock.shift = timedelta(days=11)
+    assert (await hub.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."}))["offers"] == []
+    assert (await hub.call("firm", "GET", "/v1/providers/gear-rigs")).status_code == 404
+
+    async def lapsed() -> bool:
+        found = (await hub.ok("firm", "GET", f"/v1/needs/{opened['need']['id']}/offers"))["offers"]
+        return [(each["state"], each["decision_reason"]) for each in found] == [("lapsed", "PROVIDER_GONE")]
+
+    await eventually(lapsed)
+    # The document renewed: back at once.
+    await hub.put_providers("gear-rigs", review_on=day(hub, 30), evidence=[document(required=True)])
+    assert (await hub.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."}))["offers"]
+    hub.clock.shift = timedelta(days=45)
+    assert (await hub.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."}))["offers"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"esco_skills": ["vibration"]}, "BAD_ESCO_SKILL"),
+        ({"esco_skills": [ESCO] * 51}, "TOO_MANY"),
+        ({"evidence": [document(sha256="abc")]}, "BAD_EVIDENCE"),
+        ({"evidence": [document(title=" ")]}, "BAD_EVIDENCE"),
+        ({"evidence": [document()] * 51}, "TOO_MANY"),
+        ({"review_on": "2000-01-01"}, "BAD_REVIEW_DATE"),
+        ({"review_on": "9999-01-01"}, "BAD_REVIEW_DATE"),
+    ],
+)
+async def test_a_bad_profile_is_refused_with_its_reason(hub: Hub, fields: dict[str, Any], reason: str) -> None:
+    answer = await hub.call("partner", "PUT", "/v1/providers/bad", {**PROVIDERS["gear-rigs"], **fields})
+    assert (answer.status_code, answer.json()["reason"]) == (400, reason)
+
+
+async def test_a_self_assessment_gives_a_level_and_opens_a_need(hub: Hub) -> None:
+    await hub.put_providers("iot-basics")
+    asked = await hub.ok("firm", "GET", "/v1/maturity/questionnaire")
+    answers = {question["id"]: 1 for question in asked["questions"]}
+    body = {"version": asked["version"], "answers": answers, "request_id": "first"}
+    assessed = await hub.ok("firm", "POST", "/v1/maturity/assessments", body)
+    assert (assessed["level"], assessed["share"]) == ("collecting", pytest.approx(1 / 3))
+    assert set(assessed["topics"]) == {"capture", "storage", "use", "people", "security"}
+    assert await hub.ok("firm", "POST", "/v1/maturity/assessments", body) == assessed
+    path = f"/v1/maturity/assessments/{assessed['id']}"
+    opened = await hub.ok("firm", "POST", f"{path}/need", {})
+    assert (opened["need"]["text"], opened["need"]["source"]) == (assessed["need_draft"], "maturity")
+    assert [each["provider_id"] for each in opened["offers"]] == ["iot-basics"]
+    again = await hub.ok("firm", "POST", f"{path}/need", {"text": "Something else."})
+    assert again["need"]["id"] == opened["need"]["id"]
+    assert (await hub.ok("firm", "GET", path))["need_id"] == opened["need"]["id"]
+    assert (await hub.ok("firm", "GET", "/v1/maturity/assessments"))["assessments"][0]["id"] == assessed["id"]
+    calls: list[tuple[str, str, str, Any, int]] = [
+        ("other_firm", "GET", path, None, 404),
+        ("other_firm", "POST", f"{path}/need", {}, 404),
+        ("partner", "GET", path, None, 403),
+        ("partner", "POST", "/v1/maturity/assessments", body, 403),
+        ("device", "GET", "/v1/maturity/questionnaire", None, 403),
+        ("", "GET", "/v1/maturity/questionnaire", None, 401),
+        ("firm", "POST", "/v1/maturity/assessments", {**body, "request_id": "", "version": "none"}, 400),
+        ("firm", "POST", "/v1/maturity/assessments", {**body, "request_id": "", "answers": {}}, 400),
+        ("firm", "POST", "/v1/maturity/assessments", {**body, "answers": {**answers, "skills": 4}}, 400),
+        ("firm", "POST", "/v1/maturity/assessments", {**body, "answers": {**answers, "skills": 2}}, 409),
+    ]
+    for who, method, called, sent, status in calls:
+        answer = await hub.call(who, method, called, sent)
+        assert answer.status_code == status, (who, method, called, answer.text)
+
+
+async def test_operators_see_how_groups_of_firms_fare_and_no_single_firm(hub: Hub) -> None:
+    await hub.pool.execute("UPDATE need SET opened = opened - interval '200 days'")
+    await hub.put_providers("gear-rigs", capacity_per_quarter=50)
+    for number in range(6):
+        opened = await hub.ok("firm", "POST", "/v1/needs", {"text": f"Our gears whine, stand {number}."})
+        if number < 3:
+            await hub.ok("firm", "POST", f"/v1/offers/{opened['offers'][0]['id']}/accept")
+    for number in range(2):
+        await hub.ok("other_firm", "POST", "/v1/needs", {"text": f"Our ovens are cold, {number}."})
+    report = await hub.ok("operator", "GET", "/v1/reports/fairness")
+    [small] = report["by_size"]
+    assert (small["group"], small["needs"], small["matched_share"], small["unanswered_share"]) == (
+        "small",
+        8,
+        0.375,
+        0.625,
+    )
+    assert (small["offers_mean"], small["without_offer_share"], small["accepted_rank_mean"]) == (1, 0, 1)
+    assert 0 <= small["first_offer_s_median"] < 5
+    # Wales has too few, and the East Midlands would tell by difference.
+    assert [(each["group"], each["suppressed"]) for each in report["by_region"]] == [
+        ("East Midlands", True),
+        ("Wales", True),
+    ]
+    assert {each["matched_share"] for each in report["by_region"]} == {None}
+    for who, status in (("firm", 403), ("partner", 403), ("device", 403), ("", 401)):
+        assert (await hub.call(who, "GET", "/v1/reports/fairness")).status_code == status
+    empty = await hub.ok("operator", "GET", "/v1/reports/fairness?from_us=1000000000000000&until_us=1000000001000000")
+    assert (empty["by_size"], empty["by_region"]) == ([], [])
+    last_us = 253_402_300_799_000_000  # in the year 9999
+    for period in ("from_us=5&until_us=5", f"from_us={last_us}", f"until_us={last_us}&from_us=5", f"from_us={2**62}"):
+        bad = await hub.call("operator", "GET", f"/v1/reports/fairness?{period}")
+        assert (bad.status_code, bad.json()["reason"]) == (400, "BAD_TIME")
