@@ -24,7 +24,7 @@ from smdih_client import TelemetryClient
 DETECTOR_MACHINES, DETECTOR_ROWS, DETECTOR_WARM_ROWS, DETECTOR_BATCH_ROWS = 100, 1_000, 500, 25
 MACHINES, ROWS, ROWS_A_BATCH, CONNECTIONS = 200, 1_000, 25, 4
 SMALL_MACHINES, SMALL_ROUNDS, SMALL_CONNECTIONS = 10_000, 15, 50
-PACED_MACHINES, PACED_ROUNDS = 5_000, 25
+PACED_MACHINES, PACED_GROUPS, PACED_ROUNDS = 5_000, 5, 25
 PROBES, PROBE_WARM_ROWS, PROBE_FROM_S, PROBE_TO_S, POLL_S = 200, 400, 3.0, 22.0, 0.01
 FAULTY = 5_000.0
 SERIES = 100_000
@@ -142,7 +142,10 @@ async def recovery(hub: Hub, database: Connection, plant: Plant) -> None:
 async def sample_to_alarm(hub: Hub, database: Connection) -> None:
     """From the call that sends a faulty frame to the alarm in the database, at half of what anomaly_worker_small asks for."""
     plant = await registered(hub, PACED_MACHINES + PROBES)
-    load = Plant(plant.firm_id, plant.machine_ids[:PACED_MACHINES], plant.key)
+    groups = [
+        Plant(plant.firm_id, plant.machine_ids[first : first + PACED_MACHINES // PACED_GROUPS], plant.key)
+        for first in range(0, PACED_MACHINES, PACED_MACHINES // PACED_GROUPS)
+    ]
     probed = Plant(plant.firm_id, plant.machine_ids[PACED_MACHINES:], plant.key)
     values = frames(PROBE_WARM_ROWS, seed=7)
     now_us = time.time_ns() // 1000
@@ -154,7 +157,14 @@ async def sample_to_alarm(hub: Hub, database: Connection) -> None:
         await client.flush()
     sent: dict[int, float] = {}
     late_s: dict[int, float] = {}
-    loading = asyncio.create_task(send(hub, load, SMALL_CONNECTIONS, PACED_ROUNDS, 1, rate=1.0))
+
+    async def group(number: int) -> int:
+        # Machines tick all over the second, not all at once.
+        await asyncio.sleep(number / PACED_GROUPS)
+        sent = await send(hub, groups[number], SMALL_CONNECTIONS // PACED_GROUPS, PACED_ROUNDS, 1, rate=1.0)
+        return int(sent["samples"] / sent["seconds"])
+
+    loading = asyncio.gather(*(group(number) for number in range(PACED_GROUPS)))
     began = time.monotonic()
 
     async def fault(number: int, machine_id: int, client: TelemetryClient) -> None:
@@ -177,7 +187,7 @@ async def sample_to_alarm(hub: Hub, database: Connection) -> None:
 
     async with TelemetryClient(target, probed.key, source="probe-fault") as client:
         await asyncio.gather(watch(), *(fault(n, id_, client) for n, id_ in enumerate(probed.machine_ids)))
-    background = await loading
+    rates = await loading
     seconds = list(late_s.values())
     tell(
         "sample_to_alarm_p99_s",
@@ -187,7 +197,7 @@ async def sample_to_alarm(hub: Hub, database: Connection) -> None:
         p50=round(float(np.median(seconds)), 3),
         alarms=len(seconds),
         faults=PROBES,
-        samples_per_s=round(background["samples"] / background["seconds"]),
+        samples_per_s=sum(rates),
     )
 
 

@@ -21,7 +21,7 @@ from localstack.hub import Hub
 from localstack.servers import LOCAL, Servers
 from services.common.database import Connection
 from services.common.kafka import Cluster
-from services.ingest.binarycopy import HEADER, POSTGRES_EPOCH_US, TRAILER, keyed_rows
+from services.ingest.historian.binarycopy import HEADER, POSTGRES_EPOCH_US, TRAILER, keyed_rows
 
 COPY_MACHINES, COPY_ROWS = 200, 1_000
 DOOR_MACHINES, DOOR_ROWS, DOOR_ROWS_A_BATCH, DOOR_CONNECTIONS = 200, 1_000, 25, 4

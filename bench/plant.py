@@ -10,9 +10,9 @@ from services.common.clock import SystemClock
 from services.common.directory import entity_key
 from services.common.identity import Role
 from services.common.kafka import Cluster, Message, Publisher
-from services.ingest.binarycopy import Floats, Ints
-from services.ingest.credentials import make_credential
 from services.ingest.domain import QUOTA_SAMPLES_PER_S_MAX
+from services.ingest.historian.binarycopy import Floats, Ints
+from services.ingest.registry.credentials import make_credential
 from smdih.directory.v1 import directory_pb2 as pb
 
 SIGNALS = 20

@@ -31,10 +31,11 @@ ROUNDS = 20
 CLIENTS = 2
 # Asked of both clients, so that the same request comes from two processes at once.
 SHARED_SHARE = 0.05
-KILL_EVERY_S = (1.5, 5.0)
+# Between two kills so many answers, not seconds: on a busy machine a client that is started again needs longer to get anywhere.
+KILL_EVERY_ANSWERS = (1_000, 7_000)
 # Of the kills, how many meet the database in place of a client.
 DATABASE_SHARE = 0.1
-ROUND_DEADLINE_S = 300
+ROUND_DEADLINE_S = 900
 CLOCK = SystemClock()
 
 
@@ -48,12 +49,14 @@ class Answers:
     posted: dict[int, tuple[int, str]] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
     repeats: int = 0
+    count: int = 0
     broken: list[str] = field(default_factory=list)
 
     def take(self, line: str) -> int:
         """Returns the number of the operation that is answered."""
         number_, word, *rest = line.split()
         number = int(number_)
+        self.count += 1
         if word == "refused":
             self.refused[rest[0]] += 1
             return number
@@ -83,23 +86,29 @@ class ClientProcess:
                 self.kills += 1
 
     async def run(self) -> None:
-        while self._open:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "chaos.ledger_client", self._dsn, str(self._seed)),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=2**20,
-            )
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            with suppress(ConnectionError):
-                self._process.stdin.write("\n".join(map(str, self._open)).encode())
-                await self._process.stdin.drain()
-                self._process.stdin.close()
-            async for line in self._process.stdout:
-                self._open.pop(self._answers.take(line.decode()), None)
-            if await self._process.wait() > 0:
-                raise RuntimeError("a client of the ledger failed")
+        try:
+            while self._open:
+                await self._live()
+        finally:
+            self.kill()
+
+    async def _live(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "chaos.ledger_client", self._dsn, str(self._seed)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=2**20,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(ConnectionError):
+            self._process.stdin.write("\n".join(map(str, self._open)).encode())
+            await self._process.stdin.drain()
+            self._process.stdin.close()
+        async for line in self._process.stdout:
+            self._open.pop(self._answers.take(line.decode()), None)
+        if await self._process.wait() > 0:
+            raise RuntimeError("a client of the ledger failed")
 
 
 async def prepare_calls(pool: Pool) -> None:
@@ -159,7 +168,7 @@ async def play_ledger(stage: Stage, dsn: str, chance: random.Random) -> Outcome:
     clients = [ClientProcess(dsn, seed, own, answers) for own in numbers]
     trials = Trials(dsn)
     watching = asyncio.create_task(trials.watch())
-    killer = Killer(stage, clients, chance, outcome.faults)
+    killer = Killer(stage, clients, answers, chance, outcome.faults)
     try:
         async with asyncio.timeout(ROUND_DEADLINE_S):
             await killer.until(asyncio.ensure_future(_all(clients)))
@@ -211,9 +220,17 @@ class Trials:
 class Killer:
     """Kills clients, and sometimes the database."""
 
-    def __init__(self, stage: Stage, clients: list[ClientProcess], chance: random.Random, faults: list[str]) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        clients: list[ClientProcess],
+        answers: Answers,
+        chance: random.Random,
+        faults: list[str],
+    ) -> None:
         self._stage = stage
         self._clients = clients
+        self._answers = answers
         self._chance = chance
         self._faults = faults
         self._crashing: asyncio.Task[None] | None = None
@@ -236,7 +253,9 @@ class Killer:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._chance.uniform(*KILL_EVERY_S))
+            after = self._answers.count + self._chance.randint(*KILL_EVERY_ANSWERS)
+            while self._answers.count < after:
+                await asyncio.sleep(0.01)
             if self._chance.random() < DATABASE_SHARE:
                 self._faults.append("kill database")
                 self._crashing = asyncio.create_task(self._crash())

@@ -25,7 +25,7 @@ import grpc
 import numpy as np
 
 from bench.plant import SIGNALS
-from services.ingest.binarycopy import Floats, Ints
+from services.ingest.historian.binarycopy import Floats, Ints
 from smdih.ingest.v1 import telemetry_pb2 as pb
 from smdih.ingest.v1 import telemetry_pb2_grpc
 

@@ -266,7 +266,8 @@ async def _play(
         for gateway, machine in zip(gateways, machines.values(), strict=True):
             await _judge(database, gateway, machine["id"], outcome)
         quarantined = await database.fetch(
-            "SELECT reason, sum(samples) AS samples FROM ingest.quarantine GROUP BY reason"
+            "SELECT reason, sum(samples) AS samples FROM ingest.quarantine WHERE received > to_timestamp($1) GROUP BY reason",
+            (start_ms + HISTORY_MS) / 1000,
         )
     finally:
         await database.close()

@@ -26,7 +26,7 @@ from services.common import topics
 from services.common.database import Connection
 from services.common.errors import TryAgain
 from services.common.kafka import DEAD_LETTERS_IN_A_ROW_MAX, Cluster, Message, Publisher
-from services.ingest.binarycopy import Ints
+from services.ingest.historian.binarycopy import Ints
 
 MACHINES = 30
 FAULTS_A_ROUND = 3

@@ -137,6 +137,7 @@ class RuleBook:
     def __init__(self) -> None:
         self._rules: dict[str, int] = {}
         self._rows: list[Rule | None] = []
+        self._free: list[int] = []
         self._of_key: dict[Key, list[int]] = {}
         self._parameters: Floats = np.zeros((8, _PARAMETERS))
         self._states: Floats = np.zeros((8, _STATE))
@@ -152,7 +153,7 @@ class RuleBook:
         `last_us`: time of the machine's newest sample, 0 if there is none. Silence counts from `made_us` at the earliest.
         """
         self.remove(rule.id)
-        row = next((at for at, held in enumerate(self._rows) if held is None), len(self._rows))
+        row = self._free.pop() if self._free else len(self._rows)
         if row == len(self._rows):
             self._rows.append(None)
             if row >= len(self._parameters):
@@ -179,6 +180,7 @@ class RuleBook:
         rule = self._rows[row]
         assert rule is not None
         self._rows[row] = None
+        self._free.append(row)
         key, _ = place(rule)
         self._of_key[key].remove(row)
         if not self._of_key[key]:

@@ -54,10 +54,6 @@ UNCOVERED_RECORDS_MAX = 100_000
 # What a rebalance or a stop may wait for a last checkpoint; without it the next owner replays from the one before.
 LAST_CHECKPOINT_TIMEOUT_S = 6.0
 SESSION_TIMEOUT_S = 10.0
-# The horizon is moved past what is in hand by what comes in this time, so that a busy partition asks the database a few times a
-# second and a quiet one at each record: that is how soon a tuning holds.
-HORIZON_AHEAD_S = 0.25
-HORIZON_AHEAD_RECORDS_MAX = 10_000
 CRASH_POLL_S = 1.0
 OFFSET_COMMIT_INTERVAL_S = 1.0
 
@@ -103,7 +99,6 @@ class _Partition:
         # Records below it may be scored with the tunings up to the one known last.
         self.horizon = horizon.next_offset
         self.known_tuning = horizon.known
-        self.horizon_moved = (time.monotonic(), position)
         # Taken, but not below the saved position: acknowledged once a checkpoint covers them.
         self.uncovered: deque[Any] = deque()
         self.unreadable_in_a_row = 0
@@ -326,16 +321,13 @@ class Worker:
         return expected
 
     async def _move_horizon(self, partition: _Partition, end: int) -> None:
-        """Before anything up to `end` is scored: learn of the tunings that hold there."""
-        since, start = partition.horizon_moved
-        now = time.monotonic()
-        ahead = (
-            int((end - start) / max(now - since, 0.001) * HORIZON_AHEAD_S) if now - since < HORIZON_AHEAD_S * 4 else 0
-        )
-        wanted = end + min(ahead, HORIZON_AHEAD_RECORDS_MAX)
-        partition.horizon_moved = now, end
+        """Before anything up to `end` is scored: learn of the tunings that hold there.
+
+        Not further than what is in hand: where little comes, a tuning would wait for what is ahead. One question for all records
+        that are taken together is not much.
+        """
         moved = await self._until_answered(
-            lambda: self._horizons.move(partition.scorer.partition, wanted=wanted, known=partition.known_tuning)
+            lambda: self._horizons.move(partition.scorer.partition, wanted=end, known=partition.known_tuning)
         )
         partition.horizon = moved.next_offset
         partition.known_tuning = moved.known

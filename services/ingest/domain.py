@@ -165,3 +165,28 @@ def check_sic(sic: str) -> str:
     if not _SIC.fullmatch(sic):
         raise BadName(f"{sic!r}: a SIC 2007 code looks like 25.62")
     return sic
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Whose input it is."""
+
+    firm_id: int
+    credential_id: int
+    source: str
+    door: str
+    correlation_id: str
+    # False: history that is sent now. It says nothing about the machine and its gateway now.
+    is_live: bool = True
+
+
+@dataclass(frozen=True)
+class UnknownSignal:
+    """What a batch holds of a signal that its machine does not have, for a firm that wants such signals proposed."""
+
+    name: str
+    samples: int
+    example: float
+    lowest: float
+    highest: float
+    is_whole: bool

@@ -19,53 +19,54 @@ from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.ingest import api, credential_store
-from services.ingest.access import Access
-from services.ingest.audit import Audit
-from services.ingest.audit_api import audit_router
-from services.ingest.buckets import Buckets, BucketsSharer
-from services.ingest.claim_api import claim_code_router, claim_router
-from services.ingest.claim_rpc import OPEN_METHODS, ClaimServicer
-from services.ingest.claims import Claims
-from services.ingest.credential_api import credential_router
-from services.ingest.credentials import Credentials, make_credential
-from services.ingest.diagnosis import Diagnoses, Partitions
-from services.ingest.diagnosis_api import diagnosis_router
-from services.ingest.diagnosis_rpc import DiagnosisServicer
-from services.ingest.door import Door
-from services.ingest.export import Export
-from services.ingest.groupcommit import GroupCommit
-from services.ingest.historian import Historian
-from services.ingest.import_api import import_router
-from services.ingest.imports import Imports
-from services.ingest.kpi import KpiService
-from services.ingest.kpi_api import kpi_router
-from services.ingest.kpi_rpc import KpiServicer
-from services.ingest.mqttbridge import Births, Bridge, Host, Share
-from services.ingest.mqttlink import Broker
-from services.ingest.proposal_api import proposal_router
-from services.ingest.proposal_rpc import ProposalServicer
-from services.ingest.proposals import Proposals
-from services.ingest.quarantine import Quarantine
-from services.ingest.quarantine_api import quarantine_router
-from services.ingest.queries import Queries
-from services.ingest.query_api import query_router
-from services.ingest.query_rpc import QueryServicer
-from services.ingest.query_turns import Turns
-from services.ingest.quota_api import quota_router
-from services.ingest.quota_rpc import QuotaServicer
-from services.ingest.quotas import Quotas
-from services.ingest.registry import Registry
-from services.ingest.registry_api import registry_router
-from services.ingest.registry_rpc import RegistryServicer
-from services.ingest.retention import Enforcer, Retention
-from services.ingest.retention_api import retention_router
-from services.ingest.rooms import RoomReads, Rooms
-from services.ingest.rooms_api import rooms_router
-from services.ingest.rpc import TelemetryServicer
-from services.ingest.series_api import series_router
-from services.ingest.series_rpc import SeriesServicer
-from services.ingest.sightings import Sightings, SightingsWriter
+from services.ingest.diagnosis.api import diagnosis_router
+from services.ingest.diagnosis.diagnosis import Diagnoses, Partitions
+from services.ingest.diagnosis.rpc import DiagnosisServicer
+from services.ingest.diagnosis.sightings import Sightings, SightingsWriter
+from services.ingest.historian.historian import Historian
+from services.ingest.kpi.api import kpi_router
+from services.ingest.kpi.rpc import KpiServicer
+from services.ingest.kpi.service import KpiService
+from services.ingest.mqtt.bridge import Births, Bridge, Host, Share
+from services.ingest.mqtt.link import Broker
+from services.ingest.proposals.api import proposal_router
+from services.ingest.proposals.rpc import ProposalServicer
+from services.ingest.proposals.service import Proposals
+from services.ingest.queries.access import Access
+from services.ingest.queries.api import query_router
+from services.ingest.queries.export import Export
+from services.ingest.queries.queries import Queries
+from services.ingest.queries.rooms import RoomReads, Rooms
+from services.ingest.queries.rooms_api import rooms_router
+from services.ingest.queries.rpc import QueryServicer
+from services.ingest.queries.series_api import series_router
+from services.ingest.queries.series_rpc import SeriesServicer
+from services.ingest.queries.turns import Turns
+from services.ingest.registry import credential_store
+from services.ingest.registry.api import registry_router
+from services.ingest.registry.audit import Audit
+from services.ingest.registry.audit_api import audit_router
+from services.ingest.registry.claim_api import claim_code_router, claim_router
+from services.ingest.registry.claim_rpc import OPEN_METHODS, ClaimServicer
+from services.ingest.registry.claims import Claims
+from services.ingest.registry.credential_api import credential_router
+from services.ingest.registry.credentials import Credentials, make_credential
+from services.ingest.registry.import_api import import_router
+from services.ingest.registry.imports import Imports
+from services.ingest.registry.quota_api import quota_router
+from services.ingest.registry.quota_rpc import QuotaServicer
+from services.ingest.registry.quotas import Quotas
+from services.ingest.registry.registry import Registry
+from services.ingest.registry.rpc import RegistryServicer
+from services.ingest.retention.api import retention_router
+from services.ingest.retention.service import Enforcer, Retention
+from services.ingest.telemetry import api
+from services.ingest.telemetry.buckets import Buckets, BucketsSharer
+from services.ingest.telemetry.door import Door
+from services.ingest.telemetry.groupcommit import GroupCommit
+from services.ingest.telemetry.quarantine import Quarantine
+from services.ingest.telemetry.quarantine_api import quarantine_router
+from services.ingest.telemetry.rpc import TelemetryServicer
 from smdih.ingest.v1 import (
     claim_pb2_grpc,
     diagnosis_pb2_grpc,

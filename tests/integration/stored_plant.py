@@ -18,8 +18,8 @@ import numpy.typing as npt
 from localstack.hub import Hub
 from localstack.servers import Servers
 from services.common.settings import Settings
-from services.ingest.binarycopy import HEADER, TRAILER, keyed_rows
 from services.ingest.domain import CHANNEL_GROUP
+from services.ingest.historian.binarycopy import HEADER, TRAILER, keyed_rows
 
 
 class Wire:

@@ -213,7 +213,7 @@ async def world(settings: Settings, publisher: Publisher) -> AsyncIterator[World
         ]
         app = http.application("fund", runtime=runtime, directory=directory, routers=routers)
         served = await stack.enter_async_context(http.serve(app, host="127.0.0.1", port=0))
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{served}", timeout=60))
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{served}", timeout=200))
         by_grpc = await stack.enter_async_context(
             rpc.serve(
                 host="127.0.0.1",

@@ -20,8 +20,8 @@ import pytest_asyncio
 from localstack.servers import Servers
 from services.common.clock import to_us
 from services.common.settings import Settings
-from services.ingest.query_lttb import chosen
-from smdih.ingest.v1 import series_pb2, series_pb2_grpc
+from services.ingest.queries.lttb import chosen
+from smdih.ingest.v1 import query_pb2, series_pb2, series_pb2_grpc
 from smdih_client.recording import read as read_recording
 from tests.integration.stored_plant import StoredPlant, stored_plant
 from tests.polling import eventually
@@ -30,6 +30,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 START_US = 1_760_000_040 * 1_000_000  # on a minute, not on an hour
+FIGURES = ("count", "mean", "min", "max", "last")
 MEGABYTE = 1024 * 1024
 # While millions of samples leave, the door grows by no more than this; Parquet brings its library with it.
 CSV_GROWTH_BYTES_MAX = 60 * MEGABYTE
@@ -190,8 +191,12 @@ async def test_grpc_answers_the_same(stored: Stored) -> None:
             (series_pb2.EXPORT_FORMAT_UNSPECIFIED, {}),
             (series_pb2.EXPORT_FORMAT_CSV_GZIP, {"gzip": True}),
             (series_pb2.EXPORT_FORMAT_PARQUET, {"format": "parquet"}),
+            (series_pb2.EXPORT_FORMAT_CSV, {"resolution": "minute"}),
         ):
-            request = series_pb2.ExportRequest(machine_id=stored.machine["id"], format=format_, **times)
+            resolution = query_pb2.RESOLUTION_MINUTE if "resolution" in suffix else query_pb2.RESOLUTION_UNSPECIFIED
+            request = series_pb2.ExportRequest(
+                machine_id=stored.machine["id"], format=format_, resolution=resolution, **times
+            )
             data = b"".join([part.data async for part in stub.Export(request, metadata=metadata)])
             answer = await stored.plant.http.get(
                 "/v1/export", params=stored.range(machine_id=stored.machine["id"], **suffix)
@@ -282,6 +287,34 @@ async def test_machines_with_clocks_of_their_own_are_merged_by_time(stored: Stor
     assert [_us(row[0]) for row in rows] == sorted(expected)
     found = np.array([[float(cell) if cell else np.nan for cell in row[1:]] for row in rows])
     np.testing.assert_array_equal(found, np.array([expected[t] for t in sorted(expected)]))
+
+
+@pytest.mark.parametrize(("resolution", "width_s"), [("minute", 60), ("hour", 3600)])
+async def test_stored_buckets_leave_as_files_too(stored: Stored, resolution: str, width_s: int) -> None:
+    wanted = [stored.signals[0], stored.wide["signals"][229]["id"]]
+    odd = {"from_us": START_US + 61_000_000, "to_us": START_US + 3 * 3600 * 1_000_000 + 1}
+    answer = await stored.plant.http.get("/v1/export", params={"signal_id": wanted, "resolution": resolution, **odd})
+    head, rows = _cells(answer.text)
+    names = [f"{name} {figure}" for name in ("acme/derry/press-1/temp", "acme/derry/wide-1/s229") for figure in FIGURES]
+    assert head == ["time", *names]
+    found = (
+        await stored.plant.http.get("/v1/buckets", params={"signal_id": wanted, "width_s": width_s, **odd})
+    ).json()["series"]
+    expected: dict[int, list[float | None]] = {}
+    for number, one in enumerate(found):
+        for at, *figures in zip(one["times_us"], *(one[f"{figure}s"] for figure in FIGURES), strict=True):
+            expected.setdefault(at, [None] * 10)[5 * number : 5 * number + 5] = figures
+    assert [_us(row[0]) for row in rows] == sorted(expected)
+    assert [[float(cell) if cell else None for cell in row[1:]] for row in rows] == [
+        expected[at] for at in sorted(expected)
+    ]
+    assert len(rows) > 2
+    parquet = await stored.plant.http.get(
+        "/v1/export", params={"signal_id": wanted, "resolution": resolution, "format": "parquet", **odd}
+    )
+    table = pq.read_table(io.BytesIO(parquet.content))
+    assert table.num_rows == len(rows)
+    assert table.column_names == ["time", *names]
 
 
 async def test_millions_of_samples_leave_in_constant_memory_and_parquet_equals_the_database(
@@ -408,6 +441,7 @@ async def test_readers_that_leave_give_up_their_place_and_too_many_are_told_to_w
         ("plot", {"signal_id": 0}, 400, "INVALID"),
         ("export", {"format": "xlsx"}, 400, "INVALID"),
         ("export", {"layout": "tall"}, 400, "INVALID"),
+        ("export", {"resolution": "week"}, 400, "INVALID"),
         ("export", {"format": "parquet", "gzip": True}, 400, "INVALID"),
         ("export", {"signal_id": []}, 400, "INVALID"),
         ("export", {"machine_id": 10**9}, 404, "NOT_FOUND"),

@@ -16,8 +16,8 @@ from localstack.servers import Servers
 from services.common.clock import SystemClock
 from services.common.database import create_pool
 from services.common.settings import Settings
-from services.ingest import retention
-from services.ingest.retention import Enforcer
+from services.ingest.retention import service as retention
+from services.ingest.retention.service import Enforcer
 from tests.integration.stored_plant import StoredPlant, stored_plant
 from tests.polling import eventually
 

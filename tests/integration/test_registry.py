@@ -18,9 +18,9 @@ import pytest_asyncio
 
 from localstack.servers import ROOT, Servers
 from services.common.settings import Settings
-from services.ingest import claimcodes
-from services.ingest.claims import WRONG_ATTEMPTS_MAX
 from services.ingest.domain import QUOTA_BURST_S, QUOTA_SAMPLES_PER_S_DEFAULT, QUOTA_SIGNALS_DEFAULT
+from services.ingest.registry import claimcodes
+from services.ingest.registry.claims import WRONG_ATTEMPTS_MAX
 from smdih.ingest.v1 import (
     claim_pb2,
     claim_pb2_grpc,
@@ -89,6 +89,9 @@ async def test_a_firm_over_its_rate_is_told_when_to_send_again_and_others_are_no
     assert (told["reason"], int(told["retry-after"]) >= 1) == ("QUOTA_SAMPLES", True)
     assert "QUOTA_SAMPLES" in [one["cause"] for one in (await firm.diagnosis(machine["id"]))["causes"]]
     assert (await firm.device.get("/v1/quarantine")).json()["items"] == []  # the sender still has it
+    metrics = (await firm.device.get("/metrics")).text
+    assert 'smdih_ingest_door_refusals_total{reason="QUOTA_SAMPLES"}' in metrics
+    assert 'smdih_ingest_door_samples_total{door="http",outcome="refused"}' in metrics
 
     other = await hub.firm()
     assert (await other.send((await other.machine())["path"])).status_code == 200

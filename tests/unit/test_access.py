@@ -6,8 +6,8 @@ import pytest
 
 from services.common.errors import Forbidden, NotFound
 from services.common.identity import Caller, Role
-from services.ingest.access import Access, Grant
-from services.ingest.query_store import SignalPlace
+from services.ingest.queries.access import Access, Grant
+from services.ingest.queries.store import SignalPlace
 
 FIRM = Caller(1, Role.FIRM, firm_id=7)
 DEVICE = Caller(2, Role.DEVICE, firm_id=7)

@@ -5,9 +5,9 @@ import pytest
 from services.common.directory import Directory
 from services.common.errors import SlowDown
 from services.common.kafka import Cluster
-from services.ingest.buckets import SHARE_INTERVAL_S, Buckets
 from services.ingest.domain import QUOTA_BURST_S, QUOTA_SAMPLES_PER_S_DEFAULT
-from services.ingest.quota_store import Others
+from services.ingest.registry.quota_store import Others
+from services.ingest.telemetry.buckets import SHARE_INTERVAL_S, Buckets
 from smdih.directory.v1 import directory_pb2
 from tests.unit.test_frames import FixedClock
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.ingest.causes import QUIET_AFTER_S, Facts, Key, Refusal, diagnose
+from services.ingest.diagnosis.causes import QUIET_AFTER_S, Facts, Key, Refusal, diagnose
 
 NOW_US = 1_764_000_000_000_000
 HOUR_US = 3_600_000_000

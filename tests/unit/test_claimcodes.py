@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest import claimcodes
-from services.ingest.claimcodes import ALPHABET, Mistyped, new_code, read, shown
+from services.ingest.registry import claimcodes
+from services.ingest.registry.claimcodes import ALPHABET, Mistyped, new_code, read, shown
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 from services.common.directory import Directory
 from services.common.errors import HubError, SlowDown
 from services.common.kafka import Cluster, Publisher
-from services.ingest import door
-from services.ingest.buckets import Buckets
-from services.ingest.door import Door
-from services.ingest.frames import Sender
-from services.ingest.groupcommit import GroupCommit
-from services.ingest.sightings import Sightings
+from services.ingest.diagnosis.sightings import Sightings
+from services.ingest.domain import Sender
+from services.ingest.telemetry import door
+from services.ingest.telemetry.buckets import Buckets
+from services.ingest.telemetry.door import Door
+from services.ingest.telemetry.groupcommit import GroupCommit
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import telemetry_pb2
 from tests.unit.test_frames import NOW_US, FixedClock

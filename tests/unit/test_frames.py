@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from services.common.directory import Directory
 from services.common.kafka import Cluster
-from services.ingest.frames import FrameCheck, Sender
+from services.ingest.domain import Sender
+from services.ingest.telemetry.frames import FrameCheck
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import telemetry_pb2
 

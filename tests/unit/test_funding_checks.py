@@ -13,16 +13,20 @@ from services.funding.domain import (
     Assessment,
     Call,
     CallState,
+    Cost,
+    CostCategory,
     Declaration,
     EarlierAssistance,
     Pledge,
+    ProjectPartner,
     Refused,
     SizeFigures,
+    Terms,
 )
 from services.funding.ledger import Account, AccountKind, Event, Transfer, event_hash
 from services.funding.parameters import load_parameters
 from services.funding.rules.assistance import AssistanceKind
-from services.funding.rules.intensity import Category
+from services.funding.rules.intensity import Category, Organisation
 from services.funding.rules.match import PledgeKind
 from services.funding.rules.size import Definition, Size
 
@@ -73,6 +77,7 @@ def assess(
     given_: list[checks.Given] | None = None,
     sic: str = "25.62",
     other_public: int = 0,
+    partners: tuple[ProjectPartner, ...] = (),
     **declared: Any,
 ) -> Assessment:
     facts = checks.Facts(
@@ -81,6 +86,7 @@ def assess(
         eligible_pence=eligible,
         requested_pence=requested,
         other_public_pence=other_public,
+        partners=partners,
         pledges=pledges,
         given=given_ or (),
     )
@@ -278,3 +284,56 @@ def test_every_part_of_an_event_is_in_its_hash() -> None:
         {"content": b"y"},
     ]
     assert len({event_hash(**{**base, **change}) for change in changed}) == 7
+
+
+def partner(pence: int, organisation: Organisation = Organisation.RESEARCH, **changes: Any) -> ProjectPartner:
+    costs = (Cost(category=CostCategory.LABOUR, amount_pence=pence),)
+    return ProjectPartner(
+        **{"name": f"{organisation} {pence}", "organisation": organisation, "costs": costs, **changes}
+    )
+
+
+def test_each_partner_has_its_own_cap_and_the_project_their_sum() -> None:
+    large = SizeFigures(
+        headcount="400", turnover_minor=9_000_000_000, balance_minor=9_000_000_000, period_start="2026-01-01"
+    )
+    business = partner(10_000_00, Organisation.BUSINESS, size=large)
+    academic = partner(10_000_00, Organisation.ACADEMIC, other_public_pence=1_000_00)
+    research = partner(10_000_00)
+    # 45 % of 70,000.00, 25 % of 10,000.00, 80 % of 10,000.00 less what is given already, all of 10,000.00.
+    found = assess(partners=(business, academic, research))
+    assert found.max_grant_pence == 31_500_00 + 2_500_00 + 7_000_00 + 10_000_00
+    assert codes(assess(partners=(business, academic, research), requested=51_000_00)) == []
+    assert codes(assess(partners=(business, academic, research), requested=51_000_01)) == ["INTENSITY_EXCEEDED"]
+
+
+def test_the_research_share_of_a_project_is_limited_to_the_penny() -> None:
+    assert codes(assess(partners=(partner(30_000_00),))) == []
+    assert codes(assess(partners=(partner(20_000_00), partner(10_000_01, Organisation.ACADEMIC)))) == [
+        "RESEARCH_SHARE_EXCEEDED"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("eligible", "grant"),
+    [(20_000_01, 10_000_00), (39_999_99, 19_999_99), (40_000_00, 20_000_00), (90_000_00, 20_000_00)],
+)
+def test_an_adoption_call_gives_half_up_to_its_maximum(eligible: int, grant: int) -> None:
+    adoption = call(terms=Terms(adoption_max_pence=25_000_00))
+    assert assess(call_=adoption, eligible=eligible).grant_pence == grant
+
+
+def test_an_adoption_call_keeps_its_own_limits_and_is_for_small_manufacturers() -> None:
+    lower = call(terms=Terms(adoption_max_pence=15_000_00), rate_max="0.40")
+    assert assess(call_=lower, eligible=30_000_00).grant_pence == 12_000_00
+    assert assess(call_=lower, eligible=90_000_00).grant_pence == 15_000_00
+    # All public money together keeps the rate.
+    assert assess(call_=lower, eligible=30_000_00, other_public=11_000_00).grant_pence == 1_000_00
+    assert codes(assess(call_=lower, eligible=30_000_00, requested=12_000_01)) == ["INTENSITY_EXCEEDED"]
+    large = SizeFigures(
+        headcount="400", turnover_minor=9_000_000_000, balance_minor=9_000_000_000, period_start="2026-01-01"
+    )
+    assert codes(assess(call_=lower, eligible=30_000_00, size=large)) == ["NOT_SME"]
+    assert "NOT_MANUFACTURING" in codes(assess(call_=lower, eligible=30_000_00, sic="62.01"))
+    with pytest.raises(Refused):
+        assess(call_=lower, partners=(partner(1_00),))

@@ -7,9 +7,9 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pytest
 
-from services.ingest.kpi_calendar import Span, day_number, local_minutes, span_of
-from services.ingest.kpi_counts import counted, flowed, spread
-from services.ingest.kpi_tariff import CarbonFactor, Rate, Tariff, carbon, costs, total_pence
+from services.ingest.kpi.calendar import Span, day_number, local_minutes, span_of
+from services.ingest.kpi.counts import counted, flowed, spread
+from services.ingest.kpi.tariff import CarbonFactor, Rate, Tariff, carbon, costs, total_pence
 
 LONDON = ZoneInfo("Europe/London")
 NAN = np.nan

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from services.ingest.kpi_states import Levels, NoLevels, State, found_levels, runs, states
+from services.ingest.kpi.states import Levels, NoLevels, State, found_levels, runs, states
 
 Floats = npt.NDArray[np.float64]
 OFF, IDLE, WORKING, NO_DATA = State.OFF, State.IDLE, State.WORKING, State.NO_DATA

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.frames import RAW_BYTES_MAX
-from services.ingest.lineprotocol import FAULTS_MAX, FORMS_MAX, PRECISIONS, Fault, TooMany, batches, by_reason, read
+from services.ingest.telemetry.frames import RAW_BYTES_MAX
+from services.ingest.telemetry.lineprotocol import (
+    FAULTS_MAX,
+    FORMS_MAX,
+    PRECISIONS,
+    Fault,
+    TooMany,
+    batches,
+    by_reason,
+    read,
+)
 from smdih.ingest.v1 import telemetry_pb2
 
 NOW_US = 1_764_000_000_000_000

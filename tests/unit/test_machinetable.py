@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest import machinetable
 from services.ingest.domain import NewSignal
-from services.ingest.machinetable import BadTable, KnownMachine, Plan, read
+from services.ingest.registry import machinetable
+from services.ingest.registry.machinetable import BadTable, KnownMachine, Plan, read
 
 SITES = {"leeds": 1, "york": 2}
 KNOWN = {

@@ -9,12 +9,11 @@ import pytest
 
 from localstack.mosquitto import ACCESS, CONFIG
 from localstack.servers import ROOT
-from services.ingest.domain import Reason
-from services.ingest.frames import Sender
-from services.ingest.mqttbatches import ROWS_MAX, Gathered
-from services.ingest.mqttbridge import REBIRTH_DELAY_S, REBIRTH_DELAY_S_MAX, _Rebirths
-from services.ingest.mqttlink import WAITING_MESSAGES_MAX, Broker, Link, LinkLost, LinkRefused
-from services.ingest.mqttpayload import Sample, read
+from services.ingest.domain import Reason, Sender
+from services.ingest.mqtt.batches import ROWS_MAX, Gathered
+from services.ingest.mqtt.bridge import REBIRTH_DELAY_S, REBIRTH_DELAY_S_MAX, _Rebirths
+from services.ingest.mqtt.link import WAITING_MESSAGES_MAX, Broker, Link, LinkLost, LinkRefused
+from services.ingest.mqtt.payload import Sample, read
 
 SENDER = Sender(1, 0, "mqtt", "mqtt", "c")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from services.ingest.query_lttb import chosen
+from services.ingest.queries.lttb import chosen
 
 
 def _plain(times: list[int], values: list[float], points: int) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 
 from services.common.errors import SlowDown
 from services.common.identity import Caller, Role
-from services.ingest.query_turns import Turns
+from services.ingest.queries.turns import Turns
 
 BUSY, OTHER = Caller(1, Role.FIRM, firm_id=1), Caller(2, Role.FIRM, firm_id=2)
 

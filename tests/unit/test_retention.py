@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.ingest.retention_rules import (
+from services.ingest.retention.rules import (
     DAY_US,
     HOUR_US,
     STORES,

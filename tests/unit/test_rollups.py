@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.binarycopy import Floats, Ints
-from services.ingest.rollups import OpenBuckets, Stats
+from services.ingest.historian.binarycopy import Floats, Ints
+from services.ingest.historian.rollups import OpenBuckets, Stats
 
 MINUTE = 60
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from services.ingest import sightings as module
-from services.ingest.frames import Sender, UnknownSignal
-from services.ingest.sightings import Sightings
+from services.ingest.diagnosis import sightings as module
+from services.ingest.diagnosis.sightings import Sightings
+from services.ingest.domain import Sender, UnknownSignal
 from tests.unit.test_frames import NOW_US, FixedClock
 
 SENDER = Sender(1, 7, "gateway-1", "http", "c")

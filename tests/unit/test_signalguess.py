@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.ingest import signalguess
+from services.ingest.proposals import signalguess
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from services.ingest import sparkplug
 from services.ingest.domain import Reason
-from services.ingest.mqttbridge import machine_paths
-from services.ingest.sparkplug import REORDER_S, Heard, Node
+from services.ingest.mqtt import sparkplug
+from services.ingest.mqtt.bridge import machine_paths
+from services.ingest.mqtt.sparkplug import REORDER_S, Heard, Node
 from smdih.sparkplug.v1 import payload_pb2
 
 INT8, INT32, INT64, UINT64, FLOAT, DOUBLE, BOOLEAN, STRING = 1, 3, 4, 8, 9, 10, 11, 12
@@ -189,6 +189,32 @@ def test_a_node_is_known_again_from_its_record_with_its_aliases_and_any_next_seq
     assert [sample.name for sample in after.data(99).samples] == ["heat"]
     assert after.hear("DDATA", body(metric("", 2, INT32, int_value=1), seq=100), "saw").rebirth
     assert after.hear("NDEATH", body(metric("bdSeq", kind=UINT64, long_value=6), seq=None)).is_changed
+
+
+def test_data_that_the_broker_sends_again_after_a_newer_birth_or_death_are_not_read_by_it() -> None:
+    edge = Edge()
+
+    def data(node: Node, at: int, *, is_again: bool) -> Heard:
+        topic = sparkplug.read_topic("spBv1.0/acme/DDATA/works/press")
+        assert topic is not None
+        return node.hear(topic, body(metric("", 1, double_value=1.0), seq=9, timestamp=at), 0.0, is_again=is_again)
+
+    edge.hear("NBIRTH", body(metric("bdSeq", kind=UINT64, long_value=0), timestamp=10))
+    edge.hear("DBIRTH", body(metric("heat", 1), seq=1, timestamp=11), "press")
+    assert data(edge.node, 20, is_again=False).samples
+    edge.hear("NBIRTH", body(metric("bdSeq", kind=UINT64, long_value=0), timestamp=30))
+    edge.hear("DBIRTH", body(metric("cold", 1), seq=1, timestamp=31), "press")
+    # The process dies before it has acknowledged any of it.
+    after = Node("acme", "works", edge.node.record(1))
+    again = data(after, 20, is_again=True)
+    assert (again.samples, again.faults, again.rebirth) == ([], [], "")
+    assert [sample.name for sample in data(after, 20, is_again=False).samples] == ["cold"]
+    assert [sample.name for sample in data(after, 32, is_again=True).samples] == ["cold"]
+    edge.node = after
+    edge.hear("NDEATH", body(metric("bdSeq", kind=UINT64, long_value=0), seq=None))
+    dead = Node("acme", "works", after.record(1))
+    assert data(dead, 32, is_again=True).faults == []
+    assert data(dead, 33, is_again=True).faults
 
 
 def test_whatever_bytes_come_the_node_lives_on() -> None:

@@ -1,0 +1,1 @@
+"""What the doors note of senders, and why a machine has no data."""

@@ -1,0 +1,355 @@
+"""The historian: frames from the message log into the database, with their rollups, in one transaction with the position.
+
+Frames newer than everything stored for their machine (one writer a partition knows it) go in by COPY and cannot collide. The
+rest, late, repeated or corrected, are merged value by value, and the closed buckets that they touch are made anew.
+"""
+
+import io
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import asyncpg
+import numpy as np
+from aiokafka import ConsumerRecord
+from google.protobuf.message import DecodeError
+from prometheus_client import Counter, Histogram
+
+from services.common.clock import from_us, to_us
+from services.common.database import Connection
+from services.common.errors import TryAgain
+from services.common.logs import get_logger
+from services.ingest.historian.binarycopy import HEADER, TRAILER, Floats, Ints, keyed_rows
+from services.ingest.historian.rollups import Bools, OpenBuckets, Stats
+from smdih.ingest.v1 import records_pb2
+
+log = get_logger(__name__)
+
+MINUTE_US = 60 * 1_000_000
+MINUTES_AN_HOUR = 60
+NOTHING_STORED_US = np.iinfo(np.int64).min
+
+# Samples taken out of the message log, by the way they went: in_order (new rows by COPY) or merged (late, repeated, corrected).
+samples_total = Counter("smdih_ingest_historian_samples_total", "Samples stored by the historian", ["way"])
+# Buckets written, by resolution and how: closed (from memory) or remade (from the frames).
+buckets_total = Counter("smdih_ingest_historian_buckets_total", "Rollup buckets written", ["resolution", "how"])
+# One poll's work, from bytes to rows, without the commit.
+store_seconds = Histogram(
+    "smdih_ingest_historian_store_seconds",
+    "Time to store what one poll brought",
+    buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+)
+
+_KEY_COLUMNS = ("machine_id", "first_position", "ts")
+_BUCKET_COLUMNS = (*_KEY_COLUMNS, "counts", "sums", "mins", "maxs", "lasts")
+
+_MERGE = """
+INSERT INTO frame AS f (machine_id, first_position, ts, values) VALUES ($1, $2, $3, $4)
+ON CONFLICT (machine_id, first_position, ts) DO UPDATE
+SET values = CASE WHEN $5 THEN merged(f.values, excluded.values) ELSE merged(excluded.values, f.values) END
+"""
+
+_REMAKE = """
+INSERT INTO {table} (machine_id, first_position, ts, counts, sums, mins, maxs, lasts)
+SELECT touched.machine_id, touched.first_position, b.ts, b.counts, b.sums, b.mins, b.maxs, b.lasts
+FROM unnest($1::bigint[], $2::int[], $3::timestamptz[]) AS touched (machine_id, first_position, ts),
+     LATERAL buckets_from_frames(touched.machine_id, touched.first_position, touched.ts, touched.ts + {width}, {width}) AS b
+ON CONFLICT (machine_id, first_position, ts) DO UPDATE SET
+    counts = excluded.counts, sums = excluded.sums, mins = excluded.mins, maxs = excluded.maxs, lasts = excluded.lasts
+-- Fewer samples than before: retention has removed frames, and the bucket knows more than what is left of them.
+WHERE total(excluded.counts) >= total({table}.counts)
+"""
+
+# Of a machine whose frames retention has removed, the buckets say how far it had come.
+_NEWEST = """
+SELECT asked.machine_id, asked.first_position, greatest(
+    (SELECT f.ts FROM frame f WHERE f.machine_id = asked.machine_id AND f.first_position = asked.first_position
+     ORDER BY f.ts DESC LIMIT 1),
+    (SELECT r.ts + INTERVAL '1 minute' - INTERVAL '1 microsecond' FROM rollup_1m r
+     WHERE r.machine_id = asked.machine_id AND r.first_position = asked.first_position ORDER BY r.ts DESC LIMIT 1),
+    (SELECT r.ts FROM rollup_1h r
+     WHERE r.machine_id = asked.machine_id AND r.first_position = asked.first_position ORDER BY r.ts DESC LIMIT 1)
+) AS ts
+FROM unnest($1::bigint[], $2::int[]) AS asked (machine_id, first_position)
+"""
+
+
+@dataclass(frozen=True)
+class _Resolution:
+    name: str
+    table: str
+    width_us: int
+    width: str
+
+
+_MINUTE = _Resolution("minute", "rollup_1m", MINUTE_US, "INTERVAL '1 minute'")
+_HOUR = _Resolution("hour", "rollup_1h", MINUTE_US * MINUTES_AN_HOUR, "INTERVAL '1 hour'")
+
+
+class _Lane:
+    """Machines (channel groups) of one width, in arrays: slot i is one of them."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.machine_ids: Ints = np.zeros(0, dtype=np.int64)
+        self.first_positions: Ints = np.zeros(0, dtype=np.int64)
+        self.newest_us: Ints = np.zeros(0, dtype=np.int64)
+        self.minutes = OpenBuckets(width)
+        self.hours = OpenBuckets(width)
+        self._slots = 0
+
+    def add(self, machine_id: int, first_position: int, newest_us: int) -> int:
+        slot, self._slots = self._slots, self._slots + 1
+        if slot == len(self.machine_ids):
+            size = max(64, slot * 2)
+            for name in ("machine_ids", "first_positions", "newest_us"):
+                grown = np.zeros(size, dtype=np.int64)
+                grown[:slot] = getattr(self, name)[:slot]
+                setattr(self, name, grown)
+            self.minutes.make_room(size)
+            self.hours.make_room(size)
+        self.machine_ids[slot], self.first_positions[slot], self.newest_us[slot] = machine_id, first_position, newest_us
+        if newest_us != NOTHING_STORED_US:
+            self.minutes.mark_partial(slot, newest_us // _MINUTE.width_us)
+            self.hours.mark_partial(slot, newest_us // _HOUR.width_us)
+        return slot
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A frame batch with what has been found out about it."""
+
+    batch: records_pb2.FrameBatch
+    # The sender has sent this before: it may fill what is missing, but not change what is there.
+    is_repeat: bool
+
+
+class Historian:
+    """Stores the records of one poll; owned by one consumer, used by one task at a time."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[int, _Lane] = {}
+        self._slots: dict[tuple[int, int], tuple[_Lane, int]] = {}
+        self._heads: dict[tuple[int, int, str], int] = {}
+
+    async def forget(self) -> None:
+        """Drop what is held in memory; the database has it, and it is read again when needed.
+
+        Needed whenever a transaction did not commit or partitions changed hands: memory may then be ahead or behind.
+        """
+        self._lanes.clear()
+        self._slots.clear()
+        self._heads.clear()
+
+    async def store(
+        self, connection: Connection, records: Sequence[ConsumerRecord]
+    ) -> list[tuple[ConsumerRecord, str]]:
+        """Store samples records in the caller's transaction; return the unreadable ones, each with its reason."""
+        started = time.perf_counter()
+        bad: list[tuple[ConsumerRecord, str]] = []
+        read: list[tuple[int, records_pb2.FrameBatch]] = []
+        for record in records:
+            try:
+                batches = records_pb2.SamplesRecord.FromString(record.value).batches
+            except DecodeError:
+                bad.append((record, "UNREADABLE"))
+                continue
+            if not all(_fits(batch) for batch in batches):
+                bad.append((record, "SHAPE_MISMATCH"))
+                continue
+            read.extend((record.partition, batch) for batch in batches)
+        parts = await self._recognise_repeats(connection, read)
+        await self._learn_machines(connection, (part.batch for part in parts))
+        by_lane: dict[int, tuple[_Lane, list[_Part]]] = {}
+        for part in parts:
+            lane, _ = self._slots[part.batch.machine_id, part.batch.first_position]
+            by_lane.setdefault(lane.width, (lane, []))[1].append(part)
+        for lane, lane_parts in by_lane.values():
+            await self._store_lane(connection, lane, lane_parts)
+        store_seconds.observe(time.perf_counter() - started)
+        return bad
+
+    async def store_quarantine(
+        self, connection: Connection, records: Sequence[ConsumerRecord]
+    ) -> list[tuple[ConsumerRecord, str]]:
+        """The same for quarantine records."""
+        bad: list[tuple[ConsumerRecord, str]] = []
+        rows = []
+        for record in records:
+            try:
+                item = records_pb2.QuarantineRecord.FromString(record.value)
+                received = from_us(item.received_us)
+            except (DecodeError, OverflowError):
+                bad.append((record, "UNREADABLE"))
+                continue
+            rows.append(
+                (
+                    *(item.id, item.firm_id, item.credential_id, item.source, item.door, item.reason, item.detail),
+                    *(item.samples, received, item.correlation_id, item.batch or None, item.raw or None),
+                    item.machine_id,
+                )
+            )
+        await connection.executemany(
+            "INSERT INTO quarantine (id, firm_id, credential_id, source, door, reason, detail, samples, received, "
+            "correlation_id, batch, raw, machine_id) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) "
+            "ON CONFLICT DO NOTHING",
+            rows,
+        )
+        return bad
+
+    async def _recognise_repeats(
+        self, connection: Connection, read: Sequence[tuple[int, records_pb2.FrameBatch]]
+    ) -> list[_Part]:
+        numbered = [(partition, batch.firm_id, batch.source) for partition, batch in read if batch.sequence]
+        unknown = [key for key in dict.fromkeys(numbered) if key not in self._heads]
+        if unknown:
+            rows = await connection.fetch(
+                "SELECT h.partition, h.firm_id, h.source, h.sequence::text AS sequence FROM source_head h "
+                "JOIN unnest($1::int[], $2::bigint[], $3::text[]) AS asked (partition, firm_id, source) "
+                "USING (partition, firm_id, source)",
+                *(list(column) for column in zip(*unknown, strict=True)),
+            )
+            self._heads.update(dict.fromkeys(unknown, 0))
+            self._heads.update(
+                {(row["partition"], row["firm_id"], row["source"]): int(row["sequence"]) for row in rows}
+            )
+        before = {key: self._heads[key] for key in numbered}
+        parts = []
+        for partition, batch in read:
+            key = (partition, batch.firm_id, batch.source)
+            is_repeat = 0 < batch.sequence <= before.get(key, 0)
+            if batch.sequence:
+                self._heads[key] = max(self._heads[key], batch.sequence)
+            parts.append(_Part(batch, is_repeat))
+        moved = [(*key, str(self._heads[key])) for key, was in before.items() if self._heads[key] > was]
+        if moved:
+            await connection.execute(
+                "INSERT INTO source_head (partition, firm_id, source, sequence) "
+                "SELECT p, f, s, n::numeric FROM unnest($1::int[], $2::bigint[], $3::text[], $4::text[]) AS moved (p, f, s, n) "
+                "ON CONFLICT (partition, firm_id, source) DO UPDATE SET sequence = excluded.sequence",
+                *(list(column) for column in zip(*moved, strict=True)),
+            )
+        return parts
+
+    async def _learn_machines(self, connection: Connection, batches: Iterable[records_pb2.FrameBatch]) -> None:
+        widths: dict[tuple[int, int], int] = {}
+        for batch in batches:
+            key = (batch.machine_id, batch.first_position)
+            known = self._slots.get(key)
+            widest = max(batch.width, widths.get(key, 0), known[0].width if known else 0)
+            if known is None or known[0].width < widest:
+                widths[key] = widest
+        if not widths:
+            return
+        rows = await connection.fetch(_NEWEST, [key[0] for key in widths], [key[1] for key in widths])
+        newest = {(row["machine_id"], row["first_position"]): to_us(row["ts"]) for row in rows if row["ts"]}
+        for key, width in widths.items():
+            lane = self._lanes.setdefault(width, _Lane(width))
+            self._slots[key] = (lane, lane.add(*key, newest.get(key, NOTHING_STORED_US)))
+
+    async def _store_lane(self, connection: Connection, lane: _Lane, parts: Sequence[_Part]) -> None:
+        slots, times, values, repeats = _rows(self._slots, lane, parts)
+        order = np.lexsort((times, slots))  # stable: of equal (slot, time) the one delivered first comes first
+        slots, times, values, repeats = slots[order], times[order], values[order], repeats[order]
+        again = np.concatenate([[False], (np.diff(slots) == 0) & (np.diff(times) == 0)])
+        fresh = (times > lane.newest_us[slots]) & ~again
+        if fresh.any():
+            await self._append(connection, lane, slots[fresh], times[fresh], values[fresh])
+        if not fresh.all():
+            late = np.flatnonzero(~fresh)
+            await self._merge(connection, lane, slots[late], times[late], values[late], repeats[late])
+
+    async def _append(self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats) -> None:
+        rows = keyed_rows(lane.machine_ids[slots], lane.first_positions[slots], times, [values])
+        await _copy(connection, "frame", (*_KEY_COLUMNS, "values"), rows)
+        samples_total.labels("in_order").inc(int(np.count_nonzero(~np.isnan(values))))
+        is_last = np.concatenate([np.diff(slots) != 0, [True]])
+        lane.newest_us[slots[is_last]] = times[is_last]
+        minutes = Stats.of_frames(slots, times, values, _MINUTE.width_us).reduced()
+        hours = minutes.rebucketed(MINUTES_AN_HOUR).reduced()
+        for resolution, opened, stats in ((_MINUTE, lane.minutes, minutes), (_HOUR, lane.hours, hours)):
+            complete, partial = opened.add(stats)
+            if len(complete.slots):
+                rows = keyed_rows(
+                    lane.machine_ids[complete.slots],
+                    lane.first_positions[complete.slots],
+                    complete.buckets * resolution.width_us,
+                    [complete.counts, complete.sums, complete.mins, complete.maxs, complete.lasts],
+                )
+                await _copy(connection, resolution.table, _BUCKET_COLUMNS, rows)
+                buckets_total.labels(resolution.name, "closed").inc(len(complete.slots))
+            await _remake(connection, lane, resolution, partial.slots, partial.buckets)
+
+    async def _merge(
+        self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats, repeats: Bools
+    ) -> None:
+        rows = [
+            (
+                int(lane.machine_ids[slot]),
+                int(lane.first_positions[slot]),
+                from_us(int(at)),
+                _nullable(cells),
+                bool(repeat),
+            )
+            for slot, at, cells, repeat in zip(slots, times, values, repeats, strict=True)
+        ]
+        await connection.executemany(_MERGE, rows)
+        samples_total.labels("merged").inc(int(np.count_nonzero(~np.isnan(values))))
+        for resolution, opened in ((_MINUTE, lane.minutes), (_HOUR, lane.hours)):
+            touched = np.unique(np.stack([slots, times // resolution.width_us]), axis=1)
+            open_buckets = lane.newest_us[touched[0]] // resolution.width_us
+            for slot, bucket in touched[:, touched[1] == open_buckets].T:
+                opened.mark_partial(int(slot), int(bucket))
+            closed = touched[:, touched[1] < open_buckets]
+            await _remake(connection, lane, resolution, closed[0], closed[1])
+
+
+async def _remake(connection: Connection, lane: _Lane, resolution: _Resolution, slots: Ints, buckets: Ints) -> None:
+    if not len(slots):
+        return
+    await connection.execute(
+        _REMAKE.format(table=resolution.table, width=resolution.width),
+        lane.machine_ids[slots].tolist(),
+        lane.first_positions[slots].tolist(),
+        [from_us(int(bucket) * resolution.width_us) for bucket in buckets],
+    )
+    buckets_total.labels(resolution.name, "remade").inc(len(slots))
+
+
+async def _copy(connection: Connection, table: str, columns: Sequence[str], rows: bytes) -> None:
+    try:
+        await connection.copy_to_table(
+            table, columns=list(columns), source=io.BytesIO(HEADER + rows + TRAILER), format="binary"
+        )
+    except asyncpg.UniqueViolationError as error:
+        # Retention closed a bucket that is still open in memory. Read again how far each machine has come.
+        raise TryAgain("What is held in memory is behind the database.") from error
+
+
+def _fits(batch: records_pb2.FrameBatch) -> bool:
+    rows, rest = divmod(len(batch.times_us), 8)
+    return batch.width > 0 and rest == 0 and len(batch.values) == rows * batch.width * 8
+
+
+def _rows(
+    known: dict[tuple[int, int], tuple[_Lane, int]], lane: _Lane, parts: Sequence[_Part]
+) -> tuple[Ints, Ints, Floats, Bools]:
+    """The frames of many batches as arrays: slots, times, values (as wide as the lane), repeats."""
+    counts = [len(part.batch.times_us) // 8 for part in parts]
+    slots = np.repeat([known[part.batch.machine_id, part.batch.first_position][1] for part in parts], counts)
+    repeats = np.repeat([part.is_repeat for part in parts], counts)
+    times = np.frombuffer(b"".join(part.batch.times_us for part in parts), dtype="<i8").astype(np.int64)
+    if all(part.batch.width == lane.width for part in parts):
+        values = np.frombuffer(b"".join(part.batch.values for part in parts), dtype="<f8").reshape(-1, lane.width)
+        return slots, times, values, repeats
+    values = np.full((len(times), lane.width), np.nan)
+    row = 0
+    for part, count in zip(parts, counts, strict=True):
+        narrow = np.frombuffer(part.batch.values, dtype="<f8").reshape(-1, part.batch.width)
+        values[row : row + count, : part.batch.width] = narrow
+        row += count
+    return slots, times, values, repeats
+
+
+def _nullable(cells: Floats) -> list[float | None]:
+    return [None if value != value else value for value in cells.tolist()]

@@ -1,0 +1,1 @@
+"""The MQTT bridge: plain JSON and Sparkplug B from a broker into the same door."""

@@ -1,0 +1,1 @@
+"""Signals that senders name and machines do not have yet, proposed to their firm."""

@@ -1,0 +1,1 @@
+"""Reading what is stored: who may, in pages, buckets, plots and files."""

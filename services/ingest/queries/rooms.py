@@ -1,0 +1,264 @@
+"""Rooms, as matching publishes them: signals that a firm lends to a partner for a time. Enforced here, each read logged.
+
+The copy in memory follows the compacted topic. A recall is known within milliseconds of its commit; if the topic cannot be
+read for FRESH_S_MAX, nothing that is lent may be read, since a recall might have been missed.
+"""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaError
+from google.protobuf.message import DecodeError
+from prometheus_client import Counter, Gauge
+
+from services.common import topics
+from services.common.clock import Clock, from_us
+from services.common.database import AWAY, Connection, Pool, transaction
+from services.common.errors import NotFound, TryAgain
+from services.common.identity import Caller, Role
+from services.common.kafka import Cluster
+from services.common.logs import get_logger
+from services.ingest.queries.access import Grant
+from smdih.matching.v1 import events_pb2 as pb
+
+log = get_logger(__name__)
+
+POLL_TIMEOUT_MS = 500
+HEARTBEAT_S = 1.0
+HEARTBEAT_TIMEOUT_S = 2.0
+FRESH_S_MAX = 5.0
+RETRY_DELAY_S = 1.0
+FLUSH_INTERVAL_S = 1.0
+# Reads counted in memory before a reader waits for them to be stored.
+PENDING_MAX = 50_000
+READS_PAGE_MAX = 1_000
+
+# Rooms that are open, whether or not their time has come.
+rooms_open = Gauge("smdih_ingest_rooms_open", "Rooms that lend signals")
+# Signals read through rooms, one for each signal of a query.
+room_reads_total = Counter("smdih_ingest_room_reads_total", "Signals read through rooms")
+
+
+class Rooms:
+    """What is lent to whom now; a source of grants."""
+
+    def __init__(self, cluster: Cluster, *, clock: Clock) -> None:
+        self._cluster = cluster
+        self._clock = clock
+        self._rooms: dict[str, pb.RoomEvent] = {}
+        self._by_partner: dict[int, set[str]] = defaultdict(set)
+        self._fresh_at: float | None = None
+
+    def grants(self, caller: Caller) -> Iterable[Grant]:
+        """What the caller may read of others now. Raises TryAgain while it is not known for sure."""
+        if caller.role is not Role.PARTNER:
+            return []
+        if self._fresh_at is None or time.monotonic() - self._fresh_at > FRESH_S_MAX:
+            raise TryAgain(
+                "What is lent to you cannot be checked now; ask again.", reason="ROOMS_UNKNOWN", retry_after_s=1
+            )
+        now_us = self._clock.now_us()
+        return [
+            Grant(room.signal_ids, room.data_from_us, room.data_until_us, room_id=room.room_id)
+            for room in (self._rooms[room_id] for room_id in self._by_partner.get(caller.partner_id, ()))
+            if room.state == pb.ROOM_STATE_OPEN and room.opens_us <= now_us < room.closes_us
+        ]
+
+    def room_seen_by(self, caller: Caller, room_id: str) -> pb.RoomEvent:
+        """A room of the caller's, also one that has ended. Raises NotFound."""
+        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        room = self._rooms.get(room_id)
+        if room is None or not {
+            Role.OPERATOR: True,
+            Role.FIRM: room.firm_id == caller.firm_id,
+            Role.PARTNER: room.partner_id == caller.partner_id,
+        }.get(caller.role, False):
+            raise NotFound(f"There is no room {room_id[:64]}.")
+        return room
+
+    async def run(self) -> None:
+        """Follow the topic until cancelled."""
+        while True:
+            try:
+                await self._follow()
+            except (KafkaError, OSError, TimeoutError) as error:
+                log.warning("rooms cannot be read now", error=repr(error))
+                await asyncio.sleep(RETRY_DELAY_S)
+
+    async def _follow(self) -> None:
+        partition = TopicPartition(self._cluster.name(topics.ROOMS), 0)
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._cluster.bootstrap,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=POLL_TIMEOUT_MS,
+        )
+        await consumer.start()
+        try:
+            consumer.assign([partition])
+            await consumer.seek_to_beginning(partition)
+            beat_at, end = 0.0, 0
+            while True:
+                # An answer about the end shows that the broker is there; a poll without records would not.
+                if time.monotonic() - beat_at >= HEARTBEAT_S:
+                    began = time.monotonic()
+                    async with asyncio.timeout(HEARTBEAT_TIMEOUT_S):
+                        end = (await consumer.end_offsets([partition]))[partition]
+                    beat_at = began
+                if await consumer.position(partition) >= end:
+                    self._fresh_at = beat_at
+                for records in (await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS)).values():
+                    for record in records:
+                        self._apply(record)
+        finally:
+            await consumer.stop()
+
+    def _apply(self, record: ConsumerRecord) -> None:
+        room_id = record.key.decode()
+        known = self._rooms.pop(room_id, None)
+        if known is not None:
+            self._by_partner[known.partner_id].discard(room_id)
+        if record.value is None:
+            return
+        try:
+            room = pb.RoomEvent.FromString(record.value)
+        except DecodeError:
+            # Nothing is lent by what cannot be read.
+            log.error("room unreadable", offset=record.offset, room=room_id)
+            return
+        self._rooms[room_id] = room
+        self._by_partner[room.partner_id].add(room_id)
+        rooms_open.set(sum(each.state == pb.ROOM_STATE_OPEN for each in self._rooms.values()))
+
+
+@dataclass(frozen=True)
+class RoomRead:
+    """Reads of one signal through a room by one key in one minute."""
+
+    room_id: str
+    signal_id: int
+    credential_id: int
+    minute: datetime
+    reads: int
+    data_from: datetime
+    data_until: datetime
+
+
+_Key = tuple[str, int, int, datetime]
+
+
+class RoomReads:
+    """The log of reads through rooms. What is read first in a minute is stored before it is answered, what follows is counted
+    and stored within FLUSH_INTERVAL_S: so every read leaves a row, at a bounded rate."""
+
+    def __init__(self, pool: Pool, rooms: Rooms, *, clock: Clock) -> None:
+        self._pool = pool
+        self._rooms = rooms
+        self._clock = clock
+        self._stored: set[_Key] = set()
+        self._minute: datetime | None = None
+        self._pending: dict[_Key, RoomRead] = {}
+
+    async def note(self, caller: Caller, room_id: str, signal_ids: Collection[int], from_us: int, to_us: int) -> None:
+        """Note that the signals are about to be read. Raises TryAgain when that cannot be stored."""
+        minute = _minute_of(self._clock.now_us())
+        if minute != self._minute:
+            self._minute, self._stored = minute, set()
+        room_reads_total.inc(len(signal_ids))
+        now: list[RoomRead] = []
+        for signal_id in signal_ids:
+            key = (room_id, signal_id, caller.credential_id, minute)
+            read = RoomRead(*key, 1, _stored_time(from_us), _stored_time(to_us))
+            if key in self._stored and len(self._pending) < PENDING_MAX:
+                self._pending[key] = _joined(self._pending.get(key), read)
+            else:
+                now.append(read)
+        if now:
+            async with transaction(self._pool) as connection:
+                await _store(connection, now)
+            self._stored |= {(read.room_id, read.signal_id, read.credential_id, read.minute) for read in now}
+
+    async def reads(self, caller: Caller, room_id: str) -> list[RoomRead]:
+        """The newest reads of a room of the caller's. Raises NotFound."""
+        self._rooms.room_seen_by(caller, room_id)
+        await self.flush()
+        async with transaction(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT room_id, signal_id, credential_id, minute, reads, data_from, data_until FROM room_read "
+                "WHERE room_id = $1 ORDER BY minute DESC, signal_id, credential_id LIMIT $2",
+                room_id,
+                READS_PAGE_MAX,
+            )
+        return [RoomRead(**dict(row)) for row in rows]
+
+    async def flush(self) -> None:
+        """Store what was counted."""
+        pending, self._pending = self._pending, {}
+        if not pending:
+            return
+        try:
+            async with transaction(self._pool) as connection:
+                await _store(connection, list(pending.values()))
+        except BaseException:
+            for key, read in pending.items():  # nothing is forgotten while the database is away
+                self._pending[key] = _joined(self._pending.get(key), read)
+            raise
+
+    async def run(self) -> None:
+        """Store what was counted, again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL_S)
+            try:
+                await self.flush()
+            except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
+                log.warning("reads through rooms cannot be stored now", error=repr(error))
+
+
+def _minute_of(time_us: int) -> datetime:
+    """The minute that the time lies in."""
+    return from_us(time_us // 60_000_000 * 60_000_000)
+
+
+_LAST = datetime.max.replace(tzinfo=from_us(0).tzinfo) - timedelta(days=366)
+
+
+def _stored_time(time_us: int) -> datetime:
+    """As a time of the database; what lies beyond its end is its end."""
+    try:
+        return min(from_us(time_us), _LAST)
+    except OverflowError:
+        return _LAST
+
+
+def _joined(before: RoomRead | None, read: RoomRead) -> RoomRead:
+    if before is None:
+        return read
+    return RoomRead(
+        read.room_id,
+        read.signal_id,
+        read.credential_id,
+        read.minute,
+        before.reads + read.reads,
+        min(before.data_from, read.data_from),
+        max(before.data_until, read.data_until),
+    )
+
+
+async def _store(connection: Connection, reads: Sequence[RoomRead]) -> None:
+    await connection.executemany(
+        "INSERT INTO room_read AS r (room_id, signal_id, credential_id, minute, reads, data_from, data_until) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (room_id, minute, signal_id, credential_id) DO UPDATE SET "
+        "reads = r.reads + excluded.reads, data_from = least(r.data_from, excluded.data_from), "
+        "data_until = greatest(r.data_until, excluded.data_until)",
+        sorted(
+            (read.room_id, read.signal_id, read.credential_id, read.minute, read.reads, read.data_from, read.data_until)
+            for read in reads
+        ),
+    )

@@ -1,0 +1,1 @@
+"""How long data are kept, and for how long the disk lasts."""
