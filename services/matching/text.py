@@ -170,10 +170,14 @@ class LexicalIndex:
         self._lengths = np.zeros(64, dtype=np.float32)
         self._length_total = 0
         self._words = Words()
+        # Of known terms, until a document changes.
+        self._shares: dict[str, tuple[Slots, NDArray[np.float32]]] = {}
+        self._inverse: dict[str, float] = {}
 
     def put(self, slot: int, text: str) -> None:
         """Index `text` under `slot`, in place of what was there."""
         self.drop(slot)
+        self._forget()
         counts = Counter(self._words.split(text))
         if slot >= len(self._lengths):
             self._lengths = np.concatenate([self._lengths, np.zeros(max(slot + 1, len(self._lengths)), np.float32)])
@@ -191,6 +195,7 @@ class LexicalIndex:
         counts = self._terms.pop(slot, None)
         if counts is None:
             return
+        self._forget()
         self._length_total -= counts.total()
         for term in counts:
             slots, frequencies = self._postings[term]
@@ -222,9 +227,12 @@ class LexicalIndex:
 
     def term_shares(self, term: str) -> tuple[Slots, NDArray[np.float32]]:
         """Slots that hold a known term and how far it is saturated there, 0..1."""
-        slots, frequencies = self._postings[term]
-        norm = self._norm(self._lengths[slots])
-        return slots, (frequencies / (frequencies + norm)).astype(np.float32)
+        found = self._shares.get(term)
+        if found is None:
+            slots, frequencies = self._postings[term]
+            norm = self._norm(self._lengths[slots])
+            found = self._shares[term] = slots, (frequencies / (frequencies + norm)).astype(np.float32)
+        return found
 
     def score_at(self, text: str, slot: int) -> float:
         """The score of one slot, as `scores` gives it."""
@@ -249,8 +257,17 @@ class LexicalIndex:
         return tuple(found[stem] for stem in order[:limit])
 
     def _inverse_frequency(self, term: str) -> float:
-        holders = len(self._postings[term][0]) if term in self._postings else 0
-        return math.log(1 + (len(self._terms) - holders + 0.5) / (holders + 0.5))
+        found = self._inverse.get(term)
+        if found is None:
+            holders = len(self._postings[term][0]) if term in self._postings else 0
+            found = math.log(1 + (len(self._terms) - holders + 0.5) / (holders + 0.5))
+            if holders:
+                self._inverse[term] = found
+        return found
+
+    def _forget(self) -> None:
+        self._shares.clear()
+        self._inverse.clear()
 
 
 # --- names ------------------------------------------------------------------------------------------------------
