@@ -28,7 +28,8 @@ DOOR_MACHINES, DOOR_ROWS, DOOR_ROWS_A_BATCH, DOOR_CONNECTIONS = 200, 1_000, 25, 
 SMALL_MACHINES, SMALL_ROUNDS, SMALL_CONNECTIONS = 10_000, 15, 50
 PACED_MACHINES, PACED_ROUNDS = 5_000, 20
 PROBES, PROBE_EVERY_S = 100, 0.02
-TEXT_MACHINES, TEXT_ROWS, TEXT_REQUESTS = 10, 25, 41
+TEXT_MACHINES, TEXT_REQUESTS = 10, 101
+JSON_ROWS, LINES_ROWS = 25, 100
 REGISTERED_SIGNALS = 1_000_000
 REPEATS = 3
 STORED_DEADLINE_S = 180
@@ -203,7 +204,7 @@ async def json_door(hub: Hub) -> None:
     """CPU time of the door a sample, 500-sample batches as JSON."""
 
     def body(plant: Plant, start_us: int) -> bytes:
-        values = frames(TEXT_ROWS).tolist()
+        values = frames(JSON_ROWS).tolist()
         names = [f"s{number}" for number in range(SIGNALS)]
         rows = [
             {"ts": start_us // 1_000 + number * 1_000, "values": dict(zip(names, row, strict=True))}
@@ -212,29 +213,31 @@ async def json_door(hub: Hub) -> None:
         batches = [{"machine": machine, "frames": rows} for machine in plant.machine_ids]
         return orjson.dumps({"source": "bench", "batches": batches})
 
-    await _text_door(hub, "json_us_per_sample", "/v1/telemetry", "application/json", body)
+    await _text_door(hub, "json_us_per_sample", "/v1/telemetry", "application/json", JSON_ROWS, body)
 
 
 async def line_protocol_door(hub: Hub) -> None:
-    """CPU time of the door a sample, as Telegraf writes: one line a machine and second with all its fields."""
+    """CPU time of the door a sample, as Telegraf writes by default: 1,000 lines a request, each a machine's fields at a second."""
 
     def body(plant: Plant, start_us: int) -> bytes:
         lines = []
         for machine in plant.machine_ids:
-            for number, row in enumerate(frames(TEXT_ROWS).tolist()):
+            for number, row in enumerate(frames(LINES_ROWS).tolist()):
                 fields = ",".join(f"s{column}={value}" for column, value in enumerate(row))
                 lines.append(f"bench,machine={plant.path(machine)} {fields} {(start_us // 1_000_000 + number) * 10**9}")
         return "\n".join(lines).encode()
 
-    await _text_door(hub, "line_protocol_us_per_sample", "/api/v2/write", "text/plain", body)
+    await _text_door(hub, "line_protocol_us_per_sample", "/api/v2/write", "text/plain", LINES_ROWS, body)
 
 
-async def _text_door(hub: Hub, measure: str, path: str, content_type: str, body: Callable[[Plant, int], bytes]) -> None:
+async def _text_door(
+    hub: Hub, measure: str, path: str, content_type: str, rows: int, body: Callable[[Plant, int], bytes]
+) -> None:
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     plant = await register(hub.settings.database_dsn, cluster, TEXT_MACHINES)
     await known(hub, plant)
     start_us = (time.time_ns() // 1_000_000_000 - 86_400) * 1_000_000
-    bodies = [body(plant, start_us + number * TEXT_ROWS * 1_000_000) for number in range(TEXT_REQUESTS)]
+    bodies = [body(plant, start_us + number * rows * 1_000_000) for number in range(TEXT_REQUESTS)]
     running = hub.processes["door"].process
     assert running is not None
     door = psutil.Process(running.pid)
@@ -245,7 +248,7 @@ async def _text_door(hub: Hub, measure: str, path: str, content_type: str, body:
         for one in bodies[1:]:
             (await client.post(path, content=one)).raise_for_status()
         after = door.cpu_times()
-    samples = (TEXT_REQUESTS - 1) * TEXT_MACHINES * TEXT_ROWS * SIGNALS
+    samples = (TEXT_REQUESTS - 1) * TEXT_MACHINES * rows * SIGNALS
     used_s = after.user + after.system - before.user - before.system
     tell(measure, used_s * 1e6 / samples, "us CPU", samples=samples, samples_a_request=samples // (TEXT_REQUESTS - 1))
 

@@ -113,9 +113,7 @@ class _Form:
         self.head = head
         self.names = names
         self.machine, self.measurement = _machine(head)
-        self.fields = tuple(_text(name, "field name") for name in names)
-        if len(set(self.fields)) != len(self.fields):
-            raise _Malformed("a field is named twice")
+        self.fields = _fields(tuple(names))
         self.lines: list[int] = []
         # Row by row: the values, then the time.
         self.cells: list[bytes] = []
@@ -464,6 +462,15 @@ def _machine(head: bytes) -> tuple[str, str]:
         if pair[0] == b"machine":
             machine = _text(_ESCAPED.sub(rb"\1", pair[1]), "tag machine")
     return machine or name, name
+
+
+@functools.lru_cache(PATTERNS_KEPT)
+def _fields(names: tuple[bytes, ...]) -> tuple[str, ...]:
+    """Raises _Malformed."""
+    fields = tuple(_text(name, "field name") for name in names)
+    if len(set(fields)) != len(fields):
+        raise _Malformed("a field is named twice")
+    return fields
 
 
 @functools.lru_cache(PATTERNS_KEPT)
