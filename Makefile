@@ -24,7 +24,7 @@ test-unit: setup ## only the tests that need no server
 bench: setup ## how fast it is, as ratios to limits of the same run (JSON lines)
 	@$(PY) -m bench
 
-chaos: setup ## faults under load, judged by what was acknowledged (JSON lines; about 20 minutes)
+chaos: setup ## faults under load, judged by what was acknowledged (JSON lines; more than an hour)
 	@$(PY) -m chaos
 
 check: setup ## what CI runs before the tests: style, types, import rules, contracts, docs

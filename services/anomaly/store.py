@@ -343,14 +343,17 @@ class StateStore:
         self._pool = pool
         self._topic = topic
 
-    async def position(self, partition: int) -> int:
-        position: int = await self._pool.fetchval(
+    async def position(self, partition: int) -> tuple[int, int]:
+        """The offset to go on from, and how many records directly before it could not be read."""
+        row = await self._pool.fetchrow(
             "INSERT INTO position AS p (topic, partition, next_offset) VALUES ($1, $2, 0) "
-            "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = p.next_offset RETURNING next_offset",
+            "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = p.next_offset "
+            "RETURNING next_offset, unreadable_in_a_row",
             self._topic,
             partition,
         )
-        return position
+        assert row is not None
+        return row["next_offset"], row["unreadable_in_a_row"]
 
     async def states(self, partition: int) -> AsyncIterator[SavedState]:
         after = (-1, -1)
@@ -369,7 +372,7 @@ class StateStore:
                 return
             after = rows[-1]["machine_id"], rows[-1]["channel_group"]
 
-    async def save(self, checkpoint: Checkpoint, *, expected: int) -> None:
+    async def save(self, checkpoint: Checkpoint, *, expected: int, unreadable_in_a_row: int = 0) -> None:
         """Store a checkpoint on top of position `expected`. May be repeated after an error that leaves the outcome open.
 
         Raises Fenced when another process has moved the position: the partition is not ours any more.
@@ -377,12 +380,13 @@ class StateStore:
         async with self._pool.acquire(timeout=CONNECT_TIMEOUT_S) as connection, connection.transaction():
             # First the fence: it also holds the row until the commit.
             moved = await connection.fetchval(
-                "UPDATE position SET next_offset = $4 WHERE topic = $1 AND partition = $2 AND next_offset IN ($3, $4) "
-                "RETURNING 1",
+                "UPDATE position SET next_offset = $4, unreadable_in_a_row = $5 "
+                "WHERE topic = $1 AND partition = $2 AND next_offset IN ($3, $4) RETURNING 1",
                 self._topic,
                 checkpoint.partition,
                 expected,
                 checkpoint.position,
+                unreadable_in_a_row,
             )
             if moved is None:
                 raise Fenced(f"partition {checkpoint.partition} is not at {expected} any more")

@@ -93,7 +93,7 @@ class _App(faust.App):
 class _Partition:
     """One partition that is ours."""
 
-    def __init__(self, scorer: Scorer, position: int, horizon: Horizon) -> None:
+    def __init__(self, scorer: Scorer, position: int, horizon: Horizon, unreadable_in_a_row: int) -> None:
         self.scorer = scorer
         self.saved_position = position
         # Records below it may be scored with the tunings up to the one known last.
@@ -101,7 +101,8 @@ class _Partition:
         self.known_tuning = horizon.known
         # Taken, but not below the saved position: acknowledged once a checkpoint covers them.
         self.uncovered: deque[Any] = deque()
-        self.unreadable_in_a_row = 0
+        # Up to what was taken last; stored with the position, so that a worker started again and again does not empty the topic.
+        self.unreadable_in_a_row = unreadable_in_a_row
         # The hole that the consumer was last sent back for.
         self.sought: int | None = None
         # A checkpoint failed half-way: nothing more is stored, the next owner goes on from the one before.
@@ -399,15 +400,19 @@ class Worker:
                 if partition is None or partition.given_up:
                     return
                 checkpoint = partition.scorer.checkpoint(saved_position=partition.saved_position, bytes_max=bytes_max)
+                # Where the position stays behind what was taken, a readable record comes next, and the run begins anew.
+                run = partition.unreadable_in_a_row
             if checkpoint is not None:
                 # Scoring goes on meanwhile: the checkpoint is a copy.
-                await self._save(partition, checkpoint)
+                await self._save(partition, checkpoint, run)
 
-    async def _save(self, partition: _Partition, checkpoint: Checkpoint) -> None:
+    async def _save(self, partition: _Partition, checkpoint: Checkpoint, run: int) -> None:
         started = time.perf_counter()
         expected = partition.saved_position
         try:
-            await self._until_answered(lambda: self._states.save(checkpoint, expected=expected))
+            await self._until_answered(
+                lambda: self._states.save(checkpoint, expected=expected, unreadable_in_a_row=run)
+            )
         except BaseException as error:
             # The scorer counts these states as saved: a later checkpoint without them would be wrong.
             partition.given_up = True
@@ -466,10 +471,10 @@ class Worker:
         log.info("partitions assigned", partitions=sorted(loaded))
 
     async def _load(self, number: int) -> _Partition:
-        position = await self._states.position(number)
+        position, run = await self._states.position(number)
         scorer = Scorer(number, position=position)
         async for saved in self._states.states(number):
             scorer.load(saved)
         horizon = await self._horizons.load(number, position=position)
         scorer.tune(horizon.tunings)
-        return _Partition(scorer, position, horizon)
+        return _Partition(scorer, position, horizon, run)

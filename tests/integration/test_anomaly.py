@@ -296,7 +296,7 @@ async def test_only_the_owner_of_the_position_can_save_states(settings: Settings
     pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=2)
     try:
         store = StateStore(pool, topic="test")
-        assert await store.position(0) == 0
+        assert await store.position(0) == (0, 0)
 
         def checkpoint(position: int, state: bytes) -> Checkpoint:
             saved = SavedState(machine_id=1, channel_group=0, next_offset=position, state=state)
@@ -306,7 +306,7 @@ async def test_only_the_owner_of_the_position_can_save_states(settings: Settings
         await store.save(checkpoint(10, b"ten"), expected=0)  # the answer to the COMMIT was lost
         with pytest.raises(Fenced):
             await store.save(checkpoint(7, b"seven"), expected=0)  # a process that was thought dead
-        assert await store.position(0) == 10
+        assert await store.position(0) == (10, 0)
         older = SavedState(machine_id=1, channel_group=0, next_offset=9, state=b"nine")
         await store.save(Checkpoint(partition=0, position=10, states=[older]), expected=10)
         assert [saved.state async for saved in store.states(0)] == [b"ten"]
