@@ -25,6 +25,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     *funding.SCENARIOS,
 )
 
+# A round that hangs is not well either.
+ROUND_DEADLINE_S = 600
+
 
 async def play(scenario: Scenario, stage: Stage, seeds: list[int]) -> bool:
     """Play the scenario once for each seed and print each outcome."""
@@ -33,7 +36,8 @@ async def play(scenario: Scenario, stage: Stage, seeds: list[int]) -> bool:
         for number, seed in enumerate(seeds, start=1):
             began = time.monotonic()
             try:
-                outcome = await play_round(random.Random(seed))
+                async with asyncio.timeout(ROUND_DEADLINE_S):
+                    outcome = await play_round(random.Random(seed))
             except Exception as error:
                 # Nothing can be said about this round, and what it leaves behind is no ground for another.
                 traceback.print_exc()

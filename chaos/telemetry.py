@@ -33,6 +33,7 @@ FAULTS_A_ROUND = 3
 SILENT_S = 30.0
 DRAINED_WITHIN_S = 60.0
 GATEWAY_DEADLINE_S = 180.0
+READ_DEADLINE_S = 60.0
 HISTORY_S = 5 * 86_400  # how far back the frames' own clock begins
 
 
@@ -277,18 +278,25 @@ async def _records(hub: Hub, topic: str) -> AsyncIterator[ConsumerRecord]:
         ends = await consumer.end_offsets(partitions)
         await consumer.seek_to_beginning(*partitions)
         left = {partition for partition, end in ends.items() if end}
+        until = time.monotonic() + READ_DEADLINE_S
         while left:
-            for partition, records in (await consumer.getmany(timeout_ms=200)).items():
+            if time.monotonic() > until:
+                raise TimeoutError(f"{topic} could not be read to its end: {sorted(left)} are missing")
+            for records in (await consumer.getmany(timeout_ms=200)).values():
                 for record in records:
                     yield record
-                if await consumer.position(partition) >= ends[partition]:
-                    left.discard(partition)
+            left = {partition for partition in left if await consumer.position(partition) < ends[partition]}
 
 
 @asynccontextmanager
 async def _reading(hub: Hub, topic: str) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
     name = _cluster(hub).name(topic)
-    consumer = AIOKafkaConsumer(name, bootstrap_servers=hub.settings.kafka_bootstrap, enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(
+        name,
+        bootstrap_servers=hub.settings.kafka_bootstrap,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+    )
     await consumer.start()
     try:
         yield consumer, list(consumer.assignment())
