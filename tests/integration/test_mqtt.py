@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from localstack.hub import Hub
-from localstack.mosquitto import BRIDGE, Mosquitto, program
+from localstack.mosquitto import BRIDGE, Mosquitto
 from localstack.servers import Servers
 from services.common.settings import Settings
 from services.ingest.mqtt.link import Broker, Link, LinkLost, LinkRefused
@@ -30,8 +30,6 @@ from tests.polling import eventually
 
 @pytest_asyncio.fixture(scope="module")
 async def plant(servers: Servers, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant]:
-    if program() is None:
-        pytest.skip("Mosquitto is not installed")
     mosquitto = Mosquitto(tmp_path_factory.mktemp("mosquitto"))
     mosquitto.start(dict.fromkeys(FIRMS, PASSWORD))
     hub = Hub(
@@ -303,8 +301,6 @@ def _certificate(folder: Path, host: str) -> Path:
 
 
 async def test_the_bridges_connection_is_encrypted_and_checks_the_broker(tmp_path: Path) -> None:
-    if program() is None:
-        pytest.skip("Mosquitto is not installed")
     authority = _certificate(tmp_path, "127.0.0.1")
     mosquitto = Mosquitto(tmp_path / "mosquitto")
     mosquitto.start(more=f"certfile {authority}\nkeyfile {tmp_path}/key.pem\n")
