@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -59,10 +60,11 @@ class Running:
     process: asyncio.subprocess.Process | None = None
     starts: int = 0
     watcher: asyncio.Task[None] | None = None
+    scheme: str = "http"
 
     @property
     def http(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        return f"{self.scheme}://127.0.0.1:{self.http_port}"
 
     @property
     def grpc(self) -> str:
@@ -85,13 +87,18 @@ class Hub:
         roles: Collection[str] | None = None,
         copies: Mapping[str, int] | None = None,
         mqtt: Mosquitto | None = None,
+        environment: Mapping[str, str] | None = None,
+        ca: Path | None = None,
     ) -> None:
         """`roles`: only these, by name. `copies`: more than one process of a role; the second is called NAME-2.
 
-        `mqtt`: the broker that the bridge connects to; without it there is no bridge.
+        `mqtt`: the broker that the bridge connects to; without it there is no bridge. `environment`: further settings of every
+        process; `ca`: the authority of their certificates, where these settings name some.
         """
         self._folder = folder
         self._mqtt = mqtt
+        self._environment = dict(environment or {})
+        self._ca = ca
         self.settings = Settings(
             kafka_bootstrap=servers.kafka_bootstrap, database_dsn=servers.database_dsn, kafka_topic_prefix=topic_prefix
         )
@@ -111,7 +118,7 @@ class Hub:
         """Bring databases and topics up to date, start every process and wait until all are ready. Raises HubError."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for role in self._roles:
-            self.processes[role.name] = Running(role, free_port(), free_port())
+            self.processes[role.name] = Running(role, free_port(), free_port(), scheme="https" if self._ca else "http")
         await migrate_all(self.settings)
         self.operator_key = await operator_key(self.settings)
         for running in self.processes.values():
@@ -122,7 +129,8 @@ class Hub:
         """Return once the process says that it is ready. Raises HubError when that takes too long."""
         running = self.processes[name]
         until = time.monotonic() + READY_TIMEOUT_S
-        async with httpx.AsyncClient(timeout=5) as client:
+        verify = ssl.create_default_context(cafile=self._ca) if self._ca else True
+        async with httpx.AsyncClient(timeout=5, verify=verify) as client:
             while True:
                 try:
                     answer = await client.get(f"{running.http}/readyz")
@@ -211,6 +219,7 @@ class Hub:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        environment |= self._environment
         if "matching" in self.processes:
             environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
         if self._mqtt is not None and running.role.needs_mqtt:

@@ -22,6 +22,7 @@ from services.common import rpc as common_rpc
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
+from services.common.entrance import open_entrance
 from services.common.kafka import Cluster, Publisher
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime
@@ -37,6 +38,7 @@ from smdih.anomaly.v1 import (
 
 def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
     async def start(runtime: Runtime) -> None:
+        entrance = open_entrance(runtime, settings, takes_keys=True)
         clock = SystemClock()
         cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
         publisher = Publisher(cluster)
@@ -51,7 +53,7 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         service = AlarmService(alarms, pool, clock)
         suppression = SuppressionService(service, alarms, suppressions, pool, directory, clock)
         measuring = MeasureService(pool, clock)
-        samples = Samples(settings.ingest_grpc)
+        samples = Samples(entrance.peer(settings.ingest_grpc))
         runtime.on_stop(samples.close)
         tuning = TuningService(service, TuningStore(), pool, directory, clock)
         rules = RuleService(TuningStore(), pool, directory, samples, clock)
@@ -73,6 +75,8 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
                 host=settings.grpc_host,
                 port=settings.grpc_port,
                 directory=directory,
+                tls=entrance.tls,
+                internal_port=settings.grpc_internal_port,
                 register=[
                     (
                         anomaly_pb2_grpc.add_AlarmServiceServicer_to_server,
@@ -102,6 +106,6 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
                 contact_api.router(contacts),
             ],
         )
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
 
     return start

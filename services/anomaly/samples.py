@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from services.common.errors import Conflict, NotFound, SlowDown, TryAgain
 from services.common.logs import current_correlation_id, get_logger
+from services.common.tls import PeerChannel
 from smdih.ingest.v1 import query_pb2 as pb
 from smdih.ingest.v1 import query_pb2_grpc as pb_grpc
 
@@ -37,13 +38,11 @@ class Buckets:
 class Samples:
     """Asks the door's QueryService. Raises NotFound, TryAgain; Conflict where this process was not told where the door is."""
 
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._channel: grpc.aio.Channel | None = None
+    def __init__(self, peer: PeerChannel) -> None:
+        self._peer = peer
 
     async def close(self) -> None:
-        if self._channel is not None:
-            await self._channel.close()
+        await self._peer.close()
 
     async def raw(self, key: str, signal_id: int, *, from_us: int, to_us: int, limit: int) -> tuple[Ints, Floats]:
         """Samples in order of time, at most `limit` of them."""
@@ -93,15 +92,13 @@ class Samples:
         )
 
     async def _history(self, key: str, request: pb.HistoryRequest) -> pb.HistoryResponse:
-        if not self._target:
+        if not self._peer.target:
             raise Conflict(
                 "This hub's alarm service was not told where samples are (SMDIH_INGEST_GRPC).", reason="NO_SAMPLES"
             )
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._target)
         metadata = (("authorization", f"Bearer {key}"), ("x-correlation-id", current_correlation_id()))
         try:
-            response: pb.HistoryResponse = await pb_grpc.QueryServiceStub(self._channel).History(
+            response: pb.HistoryResponse = await pb_grpc.QueryServiceStub(self._peer.channel()).History(
                 request, metadata=metadata, timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:

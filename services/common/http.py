@@ -20,6 +20,7 @@ from services.common.errors import HubError, TooLarge, TryAgain
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
 from services.common.runtime import Runtime
+from services.common.tls import Tls
 
 log = get_logger(__name__)
 
@@ -214,8 +215,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve(app: Any, *, host: str, port: int) -> AsyncIterator[int]:
-    """Serve until the context ends; yields the port. Raises OSError when the port is taken."""
+async def serve(app: Any, *, host: str, port: int, tls: Tls | None = None) -> AsyncIterator[int]:
+    """Serve until the context ends; yields the port. `tls`: where it has a certificate. Raises OSError when the port is taken."""
+    context = tls.server_context() if tls is not None and tls.serves else None
     config = uvicorn.Config(
         app,
         host=host,
@@ -227,6 +229,7 @@ async def serve(app: Any, *, host: str, port: int) -> AsyncIterator[int]:
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=64 * 1024,
         limit_concurrency=1_000,
+        ssl_context_factory=None if context is None else lambda _config, _default: context,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(), name="http")
@@ -237,7 +240,7 @@ async def serve(app: Any, *, host: str, port: int) -> AsyncIterator[int]:
                     raise OSError(f"HTTP cannot listen on {host}:{port}")
                 await asyncio.sleep(0.01)
         bound: int = server.servers[0].sockets[0].getsockname()[1]
-        log.info("HTTP serves", host=host, port=bound)
+        log.info("HTTP serves", host=host, port=bound, tls=context is not None)
         yield bound
     finally:
         server.should_exit = True

@@ -1,9 +1,10 @@
 """A gRPC server as every service has it: authenticated, correlated, errors from the one table, health and reflection."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import grpc
@@ -16,6 +17,7 @@ from services.common.directory import Directory
 from services.common.errors import HubError, Invalid, TryAgain
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
+from services.common.tls import Peers, Tls, peer_names
 
 log = get_logger(__name__)
 
@@ -53,11 +55,12 @@ class _Gate(grpc.aio.ServerInterceptor):
     """Every call passes here: key, correlation id, errors, metrics. Deny by default."""
 
     def __init__(
-        self, directory: Directory, on_malformed: OnMalformed | None, open_methods: Sequence[str] = ()
+        self, directory: Directory, on_malformed: OnMalformed | None, open_methods: Sequence[str], peers: Peers
     ) -> None:
         self._directory = directory
         self._open_methods = frozenset(open_methods)
         self._on_malformed = on_malformed
+        self._peers = peers
 
     async def intercept_service(
         self,
@@ -76,7 +79,10 @@ class _Gate(grpc.aio.ServerInterceptor):
         directory = self._directory
         is_open = method in self._open_methods
 
-        async def admit() -> None:
+        async def admit(context: Any) -> None:
+            names = peer_names(context.auth_context())
+            if names:
+                self._peers.check(names, method)
             if is_open:
                 return
             if not await directory.is_caught_up():
@@ -105,7 +111,7 @@ class _Gate(grpc.aio.ServerInterceptor):
             started = time.perf_counter()
             with correlated(correlation_id):
                 async with _answered(context, method):
-                    await admit()
+                    await admit(context)
                     await well_formed(request)
                     response = await handler.unary_unary(request, context)
                 call_seconds.labels(method).observe(time.perf_counter() - started)
@@ -120,7 +126,7 @@ class _Gate(grpc.aio.ServerInterceptor):
         async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
             with correlated(correlation_id):
                 async with _answered(context, method):
-                    await admit()
+                    await admit(context)
                     await well_formed(request)
                     async for response in handler.unary_stream(request, context):
                         still_admitted()
@@ -129,7 +135,7 @@ class _Gate(grpc.aio.ServerInterceptor):
         async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
             with correlated(correlation_id):
                 async with _answered(context, method):
-                    await admit()
+                    await admit(context)
                     async for response in handler.stream_stream(checked(requests), context):
                         yield response
 
@@ -180,13 +186,19 @@ async def serve(
     message_bytes_max: int = MESSAGE_BYTES_MAX,
     on_malformed: OnMalformed | None = None,
     open_methods: Sequence[str] = (),
+    tls: Tls | None = None,
+    internal_port: int = 0,
+    internal_calls: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> AsyncIterator[int]:
     """Serve until the context ends; yields the port. `register` pairs generated add_..._to_server functions with servicers.
 
-    `open_methods` ("/package.Service/Method") need no key and guard themselves.
+    `open_methods` ("/package.Service/Method") need no key and guard themselves. Where `tls` has an authority of clients, these need
+    a certificate of it: on `internal_port` if that is given, which is then for the hub's own services only, else on `port`.
+    `internal_calls`: service -> the methods that it calls here; with its certificate nothing else can be called.
     """
+    peers = Peers(internal_calls, services_only=bool(internal_port))
     server = grpc.aio.server(
-        interceptors=[_Gate(directory, on_malformed, open_methods)],
+        interceptors=[_Gate(directory, on_malformed, open_methods, peers)],
         options=[
             ("grpc.max_receive_message_length", message_bytes_max),
             ("grpc.max_concurrent_streams", 1_000),
@@ -199,11 +211,17 @@ async def serve(
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    bound = server.add_insecure_port(f"{host}:{port}")
+    if tls is None or not tls.serves:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    else:
+        mutual = tls.asks_clients and not internal_port
+        bound = server.add_secure_port(f"{host}:{port}", tls.server_credentials(mutual=mutual))
+        if internal_port:
+            server.add_secure_port(f"{host}:{internal_port}", tls.server_credentials(mutual=True))
     await server.start()
     for name in ("", *service_names):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
-    log.info("gRPC serves", host=host, port=bound)
+    log.info("gRPC serves", host=host, port=bound, tls=tls is not None and tls.serves)
     try:
         yield bound
     finally:

@@ -25,6 +25,14 @@ class Settings(BaseSettings):
     http_port: int = Field(0, ge=0, le=65535)
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(0, ge=0, le=65535)
+    grpc_internal_port: int = Field(
+        0, ge=0, le=65535, description="gRPC for the hub's own services, with client certificates; 0: none"
+    )
+    production: bool = Field(False, description="refuse to start with what is fine on a developer's machine only")
+    tls_certificate: str = Field("", description="PEM file: certificate of this process with its chain")
+    tls_key: str = Field("", description="PEM file: its key")
+    tls_client_ca: str = Field("", description="PEM file: authority of the clients; they then need a certificate")
+    tls_ca: str = Field("", description="PEM file: authority of the services that this one calls")
     evidence_key: str = Field(
         "", repr=False, description="base64 of the private Ed25519 key that the ingest door signs evidence with"
     )

@@ -10,6 +10,7 @@ from services.common import http, logs, rpc, topics
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
 from services.common.directory import Directory
+from services.common.entrance import open_entrance
 from services.common.evidence import Verifier
 from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.outbox import OutboxRelay
@@ -75,6 +76,7 @@ class FundingSettings(Settings):
 
 async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     """The fund by gRPC and HTTP; takes matches in and sends awards out."""
+    entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
@@ -101,7 +103,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     )
     runtime.background("matches", matches.run())
     runtime.background("watch", watch(balances))
-    finder = AssessorFinder(settings.matching_grpc)
+    finder = AssessorFinder(entrance.peer(settings.matching_grpc))
     runtime.on_stop(finder.close)
     reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
     await runtime.enter(
@@ -109,6 +111,8 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
+            tls=entrance.tls,
+            internal_port=settings.grpc_internal_port,
             register=[
                 (
                     funding_pb2_grpc.add_FundingServiceServicer_to_server,
@@ -149,7 +153,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
         routers=routers,
         open_routers=[open_data_api.public_router(open_data)],
     )
-    await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+    await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
     runtime.ready_when("directory", directory.is_caught_up)

@@ -10,6 +10,7 @@ from services.common import logs, topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool, transaction
 from services.common.directory import Directory
+from services.common.entrance import NotForProduction, open_entrance
 from services.common.evidence import Signer
 from services.common.http import application
 from services.common.http import serve as serve_http
@@ -80,6 +81,8 @@ from smdih.ingest.v1 import (
 )
 
 SCHEMA = "ingest"
+# What other services call here, by the name in their certificate.
+INTERNAL_CALLS = {"anomaly": ("/smdih.ingest.v1.QueryService/History",)}
 USAGE = "usage: python -m services.ingest.main door|historian|mqtt|operator-key"
 
 HISTORIANS = 2
@@ -91,6 +94,7 @@ HISTORIAN_POLL_BYTES_MAX = 2 * 1024 * 1024
 
 async def start_door(runtime: Runtime, settings: Settings) -> None:
     """Telemetry, registry and queries, by gRPC and HTTP."""
+    entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
@@ -139,6 +143,9 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
+            tls=entrance.tls,
+            internal_port=settings.grpc_internal_port,
+            internal_calls=INTERNAL_CALLS,
             register=[
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry, credentials)),
@@ -190,7 +197,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),
     )
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     # Not the database: telemetry is taken while it is away, and what needs it says so itself.
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("directory", directory.is_caught_up)
@@ -227,7 +234,8 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
         handler=Historian().store_quarantine,
     )
     app = application("SMDIH historian", runtime=runtime, directory=None)
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    entrance = open_entrance(runtime, settings, takes_keys=False)
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     enforcer = Enforcer(pool, SystemClock(), disk_bytes=settings.database_disk_bytes)
     runtime.background("retention", enforcer.run())
     runtime.ready_when("kafka", publisher.answers)
@@ -255,6 +263,10 @@ class MqttSettings(Settings):
 async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     """From an MQTT broker into the message log."""
     found = MqttSettings()
+    if settings.production and not found.mqtt_tls:
+        raise NotForProduction(
+            "SMDIH_PRODUCTION is on, and the broker would be reached without TLS: set SMDIH_MQTT_TLS."
+        )
     broker = Broker(
         found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls, found.mqtt_ca
     )
@@ -297,7 +309,8 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
         await bridge.run()
 
     app = application("SMDIH MQTT bridge", runtime=runtime, directory=None)
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    entrance = open_entrance(runtime, settings, takes_keys=False)
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.background("bridge", serve())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("mqtt", bridge.is_serving)

@@ -11,6 +11,7 @@ from services.common import logs
 from services.common.clock import SystemClock, today
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
+from services.common.entrance import open_entrance
 from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.kafka import Cluster, Publisher
@@ -28,6 +29,8 @@ from services.matching.text import Embedder
 
 SCHEMA = "matching"
 USAGE = "usage: python -m services.matching.main api"
+# What other services call here, by the name in their certificate.
+INTERNAL_CALLS = {"funding": ("/smdih.matching.v1.MatchingService/ProposeAssessors",)}
 
 
 class MatchingSettings(Settings):
@@ -54,6 +57,7 @@ class MatchingSettings(Settings):
 
 async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     """gRPC, HTTP, alarms into needs, the outbox and the upkeep."""
+    entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
@@ -87,12 +91,15 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
+            tls=entrance.tls,
+            internal_port=settings.grpc_internal_port,
+            internal_calls=INTERNAL_CALLS,
             register=edges.servicers(matching),
             service_names=edges.SERVICE_NAMES,
         )
     )
     app = application("SMDIH matching", runtime=runtime, directory=directory, routers=edges.routers(matching))
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.background("providers", index.run())
 
     async def alarms_into_needs() -> None:

@@ -23,6 +23,7 @@ from services.common.identity import key_sha256
 from services.common.kafka import Cluster, Publisher
 from services.common.runtime import Runtime
 from services.common.settings import Settings
+from services.common.tls import PeerChannel
 from services.funding import allocation_api, api, call_store, checker, pool_api, review_api
 from services.funding.allocations import AllocationService
 from services.funding.applications import ApplicationService
@@ -193,7 +194,7 @@ async def world(settings: Settings, publisher: Publisher) -> AsyncIterator[World
         )
         pool = await create_pool(settings.database_dsn, schema="funding", size_max=6)
         stack.push_async_callback(pool.close)
-        finder = AssessorFinder(f"127.0.0.1:{port}")
+        finder = AssessorFinder(PeerChannel(f"127.0.0.1:{port}"))
         stack.push_async_callback(finder.close)
         judge = Judge(table=table, clock=clock)
         calls = CallService(pool, journal=Journal(pool, clock), table=table, clock=clock)
