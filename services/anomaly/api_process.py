@@ -19,6 +19,7 @@ from services.anomaly.tuning import TuningService
 from services.anomaly.tuning_store import TuningStore
 from services.common import http
 from services.common import rpc as common_rpc
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -62,6 +63,7 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         feed = AlarmFeed(AlarmRecall(cluster))
         feed_consumer = AlarmFeedConsumer(cluster, feed)
         runtime.background("directory", directory.run())
+        gate, change_log = entrance.gate(directory), entrance.changes(pool)
         runtime.background("feed", feed_consumer.run())
         runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
         runtime.background("measures", FloodGauge(pool, clock).run())
@@ -76,6 +78,8 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
                 port=settings.grpc_port,
                 directory=directory,
                 tls=entrance.tls,
+                gate=gate,
+                changes=change_log,
                 internal_port=settings.grpc_internal_port,
                 register=[
                     (
@@ -99,11 +103,14 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
             "SMDIH alarms",
             runtime=runtime,
             directory=directory,
+            gate=gate,
+            changes=change_log,
             routers=[
                 tuning_api.router(tuning, evidence, directory),
                 api.router(service, suppression, measuring, feed),
                 rule_api.router(rules, directory),
                 contact_api.router(contacts),
+                change_log_router(change_log),
             ],
         )
         await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Annotated, Any
 
 import uvicorn
@@ -15,10 +15,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.common.audit import ChangeLog
 from services.common.directory import Directory
-from services.common.errors import HubError, TooLarge, TryAgain
+from services.common.errors import HubError, TooLarge
+from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
+from services.common.noting import Noting
 from services.common.runtime import Runtime
 from services.common.tls import Tls
 
@@ -38,11 +41,11 @@ request_seconds = Histogram("smdih_http_request_seconds", "Time to answer an HTT
 
 
 async def authenticated(request: Request) -> Caller:
-    """The caller behind the request's key. Raises Unauthenticated."""
-    directory: Directory | None = request.app.state.directory
-    if directory is None or not await directory.is_caught_up():
-        raise TryAgain("The hub has just started and does not know its keys yet.", reason="STARTING", retry_after_s=1)
-    caller = directory.caller_of(bearer_key(request.headers.get("authorization", "")))
+    """The caller behind the request's key or token. Raises Unauthenticated, Forbidden, SlowDown, TryAgain."""
+    gate: Gate = request.app.state.gate
+    address = request.client.host if request.client else ""
+    caller = await gate.admit(bearer_key(request.headers.get("authorization", "")), address)
+    request.scope["exits"].enter_context(gate.stream(caller))
     request.state.caller = caller
     return caller
 
@@ -69,14 +72,18 @@ def application(
     open_routers: Sequence[APIRouter] = (),
     body_bytes_max: int = BODY_BYTES_MAX,
     on_too_large: Callable[[Request, int], Awaitable[None]] | None = None,
+    gate: Gate | None = None,
+    changes: ChangeLog | None = None,
 ) -> FastAPI:
     """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes. Those of
     `open_routers` need none and guard themselves.
 
-    `on_too_large(request, bytes)` is told of a body over the limit, before it is refused.
+    `on_too_large(request, bytes)` is told of a body over the limit, before it is refused. `gate`: without one, that of the
+    directory's keys with the usual limits. `changes`: where to note what people change.
     """
     app = FastAPI(title=title, version="1", docs_url="/docs", redoc_url=None)
-    app.state.directory = directory
+    if directory is not None:
+        app.state.gate = gate or Gate(directory)
     probes = APIRouter(include_in_schema=False)
 
     @probes.get("/livez")
@@ -121,6 +128,8 @@ def application(
         plain.HTTP_STATUS = error.status_code
         return problem(plain)
 
+    if changes is not None:
+        app.add_middleware(Noting, changes=changes, gate=app.state.gate)
     app.add_middleware(_Entry, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
     return app
 
@@ -164,7 +173,8 @@ class _Entry:
                 message["headers"] = [*message.get("headers", ()), (b"x-correlation-id", correlation_id.encode())]
             await send(message)
 
-        with correlated(correlation_id):
+        with correlated(correlation_id), ExitStack() as exits:
+            scope["exits"] = exits
             try:
                 announced = int(request.headers.get("content-length") or 0)
                 if announced > self._body_bytes_max:

@@ -7,6 +7,7 @@ import sys
 from pydantic import Field
 
 from services.common import http, logs, rpc, topics
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -84,6 +85,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     publisher = await runtime.enter(Publisher(cluster))
     directory = Directory(cluster, clock=clock, kinds=("firm", "partner", "machine"))
     runtime.background("directory", directory.run())
+    gate, change_log = entrance.gate(directory), entrance.changes(pool)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     table = load_parameters()
@@ -112,6 +114,8 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
             port=settings.grpc_port,
             directory=directory,
             tls=entrance.tls,
+            gate=gate,
+            changes=change_log,
             internal_port=settings.grpc_internal_port,
             register=[
                 (
@@ -145,11 +149,14 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
         allocation_api.router(allocations),
         pool_api.router(pools),
         open_data_api.router(open_data),
+        change_log_router(change_log),
     ]
     app = http.application(
         "SMDIH fund",
         runtime=runtime,
         directory=directory,
+        gate=gate,
+        changes=change_log,
         routers=routers,
         open_routers=[open_data_api.public_router(open_data)],
     )

@@ -7,6 +7,7 @@ import sys
 from pydantic import Field
 
 from services.common import logs, topics
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool, transaction
 from services.common.directory import Directory
@@ -83,6 +84,11 @@ from smdih.ingest.v1 import (
 SCHEMA = "ingest"
 # What other services call here, by the name in their certificate.
 INTERNAL_CALLS = {"anomaly": ("/smdih.ingest.v1.QueryService/History",)}
+# Goes into the message log, not into the change log.
+TELEMETRY = (
+    *("POST /v1/telemetry", "POST /api/v2/write", "POST /write"),
+    "/smdih.ingest.v1.TelemetryService/SendBatches",
+)
 USAGE = "usage: python -m services.ingest.main door|historian|mqtt|operator-key"
 
 HISTORIANS = 2
@@ -106,6 +112,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     runtime.background("sightings", writer.run())
     directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"), key_watch=sightings)
     runtime.background("directory", directory.run())
+    gate, change_log = entrance.gate(directory), entrance.changes(pool, apart=TELEMETRY)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     partitions = await publisher.partitions(topics.SAMPLES)
@@ -144,6 +151,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             port=settings.grpc_port,
             directory=directory,
             tls=entrance.tls,
+            gate=gate,
+            changes=change_log,
             internal_port=settings.grpc_internal_port,
             internal_calls=INTERNAL_CALLS,
             register=[
@@ -176,6 +185,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
         "SMDIH ingest",
         runtime=runtime,
         directory=directory,
+        gate=gate,
+        changes=change_log,
         routers=[
             api.telemetry_router(door),
             api.lines_router(door),
@@ -190,6 +201,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             quota_router(quotas),
             claim_code_router(claims),
             audit_router(Audit(pool)),
+            change_log_router(change_log),
             rooms_router(room_reads),
             import_router(Imports(pool, relay, directory, clock)),
             proposal_router(proposals),

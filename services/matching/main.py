@@ -8,6 +8,7 @@ from datetime import timedelta
 from pydantic import Field
 
 from services.common import logs
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock, today
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -66,6 +67,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     runtime.on_stop(functools.partial(publisher.__aexit__, None, None, None))
     directory = Directory(cluster, clock=clock, kinds=("firm", "machine", "partner"))
     runtime.background("directory", directory.run())
+    gate, change_log = entrance.gate(directory), entrance.changes(pool)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     # Reading the model's weights takes a moment of pure computing.
@@ -92,13 +94,22 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
             port=settings.grpc_port,
             directory=directory,
             tls=entrance.tls,
+            gate=gate,
+            changes=change_log,
             internal_port=settings.grpc_internal_port,
             internal_calls=INTERNAL_CALLS,
             register=edges.servicers(matching),
             service_names=edges.SERVICE_NAMES,
         )
     )
-    app = application("SMDIH matching", runtime=runtime, directory=directory, routers=edges.routers(matching))
+    app = application(
+        "SMDIH matching",
+        runtime=runtime,
+        directory=directory,
+        gate=gate,
+        changes=change_log,
+        routers=[*edges.routers(matching), change_log_router(change_log)],
+    )
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.background("providers", index.run())
 
