@@ -12,6 +12,7 @@ from services.common.database import Pool, can_write, create_pool, create_pool_w
 from services.common.directory import Directory
 from services.common.evidence import Verifier
 from services.common.kafka import Cluster, PositionedConsumer, Publisher
+from services.common.metrics import keep_measuring, name_process
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
@@ -38,6 +39,8 @@ from services.funding.balances import BalanceService, watch
 from services.funding.calls import CallService
 from services.funding.change_requests import ChangeService
 from services.funding.decisions import DecisionService
+from services.funding.gauges import INTERVAL_S as GAUGES_INTERVAL_S
+from services.funding.gauges import ProgressGauges
 from services.funding.groups import GroupService
 from services.funding.impacts import ImpactService
 from services.funding.journal import Journal
@@ -101,6 +104,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     )
     runtime.background("matches", matches.run())
     runtime.background("watch", watch(balances))
+    runtime.background("gauges", keep_measuring(ProgressGauges(pool).measure, interval_s=GAUGES_INTERVAL_S))
     finder = AssessorFinder(settings.matching_grpc)
     runtime.on_stop(finder.close)
     reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
@@ -198,6 +202,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     settings = FundingSettings()
     logs.configure(f"funding-{arguments[0]}", settings.log_level)
+    name_process(f"funding-{arguments[0]}")
     if arguments[0] in CHECKS:
         sys.exit(asyncio.run(check(arguments[0], settings)))
     run(functools.partial(start_api, settings=settings))
