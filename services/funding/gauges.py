@@ -15,7 +15,7 @@ applications = Gauge("smdih_funding_applications", "In the database: application
 application_waiting_seconds = Gauge(
     "smdih_funding_application_waiting_seconds", "In the database: time that the oldest submitted application waits"
 )
-claims = Gauge("smdih_funding_claims", "In the database: claims", ["state"])
+claims = Gauge("smdih_funding_claims_current", "In the database: claims", ["state"])
 claim_waiting_seconds = Gauge(
     "smdih_funding_claim_waiting_seconds", "In the database: time that the oldest submitted claim waits"
 )
