@@ -42,17 +42,19 @@ async def every_panel_on_prometheus_has_data(prometheus: Prometheus) -> None:
             expr = target["expr"].replace("$__rate_interval", "30s").replace("$__interval", "5s")
             if not await prometheus.has_data(expr):
                 empty.append(f"{name}: {title}: {expr}")
-    assert empty == []
+    assert not empty, "no data:\n" + "\n".join(empty)
 
 
 async def every_rule_is_well_and_silent(prometheus: Prometheus) -> None:
     """Processes were killed one after the other and nobody is woken: each came back in time, and nothing was lost."""
     rules = await prometheus.rules()
-    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
-    assert [rule["name"] for rule in rules if rule.get("state") == "firing"] == []
+    unwell = [rule["name"] for rule in rules if rule["health"] != "ok"]
+    assert not unwell, f"rules that cannot be evaluated: {unwell}"
+    firing = [(rule["name"], rule["alerts"]) for rule in rules if rule.get("state") == "firing"]
+    assert not firing, f"alerts that fire: {firing}"
     known = {re.sub(r"_(bucket|count|sum)$", "", name) for name in await prometheus.names()}
     asked = {re.sub(r"_(bucket|count|sum)$", "", name) for name in METRIC.findall(RULES.read_text())}
-    assert asked - known == set()
+    assert asked <= known, f"metrics that nobody has: {sorted(asked - known)}"
 
 
 async def every_panel_on_timescaledb_has_data(hub: Hub) -> None:
@@ -83,9 +85,11 @@ async def every_panel_on_timescaledb_has_data(hub: Hub) -> None:
                     rows = await reader.fetch(_expanded(sql, firm_id, machines or [1], since, to))
                     values[title] = [value for row in rows for value in row.values() if value is not None]
                 if sees:
-                    assert [title for title, found in values.items() if not found] == []
+                    empty = [title for title, found in values.items() if not found]
+                    assert not empty, f"no data: {empty}"
                 else:
-                    assert [title for title, found in values.items() if any(found)] == []
+                    seen = [title for title, found in values.items() if any(found)]
+                    assert not seen, f"another firm sees: {seen}"
                 with pytest.raises(asyncpg.InsufficientPrivilegeError):
                     await reader.fetchval("SELECT count(*) FROM ingest.credential")
             finally:
