@@ -477,12 +477,13 @@ def _offers(matching: Matching) -> APIRouter:
     async def list_offers(
         caller: Authenticated,
         state: OfferState | None = None,
+        round_id: str = "",
         page_size: PageSize = 0,
         page_token: PageToken = "",
     ) -> OffersPage:
-        """All that the caller may see, newest first: a firm's own, those of a partner's providers."""
+        """All that the caller may see, newest first: a firm's own, those of a partner's providers. Of one round, if it is named."""
         found, token = await matching.offers.list_offers(
-            caller, state=state, page_size=page_size, page_token=page_token
+            caller, state=state, round_id=round_id, page_size=page_size, page_token=page_token
         )
         return OffersPage(offers=_offer_views(found), next_page_token=token)
 
