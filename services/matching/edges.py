@@ -5,7 +5,16 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from services.matching import api, reports_api, rooms_api, sessions_api
+from services.matching import (
+    consent_api,
+    match_api,
+    need_api,
+    provider_api,
+    reports_api,
+    rooms_api,
+    round_api,
+    sessions_api,
+)
 from services.matching.reports_rpc import MaturityServicer, ReportServicer
 from services.matching.rooms_rpc import RoomServicer
 from services.matching.rounds_rpc import RoundServicer
@@ -33,7 +42,11 @@ SERVICE_NAMES = (
 
 def routers(matching: Matching) -> Sequence[APIRouter]:
     return [
-        api.router(matching),
+        provider_api.router(matching),
+        consent_api.router(matching),
+        need_api.router(matching),
+        match_api.router(matching),
+        round_api.router(matching),
         sessions_api.router(matching),
         rooms_api.router(matching),
         reports_api.router(matching),
