@@ -40,7 +40,7 @@ class FundingSettings(Settings):
 async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     """The fund by gRPC and HTTP; takes matches in and sends awards out."""
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))

@@ -94,7 +94,7 @@ HISTORIAN_POLL_BYTES_MAX = 2 * 1024 * 1024
 async def start_door(runtime: Runtime, settings: Settings) -> None:
     """Telemetry, registry and queries, by gRPC and HTTP."""
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -202,7 +202,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
 
 async def start_historian(runtime: Runtime, settings: Settings) -> None:
     """From the message log into the database."""
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -263,7 +263,7 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
         found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls, found.mqtt_ca
     )
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
