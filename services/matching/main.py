@@ -58,7 +58,7 @@ class MatchingSettings(Settings):
 async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     """gRPC, HTTP, alarms into needs, the outbox and the upkeep."""
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = Publisher(cluster)
