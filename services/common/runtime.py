@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
+from services.common import tracing
 from services.common.logs import get_logger
 from services.common.metrics import watch_loop
 
@@ -98,6 +99,7 @@ async def _main(start: Callable[[Runtime], Awaitable[None]]) -> int:
         log.info("ready")
         await runtime._stopping.wait()
         log.info("stopping")
+    tracing.stop()
     return 1 if runtime._failure else 0
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -39,6 +39,12 @@ class Settings(BaseSettings):
         "", repr=False, description="base64 of the private Ed25519 key that the ingest door signs evidence with"
     )
     log_level: str = "INFO"
+    trace_endpoint: str = Field(
+        "",
+        validation_alias=AliasChoices("SMDIH_TRACE_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        description="http(s)://host:port of an OTLP receiver (gRPC) for traces; without it there are none",
+    )
+    trace_ratio: float = Field(0.1, ge=0, le=1, description="share of the traces that are kept")
 
     @model_validator(mode="after")
     def _kafka_identity_is_whole(self) -> Self:

@@ -17,7 +17,6 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span, SpanContext, Tracer
 
 HEADER: Final = "traceparent"
@@ -67,7 +66,12 @@ def correlation_id_of(traceparent: str) -> str:
 
 @contextmanager
 def span(
-    name: str, correlation_id: str, *, kind: str = "internal", parent: str = "", attributes: Mapping[str, Any] | None = None
+    name: str,
+    correlation_id: str,
+    *,
+    kind: str = "internal",
+    parent: str = "",
+    attributes: Mapping[str, Any] | None = None,
 ) -> Iterator["Span | None"]:
     """A span of the trace of this correlation id. Its parent: the span around it if that is of the same trace, else the one that
     `parent` (a traceparent) or the record being taken in names."""
@@ -84,6 +88,26 @@ def span(
     finally:
         _current.reset(token)
         made.end()
+
+
+def enter(name: str, correlation_id: str, *, parent: str, **attributes: str) -> "Span | None":
+    """Begin a span for the rest of this task, which `leave` ends: the edges' way, where a `with` would wrap everything."""
+    if _tracing is None:
+        return None
+    made = _tracing.begin(name, correlation_id, "server", parent, attributes)
+    _current.set(made)
+    return made
+
+
+def leave(entered: "Span | None", name: str, *, failed: bool, **attributes: str | int) -> None:
+    """End it, under the name that is known by now."""
+    if entered is not None:
+        entered.update_name(name)
+        entered.set_attributes(attributes)
+        if failed and _tracing is not None:
+            _tracing.mark_failed(entered)
+        entered.end()
+        _current.set(None)
 
 
 @contextmanager
@@ -148,8 +172,9 @@ class _Tracing:
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import RandomIdGenerator, TracerProvider
+        from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
         from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
         class Ids(RandomIdGenerator):
@@ -211,7 +236,10 @@ class _Tracing:
 
     def failed(self, of: "Span", error: Exception) -> None:
         of.record_exception(error)
-        of.set_status(self._api.StatusCode.ERROR, type(error).__name__)
+        self.mark_failed(of)
+
+    def mark_failed(self, of: "Span") -> None:
+        of.set_status(self._api.StatusCode.ERROR)
 
     def remember(self, sent: str) -> None:
         context = self._context_of(sent)

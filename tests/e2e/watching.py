@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import grpc
 import httpx
 import numpy as np
 import pytest
 
 from localstack.hub import Hub
 from localstack.prometheus import Prometheus
+from smdih.ingest.v1 import telemetry_pb2, telemetry_pb2_grpc
 from smdih_client import TelemetryClient
+from tests.integration.otlp_receiver import Receiver
 from tests.polling import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +34,22 @@ def dashboards() -> dict[str, dict[str, Any]]:
 def targets(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The queries of a dashboard, each with its panel's title."""
     return [(panel["title"], target) for panel in found["panels"] for target in panel.get("targets", [])]
+
+
+async def one_trace_goes_from_the_door_to_the_award(traces: Receiver, correlation_id: str) -> None:
+    """And crosses Kafka with its parents: what the fund does with a match is a child of what matching did."""
+    processes = {
+        f"smdih-{name}" for name in ("ingest-door", "ingest-historian", "anomaly-worker", "matching-api", "funding-api")
+    }
+
+    async def is_whole() -> bool:
+        return {span.process for span in traces.of(correlation_id)} >= processes
+
+    await eventually(is_whole)
+    spans = traces.of(correlation_id)
+    process_of = {span.span_id: span.process for span in spans}
+    handed_on = {(process_of.get(span.parent_id), span.process) for span in spans}
+    assert ("smdih-matching-api", "smdih-funding-api") in handed_on, sorted(map(str, handed_on))
 
 
 async def every_panel_on_prometheus_has_data(prometheus: Prometheus) -> None:
@@ -137,6 +156,10 @@ async def _cell_with_counters(hub: Hub, firm_id: int) -> None:
     made_items = np.cumsum(np.where(power > 5, 2.0, 0.0))
     values = np.column_stack([power, made_items, np.floor(made_items * 0.95)])
     times_us = (int(time.time()) // 60 - CELL_MINUTES + minutes) * 60_000_000
+    async with grpc.aio.insecure_channel(door.grpc) as channel:  # a unary call, which the journey has none of
+        stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
+        request = telemetry_pb2.CheckBatchesRequest(batches=[telemetry_pb2.Batch(machine_id=machine["id"])])
+        await stub.CheckBatches(request, metadata=(("authorization", f"Bearer {key}"),))
     async with TelemetryClient(door.grpc, key, source="cell") as client:
         await client.send(machine["id"], times_us, values)
         await client.flush()
