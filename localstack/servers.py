@@ -30,6 +30,33 @@ START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 20
 
 
+IN_THE_CLEAR = ("listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",)
+
+
+def broker_settings(listener: str, controller_port: int, data: Path) -> list[str]:
+    """Properties of a broker that is alone, for one machine."""
+    listeners = f"{listener},CONTROLLER://127.0.0.1:{controller_port}"
+    return [
+        "process.roles=broker,controller",
+        "node.id=1",
+        f"controller.quorum.bootstrap.servers=127.0.0.1:{controller_port}",
+        f"listeners={listeners}",
+        f"advertised.listeners={listeners}",
+        "controller.listener.names=CONTROLLER",
+        f"log.dirs={data}",
+        "offsets.topic.replication.factor=1",
+        "transaction.state.log.replication.factor=1",
+        "transaction.state.log.min.isr=1",
+        "share.coordinator.state.topic.replication.factor=1",
+        "share.coordinator.state.topic.min.isr=1",
+        "offsets.topic.num.partitions=8",
+        "transaction.state.log.num.partitions=4",
+        "group.initial.rebalance.delay.ms=0",
+        "auto.create.topics.enable=false",
+        "message.max.bytes=8388608",
+    ]
+
+
 @dataclass(frozen=True)
 class Servers:
     """Where a broker and a database answer."""
@@ -178,34 +205,12 @@ class LocalServers:
         controller_port = free_port()
         data = self.folder / "kafka"
         config = self.folder / "kafka.properties"
-        config.write_text(
-            "\n".join(
-                (
-                    "process.roles=broker,controller",
-                    "node.id=1",
-                    f"controller.quorum.bootstrap.servers=127.0.0.1:{controller_port}",
-                    f"listeners=PLAINTEXT://{self.host}:{kafka['port']},CONTROLLER://127.0.0.1:{controller_port}",
-                    f"advertised.listeners=PLAINTEXT://{self.host}:{kafka['port']},CONTROLLER://127.0.0.1:{controller_port}",
-                    "controller.listener.names=CONTROLLER",
-                    "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-                    f"log.dirs={data}",
-                    "offsets.topic.replication.factor=1",
-                    "transaction.state.log.replication.factor=1",
-                    "transaction.state.log.min.isr=1",
-                    "share.coordinator.state.topic.replication.factor=1",
-                    "share.coordinator.state.topic.min.isr=1",
-                    "offsets.topic.num.partitions=8",
-                    "transaction.state.log.num.partitions=4",
-                    "group.initial.rebalance.delay.ms=0",
-                    "auto.create.topics.enable=false",
-                    "message.max.bytes=8388608",
-                )
-            )
-        )
+        listener = f"PLAINTEXT://{self.host}:{kafka['port']}"
+        config.write_text("\n".join([*broker_settings(listener, controller_port, data), *IN_THE_CLEAR]))
         java = ["java", "-cp", f"{KAFKA_LIBS}/*"]
         if not (data / "meta.properties").exists():
-            kafka["cluster_id"] = _cluster_id()
-            await _run(
+            kafka["cluster_id"] = cluster_id()
+            await run_to_end(
                 [
                     *java,
                     "kafka.tools.StorageTool",
@@ -277,7 +282,7 @@ class LocalServers:
 
     async def _pg(self, program: str, *arguments: str) -> None:
         command = ["chroot", "--userspec=postgres:postgres", str(PG_ROOT), f"{PG_BIN}/{program}", *arguments]
-        await _run(command, self.folder / "postgres.log", cwd=PG_ROOT)
+        await run_to_end(command, self.folder / "postgres.log", cwd=PG_ROOT)
 
     async def _prove_kafka(self, servers: Servers, state: dict[str, Any]) -> None:
         until = time.monotonic() + START_TIMEOUT_S
@@ -359,14 +364,14 @@ def port_again(port: int | None) -> int:
         return port
 
 
-def _cluster_id() -> str:
+def cluster_id() -> str:
     # Kafka's form of a random id: 16 bytes in URL-safe base64 without padding, not beginning with a dash.
     while (text := secrets.token_urlsafe(16)).startswith("-"):
         pass
     return text
 
 
-async def _run(command: list[str], log_file: Path, cwd: Path | None = None) -> None:
+async def run_to_end(command: list[str], log_file: Path, cwd: Path | None = None) -> None:
     with log_file.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=cwd, start_new_session=True

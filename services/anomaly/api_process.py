@@ -38,7 +38,7 @@ from smdih.anomaly.v1 import (
 def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
     async def start(runtime: Runtime) -> None:
         clock = SystemClock()
-        cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+        cluster = Cluster.of(settings)
         publisher = Publisher(cluster)
         directory = Directory(cluster, clock=clock, kinds=("machine",))
         pool = await create_pool_when_it_answers(

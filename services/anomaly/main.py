@@ -21,7 +21,7 @@ def main() -> None:
         sys.exit(2)
     settings = AnomalySettings()
     logs.configure(f"anomaly-{sys.argv[1]}", settings.log_level)
-    run(import_module(ROLES[sys.argv[1]]).process(settings))
+    run(import_module(ROLES[sys.argv[1]]).process(settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

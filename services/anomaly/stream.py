@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import faust
+import faust.auth
 from faust.types import TP
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -31,6 +32,7 @@ from services.common.kafka import (
     Cluster,
     DeadLetters,
     Fenced,
+    Identity,
     Poison,
     lag_records,
 )
@@ -88,6 +90,16 @@ class _App(faust.App):
 
     def _create_directories(self) -> None:
         """There are no tables, so nothing is written: the file system may be read-only."""
+
+
+def _credentials(identity: Identity) -> faust.auth.Credentials | None:
+    """As whom Faust's own clients come to the brokers."""
+    tls = identity.tls()
+    if identity.is_sasl:
+        return faust.auth.SASLCredentials(
+            username=identity.username, password=identity.password, mechanism=identity.mechanism, ssl_context=tls
+        )
+    return None if tls is None else faust.auth.SSLCredentials(tls)
 
 
 class _Partition:
@@ -153,6 +165,7 @@ class Worker:
         self._app = _App(
             cluster.name(GROUP),
             broker=[f"kafka://{address.strip()}" for address in cluster.bootstrap.split(",")],
+            broker_credentials=_credentials(cluster.identity),
             store="memory://",
             autodiscover=False,
             web_enabled=False,

@@ -2,10 +2,11 @@
 
 import asyncio
 import functools
+import ssl
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from services.common import topics
 from services.common.database import AWAY, Connection, Pool
 from services.common.errors import TooLarge, TryAgain
 from services.common.logs import get_logger
+from services.common.settings import Settings
 
 log = get_logger(__name__)
 
@@ -47,21 +49,75 @@ lag_records = Gauge("smdih_kafka_lag_records", "Records not yet taken in", ["top
 
 
 @dataclass(frozen=True)
+class Identity:
+    """As whom we come to the brokers, and how the connection is guarded; the default is nobody, in the clear."""
+
+    protocol: str = "PLAINTEXT"
+    mechanism: str = "SCRAM-SHA-512"
+    username: str = ""
+    password: str = field(default="", repr=False)
+    ca_file: str = ""
+    certificate_file: str = ""
+    key_file: str = ""
+
+    @property
+    def is_sasl(self) -> bool:
+        return self.protocol.startswith("SASL")
+
+    def tls(self) -> ssl.SSLContext | None:
+        """None: the connection is in the clear. Raises OSError when a file cannot be read."""
+        if not self.protocol.endswith("SSL"):
+            return None
+        context = ssl.create_default_context(cafile=self.ca_file or None)
+        if self.certificate_file:
+            context.load_cert_chain(self.certificate_file, self.key_file)
+        return context
+
+
+@dataclass(frozen=True)
 class Cluster:
     """Where the brokers are, and the prefix that keeps this hub's topics and groups apart on a shared cluster."""
 
     bootstrap: str
     prefix: str = ""
+    identity: Identity = Identity()
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(
+            settings.kafka_bootstrap,
+            settings.kafka_topic_prefix,
+            Identity(
+                settings.kafka_security_protocol,
+                settings.kafka_sasl_mechanism,
+                settings.kafka_username,
+                settings.kafka_password,
+                settings.kafka_ca_file,
+                settings.kafka_certificate_file,
+                settings.kafka_key_file,
+            ),
+        )
 
     def name(self, topic_or_group: str) -> str:
         return self.prefix + topic_or_group
+
+    def client(self) -> dict[str, Any]:
+        """What every client of aiokafka is made with: where the brokers are, and as whom to come."""
+        identity = self.identity
+        made: dict[str, Any] = {"bootstrap_servers": self.bootstrap, "security_protocol": identity.protocol}
+        if (tls := identity.tls()) is not None:
+            made["ssl_context"] = tls
+        if identity.is_sasl:
+            made["sasl_mechanism"] = identity.mechanism
+            made["sasl_plain_username"], made["sasl_plain_password"] = identity.username, identity.password
+        return made
 
 
 async def create_topics(cluster: Cluster, *, partitions: int, replication: int, deadline_s: float = 60) -> None:
     """Create the topics that are missing. Raises TryAgain when no broker answers by the deadline."""
     until = time.monotonic() + deadline_s
     while True:
-        admin = AIOKafkaAdminClient(bootstrap_servers=cluster.bootstrap)
+        admin = AIOKafkaAdminClient(**cluster.client())
         try:
             await admin.start()
             existing = set(await admin.list_topics())
@@ -190,7 +246,7 @@ class Publisher:
         async with self._starting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
-                    bootstrap_servers=self._cluster.bootstrap,
+                    **self._cluster.client(),
                     acks="all",
                     enable_idempotence=True,
                     max_request_size=REQUEST_BYTES_MAX,
@@ -243,7 +299,7 @@ class TopicEnds:
         try:
             async with asyncio.timeout(timeout_s), self._asking:
                 if self._consumer is None:
-                    consumer = AIOKafkaConsumer(bootstrap_servers=self._cluster.bootstrap, group_id=None)
+                    consumer = AIOKafkaConsumer(**self._cluster.client(), group_id=None)
                     try:
                         await consumer.start()
                     except BaseException:
@@ -362,7 +418,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
     async def run(self) -> None:
         """Consume until cancelled. Raises what cannot be waited out."""
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._cluster.bootstrap,
+            **self._cluster.client(),
             group_id=self._group,
             enable_auto_commit=False,
             # A stored position that retention has deleted is an error to be seen, not a silent jump.

@@ -59,6 +59,13 @@ class ApplicationState(StrEnum):
     WITHDRAWN = "withdrawn"
 
 
+class ProposalState(StrEnum):
+    """Of what one operator proposes and another confirms: an allocation, a spread of co-investors' money."""
+
+    PROPOSED = "proposed"
+    CONFIRMED = "confirmed"
+
+
 class CostCategory(StrEnum):
     LABOUR = "labour"
     OVERHEAD = "overhead"

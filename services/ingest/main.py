@@ -38,6 +38,7 @@ from services.ingest.queries.export import Export
 from services.ingest.queries.queries import Queries
 from services.ingest.queries.rooms import RoomReads, Rooms
 from services.ingest.queries.rooms_api import rooms_router
+from services.ingest.queries.rooms_rpc import RoomReadServicer
 from services.ingest.queries.rpc import QueryServicer
 from services.ingest.queries.series_api import series_router
 from services.ingest.queries.series_rpc import SeriesServicer
@@ -75,6 +76,7 @@ from smdih.ingest.v1 import (
     query_pb2_grpc,
     quota_pb2_grpc,
     registry_pb2_grpc,
+    rooms_pb2_grpc,
     series_pb2_grpc,
     telemetry_pb2_grpc,
 )
@@ -92,7 +94,7 @@ HISTORIAN_POLL_BYTES_MAX = 2 * 1024 * 1024
 async def start_door(runtime: Runtime, settings: Settings) -> None:
     """Telemetry, registry and queries, by gRPC and HTTP."""
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -149,6 +151,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
                 (series_pb2_grpc.add_SeriesServiceServicer_to_server, SeriesServicer(queries, export)),
                 (kpi_pb2_grpc.add_KpiServiceServicer_to_server, KpiServicer(kpi)),
+                (rooms_pb2_grpc.add_RoomReadServiceServicer_to_server, RoomReadServicer(room_reads)),
             ],
             service_names=[
                 "smdih.ingest.v1.TelemetryService",
@@ -160,6 +163,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.ProposalService",
                 "smdih.ingest.v1.SeriesService",
                 "smdih.ingest.v1.KpiService",
+                "smdih.ingest.v1.RoomReadService",
             ],
             on_malformed=door.note_malformed,
             open_methods=OPEN_METHODS,
@@ -198,7 +202,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
 
 async def start_historian(runtime: Runtime, settings: Settings) -> None:
     """From the message log into the database."""
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -259,7 +263,7 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
         found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls, found.mqtt_ca
     )
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -326,7 +330,7 @@ def main(arguments: list[str]) -> None:
     if arguments[0] == "operator-key":
         print(asyncio.run(operator_key(settings)))  # noqa: T201  a command line
         return
-    run(functools.partial(roles[arguments[0]], settings=settings))
+    run(functools.partial(roles[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

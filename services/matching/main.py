@@ -55,7 +55,7 @@ class MatchingSettings(Settings):
 async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     """gRPC, HTTP, alarms into needs, the outbox and the upkeep."""
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = Publisher(cluster)
@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     settings = MatchingSettings()
     logs.configure(f"matching-{arguments[0]}", settings.log_level)
-    run(functools.partial(ROLES[arguments[0]], settings=settings))
+    run(functools.partial(ROLES[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

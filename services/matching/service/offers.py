@@ -31,6 +31,7 @@ from services.matching.needs import (
 from services.matching.providers import ProviderRecord
 from services.matching.ranking import Ranked, Ranking
 from services.matching.service.checks import (
+    CHOSEN_ID,
     NOTE_CHARACTERS_MAX,
     before_token,
     check_text,
@@ -117,8 +118,10 @@ class Offers:
             await offers_store.add_offers(connection, offers)
             await publish_offers(connection, offers)
 
-    async def offers_of_need(self, caller: Caller, need_id: str, state: OfferState | None) -> list[Offer]:
-        """Best first; for partners those of their own providers."""
+    async def offers_of_need(
+        self, caller: Caller, need_id: str, state: OfferState | None, round_id: str = ""
+    ) -> list[Offer]:
+        """Best first; for partners those of their own providers. Of a round, where one is named."""
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
         async with transaction(self._pool) as connection:
             if caller.role is not Role.PARTNER:
@@ -127,13 +130,16 @@ class Offers:
         seen = [offer_as_seen_by(caller, offer) for offer in found if sees_offer(caller, offer)]
         if caller.role is Role.PARTNER and not seen:
             raise NotFound()
-        return [offer for offer in seen if state in (None, offer.state)]
+        return [offer for offer in seen if state in (None, offer.state) and round_id in ("", offer.round_id)]
 
     async def list_offers(
-        self, caller: Caller, *, state: OfferState | None, page_size: int, page_token: str
+        self, caller: Caller, *, state: OfferState | None, round_id: str = "", page_size: int, page_token: str
     ) -> tuple[list[Offer], str]:
-        """A page of all offers that the caller may see, newest first, and the token of the next ("": there is none)."""
+        """A page of all offers that the caller may see, of a round where one is named, newest first, and the token of the next
+        ("": there is none)."""
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        if round_id and not CHOSEN_ID.fullmatch(round_id):
+            raise NotFound("There is no such round.")
         limit = page_size_of(page_size)
         async with transaction(self._pool) as connection:
             found = await offers_store.list_offers(
@@ -141,6 +147,7 @@ class Offers:
                 firm_id=caller.firm_id if caller.role is Role.FIRM else 0,
                 partner_id=caller.partner_id if caller.role is Role.PARTNER else 0,
                 state=state,
+                round_id=round_id,
                 before=before_token(page_token),
                 limit=limit + 1,
             )
