@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import Any, TypeVar
 
 from services.common.logs import get_logger
+from services.common.metrics import watch_loop
 
 log = get_logger(__name__)
 
@@ -96,6 +97,7 @@ async def _running(runtime: Runtime) -> AsyncIterator[None]:
 async def _main(start: Callable[[Runtime], Awaitable[None]], drain_s: float) -> int:
     runtime = Runtime()
     async with _running(runtime):
+        runtime.background("loop", watch_loop())
         await start(runtime)
         runtime.started = True
         log.info("ready")
