@@ -16,7 +16,7 @@ need_waiting_seconds = Gauge(
     "smdih_matching_need_waiting_seconds", "In the database: age of the oldest open need without an offer"
 )
 offers_open = Gauge("smdih_matching_offers_open", "In the database: offers that nobody has answered yet")
-matches = Gauge("smdih_matching_matches", "In the database: matches", ["state"])
+matches = Gauge("smdih_matching_matches_current", "In the database: matches", ["state"])
 # Places of this quarter at active providers that have a limit.
 places = Gauge("smdih_matching_places", "In the database: places of this quarter", ["state"])
 bookings_waiting = Gauge("smdih_matching_bookings_waiting", "In the database: bookings that wait for a seat")
