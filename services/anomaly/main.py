@@ -24,7 +24,7 @@ def main() -> None:
     logs.configure(f"anomaly-{sys.argv[1]}", settings.log_level)
     name_process(f"anomaly-{sys.argv[1]}")
     tracing.start(settings.trace_endpoint, process=f"anomaly-{sys.argv[1]}", ratio=settings.trace_ratio)
-    run(import_module(ROLES[sys.argv[1]]).process(settings))
+    run(import_module(ROLES[sys.argv[1]]).process(settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def application(
         plain.HTTP_STATUS = error.status_code
         return problem(plain)
 
-    app.add_middleware(_Entry, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
+    app.add_middleware(_Entry, runtime=runtime, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
     return app
 
 
@@ -135,10 +135,12 @@ class _Entry:
     def __init__(
         self,
         app: ASGIApp,
+        runtime: Runtime,
         body_bytes_max: int,
         on_too_large: Callable[[Request, int], Awaitable[None]] | None,
     ) -> None:
         self._app = app
+        self._runtime = runtime
         self._body_bytes_max = body_bytes_max
         self._on_too_large = on_too_large
 
@@ -174,6 +176,9 @@ class _Entry:
             if message["type"] == "http.response.start":
                 status, has_started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-correlation-id", correlation_id.encode())]
+                if self._runtime.is_stopping:
+                    # Else the next request might meet a connection that is just being closed.
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         with correlated(correlation_id):

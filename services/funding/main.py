@@ -138,10 +138,10 @@ def main(arguments: list[str]) -> None:
     settings = FundingSettings()
     logs.configure(f"funding-{arguments[0]}", settings.log_level)
     name_process(f"funding-{arguments[0]}")
-    tracing.start(settings.trace_endpoint, process=f"funding-{arguments[0]}", ratio=settings.trace_ratio)
     if arguments[0] in CHECKS:
         sys.exit(asyncio.run(check(arguments[0], settings)))
-    run(functools.partial(start_api, settings=settings))
+    tracing.start(settings.trace_endpoint, process=f"funding-{arguments[0]}", ratio=settings.trace_ratio)
+    run(functools.partial(start_api, settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def main(arguments: list[str]) -> None:
         return
     name_process(f"ingest-{arguments[0]}")
     tracing.start(settings.trace_endpoint, process=f"ingest-{arguments[0]}", ratio=settings.trace_ratio)
-    run(functools.partial(roles[arguments[0]], settings=settings))
+    run(functools.partial(roles[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> None:
     logs.configure(f"matching-{arguments[0]}", settings.log_level)
     name_process(f"matching-{arguments[0]}")
     tracing.start(settings.trace_endpoint, process=f"matching-{arguments[0]}", ratio=settings.trace_ratio)
-    run(functools.partial(ROLES[arguments[0]], settings=settings))
+    run(functools.partial(ROLES[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

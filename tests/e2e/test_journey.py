@@ -115,7 +115,7 @@ async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_proce
         # What happened can be seen.
         await watching.one_trace_goes_from_the_door_to_the_award(traces, ids.pop())
         await watching.every_panel_on_timescaledb_has_data(hub)
-        await watching.every_panel_on_prometheus_has_data(prometheus)
+        await watching.every_panel_on_prometheus_has_data(prometheus, hub)
         await watching.every_rule_is_well_and_silent(prometheus)
     finally:
         for task in tasks:

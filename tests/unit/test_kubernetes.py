@@ -15,6 +15,7 @@ import yaml
 from deploy.k8s import strimzi
 from localstack.hub import ROLES
 from services.anomaly.settings import AnomalySettings
+from services.common.access import access_of
 from services.common.runtime import STOP_TIMEOUT_S
 from services.common.settings import Settings
 from services.funding.main import FundingSettings
@@ -251,10 +252,12 @@ def test_what_may_not_be_shown_comes_from_a_secret(name: str) -> None:
 def test_a_stop_has_the_time_that_the_processes_take() -> None:
     patch = yaml.safe_load((BASE / "patches/process.yaml").read_text())["spec"]["template"]["spec"]
     before = patch["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert patch["terminationGracePeriodSeconds"] >= before + STOP_TIMEOUT_S + 5
+    drain = int(config()["hub"]["SMDIH_DRAIN_S"])
+    assert drain > 0
+    assert patch["terminationGracePeriodSeconds"] >= before + drain + STOP_TIMEOUT_S + 5
 
 
-def test_the_written_topics_are_those_of_the_code() -> None:
+def test_the_written_topics_and_users_are_those_of_the_code() -> None:
     for path, text in strimzi.files().items():
         assert path.read_text() == text, "run `python -m deploy.k8s.strimzi`"
     production = yaml.safe_load(Path("deploy/k8s/overlays/production/kustomization.yaml").read_text())
@@ -263,14 +266,25 @@ def test_the_written_topics_are_those_of_the_code() -> None:
     assert f"SMDIH_KAFKA_REPLICATION={strimzi.REPLICAS}" in migrate
 
 
+def test_each_process_comes_to_the_brokers_as_its_own_user() -> None:
+    users = {one["metadata"]["name"] for one in strimzi.user_objects()}
+    patched = {one["metadata"]["name"]: one for one in strimzi.client_patches()}
+    assert set(patched) == {name for name in ENTRIES if "smdih/kafka" in labels_of(name)}
+    for name, patch in patched.items():
+        assert patch["kind"] == workloads()[name]["kind"]
+        (container,) = patch["spec"]["template"]["spec"]["containers"]
+        given = {one["name"]: one for one in container["env"]}
+        assert set(given) <= set(fields(name))
+        assert given["SMDIH_KAFKA_USERNAME"]["value"] == f"smdih-{name}"
+        assert given["SMDIH_KAFKA_USERNAME"]["value"] in users
+        assert given["SMDIH_KAFKA_PASSWORD"]["valueFrom"]["secretKeyRef"]["name"] == f"smdih-{name}"
+
+
 def test_scaling_by_lag_looks_at_groups_and_topics_that_there_are() -> None:
-    groups = {
-        "historian": "smdih.ingest.historian",
-        "anomaly-worker": importlib.import_module("services.anomaly.stream").GROUP,
-    }
     for one in yaml.safe_load_all(Path("deploy/k8s/components/keda/scaledobjects.yaml").read_text()):
+        if one["kind"] != "ScaledObject":
+            continue
         name = one["metadata"]["name"]
         (trigger,) = one["spec"]["triggers"]
         assert one["spec"]["scaleTargetRef"]["name"] == name
-        assert trigger["metadata"]["consumerGroup"] == groups[name]
-        assert trigger["metadata"]["topic"] in {topic["metadata"]["name"] for topic in strimzi.topic_objects()}
+        assert access_of(name).consumes[trigger["metadata"]["consumerGroup"]] == trigger["metadata"]["topic"]
