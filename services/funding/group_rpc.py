@@ -25,5 +25,20 @@ class GroupRpc(GroupServiceServicer):
         group = await self._service.get_group(current_caller(), request.group_id)
         return pb.GetGroupResponse(group=message_of(pb.Group, group))
 
+    async def SetHolding(self, request: pb.SetHoldingRequest, context: Any) -> pb.SetHoldingResponse:
+        enterprise = await self._service.set_holding(
+            current_caller(),
+            request.owner_firm_id,
+            request.owned_firm_id,
+            percent=request.percent,
+            dominant_influence=request.dominant_influence,
+            source=request.source,
+        )
+        return pb.SetHoldingResponse(enterprise=message_of(pb.Enterprise, enterprise))
+
+    async def GetEnterprise(self, request: pb.GetEnterpriseRequest, context: Any) -> pb.GetEnterpriseResponse:
+        enterprise = await self._service.enterprise(current_caller(), request.firm_id)
+        return pb.GetEnterpriseResponse(enterprise=message_of(pb.Enterprise, enterprise))
+
     async def GetAssistance(self, request: pb.GetAssistanceRequest, context: Any) -> pb.GetAssistanceResponse:
         return message_of(pb.GetAssistanceResponse, await self._service.headroom(current_caller(), request.firm_id))

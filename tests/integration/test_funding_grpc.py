@@ -34,7 +34,7 @@ from smdih.funding.v1 import (
     pool_pb2_grpc,
 )
 from tests.integration.funding_world import ALL_KEYS, SECOND, World, running_world
-from tests.integration.matching_hub import FIRM, machine_id
+from tests.integration.matching_hub import FIRM, OTHER_FIRM, machine_id
 
 MACHINE = machine_id(FIRM, 0)
 
@@ -107,6 +107,78 @@ async def test_groups_by_grpc(world: World) -> None:
     assert list(own.firm_ids) == [FIRM]
     gone = await groups.SetGroup(pb.SetGroupRequest(group_id="by-wire", source="sold"), metadata=bearer("operator"))
     assert list(gone.group.firm_ids) == []
+
+
+async def enterprise(world: World, firm_id: int) -> dict[str, Any]:
+    found: dict[str, Any] = await world.done("GET", f"/v1/enterprise?firm_id={firm_id}")
+    return found
+
+
+async def test_firms_are_one_enterprise_by_what_they_own_of_each_other(world: World) -> None:
+    def holding(owner: int, owned: int, percent: str, **more: Any) -> tuple[str, dict[str, Any]]:
+        return f"/v1/holdings/{owner}/{owned}", {"percent": percent, "source": "filing of 3 March", **more}
+
+    made = await world.submitted(await world.call(1_000_00), 103, 40_00)
+    await world.done("POST", f"/v1/applications/{made}/decide", {"award": True, "reason": "good"})
+    # Half and less is a partner, not one enterprise; a hair more is a link. Links go on from firm to firm.
+    for percent, relation, kin in (
+        ("24.99", "autonomous", [101]),
+        ("25", "partner", [101]),
+        ("50.00", "partner", [101]),
+        ("50.000001", "linked", [FIRM, 101]),
+    ):
+        found = await world.done("PUT", *holding(FIRM, 101, percent))
+        [stated] = found["holdings"]
+        assert (stated["relation"], stated["percent"], found["firm_ids"]) == (relation, percent, kin)
+    await world.done("PUT", *holding(102, 101, "10", dominant_influence=True))
+    await world.done("PUT", *holding(102, 103, "100"))
+    assert (await enterprise(world, FIRM))["firm_ids"] == [FIRM, 101, 102, 103]
+    assert len((await enterprise(world, 103))["holdings"]) == 3
+    # A declared group joins in, and all of them share what was given to one.
+    await world.done("PUT", "/v1/groups/family", {"firm_ids": [OTHER_FIRM, 102], "source": "one owner"})
+    seen = await enterprise(world, OTHER_FIRM)
+    assert (seen["firm_ids"], seen["groups"]) == ([FIRM, OTHER_FIRM, 101, 102, 103], ["family"])
+    before = (await world.done("GET", "/v1/assistance?firm_id=103"))["counted_pence"]
+    assert before >= 40_00
+    of_firm = await world.done("GET", "/v1/assistance", who="firm")
+    assert (of_firm["counted_pence"], of_firm["firm_ids"]) == (before, seen["firm_ids"])
+    # By gRPC.
+    groups, pb = group_pb2_grpc.GroupServiceStub(world.channel), group_pb2
+    own = (await groups.GetEnterprise(pb.GetEnterpriseRequest(), metadata=bearer("firm"))).enterprise
+    assert list(own.firm_ids) == seen["firm_ids"]
+    assert {(each.owner_firm_id, each.owned_firm_id): each.relation for each in own.holdings} == {
+        (FIRM, 101): pb.FIRM_RELATION_LINKED,
+        (102, 101): pb.FIRM_RELATION_LINKED,
+        (102, 103): pb.FIRM_RELATION_LINKED,
+    }
+    give_up = pb.SetHoldingRequest(owner_firm_id=102, owned_firm_id=101, percent="0", source="sold on 1 June")
+    await forbidden(groups.SetHolding, give_up, "firm", "partner", "device")
+    after = (await groups.SetHolding(give_up, metadata=bearer("operator"))).enterprise
+    assert list(after.firm_ids) == [FIRM, 101]
+    assert (await world.done("GET", "/v1/assistance", who="firm"))["firm_ids"] == [FIRM, 101]
+    others = pb.GetEnterpriseRequest(firm_id=OTHER_FIRM)
+    await forbidden(groups.GetEnterprise, others, "firm", "partner")
+    # What makes no sense, or is not theirs.
+    refusals: list[tuple[int, str, int, int, str]] = [
+        (400, "HOLDING_INVALID", FIRM, FIRM, "60"),
+        (404, "FIRM_UNKNOWN", FIRM, 2**62, "60"),
+        (400, "DECIMAL_INVALID", FIRM, 101, "-1"),
+        (400, "DECIMAL_INVALID", FIRM, 101, "100.01"),
+        (400, "DECIMAL_INVALID", FIRM, 101, "half"),
+    ]
+    for status, reason, owner, owned, percent in refusals:
+        await world.refused(status, reason, "PUT", *holding(owner, owned, percent))
+    for who in ("firm", "partner", "device"):
+        await world.refused(403, "FORBIDDEN", "PUT", *holding(FIRM, 101, "0"), who=who)
+    await world.refused(401, "UNAUTHENTICATED", "PUT", *holding(FIRM, 101, "0"), who="")
+    await world.refused(403, "FORBIDDEN", "GET", f"/v1/enterprise?firm_id={OTHER_FIRM}", who="firm")
+    await world.refused(403, "FORBIDDEN", "GET", "/v1/enterprise", who="partner")
+    note = await world.pool.fetchval("SELECT detail FROM audit WHERE action = 'holding_set' ORDER BY at DESC LIMIT 1")
+    assert json.loads(note)["source"] == "sold on 1 June"
+    for owner, owned in ((FIRM, 101), (102, 103)):
+        await world.done("PUT", *holding(owner, owned, "0"))
+    await world.done("PUT", "/v1/groups/family", {"firm_ids": [], "source": "split"})
+    assert await enterprise(world, FIRM) == {"firm_id": FIRM, "firm_ids": [FIRM], "groups": [], "holdings": []}
 
 
 async def test_an_allocation_by_grpc_from_the_run_to_the_second_person(world: World) -> None:

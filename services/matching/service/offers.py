@@ -13,6 +13,7 @@ from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.common.outbox import OutboxRelay
+from services.matching import notices
 from services.matching.domain import FilterCode
 from services.matching.index import ProviderIndex
 from services.matching.matches import Match
@@ -39,10 +40,12 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.notices import tell_of_offers
 from services.matching.service.publishing import publish_match, publish_offers
 from services.matching.service.sight import need_seen_by, offer_as_seen_by, sees_offer
 from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
+from services.matching.store import notices as notices_store
 from services.matching.store import offers as offers_store
 from services.matching.store import places as places_store
 from services.matching.store import providers as providers_store
@@ -218,6 +221,7 @@ class Offers:
             )
         await matches_store.add_match(connection, match)
         await publish_match(connection, match)
+        await notices_store.add_notices(connection, [notices.of_acceptance(match, offer)])
         by = caller.credential_id
         await offers_store.decide_offer(connection, offer.id, OfferState.ACCEPTED, decided=now, by=by, reason="")
         accepted = replace(offer, state=OfferState.ACCEPTED, decided=now, match_id=match.id)
@@ -321,6 +325,7 @@ class Offers:
             offers, why = await self.choose(connection, need, await self.rank(need))
             await needs_store.set_need_offers(connection, need.id, len(offers), no_offer_reason=why)
             await self.make(connection, offers)
+            await tell_of_offers(connection, offers)
         return bool(offers)
 
     async def _lapse(self, connection: Connection, offers: Sequence[Offer], why: Lapse) -> None:
