@@ -66,7 +66,12 @@ def correlation_id_of(traceparent: str) -> str:
 
 @contextmanager
 def span(
-    name: str, correlation_id: str, *, kind: str = "internal", parent: str = "", attributes: Mapping[str, Any] | None = None
+    name: str,
+    correlation_id: str,
+    *,
+    kind: str = "internal",
+    parent: str = "",
+    attributes: Mapping[str, Any] | None = None,
 ) -> Iterator["Span | None"]:
     """A span of the trace of this correlation id. Its parent: the span around it if that is of the same trace, else the one that
     `parent` (a traceparent) or the record being taken in names."""
@@ -147,8 +152,9 @@ class _Tracing:
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import RandomIdGenerator, TracerProvider
+        from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
         from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
         class Ids(RandomIdGenerator):
