@@ -167,8 +167,7 @@ async def _pence(hub: Hub, database: Any, told: Told, outcome: Outcome) -> None:
     awards = await database.fetch("SELECT id, grant_pence FROM funding.award")
     lost(outcome, "awards", told.awards, {row["id"]: row["grant_pence"] for row in awards})
     over = await database.fetch(
-        "SELECT a.firm_id FROM funding.award w JOIN funding.application a ON a.id = w.application_id GROUP BY 1 "
-        "HAVING sum(w.grant_pence) > $1",
+        "SELECT firm_id FROM funding.award GROUP BY 1 HAVING sum(grant_pence) > $1",
         ASSISTANCE_MAX_PENCE,
     )
     if over:

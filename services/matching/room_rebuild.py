@@ -9,12 +9,11 @@ from services.common import topics
 from services.common.clock import from_us
 from services.common.database import Connection
 from services.common.kafka import Message
-from services.matching.messages import ROOM_STATES, room_event
+from services.common.messages import word_of
+from services.matching.messages import room_event
 from services.matching.rooms import RoomState
 from services.matching.store import rooms as rooms_store
 from smdih.matching.v1 import events_pb2 as pb
-
-_STATES = {number: state for state, number in ROOM_STATES.items()}
 
 
 async def adopt(connection: Connection, topic: Mapping[str, bytes | None]) -> tuple[int, list[Message]]:
@@ -22,7 +21,7 @@ async def adopt(connection: Connection, topic: Mapping[str, bytes | None]) -> tu
     published = {key: pb.RoomEvent.FromString(value) for key, value in topic.items() if value is not None}
     ended = 0
     for room_id, event in published.items():
-        state = _STATES.get(event.state, RoomState.RECALLED)
+        state = word_of(RoomState, pb.RoomState, event.state) or RoomState.RECALLED
         if state is RoomState.OPEN:
             continue
         ended += await connection.fetchval(
