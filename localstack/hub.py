@@ -16,6 +16,7 @@ import httpx
 from localstack.mosquitto import BRIDGE, Mosquitto
 from localstack.servers import ROOT, Servers, free_port
 from services.common.evidence import Signer, new_key
+from services.common.kafka import Identity
 from services.common.settings import Settings
 from services.ingest.main import operator_key
 from services.migrate import migrate_all
@@ -35,6 +36,12 @@ class Role:
     role: str
     has_grpc: bool
     needs_mqtt: bool = False
+    number: int = 1
+
+    @property
+    def access(self) -> str:
+        """Its name in services/common/access.py, also of a second process of the role."""
+        return self.name if self.number == 1 else self.name.removesuffix(f"-{self.number}")
 
 
 ROLES = (
@@ -59,14 +66,15 @@ class Running:
     process: asyncio.subprocess.Process | None = None
     starts: int = 0
     watcher: asyncio.Task[None] | None = None
+    host: str = "127.0.0.1"
 
     @property
     def http(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        return f"http://{self.host}:{self.http_port}"
 
     @property
     def grpc(self) -> str:
-        return f"127.0.0.1:{self.grpc_port}"
+        return f"{self.host}:{self.grpc_port}"
 
 
 class HubError(Exception):
@@ -85,18 +93,24 @@ class Hub:
         roles: Collection[str] | None = None,
         copies: Mapping[str, int] | None = None,
         mqtt: Mosquitto | None = None,
+        identities: Mapping[str, Identity] | None = None,
     ) -> None:
         """`roles`: only these, by name. `copies`: more than one process of a role; the second is called NAME-2.
 
-        `mqtt`: the broker that the bridge connects to; without it there is no bridge.
+        `mqtt`: the broker that the bridge connects to; without it there is no bridge. `identities`: as whom each process, and
+        "migrate", comes to Kafka; without it as nobody.
         """
         self._folder = folder
         self._mqtt = mqtt
+        self._identities = identities or {}
         self.settings = Settings(
-            kafka_bootstrap=servers.kafka_bootstrap, database_dsn=servers.database_dsn, kafka_topic_prefix=topic_prefix
+            kafka_bootstrap=servers.kafka_bootstrap,
+            database_dsn=servers.database_dsn,
+            kafka_topic_prefix=topic_prefix,
+            **{f"kafka_{name}": value for name, value in self._identity("migrate").items()},
         )
         self._roles = [
-            role if number == 1 else replace(role, name=f"{role.name}-{number}")
+            role if number == 1 else replace(role, name=f"{role.name}-{number}", number=number)
             for role in ROLES
             if (roles is None or role.name in roles) and (mqtt is not None or not role.needs_mqtt)
             for number in range(1, (copies or {}).get(role.name, 1) + 1)
@@ -192,6 +206,17 @@ class Hub:
                 found[service] = {"grpc": self.processes[name].grpc, "http": self.processes[name].http}
         return found
 
+    def _identity(self, process: str) -> dict[str, Any]:
+        """Settings (without their prefix) of a process's identity at Kafka."""
+        identity = self._identities.get(process, Identity())
+        return {
+            "security_protocol": identity.protocol,
+            "sasl_mechanism": identity.mechanism,
+            "username": identity.username,
+            "password": identity.password,
+            "ca_file": identity.ca_file,
+        }
+
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
 
@@ -211,6 +236,8 @@ class Hub:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        for name, value in self._identity(running.role.access).items():
+            environment[f"SMDIH_KAFKA_{name.upper()}"] = value
         if "matching" in self.processes:
             environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
         if self._mqtt is not None and running.role.needs_mqtt:

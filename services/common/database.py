@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import asyncpg
 
+from services.common import metrics
 from services.common.errors import Invalid, TryAgain
 from services.common.logs import get_logger
 
@@ -43,7 +44,7 @@ AWAY = (
 
 async def create_pool(dsn: str, *, schema: str, size_max: int) -> Pool:
     """A pool whose connections look into `schema` first. Raises one of AWAY when the server cannot be reached."""
-    return await asyncpg.create_pool(
+    pool = await asyncpg.create_pool(
         dsn,
         min_size=1,
         max_size=size_max,
@@ -51,6 +52,8 @@ async def create_pool(dsn: str, *, schema: str, size_max: int) -> Pool:
         command_timeout=COMMAND_TIMEOUT_S,
         server_settings={"search_path": f"{schema},public", "application_name": f"smdih-{schema}", "timezone": "UTC"},
     )
+    metrics.watch_pool(pool, schema=schema)
+    return pool
 
 
 async def create_pool_when_it_answers(dsn: str, *, schema: str, size_max: int) -> Pool:

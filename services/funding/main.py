@@ -12,12 +12,15 @@ from services.common.database import Pool, can_write, create_pool, create_pool_w
 from services.common.directory import Directory
 from services.common.evidence import Verifier
 from services.common.kafka import Cluster, PositionedConsumer, Publisher
+from services.common.metrics import keep_measuring, name_process
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
 from services.funding import edges, ledger, ledger_replay
 from services.funding.assessor_finder import AssessorFinder
 from services.funding.balances import watch
+from services.funding.gauges import INTERVAL_S as GAUGES_INTERVAL_S
+from services.funding.gauges import ProgressGauges
 from services.funding.journal import Journal
 from services.funding.parameters import load_parameters
 from services.funding.rules.exact import gbp
@@ -40,7 +43,7 @@ class FundingSettings(Settings):
 async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     """The fund by gRPC and HTTP; takes matches in and sends awards out."""
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -68,6 +71,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     )
     runtime.background("matches", matches.run())
     runtime.background("watch", watch(fund.balances))
+    runtime.background("gauges", keep_measuring(ProgressGauges(pool).measure, interval_s=GAUGES_INTERVAL_S))
     await runtime.enter(
         rpc.serve(
             host=settings.grpc_host,
@@ -133,9 +137,10 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     settings = FundingSettings()
     logs.configure(f"funding-{arguments[0]}", settings.log_level)
+    name_process(f"funding-{arguments[0]}")
     if arguments[0] in CHECKS:
         sys.exit(asyncio.run(check(arguments[0], settings)))
-    run(functools.partial(start_api, settings=settings))
+    run(functools.partial(start_api, settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":
