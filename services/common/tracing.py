@@ -67,7 +67,12 @@ def correlation_id_of(traceparent: str) -> str:
 
 @contextmanager
 def span(
-    name: str, correlation_id: str, *, kind: str = "internal", parent: str = "", attributes: Mapping[str, Any] | None = None
+    name: str,
+    correlation_id: str,
+    *,
+    kind: str = "internal",
+    parent: str = "",
+    attributes: Mapping[str, Any] | None = None,
 ) -> Iterator["Span | None"]:
     """A span of the trace of this correlation id. Its parent: the span around it if that is of the same trace, else the one that
     `parent` (a traceparent) or the record being taken in names."""
