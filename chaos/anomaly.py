@@ -129,7 +129,7 @@ async def undisturbed(settings: Settings, tuned: Pool, records: _Records) -> Seq
     """The alarms that one worker without any fault makes of the records, with the tunings from the same offsets."""
     schema = f"undisturbed_{secrets.token_hex(4)}"
     await migrate(settings.database_dsn, schema=schema, folder=Path(anomaly.__file__).parent / "migrations")
-    pool = await create_pool(settings.database_dsn, schema=schema, size_max=1)
+    pool = await create_pool(settings.database_dsn, schema=schema, size_max=1, service="anomaly")
     directory = Directory(cluster_of(settings), clock=SystemClock(), kinds=("machine",))
     following = asyncio.create_task(directory.run())
     try:
@@ -145,7 +145,7 @@ async def undisturbed(settings: Settings, tuned: Pool, records: _Records) -> Seq
         return await pool.fetch(_ALARMS, records.first_id)
     finally:
         following.cancel()
-        await pool.execute(f"DROP SCHEMA {schema} CASCADE")
+        await pool.execute(f"SET ROLE NONE; DROP SCHEMA {schema} CASCADE")  # as its owner, which the service is not
         await pool.close()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from services.common.clock import from_us
-from services.common.database import Connection
+from services.common.database import Connection, all_firms_within
 from services.common.errors import Conflict
 
 
@@ -61,9 +61,10 @@ async def group_of(connection: Connection, group_id: str) -> Group | None:
 
 async def sisters_of(connection: Connection, firm_id: int) -> frozenset[int]:
     """The firm and the others of its group."""
-    rows = await connection.fetch(
-        "SELECT other.firm_id FROM firm_group own JOIN firm_group other ON other.group_id = own.group_id "
-        "WHERE own.firm_id = $1",
-        firm_id,
-    )
+    async with all_firms_within(connection):  # the others' membership is theirs
+        rows = await connection.fetch(
+            "SELECT other.firm_id FROM firm_group own JOIN firm_group other ON other.group_id = own.group_id "
+            "WHERE own.firm_id = $1",
+            firm_id,
+        )
     return frozenset(row["firm_id"] for row in rows) | {firm_id}
