@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR):$(CURDIR)/gen
 
-.PHONY: help setup demo test test-unit bench chaos check format up down lock clean
+.PHONY: help setup demo test test-unit bench chaos fuzz check sbom format up down lock clean
 
 help: ## list the targets
 	@awk -F ":.*## " '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ bench: setup ## how fast it is, as ratios to limits of the same run (JSON lines)
 chaos: setup ## faults under load, judged by what was acknowledged (JSON lines; more than an hour)
 	@$(PY) -m chaos
 
+fuzz: setup ## odd input for every parser and door, some 8 minutes (JSON lines; FUZZ_SECONDS=n)
+	@$(PY) -m fuzz
+
 check: setup ## what CI runs before the tests: style, types, import rules, contracts, docs
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -34,6 +37,11 @@ check: setup ## what CI runs before the tests: style, types, import rules, contr
 	@.venv/bin/lint-imports
 	@.venv/bin/buf lint proto
 	@$(PY) -m localstack.doclinks README.md docs
+	@.venv/bin/bandit -q -c pyproject.toml -r services smdih_client localstack
+	@$(PY) -m localstack.secrets_scan
+
+sbom: setup ## what the product is made of, with licences, as .local/sbom.json (CycloneDX)
+	@$(PY) -m localstack.sbom .local/sbom.json
 
 format: setup ## put the code into the agreed form
 	@.venv/bin/ruff check --fix -q . || true
