@@ -13,7 +13,7 @@ import numpy as np
 from prometheus_client import Gauge, Histogram
 
 from services.common.clock import Clock, today
-from services.common.database import AWAY, Pool, transaction_for_all_firms
+from services.common.database import AWAY, Pool, transaction
 from services.common.errors import SlowDown, TryAgain
 from services.common.logs import get_logger
 from services.matching.domain import Assessment, Need
@@ -140,9 +140,7 @@ class ProviderIndex:
 
     async def _refresh_some(self) -> int:
         model = self._ranker.model_id
-        async with transaction_for_all_firms(
-            self._pool
-        ) as connection:  # whoever asks: what all firms said of a provider counts
+        async with transaction(self._pool) as connection:
             changed = await store.changed_providers(
                 connection, after=self.change, quarter=self._quarter, vector_model=model, limit=CHANGES_MAX
             )
@@ -150,7 +148,7 @@ class ProviderIndex:
             return 0
         computed = await self._in_thread(lambda: self._take_in(changed))
         if computed:
-            async with transaction_for_all_firms(self._pool) as connection:
+            async with transaction(self._pool) as connection:
                 await store.keep_vectors(connection, computed, vector_model=model)
         self.change = changed[-1].provider.change
         providers_known.set(len(self._ranker))

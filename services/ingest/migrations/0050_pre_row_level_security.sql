@@ -7,7 +7,7 @@ DECLARE
 BEGIN
     FOREACH name IN ARRAY ARRAY[
         'audit', 'claim_code', 'credential', 'firm_quota', 'firm_use', 'machine',
-        'quarantine', 'refusal', 'retention', 'signal', 'signal_proposal', 'site',
+        'quarantine', 'retention', 'signal', 'signal_proposal', 'site',
         'source_head']
     LOOP
         EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
@@ -42,6 +42,13 @@ BEGIN
     END LOOP;
 END
 $$;
+
+-- Keys that nobody has are refused in nobody's name; a firm is told of those that begin like one of its own.
+ALTER TABLE refusal ENABLE ROW LEVEL SECURITY;
+CREATE POLICY firm ON refusal USING (
+    (SELECT sees_all_firms()) OR firm_id = (SELECT scoped_firm())
+    OR (firm_id = 0 AND subject IN (SELECT prefix FROM credential))
+);
 
 -- A site's tariff is its firm's; a region's is everybody's.
 ALTER TABLE tariff ENABLE ROW LEVEL SECURITY;
