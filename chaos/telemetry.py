@@ -186,7 +186,15 @@ async def _after(delay_s: float, work: Awaitable[None]) -> None:
     await work
 
 
-async def judge(hub: Hub, plant: Plant, ledger: Ints, start_s: int, healed: float, outcome: Outcome) -> None:
+async def judge(
+    hub: Hub,
+    plant: Plant,
+    ledger: Ints,
+    start_s: int,
+    healed: float,
+    outcome: Outcome,
+    drained_within_s: float = DRAINED_WITHIN_S,
+) -> None:
     """Compare the ledger (machine, first row, rows) with the database, once the historian has taken everything in."""
     rows = np.repeat(ledger[:, 1], ledger[:, 2]) + _counts_up(ledger[:, 2])
     acknowledged = np.unique(np.stack([np.repeat(ledger[:, 0], ledger[:, 2]), rows], axis=1), axis=0)
@@ -200,12 +208,12 @@ async def judge(hub: Hub, plant: Plant, ledger: Ints, start_s: int, healed: floa
             return int(await database.fetchval(count, *span)) >= len(acknowledged) and not await _lag(hub, database)
 
         try:
-            await poll("stored", all_stored, deadline_s=DRAINED_WITHIN_S)
+            await poll("stored", all_stored, deadline_s=drained_within_s)
         except TimeoutError as error:
             outcome.broken.append(str(error))
         drained_s = time.monotonic() - healed
         outcome.detail["drained_s"] = round(drained_s, 1)
-        if drained_s > DRAINED_WITHIN_S:
+        if drained_s > drained_within_s:
             outcome.broken.append(f"lag 0 only {drained_s:.0f} s after the last fault")
         stored = await database.fetch(
             "SELECT machine_id, extract(epoch FROM ts)::bigint AS s, values FROM ingest.frame WHERE machine_id BETWEEN $1 AND $2",

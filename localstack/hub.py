@@ -66,14 +66,15 @@ class Running:
     process: asyncio.subprocess.Process | None = None
     starts: int = 0
     watcher: asyncio.Task[None] | None = None
+    host: str = "127.0.0.1"
 
     @property
     def http(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        return f"http://{self.host}:{self.http_port}"
 
     @property
     def grpc(self) -> str:
-        return f"127.0.0.1:{self.grpc_port}"
+        return f"{self.host}:{self.grpc_port}"
 
 
 class HubError(Exception):

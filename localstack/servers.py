@@ -91,8 +91,10 @@ def free_port() -> int:
 class LocalServers:
     """One Kafka and one PostgreSQL with TimescaleDB, with their data below .local; several sets may run side by side by name."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, host: str = "127.0.0.1") -> None:
+        """`host`: an address of this machine that others reach; by default only the machine itself gets through."""
         self.folder = LOCAL / "stacks" / name
+        self.host = host
         self._state_file = self.folder / "servers.json"
         # PostgreSQL runs in a root folder of its own: paths are as seen from inside.
         self._pg_data = f"/var/lib/postgresql/{name}"
@@ -107,8 +109,8 @@ class LocalServers:
         self._write(state)
         await asyncio.gather(self._start_kafka(state), self._start_postgres(state))
         servers = Servers(
-            kafka_bootstrap=f"127.0.0.1:{state['kafka']['port']}",
-            database_dsn=f"postgresql://postgres:{state['secret']}@127.0.0.1:{state['postgres']['port']}/postgres",
+            kafka_bootstrap=f"{self.host}:{state['kafka']['port']}",
+            database_dsn=f"postgresql://postgres:{state['secret']}@{self.host}:{state['postgres']['port']}/postgres",
         )
         await asyncio.gather(self._prove_kafka(servers, state), self._prove_postgres(servers, state))
         return servers
@@ -155,7 +157,7 @@ class LocalServers:
         state = self._read()
         assert state is not None
         await self._start_kafka(state)
-        await self._prove_kafka(Servers(f"127.0.0.1:{state['kafka']['port']}", ""), state)
+        await self._prove_kafka(Servers(f"{self.host}:{state['kafka']['port']}", ""), state)
 
     def pause_kafka(self, paused: bool) -> None:
         """Stop the broker from answering while its connections stay open, or let it go on."""
@@ -203,7 +205,7 @@ class LocalServers:
         controller_port = free_port()
         data = self.folder / "kafka"
         config = self.folder / "kafka.properties"
-        listener = f"PLAINTEXT://127.0.0.1:{kafka['port']}"
+        listener = f"PLAINTEXT://{self.host}:{kafka['port']}"
         config.write_text("\n".join([*broker_settings(listener, controller_port, data), *IN_THE_CLEAR]))
         java = ["java", "-cp", f"{KAFKA_LIBS}/*"]
         if not (data / "meta.properties").exists():
@@ -254,12 +256,15 @@ class LocalServers:
                     *("initdb", "-D", self._pg_data, "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8"),
                     *("--auth=scram-sha-256", f"--pwfile=/tmp/{password_file.name}"),
                     *("-c", "shared_preload_libraries=timescaledb", "-c", "timescaledb.telemetry_level=off"),
-                    *("-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=/tmp"),
+                    *("-c", f"listen_addresses={self.host}", "-c", "unix_socket_directories=/tmp"),
                     *("-c", f"cluster_name={postgres['cluster_name']}", "-c", "max_connections=200"),
                     *("-c", "max_wal_size=4GB", "-c", "shared_buffers=512MB"),
                 )
             finally:
                 password_file.unlink()
+            if self.host != "127.0.0.1":
+                with (data / "pg_hba.conf").open("a") as access:
+                    access.write("host all all samenet scram-sha-256\n")
         await self._pg(
             "pg_ctl",
             "-D",
@@ -281,7 +286,11 @@ class LocalServers:
 
     async def _prove_kafka(self, servers: Servers, state: dict[str, Any]) -> None:
         until = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < until and self._running(state["kafka"]) and not listens(state["kafka"]["port"]):
+        while (
+            time.monotonic() < until
+            and self._running(state["kafka"])
+            and not listens(state["kafka"]["port"], self.host)
+        ):
             await asyncio.sleep(0.1)
         while True:
             admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
@@ -336,10 +345,10 @@ class LocalServers:
         temporary.replace(self._state_file)
 
 
-def listens(port: int) -> bool:
+def listens(port: int, host: str = "127.0.0.1") -> bool:
     """Whether somebody answers there."""
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 def port_again(port: int | None) -> int:

@@ -7,7 +7,7 @@ from services.anomaly.contact_store import ContactStore
 from services.anomaly.contacts import ContactService
 from services.anomaly.evidence import EvidenceService
 from services.anomaly.feed import AlarmFeedConsumer, AlarmRecall
-from services.anomaly.measures import FloodGauge, MeasureService
+from services.anomaly.measures import GAUGE_INTERVAL_S, FloodGauge, MeasureService
 from services.anomaly.rules import RuleService
 from services.anomaly.samples import Samples
 from services.anomaly.service import AlarmFeed, AlarmService
@@ -23,6 +23,7 @@ from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
 from services.common.kafka import Cluster, Publisher
+from services.common.metrics import keep_measuring
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime
 from smdih.anomaly.v1 import (
@@ -62,7 +63,7 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         runtime.background("directory", directory.run())
         runtime.background("feed", feed_consumer.run())
         runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
-        runtime.background("measures", FloodGauge(pool, clock).run())
+        runtime.background("measures", keep_measuring(FloodGauge(pool, clock).measure, interval_s=GAUGE_INTERVAL_S))
         runtime.background("outbox", OutboxRelay(pool, publisher, schema=SCHEMA).run())
         runtime.ready_when("kafka", publisher.answers)
         runtime.ready_when("database", lambda: can_write(pool))

@@ -15,7 +15,7 @@ import faust.auth
 from faust.types import TP
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.anomaly.domain import Change
+from services.anomaly.domain import Change, Severity
 from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Frames, Scorer, Taken, decode
 from services.anomaly.settings import CHECKPOINT_INTERVAL_S
@@ -34,7 +34,8 @@ from services.common.kafka import (
     Fenced,
     Identity,
     Poison,
-    lag_records,
+    consumed_total,
+    show_consumer,
 )
 from services.common.logs import get_logger
 
@@ -65,6 +66,8 @@ samples_scored_total = Counter("smdih_anomaly_samples_scored_total", "Values sco
 frames_skipped_total = Counter("smdih_anomaly_frames_skipped_total", "Frames that came too late for the detector")
 # Alarms by severity at the start; repeats after a restart are not counted.
 alarms_raised_total = Counter("smdih_anomaly_alarms_raised_total", "Alarms raised", ["severity"])
+for _severity in Severity:
+    alarms_raised_total.labels(_severity.name.lower())
 # From the door to the stored alarm.
 alarm_seconds = Histogram(
     "smdih_anomaly_alarm_seconds",
@@ -204,7 +207,7 @@ class Worker:
 
     async def run(self) -> None:
         """Wait, until cancelled, for what the worker cannot go on from, and raise it."""
-        lag_records.labels(topic=topics.SAMPLES).set_function(lambda: self.lag)
+        show_consumer([self], [topics.SAMPLES], GROUP)
         while True:
             parts = [self._failed, self._checkpointing]
             done, _ = await asyncio.wait(parts, timeout=CRASH_POLL_S, return_when=asyncio.FIRST_COMPLETED)
@@ -219,10 +222,23 @@ class Worker:
 
     async def is_turning(self) -> bool:
         """Liveness: there is progress, or nothing to do."""
-        if self._failed.done():
-            return False
-        idle = self._loaded.is_set() and self.lag == 0
-        return idle or time.monotonic() - self._last_progress < STALLED_S_MAX
+        return not self._failed.done() and self.stalled_s < STALLED_S_MAX
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long there has been work and no progress; 0 when all is well."""
+        if self._loaded.is_set() and self.lag == 0:
+            return 0.0
+        return time.monotonic() - self._last_progress
+
+    def lag_of(self, name: str) -> int:
+        return self.lag
+
+    def unreadable_of(self, name: str) -> int:
+        return max((partition.unreadable_in_a_row for partition in self._partitions.values()), default=0)
+
+    def is_of(self, name: str, group: str) -> bool:
+        return True
 
     @property
     def lag(self) -> int:
@@ -300,6 +316,7 @@ class Worker:
             event.value = event.message.value = None  # only the offset is needed from here on
             partition.uncovered.append(event)
         self._last_progress = time.monotonic()
+        consumed_total.labels(topics.SAMPLES, GROUP).inc(len(events))
         samples_scored_total.inc(taken.samples)
         frames_skipped_total.inc(taken.frames_skipped)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import asyncpg
 
-from services.common import tenancy
+from services.common import metrics, tenancy
 from services.common.errors import Forbidden, Invalid, TryAgain
 from services.common.logs import get_logger
 
@@ -75,7 +75,7 @@ async def create_pool(dsn: str, *, schema: str, size_max: int, service: str = ""
     They work in the role of the service (that of the schema's name unless given), whoever the DSN names: the owner, or a login
     that may do no more than take this role.
     """
-    return await asyncpg.create_pool(
+    pool = await asyncpg.create_pool(
         dsn,
         min_size=1,
         max_size=size_max,
@@ -90,6 +90,8 @@ async def create_pool(dsn: str, *, schema: str, size_max: int, service: str = ""
             FIRM_SETTING: tenancy.ALL,
         },
     )
+    metrics.watch_pool(pool, schema=schema)
+    return pool
 
 
 async def create_pool_when_it_answers(dsn: str, *, schema: str, size_max: int) -> Pool:

@@ -1,5 +1,6 @@
 """A gRPC server as every service has it: authenticated, correlated, errors from the one table, health and reflection."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from services.common.directory import Directory
 from services.common.errors import HubError, Invalid, TryAgain
@@ -30,6 +31,8 @@ OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 calls_total = Counter("smdih_rpc_calls_total", "gRPC calls answered", ["method", "status"])
 # Time to the answer of unary calls.
 call_seconds = Histogram("smdih_rpc_call_seconds", "Time to answer a unary gRPC call", ["method"])
+# Calls that are being answered; a stream is one for as long as it lasts.
+calls_in_progress = Gauge("smdih_rpc_calls_in_progress", "gRPC calls being answered", ["method"])
 
 _caller: ContextVar[Caller] = ContextVar("caller")
 
@@ -148,6 +151,8 @@ class _Gate(grpc.aio.ServerInterceptor):
 
 @asynccontextmanager
 async def _answered(context: Any, method: str) -> AsyncIterator[None]:
+    in_progress = calls_in_progress.labels(method)
+    in_progress.inc()
     try:
         yield
     except HubError as error:
@@ -160,8 +165,13 @@ async def _answered(context: Any, method: str) -> AsyncIterator[None]:
         calls_total.labels(method, "INTERNAL").inc()
         log.exception("call failed", method=method)
         await _abort(context, HubError("Something in the hub went wrong; it has been logged."))
+    except (asyncio.CancelledError, GeneratorExit):  # the caller went away, or the server stops
+        calls_total.labels(method, "CANCELLED").inc()
+        raise
     else:
         calls_total.labels(method, "OK").inc()
+    finally:
+        in_progress.dec()
 
 
 async def _abort(context: Any, error: HubError) -> NoReturn:

@@ -38,6 +38,12 @@ class Settings(BaseSettings):
     evidence_key: str = Field(
         "", repr=False, description="base64 of the private Ed25519 key that the ingest door signs evidence with"
     )
+    drain_s: float = Field(
+        0,
+        ge=0,
+        le=300,
+        description="how long a process that is told to stop still answers; more behind a load balancer",
+    )
     log_level: str = "INFO"
 
     @model_validator(mode="after")

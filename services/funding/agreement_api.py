@@ -45,7 +45,7 @@ class ClaimIn(_In):
     period_end: str
     costs: list[CostLineIn]
     is_final: StrictBool = Field(False, description="its period ends with the project")
-    evidence: list[ShownIn] = Field([], description="signed evidence of milestones", max_length=20)
+    evidence: list[ShownIn] = Field([], description="signed evidence of milestones, at most 20")
 
 
 class ClaimDecisionIn(_In):

@@ -3,13 +3,15 @@
 from typing import Any
 
 from services.common.errors import Invalid
+from services.common.messages import message_of
 from services.common.rpc import current_caller
-from services.funding.agreement import Agreement, Claim, CostLine
+from services.funding.agreement import Agreement, CostLine
 from services.funding.agreements import AgreementService, FundView
 from services.funding.domain import CostCategory
+from services.funding.milestone_rpc import evidence_of
 from services.funding.rules.exact import fixed_down
 from services.funding.rules.match import FundRatio
-from services.funding.words import number_of, word_of
+from services.funding.words import word_of
 from smdih.funding.v1 import agreement_pb2 as pb
 from smdih.funding.v1 import funding_pb2
 from smdih.funding.v1.agreement_pb2_grpc import AgreementServiceServicer
@@ -54,13 +56,14 @@ class AgreementRpc(AgreementServiceServicer):
             period_end=request.period_end,
             costs=[
                 CostLine(
-                    category=word_of(CostCategory, funding_pb2.CostCategory, "COST_CATEGORY", line.category),
+                    category=word_of(CostCategory, funding_pb2.CostCategory, line.category),
                     amount_pence=line.amount_pence,
                     evidence=line.evidence,
                 )
                 for line in request.costs
             ],
             is_final=request.is_final,
+            evidence=[(shown.milestone_id, evidence_of(shown.evidence_json)) for shown in request.evidence],
         )
         return pb.SubmitClaimResponse(agreement=_agreement(agreement))
 
@@ -121,82 +124,22 @@ class AgreementRpc(AgreementServiceServicer):
 
 def _agreement(agreement: Agreement) -> pb.Agreement:
     award = agreement.award
-    return pb.Agreement(
+    return message_of(
+        pb.Agreement,
+        agreement,
         award_id=award.id,
         application_id=award.application_id,
         call_id=award.call_id,
         firm_id=award.firm_id,
-        state=number_of(pb.AgreementState, "AGREEMENT_STATE", agreement.state),
         grant_pence=award.grant_pence,
         co_investment_pence=award.co_investment_pence,
-        retention_rate=agreement.retention_rate,
-        project_start=agreement.project_start.isoformat() if agreement.project_start else "",
-        project_end=agreement.project_end.isoformat() if agreement.project_end else "",
-        accepted_us=agreement.accepted_us,
-        assistance_confirmed_us=agreement.assistance_confirmed_us,
-        assistance_elsewhere_pence=agreement.assistance_elsewhere_pence,
-        final_report=agreement.final_report,
-        accountant_report=agreement.accountant_report,
-        paid_pence=agreement.paid_pence,
-        held_pence=agreement.held_pence,
-        left_pence=agreement.left_pence,
-        restored_pence=agreement.restored_pence,
-        recovered_pence=agreement.recovered_pence,
-        business_paid_pence=agreement.business_paid_pence,
-        ended_us=agreement.ended_us,
-        end_reason=agreement.end_reason,
-        claims=[_claim(claim) for claim in agreement.claims],
-    )
-
-
-def _claim(claim: Claim) -> pb.Claim:
-    made = claim.decision
-    return pb.Claim(
-        id=claim.id,
-        number=claim.number,
-        period_start=claim.period_start.isoformat(),
-        period_end=claim.period_end.isoformat(),
-        costs=[
-            pb.CostLine(
-                category=number_of(funding_pb2.CostCategory, "COST_CATEGORY", line.category),
-                amount_pence=line.amount_pence,
-                evidence=line.evidence,
-            )
-            for line in claim.costs
-        ],
-        defrayed_pence=claim.defrayed_pence,
-        is_final=claim.is_final,
-        state=number_of(pb.ClaimState, "CLAIM_STATE", claim.state),
-        submitted_us=claim.submitted_us,
-        decided_us=claim.decided_us,
-        decision=None
-        if made is None
-        else pb.ClaimDecision(
-            claimed_grant_pence=made.claimed_grant_pence,
-            payable_pence=made.payable_pence,
-            held_pence=made.held_pence,
-            over_grant_pence=made.over_grant_pence,
-            business_pence=made.business_pence,
-            days_after_period_end=made.days_after_period_end,
-            code=made.code,
-            reasons=made.reasons,
-        ),
-        decision_reason=claim.decision_reason,
-        paid_us=claim.paid_us,
     )
 
 
 def _fund(view: FundView) -> pb.Fund:
-    return pb.Fund(
-        programme_pence=view.programme_pence,
-        unallotted_pence=view.unallotted_pence,
-        unpromised_pence=view.unpromised_pence,
-        public_promised_pence=view.public_promised_pence,
-        public_held_pence=view.public_held_pence,
-        public_paid_pence=view.public_paid_pence,
-        public_recovered_pence=view.public_recovered_pence,
-        business_promised_pence=view.business_promised_pence,
-        business_paid_pence=view.business_paid_pence,
+    return message_of(
+        pb.Fund,
+        view,
         on_promises=_ratio(view.on_promises, view.public_promised_pence, view.business_promised_pence),
         on_payments=_ratio(view.on_payments, view.public_paid_pence, view.business_paid_pence),
     )

@@ -18,7 +18,7 @@ from prometheus_client import Counter
 from services.common import outbox, topics
 from services.common.clock import Clock, from_us
 from services.common.database import Connection, Pool, transaction
-from services.common.errors import Conflict, Forbidden, NotFound
+from services.common.errors import Conflict, Forbidden, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.funding import agreement_store as store
@@ -39,6 +39,7 @@ from services.funding.award_store import audit, given_to
 from services.funding.checks import GROUP, Given
 from services.funding.domain import checked_amount, checked_date, checked_request_id, checked_text, is_id, uk_day
 from services.funding.ledger import PROGRAMME, Account, AccountKind, Event, Purpose, Transfer
+from services.funding.milestone import MILESTONES_MAX
 from services.funding.milestones import MilestoneService, check_due_are_met
 from services.funding.parameters import ParameterTable
 from services.funding.requests import check_same, content_sha256, understood
@@ -199,6 +200,8 @@ class AgreementService:
         """Costs of a period that has ended, each with its paper; with them signed evidence of milestones, by their ids. The day it
         comes is the day that counts for lateness."""
         caller.require(Role.FIRM)
+        if len(evidence) > MILESTONES_MAX:
+            raise Invalid(f"A claim shows at most {MILESTONES_MAX} milestones.", reason="TOO_MUCH_EVIDENCE")
         now_us = self._clock.now_us()
         with understood():
             checked_request_id(request_id)

@@ -16,6 +16,7 @@ from services.common.clock import Clock
 from services.common.database import AWAY, CONNECT_TIMEOUT_S, RETRY_AFTER_S, Connection, Pool
 from services.common.errors import Conflict, HubError, SlowDown, TryAgain
 from services.common.logs import get_logger
+from services.common.metrics import watch_queue
 from services.common.tenancy import for_all_firms
 from services.funding import award_store, ledger
 from services.funding.award_store import Note
@@ -50,6 +51,7 @@ class Journal:
         self._clock = clock
         self._waiting_max = waiting_max
         self._waiting: deque[_Asked] = deque()
+        watch_queue("ledger", lambda: len(self._waiting), limit=waiting_max)
         self._draining: asyncio.Task[None] | None = None
 
     async def post(self, event: Event, note: Note | None = None) -> Posted:

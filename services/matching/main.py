@@ -14,11 +14,14 @@ from services.common.directory import Directory
 from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.kafka import Cluster, Publisher
+from services.common.metrics import keep_measuring, name_process
 from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
 from services.matching import edges, upkeep
+from services.matching.gauges import INTERVAL_S as GAUGES_INTERVAL_S
+from services.matching.gauges import LifeGauges
 from services.matching.index import ProviderIndex
 from services.matching.needs import Limits
 from services.matching.ranking import Ranker
@@ -94,6 +97,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     app = application("SMDIH matching", runtime=runtime, directory=directory, routers=edges.routers(matching))
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
     runtime.background("providers", index.run())
+    runtime.background("gauges", keep_measuring(LifeGauges(pool, clock).measure, interval_s=GAUGES_INTERVAL_S))
 
     async def alarms_into_needs() -> None:
         # Profiles of firms and providers first, so that the first needs are as good as the later ones.
@@ -125,7 +129,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     settings = MatchingSettings()
     logs.configure(f"matching-{arguments[0]}", settings.log_level)
-    run(functools.partial(ROLES[arguments[0]], settings=settings))
+    name_process(f"matching-{arguments[0]}")
+    run(functools.partial(ROLES[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

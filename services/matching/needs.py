@@ -177,6 +177,11 @@ def event_id(of: str, change: str) -> str:
     return _derived("event", of, change)
 
 
+def notice_id(subject_id: str, *what: str) -> str:
+    """What happens once is told once."""
+    return _derived("notice", subject_id, *what)
+
+
 def quarter_of(day: date) -> date:
     """First day of the calendar quarter."""
     return date(day.year, day.month - (day.month - 1) % 3, 1)

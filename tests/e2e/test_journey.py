@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
@@ -14,8 +15,10 @@ from demo import plant, report
 from demo.journey import Journey, Observer
 from demo.story import Source, Story
 from localstack.hub import Hub
+from localstack.prometheus import Prometheus
 from localstack.servers import Servers
 from services.common.settings import Settings
+from tests.e2e import watching
 
 
 def story_of_the_plant() -> Story:
@@ -54,8 +57,11 @@ async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_proce
     )
     story = story_of_the_plant()
     tasks: list[asyncio.Task[None]] = []
+    watched = AsyncExitStack()
     try:
         await hub.start()
+        addresses = {name: running.http for name, running in hub.processes.items()}
+        prometheus = await watched.enter_async_context(Prometheus(tmp_path / "prometheus", addresses))
         tasks.append(asyncio.create_task(Observer(hub, story).run()))
         tasks.append(asyncio.create_task(kill_every_process_once(hub, story)))
         await Journey(hub, story).walk()
@@ -101,8 +107,13 @@ async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_proce
                 listed = ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
                 services = {one.name async for response in listed for one in response.list_services_response.service}
                 assert any(one.startswith("smdih.") for one in services)
+        # What happened can be seen.
+        await watching.every_panel_on_timescaledb_has_data(hub)
+        await watching.every_panel_on_prometheus_has_data(prometheus)
+        await watching.every_rule_is_well_and_silent(prometheus)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await watched.aclose()
         await hub.stop()

@@ -57,3 +57,9 @@ ALTER TABLE allocation ENABLE ROW LEVEL SECURITY;
 CREATE POLICY firm ON allocation USING ((SELECT sees_all_firms()));
 ALTER TABLE pool_spread ENABLE ROW LEVEL SECURITY;
 CREATE POLICY firm ON pool_spread USING ((SELECT sees_all_firms()));
+
+-- Who owns a part of whom concerns both.
+ALTER TABLE holding ENABLE ROW LEVEL SECURITY;
+CREATE POLICY firm ON holding USING (
+    (SELECT sees_all_firms()) OR (SELECT scoped_firm()) IN (owner_firm_id, owned_firm_id)
+);

@@ -18,6 +18,7 @@ from services.common.database import AWAY, Connection, Pool, transaction, transa
 from services.common.errors import HubError
 from services.common.identity import Role, key_prefix, key_sha256
 from services.common.logs import get_logger
+from services.common.metrics import watch_queue
 from services.ingest.diagnosis import proposal_store
 from services.ingest.diagnosis import sightings_store as store
 from services.ingest.diagnosis.proposal_store import ProposalKey, Seen
@@ -73,6 +74,7 @@ class Sightings:
         self._notes = Notes()
         self._machines = self._notes.machines
         self.is_new = asyncio.Event()
+        watch_queue("sightings", lambda: len(self._notes.refusals), limit=NOTED_MAX)
 
     def taken(self, sender: Sender, machine_id: int, received_us: int, newest_us: int) -> None:
         """A batch with good samples."""

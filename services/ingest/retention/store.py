@@ -148,7 +148,10 @@ async def remove_quarantined(connection: Connection, firm_id: int, cutoff: datet
 
 
 async def begin_run(connection: Connection, now_us: int) -> int:
-    """Also forgets runs older than a year."""
+    """Also forgets runs older than a year, and doors that wrote their last record long before the message log forgot it."""
+    await connection.execute(
+        "DELETE FROM door_numbers WHERE missing = 0 AND noted < $1::timestamptz - INTERVAL '30 days'", from_us(now_us)
+    )
     await connection.execute(
         "DELETE FROM retention_run WHERE started < $1::timestamptz - INTERVAL '1 year'", from_us(now_us)
     )

@@ -31,6 +31,7 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.notices import tell_of_offers
 from services.matching.service.offers import Offers
 from services.matching.service.sight import need_seen_by
 from services.matching.store import consents as consents_store
@@ -233,7 +234,8 @@ class Needs:
             consent_id=consent.id,
             shown=SharedItem.PARTNERS in consent.shared,
         )
-        await self._open(connection, need, await self._offers.rank(need), raised=alarm.raised)
+        opened = await self._open(connection, need, await self._offers.rank(need), raised=alarm.raised)
+        await tell_of_offers(connection, opened.offers)
         return "opened"
 
     async def _open(

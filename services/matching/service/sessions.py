@@ -13,6 +13,7 @@ from services.common.errors import AlreadyExists, Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, current_correlation_id, get_logger
 from services.common.outbox import OutboxRelay
+from services.matching import notices
 from services.matching.calendar_file import booking_file, sessions_file
 from services.matching.domain import Kind
 from services.matching.matches import MatchState
@@ -35,6 +36,7 @@ from services.matching.service.checks import (
 from services.matching.service.sight import match_seen_by
 from services.matching.sessions import Booking, BookingState, Session, SessionState
 from services.matching.store import needs as needs_store
+from services.matching.store import notices as notices_store
 from services.matching.store import providers as providers_store
 from services.matching.store import sessions as sessions_store
 
@@ -111,7 +113,9 @@ class Sessions:
             if session.state is SessionState.OPEN:
                 now = self._now()
                 for booking in await sessions_store.standing_bookings(connection, session.id):
-                    await self._end(connection, booking, BookingState.CANCELLED, "SESSION_CANCELLED", now)
+                    ended = await self._end(connection, booking, BookingState.CANCELLED, "SESSION_CANCELLED", now)
+                    notice = notices.of_booking(ended, session, reason=reason.strip())
+                    await notices_store.add_notices(connection, [notice])
                 cancelled = replace(session, state=SessionState.CANCELLED, cancel_reason=reason.strip(), changed=now)
                 await sessions_store.put_session(connection, replace(cancelled, sequence=session.sequence + 1))
             stored = await self._session(connection, session_id)
@@ -218,6 +222,10 @@ class Sessions:
                 booking = await self._end(
                     connection, booking, BookingState.CANCELLED, reason.strip() or "by the firm", self._now()
                 )
+                if caller.role is not Role.FIRM:
+                    session = await self._session(connection, booking.session_id)
+                    notice = notices.of_booking(booking, session, reason=booking.end_reason)
+                    await notices_store.add_notices(connection, [notice])
                 await self._fill(connection, booking.session_id)
         self._relay.kick()
         return booking
@@ -321,12 +329,14 @@ class Sessions:
         return await self._tell(connection, booking.id)
 
     async def _tell(self, connection: Connection, booking_id: str) -> Booking:
-        """Publish the booking as it is now."""
+        """Publish the booking as it is now; its firm is told of a seat that it was offered or lost."""
         booking = await sessions_store.booking(connection, booking_id)
         assert booking is not None  # it was just written
         session = await self._session(connection, booking.session_id)
         with correlated(booking.correlation_id):
             await outbox.write(connection, topics.BOOKINGS, key=booking.id, value=booking_event(booking, session))
+        if booking.state in (BookingState.OFFERED, BookingState.EXPIRED):
+            await notices_store.add_notices(connection, [notices.of_booking(booking, session)])
         bookings_total.labels(booking.state).inc()
         return booking
 
