@@ -1,6 +1,8 @@
 """The doors of a real hub: every HTTP route by its own description, every gRPC method with any bytes, as operator and as firm."""
 
+import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 import time
@@ -19,34 +21,8 @@ from fuzz.messages import bodies
 from fuzz.rounds import Outcome, Target
 from localstack.hub import Hub
 from localstack.servers import Servers
-from smdih.anomaly.v1 import anomaly_pb2, notification_pb2, rules_pb2
-from smdih.funding.v1 import agreement_pb2, funding_pb2, review_pb2
-from smdih.ingest.v1 import (
-    claim_pb2,
-    diagnosis_pb2,
-    kpi_pb2,
-    proposal_pb2,
-    query_pb2,
-    quota_pb2,
-    registry_pb2,
-    series_pb2,
-    telemetry_pb2,
-)
-from smdih.matching.v1 import matching_pb2, rooms_pb2, sessions_pb2
 
 SERVICES: Final = {"ingest": "door", "anomaly": "anomaly", "matching": "matching", "funding": "funding"}
-FILES: Final[dict[str, tuple[FileDescriptor, ...]]] = {
-    service: tuple(module.DESCRIPTOR for module in modules)
-    for service, modules in {
-        "ingest": (
-            *(claim_pb2, diagnosis_pb2, kpi_pb2, proposal_pb2, query_pb2),
-            *(quota_pb2, registry_pb2, series_pb2, telemetry_pb2),
-        ),
-        "anomaly": (anomaly_pb2, notification_pb2, rules_pb2),
-        "matching": (matching_pb2, rooms_pb2, sessions_pb2),
-        "funding": (agreement_pb2, funding_pb2, review_pb2),
-    }.items()
-}
 # They would end the keys that the run uses.
 NOT_CALLED: Final = frozenset({"RevokeCredential", "RotateCredential"})
 NOT_ASKED: Final = r"^/v1/credentials/\{"
@@ -101,7 +77,12 @@ async def opened(servers: Servers, folder: Path) -> AsyncIterator[Doors]:
 
 
 def methods(service: str) -> Iterator[MethodDescriptor]:
-    for file in FILES[service]:
+    """Of every contract of the service."""
+    package = importlib.import_module(f"smdih.{service}.v1")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.endswith("_pb2"):
+            continue
+        file: FileDescriptor = importlib.import_module(f"{package.__name__}.{module.name}").DESCRIPTOR
         for found in file.services_by_name.values():
             yield from (method for method in found.methods if method.name not in NOT_CALLED)
 

@@ -6,7 +6,7 @@ DECLARE
     name text;
 BEGIN
     FOREACH name IN ARRAY ARRAY[
-        'booking', 'consent', 'match', 'maturity_assessment', 'need', 'offer',
+        'booking', 'consent', 'match', 'maturity_assessment', 'need', 'notice', 'offer',
         'room']
     LOOP
         EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
