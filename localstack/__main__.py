@@ -14,6 +14,7 @@ import psutil
 
 from localstack import mosquitto
 from localstack.hub import Hub, HubError, write_endpoints
+from localstack.prometheus import write_targets
 from localstack.servers import LOCAL, ROOT, LocalServers, ServersError, named_in_environment
 from services.common import logs
 
@@ -22,6 +23,8 @@ ENDPOINTS = LOCAL / "endpoints.json"
 STATE = LOCAL / "stacks" / NAME / "supervisor.json"
 MQTT = LOCAL / "stacks" / NAME / "mosquitto"
 LOGS = LOCAL / "log" / NAME
+# deploy/prometheus/prometheus.yml reads it.
+PROMETHEUS_TARGETS = LOCAL / "prometheus-targets.json"
 UP_TIMEOUT_S = 120
 DOWN_TIMEOUT_S = 60
 
@@ -40,6 +43,7 @@ The hub is up. Keys and addresses: .local/endpoints.json   Logs: .local/log/up/ 
   the fund    curl -H "Authorization: Bearer {operator}" {funding}/v1/ledger/trial-balance
   gRPC        ingest {ingest_grpc}  anomaly {anomaly_grpc}  matching {matching_grpc}  funding {funding_grpc}
               (health and reflection on each; contracts in proto/)
+  metrics     prometheus --config.file=deploy/prometheus/prometheus.yml --storage.tsdb.path=.local/prometheus   (docs/watch.md)
   Kafka       {kafka}
   database    {database}
 """
@@ -142,6 +146,7 @@ async def supervise() -> None:
                 "user": FIRM,
                 "password": broker.passwords[FIRM],
             }
+        write_targets(PROMETHEUS_TARGETS, found["processes"])
         write_endpoints(ENDPOINTS, found)
         await stop.wait()
     finally:

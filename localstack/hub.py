@@ -17,11 +17,13 @@ import httpx
 from localstack.mosquitto import BRIDGE, Mosquitto
 from localstack.servers import ROOT, Servers, free_port
 from services.common.evidence import Signer, new_key
+from services.common.kafka import Identity
 from services.common.settings import Settings
 from services.ingest.main import operator_key
 from services.migrate import migrate_all
 
-READY_TIMEOUT_S = 60
+# A busy machine needs long for the first start.
+READY_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 15
 RESTART_DELAY_S = 0.5
 RESTART_DELAY_S_MAX = 10.0
@@ -36,6 +38,12 @@ class Role:
     role: str
     has_grpc: bool
     needs_mqtt: bool = False
+    number: int = 1
+
+    @property
+    def access(self) -> str:
+        """Its name in services/common/access.py, also of a second process of the role."""
+        return self.name if self.number == 1 else self.name.removesuffix(f"-{self.number}")
 
 
 ROLES = (
@@ -60,15 +68,16 @@ class Running:
     process: asyncio.subprocess.Process | None = None
     starts: int = 0
     watcher: asyncio.Task[None] | None = None
+    host: str = "127.0.0.1"
     scheme: str = "http"
 
     @property
     def http(self) -> str:
-        return f"{self.scheme}://127.0.0.1:{self.http_port}"
+        return f"{self.scheme}://{self.host}:{self.http_port}"
 
     @property
     def grpc(self) -> str:
-        return f"127.0.0.1:{self.grpc_port}"
+        return f"{self.host}:{self.grpc_port}"
 
 
 class HubError(Exception):
@@ -87,23 +96,34 @@ class Hub:
         roles: Collection[str] | None = None,
         copies: Mapping[str, int] | None = None,
         mqtt: Mosquitto | None = None,
+        identities: Mapping[str, Identity] | None = None,
+        code: Path = ROOT,
+        instance_suffix: str = "",
         environment: Mapping[str, str] | None = None,
         ca: Path | None = None,
     ) -> None:
         """`roles`: only these, by name. `copies`: more than one process of a role; the second is called NAME-2.
 
-        `mqtt`: the broker that the bridge connects to; without it there is no bridge. `environment`: further settings of every
-        process; `ca`: the authority of their certificates, where these settings name some.
+        `mqtt`: the broker that the bridge connects to; without it there is no bridge. `identities`: as whom each process, and
+        "migrate", comes to Kafka; without it as nobody. `code`: the checkout that is run, with its gen/. `instance_suffix`: keeps
+        workers apart from those of another hub on the same servers. `environment`: further settings of every process; `ca`: the
+        authority of their certificates, where these settings name some.
         """
         self._folder = folder
+        self._code = code
+        self._instance_suffix = instance_suffix
         self._mqtt = mqtt
-        self._environment = dict(environment or {})
+        self._identities = identities or {}
+        self._further = dict(environment or {})
         self._ca = ca
         self.settings = Settings(
-            kafka_bootstrap=servers.kafka_bootstrap, database_dsn=servers.database_dsn, kafka_topic_prefix=topic_prefix
+            kafka_bootstrap=servers.kafka_bootstrap,
+            database_dsn=servers.database_dsn,
+            kafka_topic_prefix=topic_prefix,
+            **{f"kafka_{name}": value for name, value in self._identity("migrate").items()},
         )
         self._roles = [
-            role if number == 1 else replace(role, name=f"{role.name}-{number}")
+            role if number == 1 else replace(role, name=f"{role.name}-{number}", number=number)
             for role in ROLES
             if (roles is None or role.name in roles) and (mqtt is not None or not role.needs_mqtt)
             for number in range(1, (copies or {}).get(role.name, 1) + 1)
@@ -119,8 +139,12 @@ class Hub:
         self._folder.mkdir(parents=True, exist_ok=True)
         for role in self._roles:
             self.processes[role.name] = Running(role, free_port(), free_port(), scheme="https" if self._ca else "http")
-        await migrate_all(self.settings)
-        self.operator_key = await operator_key(self.settings)
+        if self._code == ROOT:
+            await migrate_all(self.settings)
+            self.operator_key = await operator_key(self.settings)
+        else:
+            await self._command("services.migrate")
+            self.operator_key = (await self._command("services.ingest.main", "operator-key")).strip()
         for running in self.processes.values():
             running.watcher = asyncio.create_task(self._watch(running))
         await asyncio.gather(*(self.wait_ready(name) for name in self.processes))
@@ -200,26 +224,57 @@ class Hub:
                 found[service] = {"grpc": self.processes[name].grpc, "http": self.processes[name].http}
         return found
 
+    def _identity(self, process: str) -> dict[str, Any]:
+        """Settings (without their prefix) of a process's identity at Kafka."""
+        identity = self._identities.get(process, Identity())
+        return {
+            "security_protocol": identity.protocol,
+            "sasl_mechanism": identity.mechanism,
+            "username": identity.username,
+            "password": identity.password,
+            "ca_file": identity.ca_file,
+        }
+
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
 
-    async def _watch(self, running: Running) -> None:
-        environment = os.environ | {
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {
             "SMDIH_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap,
             "SMDIH_KAFKA_TOPIC_PREFIX": self.settings.kafka_topic_prefix,
             "SMDIH_DATABASE_DSN": self.settings.database_dsn,
+            "PYTHONPATH": f"{self._code}:{self._code / 'gen'}",
+        }
+
+    async def _command(self, module: str, *arguments: str) -> str:
+        """What a command of the code that is run prints. Raises HubError."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", module, *arguments),
+            cwd=self._code,
+            env=self._environment(),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, told = await process.communicate()
+        if process.returncode:
+            raise HubError(f"{module} failed: {told.decode()[-2000:]}")
+        return output.decode()
+
+    async def _watch(self, running: Running) -> None:
+        environment = self._environment() | {
             "SMDIH_HTTP_PORT": str(running.http_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
             # A worker that was killed gets its partitions back at once.
-            "SMDIH_ANOMALY_INSTANCE": running.role.name,
+            "SMDIH_ANOMALY_INSTANCE": running.role.name + self._instance_suffix,
             # Where explanations of alarms get their samples.
             "SMDIH_INGEST_GRPC": self.processes["door"].grpc if "door" in self.processes else "",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
             # One arithmetic thread a process: on a small machine more only get into each other's way.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        environment |= self._environment
+        environment |= self._further
+        for name, value in self._identity(running.role.access).items():
+            environment[f"SMDIH_KAFKA_{name.upper()}"] = value
         if "matching" in self.processes:
             environment["SMDIH_MATCHING_GRPC"] = self.processes["matching"].grpc
         if self._mqtt is not None and running.role.needs_mqtt:
@@ -239,7 +294,7 @@ class Hub:
                 running.process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     *("-m", running.role.module, running.role.role),
-                    cwd=ROOT,
+                    cwd=self._code,
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

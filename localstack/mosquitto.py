@@ -50,8 +50,9 @@ def program() -> str | None:
 class Mosquitto:
     """One broker with its data in a folder; found again and stopped by who started it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, host: str = "127.0.0.1") -> None:
         self.folder = folder
+        self.host = host
         self._state_file = folder / "mosquitto.json"
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
@@ -72,7 +73,7 @@ class Mosquitto:
         self._write_accounts()
         (self.folder / "access").write_text(ACCESS)
         (self.folder / "mosquitto.conf").write_text(
-            CONFIG + f"listener {self.port} 127.0.0.1\n{more}persistence_location {self.folder}/\n"
+            CONFIG + f"listener {self.port} {self.host}\n{more}persistence_location {self.folder}/\n"
             f"password_file {self.folder}/passwords\nacl_file {self.folder}/access\nuser root\n"
         )
         with (self.folder / "mosquitto.log").open("ab") as log:
@@ -86,7 +87,7 @@ class Mosquitto:
         started = psutil.Process(self._process.pid).create_time()
         self._state_file.write_text(json.dumps({"pid": self._process.pid, "started": started}))
         until = time.monotonic() + START_TIMEOUT_S
-        while not listens(self.port):
+        while not listens(self.port, self.host):
             if self._process.poll() is not None or time.monotonic() > until:
                 raise ServersError(f"Mosquitto did not start: see {self.folder / 'mosquitto.log'}")
             time.sleep(0.02)

@@ -30,6 +30,33 @@ START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 20
 
 
+IN_THE_CLEAR = ("listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",)
+
+
+def broker_settings(listener: str, controller_port: int, data: Path) -> list[str]:
+    """Properties of a broker that is alone, for one machine."""
+    listeners = f"{listener},CONTROLLER://127.0.0.1:{controller_port}"
+    return [
+        "process.roles=broker,controller",
+        "node.id=1",
+        f"controller.quorum.bootstrap.servers=127.0.0.1:{controller_port}",
+        f"listeners={listeners}",
+        f"advertised.listeners={listeners}",
+        "controller.listener.names=CONTROLLER",
+        f"log.dirs={data}",
+        "offsets.topic.replication.factor=1",
+        "transaction.state.log.replication.factor=1",
+        "transaction.state.log.min.isr=1",
+        "share.coordinator.state.topic.replication.factor=1",
+        "share.coordinator.state.topic.min.isr=1",
+        "offsets.topic.num.partitions=8",
+        "transaction.state.log.num.partitions=4",
+        "group.initial.rebalance.delay.ms=0",
+        "auto.create.topics.enable=false",
+        "message.max.bytes=8388608",
+    ]
+
+
 @dataclass(frozen=True)
 class Servers:
     """Where a broker and a database answer."""
@@ -64,8 +91,10 @@ def free_port() -> int:
 class LocalServers:
     """One Kafka and one PostgreSQL with TimescaleDB, with their data below .local; several sets may run side by side by name."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, host: str = "127.0.0.1") -> None:
+        """`host`: an address of this machine that others reach; by default only the machine itself gets through."""
         self.folder = LOCAL / "stacks" / name
+        self.host = host
         self._state_file = self.folder / "servers.json"
         # PostgreSQL runs in a root folder of its own: paths are as seen from inside.
         self._pg_data = f"/var/lib/postgresql/{name}"
@@ -80,8 +109,8 @@ class LocalServers:
         self._write(state)
         await asyncio.gather(self._start_kafka(state), self._start_postgres(state))
         servers = Servers(
-            kafka_bootstrap=f"127.0.0.1:{state['kafka']['port']}",
-            database_dsn=f"postgresql://postgres:{state['secret']}@127.0.0.1:{state['postgres']['port']}/postgres",
+            kafka_bootstrap=f"{self.host}:{state['kafka']['port']}",
+            database_dsn=f"postgresql://postgres:{state['secret']}@{self.host}:{state['postgres']['port']}/postgres",
         )
         await asyncio.gather(self._prove_kafka(servers, state), self._prove_postgres(servers, state))
         return servers
@@ -128,7 +157,7 @@ class LocalServers:
         state = self._read()
         assert state is not None
         await self._start_kafka(state)
-        await self._prove_kafka(Servers(f"127.0.0.1:{state['kafka']['port']}", ""), state)
+        await self._prove_kafka(Servers(f"{self.host}:{state['kafka']['port']}", ""), state)
 
     def pause_kafka(self, paused: bool) -> None:
         """Stop the broker from answering while its connections stay open, or let it go on."""
@@ -176,34 +205,12 @@ class LocalServers:
         controller_port = free_port()
         data = self.folder / "kafka"
         config = self.folder / "kafka.properties"
-        config.write_text(
-            "\n".join(
-                (
-                    "process.roles=broker,controller",
-                    "node.id=1",
-                    f"controller.quorum.bootstrap.servers=127.0.0.1:{controller_port}",
-                    f"listeners=PLAINTEXT://127.0.0.1:{kafka['port']},CONTROLLER://127.0.0.1:{controller_port}",
-                    f"advertised.listeners=PLAINTEXT://127.0.0.1:{kafka['port']},CONTROLLER://127.0.0.1:{controller_port}",
-                    "controller.listener.names=CONTROLLER",
-                    "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-                    f"log.dirs={data}",
-                    "offsets.topic.replication.factor=1",
-                    "transaction.state.log.replication.factor=1",
-                    "transaction.state.log.min.isr=1",
-                    "share.coordinator.state.topic.replication.factor=1",
-                    "share.coordinator.state.topic.min.isr=1",
-                    "offsets.topic.num.partitions=8",
-                    "transaction.state.log.num.partitions=4",
-                    "group.initial.rebalance.delay.ms=0",
-                    "auto.create.topics.enable=false",
-                    "message.max.bytes=8388608",
-                )
-            )
-        )
+        listener = f"PLAINTEXT://{self.host}:{kafka['port']}"
+        config.write_text("\n".join([*broker_settings(listener, controller_port, data), *IN_THE_CLEAR]))
         java = ["java", "-cp", f"{KAFKA_LIBS}/*"]
         if not (data / "meta.properties").exists():
-            kafka["cluster_id"] = _cluster_id()
-            await _run(
+            kafka["cluster_id"] = cluster_id()
+            await run_to_end(
                 [
                     *java,
                     "kafka.tools.StorageTool",
@@ -249,12 +256,15 @@ class LocalServers:
                     *("initdb", "-D", self._pg_data, "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8"),
                     *("--auth=scram-sha-256", f"--pwfile=/tmp/{password_file.name}"),
                     *("-c", "shared_preload_libraries=timescaledb", "-c", "timescaledb.telemetry_level=off"),
-                    *("-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=/tmp"),
+                    *("-c", f"listen_addresses={self.host}", "-c", "unix_socket_directories=/tmp"),
                     *("-c", f"cluster_name={postgres['cluster_name']}", "-c", "max_connections=200"),
                     *("-c", "max_wal_size=4GB", "-c", "shared_buffers=512MB"),
                 )
             finally:
                 password_file.unlink()
+            if self.host != "127.0.0.1":
+                with (data / "pg_hba.conf").open("a") as access:
+                    access.write("host all all samenet scram-sha-256\n")
         await self._pg(
             "pg_ctl",
             "-D",
@@ -272,11 +282,15 @@ class LocalServers:
 
     async def _pg(self, program: str, *arguments: str) -> None:
         command = ["chroot", "--userspec=postgres:postgres", str(PG_ROOT), f"{PG_BIN}/{program}", *arguments]
-        await _run(command, self.folder / "postgres.log", cwd=PG_ROOT)
+        await run_to_end(command, self.folder / "postgres.log", cwd=PG_ROOT)
 
     async def _prove_kafka(self, servers: Servers, state: dict[str, Any]) -> None:
         until = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < until and self._running(state["kafka"]) and not listens(state["kafka"]["port"]):
+        while (
+            time.monotonic() < until
+            and self._running(state["kafka"])
+            and not listens(state["kafka"]["port"], self.host)
+        ):
             await asyncio.sleep(0.1)
         while True:
             admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
@@ -331,10 +345,15 @@ class LocalServers:
         temporary.replace(self._state_file)
 
 
-def listens(port: int) -> bool:
+def pg_prefix() -> str:
+    """What stands before pg_dump and pg_restore on this machine (SMDIH_PG_PREFIX); empty where they are installed as usual."""
+    return f"chroot --userspec=postgres:postgres {PG_ROOT} env PATH={PG_BIN}:/usr/bin" if PG_ROOT.is_dir() else ""
+
+
+def listens(port: int, host: str = "127.0.0.1") -> bool:
     """Whether somebody answers there."""
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 def port_again(port: int | None) -> int:
@@ -350,14 +369,14 @@ def port_again(port: int | None) -> int:
         return port
 
 
-def _cluster_id() -> str:
+def cluster_id() -> str:
     # Kafka's form of a random id: 16 bytes in URL-safe base64 without padding, not beginning with a dash.
     while (text := secrets.token_urlsafe(16)).startswith("-"):
         pass
     return text
 
 
-async def _run(command: list[str], log_file: Path, cwd: Path | None = None) -> None:
+async def run_to_end(command: list[str], log_file: Path, cwd: Path | None = None) -> None:
     with log_file.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=cwd, start_new_session=True

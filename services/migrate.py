@@ -16,7 +16,7 @@ async def migrate_all(settings: Settings) -> None:
     for schema in SCHEMAS:
         await migrate(settings.database_dsn, schema=schema, folder=Path(__file__).parent / schema / "migrations")
     await create_topics(
-        Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix),
+        Cluster.of(settings),
         partitions=settings.kafka_partitions,
         replication=settings.kafka_replication,
     )

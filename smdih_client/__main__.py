@@ -134,7 +134,11 @@ def _add_opcua(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--config", type=Path, help="write a configuration to this file")
     command.add_argument("--user", default="")
     command.add_argument("--password-env", default="", help="environment variable that holds the password")
-    command.add_argument("--security", default="", help="policy,mode,certificate,private key")
+    command.add_argument(
+        "--security",
+        default="",
+        help="policy,mode,certificate,private key[,server's certificate]; files beside --config",
+    )
 
 
 def _rate(text: str) -> float:
@@ -228,11 +232,16 @@ def _browse(arguments: argparse.Namespace) -> int:
 
     logging.getLogger("asyncua").setLevel(logging.CRITICAL)
     password = os.environ.get(arguments.password_env, "") if arguments.password_env else ""
-    server = opcua.Server(arguments.url, False, 1_000, (), arguments.user, password, arguments.security)
+    folder = arguments.config.parent if arguments.config is not None else Path()
+    login = {one: getattr(arguments, one) for one in ("user", "password_env", "security")}
     try:
+        secured = opcua.security("--security", arguments.security, folder) if arguments.security else None
+        server = opcua.Server(arguments.url, False, 1_000, (), arguments.user, password, secured)
         found = asyncio.run(opcua.browse(server, arguments.root))
         if arguments.config is not None:
-            text = opcua.configuration_text(arguments.url, found, target=arguments.target, machine=arguments.machine)
+            text = opcua.configuration_text(
+                arguments.url, found, target=arguments.target, machine=arguments.machine, login=login
+            )
             with arguments.config.open("x") as file:
                 file.write(text)
     except (OSError, ua.UaError, opcua.BadConfiguration) as error:

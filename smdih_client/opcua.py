@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 from asyncua import Client, Node, ua
+from asyncua.crypto import security_policies
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
 
 from smdih_client.buffer import BufferFull
 from smdih_client.telemetry import Refused, TelemetryClient
@@ -49,6 +52,13 @@ _NUMBERS = (
     *(ua.VariantType.Int32, ua.VariantType.UInt32, ua.VariantType.Int64, ua.VariantType.UInt64),
     *(ua.VariantType.Float, ua.VariantType.Double),
 )
+# The policies that are not broken.
+_POLICIES = {
+    "Basic256Sha256": security_policies.SecurityPolicyBasic256Sha256,
+    "Aes128Sha256RsaOaep": security_policies.SecurityPolicyAes128Sha256RsaOaep,
+    "Aes256Sha256RsaPss": security_policies.SecurityPolicyAes256Sha256RsaPss,
+}
+_MODES = {"Sign": ua.MessageSecurityMode.Sign, "SignAndEncrypt": ua.MessageSecurityMode.SignAndEncrypt}
 # What asyncua raises when a server is away, is going away, or says no.
 _AWAY = (OSError, TimeoutError, ua.UaError)
 
@@ -67,6 +77,20 @@ class Variable:
 
 
 @dataclass(frozen=True)
+class Security:
+    """How the connection to a server is signed or encrypted."""
+
+    policy: str
+    mode: str
+    certificate: Path
+    private_key: Path
+    # None: whatever certificate the server shows is taken.
+    server_certificate: Path | None
+    # The URI in our certificate: servers compare it with the one that a client says.
+    application_uri: str
+
+
+@dataclass(frozen=True)
 class Server:
     url: str
     # True: read every interval; False: the server tells of changes.
@@ -75,8 +99,7 @@ class Server:
     variables: tuple[Variable, ...]
     user: str = ""
     password: str = field(default="", repr=False)
-    # As asyncua takes it: policy, mode, certificate, private key, separated by commas.
-    security: str = ""
+    security: Security | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +119,7 @@ def load(path: Path) -> Configuration:
     _check_keys(
         path.name, document, {"target": str, "source": str, "buffer": str, "server": list}, ("target", "server")
     )
-    servers = tuple(_server(f"server {number}", one) for number, one in enumerate(document["server"], 1))
+    servers = tuple(_server(f"server {number}", one, path.parent) for number, one in enumerate(document["server"], 1))
     if not servers:
         raise BadConfiguration(f"{path}: name at least one [[server]]")
     signals = [(one.machine, one.signal) for server in servers for one in server.variables]
@@ -106,7 +129,7 @@ def load(path: Path) -> Configuration:
     return Configuration(document["target"], document.get("source", "opcua"), buffer, servers)
 
 
-def _server(where: str, document: Any) -> Server:
+def _server(where: str, document: Any, folder: Path) -> Server:
     kinds = {"url": str, "mode": str, "interval_ms": int, "user": str, "password_env": str, "security": str}
     _check_keys(where, document, kinds | {"machine": list}, ("url", "machine"))
     mode = document.get("mode", "subscribe")
@@ -137,8 +160,40 @@ def _server(where: str, document: Any) -> Server:
         tuple(variables),
         document.get("user", ""),
         os.environ.get(password_env, "") if password_env else "",
-        document.get("security", ""),
+        security(f"{where}: security", document["security"], folder) if document.get("security") else None,
     )
+
+
+def security(where: str, text: str, folder: Path) -> Security:
+    """Of "policy,mode,certificate,private key[,server's certificate]", files beside `folder`. Raises BadConfiguration."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) not in (4, 5) or parts[0] not in _POLICIES or parts[1] not in _MODES:
+        raise BadConfiguration(
+            f"{where}: needs policy ({', '.join(_POLICIES)}), mode ({', '.join(_MODES)}), certificate, private key and, "
+            "where it is known, the server's certificate, separated by commas"
+        )
+    files = [folder / part for part in parts[2:]]
+    try:
+        own, *known = (_certificate(file) for file in (files[0], *files[2:]))
+        key = files[1].read_bytes()
+        (load_pem_private_key if key.startswith(b"-----") else load_der_private_key)(key, None)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadConfiguration(f"{where}: {error}") from error
+    try:
+        names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    except x509.ExtensionNotFound:
+        uris = []
+    if not uris:
+        raise BadConfiguration(
+            f"{where}: {files[0]} has no URI as subject alternative name, by which servers know a client"
+        )
+    return Security(parts[0], parts[1], files[0], files[1], files[2] if known else None, uris[0])
+
+
+def _certificate(file: Path) -> x509.Certificate:
+    content = file.read_bytes()
+    return (x509.load_pem_x509_certificate if content.startswith(b"-----") else x509.load_der_x509_certificate)(content)
 
 
 def _check_keys(where: str, document: Any, kinds: dict[str, type], needed: Sequence[str]) -> None:
@@ -366,8 +421,15 @@ async def connected(server: Server) -> Client:
         client.set_user(server.user)
         client.set_password(server.password)
     try:
-        if server.security:
-            await client.set_security_string(server.security)
+        if (how := server.security) is not None:
+            client.application_uri = how.application_uri
+            await client.set_security(
+                _POLICIES[how.policy],
+                how.certificate,
+                how.private_key,
+                server_certificate=str(how.server_certificate) if how.server_certificate else None,
+                mode=_MODES[how.mode],
+            )
         await client.connect()
     except BaseException:
         await _disconnected(client)
@@ -507,10 +569,14 @@ def table(proposals: Iterable[Proposal], machine: str) -> str:
     return out.getvalue()
 
 
-def configuration_text(url: str, proposals: Sequence[Proposal], *, target: str, machine: str) -> str:
-    """A configuration for the proposals; `machine` is the whole path."""
+def configuration_text(
+    url: str, proposals: Sequence[Proposal], *, target: str, machine: str, login: dict[str, str] | None = None
+) -> str:
+    """A configuration for the proposals; `machine` is the whole path, `login` has user, password_env and security."""
     lines = [f"target = {_toml(target)}", 'source = "opcua"', 'buffer = "buffer"', "", "[[server]]"]
-    lines += [f"url = {_toml(url)}", 'mode = "subscribe"', "interval_ms = 1000", "", "[[server.machine]]"]
+    lines += [f"url = {_toml(url)}", 'mode = "subscribe"', "interval_ms = 1000"]
+    lines += [f"{key} = {_toml(value)}" for key, value in (login or {}).items() if value]
+    lines += ["", "[[server.machine]]"]
     lines += [f"path = {_toml(machine)}", "", "[server.machine.signals]"]
     lines += [f"{_toml(one.signal)} = {_toml(one.node_id)} # {one.kind} {one.unit}".rstrip() for one in proposals]
     return "\n".join(lines) + "\n"

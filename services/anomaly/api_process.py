@@ -7,7 +7,7 @@ from services.anomaly.contact_store import ContactStore
 from services.anomaly.contacts import ContactService
 from services.anomaly.evidence import EvidenceService
 from services.anomaly.feed import AlarmFeedConsumer, AlarmRecall
-from services.anomaly.measures import FloodGauge, MeasureService
+from services.anomaly.measures import GAUGE_INTERVAL_S, FloodGauge, MeasureService
 from services.anomaly.rules import RuleService
 from services.anomaly.samples import Samples
 from services.anomaly.service import AlarmFeed, AlarmService
@@ -25,6 +25,7 @@ from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
 from services.common.entrance import open_entrance
 from services.common.kafka import Cluster, Publisher
+from services.common.metrics import keep_measuring
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime
 from smdih.anomaly.v1 import (
@@ -41,7 +42,7 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
     async def start(runtime: Runtime) -> None:
         entrance = open_entrance(runtime, settings, takes_keys=True)
         clock = SystemClock()
-        cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+        cluster = Cluster.of(settings)
         publisher = Publisher(cluster)
         directory = Directory(cluster, clock=clock, kinds=("machine",))
         pool = await create_pool_when_it_answers(
@@ -66,7 +67,7 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         gate, change_log = entrance.gate(directory), entrance.changes(pool)
         runtime.background("feed", feed_consumer.run())
         runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
-        runtime.background("measures", FloodGauge(pool, clock).run())
+        runtime.background("measures", keep_measuring(FloodGauge(pool, clock).measure, interval_s=GAUGE_INTERVAL_S))
         runtime.background("outbox", OutboxRelay(pool, publisher, schema=SCHEMA).run())
         runtime.ready_when("kafka", publisher.answers)
         runtime.ready_when("database", lambda: can_write(pool))

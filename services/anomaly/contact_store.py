@@ -25,6 +25,8 @@ from services.common.logs import current_correlation_id
 PLAN_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('smdih-anomaly-delivery-plan'))"
 # What is planned looks back a little over what was planned before: changes become visible only with their commit.
 OVERLAP_S = 60
+# What went out is kept a little longer than a year, so that an auditor finds who was told. What is dead waits for a person.
+SENT_KEPT_DAYS = 400
 # The id is derived, so that it is the same whoever plans it.
 _PLANNED = (
     "WITH span AS (SELECT $1::timestamptz AS since, $2::timestamptz AS until) "
@@ -285,6 +287,16 @@ class ContactStore:
             from_us(now_us),
         )
         return None if row is None else _delivery(row)
+
+    async def forget(self, connection: Connection, *, now_us: int, limit: int) -> int:
+        """Remove messages that went out more than SENT_KEPT_DAYS ago, at most `limit`; returns how many."""
+        status = await connection.execute(
+            "DELETE FROM delivery WHERE id IN ("
+            "SELECT id FROM delivery WHERE state = 'sent' AND finished < $1 LIMIT $2 FOR UPDATE SKIP LOCKED)",
+            from_us(now_us - SENT_KEPT_DAYS * 86_400 * MICROSECONDS),
+            limit,
+        )
+        return int(status.rpartition(" ")[2])
 
     async def backlog(self, connection: Connection, *, now_us: int) -> tuple[int, int, float]:
         """Deliveries that wait, that are dead, and for how many seconds the oldest has been due."""

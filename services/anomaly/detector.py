@@ -67,6 +67,7 @@ class Config:
         3.1  # where frames are rare alarms are raised by time: one in `budget_us` a signal, not below this
     )
     budget_us: float = 7 * 86400e6
+    joint_settling: float = 0.2  # the machine's state follows its rows by this share, over about five rows
 
     def vector(self) -> Floats:
         return np.array(astuple(self), dtype=np.float64)

@@ -96,7 +96,7 @@ async def _alarm_consumer(cluster: Cluster) -> AsyncIterator[tuple[AIOKafkaConsu
     """A consumer in no group with all partitions of the alarm topic, in order."""
     topic = cluster.name(topics.ALARMS)
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=cluster.bootstrap,
+        **cluster.client(),
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="latest",

@@ -39,11 +39,13 @@ SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
     C_RAISE, C_CLEAR, C_CALM_ROWS, C_HORIZON, C_CLIP, C_WARMUP, C_HOLD_US, C_HOLD_ROWS_MIN, C_HOLD_ROWS_MAX,
     C_HOLD_RATIO, C_FORGET, C_FORGET_US, C_RECORD_CAP, C_SHARE_UNIT, C_SCORE_BASE, C_SEASON_RATIO, C_SEASON_STEP,
     C_TAIL_MEMORY, C_JOINT_EW, C_JOINT_WARMUP, C_JOINT_GATE, C_JOINT_SHRINK, C_JOINT_HORIZON, C_JOINT_LEAK,
-    C_JOINT_UNIT, C_JOINT_RAISE, C_YOUNG, C_RAISE_MIN, C_BUDGET_US,
-) = range(29)  # fmt: skip
+    C_JOINT_UNIT, C_JOINT_RAISE, C_YOUNG, C_RAISE_MIN, C_BUDGET_US, C_JOINT_SETTLING,
+) = range(30)  # fmt: skip
 
 # --- state of one machine ---------------------------------------------------------------------------------------
-MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET = range(6)
+(
+    MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET, MACHINE_STATE,
+) = range(7)  # fmt: skip
 MACHINE_FIELDS = 8
 
 # --- state of one series (a row of float64) ---------------------------------------------------------------------
@@ -599,6 +601,7 @@ def score_frames(
         if width < 2 or count < 2:
             continue
         distance = 0.0
+        joint_now = 0.0
         for lo in range(0, min(count, width), BLOCK):
             k = min(BLOCK, width - lo)
             if lo + k > count:
@@ -614,7 +617,11 @@ def score_frames(
             )
             distance = max(distance, d)
             joint_onset[f] = max(joint_onset[f], o)
-            joint_state[f] = max(joint_state[f], s)
+            joint_now = max(joint_now, s)
+        # A machine does not change its state from one row to the next and back: what is said of it settles over a
+        # few rows.  An alarm is raised by the row itself.
+        machine[MACHINE_STATE] += cfg[C_JOINT_SETTLING] * (joint_now - machine[MACHINE_STATE])
+        joint_state[f] = machine[MACHINE_STATE]
         what = alarm_step(
             cfg,
             machine,
@@ -622,13 +629,13 @@ def score_frames(
             MACHINE_CALM,
             cfg[C_JOINT_RAISE] - eased,
             machine[MACHINE_OFFSET],
-            joint_state[f],
+            joint_now,
             joint_state[f],
             t_us,
         )
         if what:
             event = events[n_events]
-            write_event(event, f, -1, what, JOINT, t_us, machine[MACHINE_ALARM_US], joint_state[f])
+            write_event(event, f, -1, what, JOINT, t_us, machine[MACHINE_ALARM_US], joint_now)
             event[E_DISTANCE] = distance
             event[E_SAMPLES] = machine[MACHINE_FRAMES]
             write_leads(event, share[begin : begin + count])

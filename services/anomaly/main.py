@@ -4,7 +4,8 @@ import sys
 from importlib import import_module
 
 from services.anomaly.settings import AnomalySettings
-from services.common import logs
+from services.common import logs, tracing
+from services.common.metrics import name_process
 from services.common.runtime import run
 
 # Each is wired in a module of its own, so that no process loads what only another needs (the compiler, Faust).
@@ -21,7 +22,9 @@ def main() -> None:
         sys.exit(2)
     settings = AnomalySettings()
     logs.configure(f"anomaly-{sys.argv[1]}", settings.log_level)
-    run(import_module(ROLES[sys.argv[1]]).process(settings))
+    name_process(f"anomaly-{sys.argv[1]}")
+    tracing.start(settings.trace_endpoint, process=f"anomaly-{sys.argv[1]}", ratio=settings.trace_ratio)
+    run(import_module(ROLES[sys.argv[1]]).process(settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

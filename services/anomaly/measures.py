@@ -1,21 +1,17 @@
 """How well a firm's alarms serve the people who must respond (the measures of ISA-18.2), over those that are not suppressed."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import asyncpg
 from prometheus_client import Gauge
 
-from services.anomaly.domain import MICROSECONDS
+from services.anomaly.domain import MICROSECONDS, Severity
 from services.anomaly.service import check_role
 from services.common.clock import Clock, from_us
-from services.common.database import AWAY, Connection, Pool, transaction
-from services.common.errors import Invalid, TryAgain
+from services.common.database import Connection, Pool, transaction
+from services.common.errors import Invalid
 from services.common.identity import Caller
-from services.common.logs import get_logger
-
-log = get_logger(__name__)
 
 FLOOD_S = 600
 # More in FLOOD_S than one person can respond to.
@@ -33,6 +29,11 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 firm_alarms = Gauge("smdih_anomaly_firm_alarms_10_minutes", "Alarms of a firm in the last 10 minutes", ["quantile"])
 # Firms with more than 10 alarms in the last 10 minutes.
 firms_flooded = Gauge("smdih_anomaly_firms_flooded", "Firms with more than 10 alarms in the last 10 minutes")
+# Alarms whose condition lasts, of all firms; and of these the ones that have stood for more than 24 hours.
+alarms_active = Gauge("smdih_anomaly_alarms_active", "In the database: alarms whose condition lasts", ["severity"])
+alarms_stale = Gauge("smdih_anomaly_alarms_stale", "In the database: alarms that last for more than 24 hours")
+# Whose condition lasts, but which are kept from the list: shelved, in maintenance, out of service.
+alarms_suppressed = Gauge("smdih_anomaly_alarms_suppressed", "In the database: lasting alarms kept from the list")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +86,6 @@ class FloodGauge:
         self._pool = pool
         self._clock = clock
 
-    async def run(self) -> None:
-        while True:
-            try:
-                await self.measure()
-            except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
-                log.warning("alarms not counted", error=repr(error))
-            await asyncio.sleep(GAUGE_INTERVAL_S)
-
     async def measure(self) -> None:
         """Raises TryAgain."""
         async with transaction(self._pool) as connection:
@@ -104,7 +97,20 @@ class FloodGauge:
                 list(QUANTILES),
                 FLOOD_ALARMS,
             )
+            now_us = self._clock.now_us()
+            active = await connection.fetch(
+                "SELECT severity, count(*) FILTER (WHERE suppression = 0) AS n, "
+                "count(*) FILTER (WHERE suppression <> 0) AS hidden, "
+                "count(*) FILTER (WHERE suppression = 0 AND started < $1) AS stale "
+                "FROM alarm WHERE ended IS NULL AND NOT cleared GROUP BY severity",
+                from_us(now_us - STALE_S * MICROSECONDS),
+            )
         assert row is not None
+        counts = {found["severity"]: found["n"] for found in active}
+        for severity in Severity:
+            alarms_active.labels(severity.name.lower()).set(counts.get(severity, 0))
+        alarms_stale.set(sum(found["stale"] for found in active))
+        alarms_suppressed.set(sum(found["hidden"] for found in active))
         for quantile, count in zip(QUANTILES, row["quantiles"] or [0] * len(QUANTILES), strict=True):
             firm_alarms.labels(str(quantile)).set(count)
         firms_flooded.set(row["flooded"])

@@ -1,6 +1,7 @@
 """Tells contacts of alarms: plans what has to be told, claims what is due, sends, notes what came of it."""
 
 import asyncio
+import time
 from typing import Protocol
 
 import asyncpg
@@ -19,6 +20,8 @@ PLAN_INTERVAL_S = 1.0
 RETRY_DELAY_S = 1.0
 # Deliveries claimed together, and tried at once by one process.
 CLAIM_MAX = 20
+FORGET_INTERVAL_S = 3600.0
+FORGET_MAX = 1_000
 
 # Tries by way and what came of them: sent, failed (to be tried again), dead.
 deliveries_total = Counter("smdih_anomaly_deliveries_total", "Tries to deliver a message", ["kind", "outcome"])
@@ -55,9 +58,13 @@ class Notifier:
         self._senders = senders
 
     async def run(self) -> None:
+        forget_at = 0.0
         while True:
             try:
                 await self._plan()
+                if time.monotonic() >= forget_at:
+                    await self._forget()
+                    forget_at = time.monotonic() + FORGET_INTERVAL_S
                 while await self._deliver() >= CLAIM_MAX:
                     pass
             except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
@@ -73,6 +80,12 @@ class Notifier:
         deliveries_pending.set(pending)
         deliveries_dead.set(dead)
         delivery_oldest_seconds.set(oldest_s)
+
+    async def _forget(self) -> None:
+        removed = FORGET_MAX
+        while removed == FORGET_MAX:
+            async with transaction(self._pool) as connection:
+                removed = await self._store.forget(connection, now_us=self._clock.now_us(), limit=FORGET_MAX)
 
     async def _deliver(self) -> int:
         async with transaction(self._pool) as connection:

@@ -20,6 +20,7 @@ from services.common.database import Connection, Pool, transaction
 from services.common.errors import Conflict, Invalid, NotFound, SlowDown, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
+from services.common.metrics import watch_queue
 from smdih.anomaly.v1 import events_pb2 as events_pb
 
 log = get_logger(__name__)
@@ -223,6 +224,7 @@ class AlarmFeed:
     def __init__(self, recall: Recall | None = None) -> None:
         self._recall = recall
         self._watchers: set[_Watcher] = set()
+        watch_queue("alarm watchers", lambda: len(self._watchers), limit=WATCHERS_MAX)
         self._place: Place = ()
 
     def stand(self, place: Place) -> None:

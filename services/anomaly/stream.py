@@ -11,16 +11,17 @@ from typing import Any
 
 import asyncpg
 import faust
+import faust.auth
 from faust.types import TP
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.anomaly.domain import Change
+from services.anomaly.domain import Change, Severity
 from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Frames, Scorer, Taken, decode
 from services.anomaly.settings import CHECKPOINT_INTERVAL_S
 from services.anomaly.store import Checkpoint, StateStore
 from services.anomaly.tuning_store import Horizon, HorizonStore
-from services.common import topics
+from services.common import topics, tracing
 from services.common.clock import Clock
 from services.common.database import AWAY
 from services.common.errors import TryAgain
@@ -31,8 +32,10 @@ from services.common.kafka import (
     Cluster,
     DeadLetters,
     Fenced,
+    Identity,
     Poison,
-    lag_records,
+    consumed_total,
+    show_consumer,
 )
 from services.common.logs import get_logger
 
@@ -56,6 +59,9 @@ LAST_CHECKPOINT_TIMEOUT_S = 6.0
 SESSION_TIMEOUT_S = 10.0
 CRASH_POLL_S = 1.0
 OFFSET_COMMIT_INTERVAL_S = 1.0
+# Kafka's offset may be ahead of the position in the database, as after a restore. A partition that has more and gives nothing for
+# so long is asked again from the position on.
+QUIET_S = 5.0
 
 # Values that went through the detector.
 samples_scored_total = Counter("smdih_anomaly_samples_scored_total", "Values scored by the detector")
@@ -63,6 +69,8 @@ samples_scored_total = Counter("smdih_anomaly_samples_scored_total", "Values sco
 frames_skipped_total = Counter("smdih_anomaly_frames_skipped_total", "Frames that came too late for the detector")
 # Alarms by severity at the start; repeats after a restart are not counted.
 alarms_raised_total = Counter("smdih_anomaly_alarms_raised_total", "Alarms raised", ["severity"])
+for _severity in Severity:
+    alarms_raised_total.labels(_severity.name.lower())
 # From the door to the stored alarm.
 alarm_seconds = Histogram(
     "smdih_anomaly_alarm_seconds",
@@ -90,12 +98,23 @@ class _App(faust.App):
         """There are no tables, so nothing is written: the file system may be read-only."""
 
 
+def _credentials(identity: Identity) -> faust.auth.Credentials | None:
+    """As whom Faust's own clients come to the brokers."""
+    tls = identity.tls()
+    if identity.is_sasl:
+        return faust.auth.SASLCredentials(
+            username=identity.username, password=identity.password, mechanism=identity.mechanism, ssl_context=tls
+        )
+    return None if tls is None else faust.auth.SSLCredentials(tls)
+
+
 class _Partition:
     """One partition that is ours."""
 
     def __init__(self, scorer: Scorer, position: int, horizon: Horizon, unreadable_in_a_row: int) -> None:
         self.scorer = scorer
         self.saved_position = position
+        self.taken_at = time.monotonic()
         # Records below it may be scored with the tunings up to the one known last.
         self.horizon = horizon.next_offset
         self.known_tuning = horizon.known
@@ -153,6 +172,7 @@ class Worker:
         self._app = _App(
             cluster.name(GROUP),
             broker=[f"kafka://{address.strip()}" for address in cluster.bootstrap.split(",")],
+            broker_credentials=_credentials(cluster.identity),
             store="memory://",
             autodiscover=False,
             web_enabled=False,
@@ -191,7 +211,7 @@ class Worker:
 
     async def run(self) -> None:
         """Wait, until cancelled, for what the worker cannot go on from, and raise it."""
-        lag_records.labels(topic=topics.SAMPLES).set_function(lambda: self.lag)
+        show_consumer([self], [topics.SAMPLES], GROUP)
         while True:
             parts = [self._failed, self._checkpointing]
             done, _ = await asyncio.wait(parts, timeout=CRASH_POLL_S, return_when=asyncio.FIRST_COMPLETED)
@@ -206,10 +226,23 @@ class Worker:
 
     async def is_turning(self) -> bool:
         """Liveness: there is progress, or nothing to do."""
-        if self._failed.done():
-            return False
-        idle = self._loaded.is_set() and self.lag == 0
-        return idle or time.monotonic() - self._last_progress < STALLED_S_MAX
+        return not self._failed.done() and self.stalled_s < STALLED_S_MAX
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long there has been work and no progress; 0 when all is well."""
+        if self._loaded.is_set() and self.lag == 0:
+            return 0.0
+        return time.monotonic() - self._last_progress
+
+    def lag_of(self, name: str) -> int:
+        return self.lag
+
+    def unreadable_of(self, name: str) -> int:
+        return max((partition.unreadable_in_a_row for partition in self._partitions.values()), default=0)
+
+    def is_of(self, name: str, group: str) -> bool:
+        return True
 
     @property
     def lag(self) -> int:
@@ -286,7 +319,8 @@ class Worker:
         for event in events:
             event.value = event.message.value = None  # only the offset is needed from here on
             partition.uncovered.append(event)
-        self._last_progress = time.monotonic()
+        self._last_progress = partition.taken_at = time.monotonic()
+        consumed_total.labels(topics.SAMPLES, GROUP).inc(len(events))
         samples_scored_total.inc(taken.samples)
         frames_skipped_total.inc(taken.frames_skipped)
 
@@ -347,6 +381,7 @@ class Worker:
         if not taken.found:
             return
         stored = await self._until_answered(lambda: self._raiser.store(taken.found))
+        tracing.note("anomaly alarm", (event.alarm.correlation_id for event in stored), seconds=0, kind="producer")
         received_us = {found.frames.correlation_id: found.frames.received_us for found in taken.found}
         for event in stored:
             if event.change is Change.RAISED:
@@ -392,6 +427,16 @@ class Worker:
             end = self._app.consumer.highwater(TP(self._topic_name, number))
             if end is not None and end <= partition.scorer.next_offset:
                 await self._raise_alarms(partition.scorer.silences(self._clock.now_us()))
+            elif end is not None:
+                await self._ask_again(partition)
+
+    async def _ask_again(self, partition: _Partition) -> None:
+        expected = partition.scorer.next_offset
+        if partition.sought == expected or time.monotonic() - partition.taken_at < QUIET_S:
+            return
+        partition.sought = expected
+        log.warning("asking again from the stored position", partition=partition.scorer.partition, position=expected)
+        await self._app.consumer.seek(TP(self._topic_name, partition.scorer.partition), expected)
 
     async def _checkpoint(self, number: int, *, bytes_max: int | None) -> None:
         async with self._saving:

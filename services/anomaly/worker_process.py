@@ -21,7 +21,7 @@ from services.common.runtime import Runtime
 def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
     async def start(runtime: Runtime) -> None:
         clock = SystemClock()
-        cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+        cluster = Cluster.of(settings)
         publisher = Publisher(cluster)
         directory = Directory(cluster, clock=clock, kinds=("machine",))
         app = http.application("SMDIH anomaly worker", runtime=runtime, directory=None)

@@ -197,7 +197,7 @@ class Directory:
     async def _follow(self) -> None:
         partition = TopicPartition(self._cluster.name(topics.DIRECTORY), 0)
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._cluster.bootstrap,
+            **self._cluster.client(),
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="earliest",

@@ -11,18 +11,21 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.common import tracing
 from services.common.audit import ChangeLog
 from services.common.directory import Directory
 from services.common.errors import HubError, TooLarge
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
+from services.common.metrics import method_label
 from services.common.noting import Noting
 from services.common.runtime import Runtime
+from services.common.tenancy import narrow_to
 from services.common.tls import Tls
 
 log = get_logger(__name__)
@@ -33,11 +36,14 @@ START_TIMEOUT_S = 10
 # Longer than clients (5 s) and load balancers (60 s) keep an idle connection: the side that sends must be the one that closes, or
 # a request now and then meets a connection that is just being closed.
 KEEP_ALIVE_S = 75
+CONNECTIONS_MAX = 1_000
 
 # Answered requests by route (not path: paths hold ids) and status.
 requests_total = Counter("smdih_http_requests_total", "HTTP requests answered", ["method", "route", "status"])
 # Time to the answer.
 request_seconds = Histogram("smdih_http_request_seconds", "Time to answer an HTTP request", ["method", "route"])
+# Requests that are being answered; a watcher's stream is one for as long as it lasts.
+requests_in_progress = Gauge("smdih_http_requests_in_progress", "HTTP requests being answered")
 
 
 async def authenticated(request: Request) -> Caller:
@@ -47,6 +53,7 @@ async def authenticated(request: Request) -> Caller:
     caller = await gate.admit(bearer_key(request.headers.get("authorization", "")), address)
     request.scope["exits"].enter_context(gate.stream(caller))
     request.state.caller = caller
+    narrow_to(caller)
     return caller
 
 
@@ -130,7 +137,7 @@ def application(
 
     if changes is not None:
         app.add_middleware(Noting, changes=changes, gate=app.state.gate)
-    app.add_middleware(_Entry, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
+    app.add_middleware(_Entry, runtime=runtime, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
     return app
 
 
@@ -140,10 +147,12 @@ class _Entry:
     def __init__(
         self,
         app: ASGIApp,
+        runtime: Runtime,
         body_bytes_max: int,
         on_too_large: Callable[[Request, int], Awaitable[None]] | None,
     ) -> None:
         self._app = app
+        self._runtime = runtime
         self._body_bytes_max = body_bytes_max
         self._on_too_large = on_too_large
 
@@ -151,8 +160,16 @@ class _Entry:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with requests_in_progress.track_inprogress():
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        correlation_id = accepted_correlation_id(request.headers.get("x-correlation-id"))
+        parent = request.headers.get(tracing.HEADER, "")
+        correlation_id = accepted_correlation_id(
+            request.headers.get("x-correlation-id") or tracing.correlation_id_of(parent)
+        )
+        entered = tracing.enter(request.method, correlation_id, parent=parent)
         started = time.perf_counter()
         status = 500
         has_started = False
@@ -171,6 +188,9 @@ class _Entry:
             if message["type"] == "http.response.start":
                 status, has_started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-correlation-id", correlation_id.encode())]
+                if self._runtime.is_stopping:
+                    # Else the next request might meet a connection that is just being closed.
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         with correlated(correlation_id), ExitStack() as exits:
@@ -193,8 +213,10 @@ class _Entry:
                     failed = HubError("Something in the hub went wrong; it has been logged.")
                     await problem(failed)(scope, receive, sending)
         route = getattr(scope.get("route"), "path", "none")
-        requests_total.labels(request.method, route, str(status)).inc()
-        request_seconds.labels(request.method, route).observe(time.perf_counter() - started)
+        method = method_label(request.method)
+        tracing.leave(entered, f"{method} {route}", failed=status >= 500, http_route=route, http_status=status)
+        requests_total.labels(method, route, str(status)).inc()
+        request_seconds.labels(method, route).observe(time.perf_counter() - started)
 
     async def _refuse_too_large(self, request: Request, size: int, scope: Scope, receive: Receive, send: Send) -> None:
         if self._on_too_large is not None:
@@ -238,7 +260,7 @@ async def serve(app: Any, *, host: str, port: int, tls: Tls | None = None) -> As
         timeout_graceful_shutdown=5,
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=64 * 1024,
-        limit_concurrency=1_000,
+        limit_concurrency=CONNECTIONS_MAX,
         ssl_context_factory=None if context is None else lambda _config, _default: context,
     )
     server = _Server(config)

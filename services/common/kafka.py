@@ -2,12 +2,13 @@
 
 import asyncio
 import functools
+import ssl
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import asyncpg
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
@@ -23,10 +24,11 @@ from aiokafka.errors import (
 )
 from prometheus_client import Counter, Gauge
 
-from services.common import topics
+from services.common import topics, tracing
 from services.common.database import AWAY, Connection, Pool
 from services.common.errors import TooLarge, TryAgain
 from services.common.logs import get_logger
+from services.common.settings import Settings
 
 log = get_logger(__name__)
 
@@ -42,8 +44,43 @@ DEAD_LETTERS_IN_A_ROW_MAX = 100
 
 # Records that a consumer could not read, by topic; each stands in the topic's dead letters.
 dead_letters_total = Counter("smdih_kafka_dead_letters_total", "Records put into dead letters", ["topic"])
+# Records that the brokers hold now, and publishes that were not acknowledged in time.
+published_total = Counter("smdih_kafka_published_total", "Records published", ["topic"])
+publish_failures_total = Counter("smdih_kafka_publish_failures_total", "Publishes that were not acknowledged")
+# Records whose effects are stored, by the group that took them.
+consumed_total = Counter("smdih_kafka_consumed_total", "Records taken in", ["topic", "group"])
 # Records between the stored position and the end of the partitions of this process.
-lag_records = Gauge("smdih_kafka_lag_records", "Records not yet taken in", ["topic"])
+lag_records = Gauge("smdih_kafka_lag_records", "Records not yet taken in", ["topic", "group"])
+# For how long there has been work and no stored progress; 0 when all is well.
+stalled_seconds = Gauge("smdih_kafka_stalled_seconds", "Time without progress while there is work", ["topic", "group"])
+# The longest run of unreadable records up to now; past DEAD_LETTERS_IN_A_ROW_MAX the consumer stops.
+unreadable_in_a_row = Gauge("smdih_kafka_unreadable_in_a_row", "Unreadable records in a row", ["topic", "group"])
+
+
+@dataclass(frozen=True)
+class Identity:
+    """As whom we come to the brokers, and how the connection is guarded; the default is nobody, in the clear."""
+
+    protocol: str = "PLAINTEXT"
+    mechanism: str = "SCRAM-SHA-512"
+    username: str = ""
+    password: str = field(default="", repr=False)
+    ca_file: str = ""
+    certificate_file: str = ""
+    key_file: str = ""
+
+    @property
+    def is_sasl(self) -> bool:
+        return self.protocol.startswith("SASL")
+
+    def tls(self) -> ssl.SSLContext | None:
+        """None: the connection is in the clear. Raises OSError when a file cannot be read."""
+        if not self.protocol.endswith("SSL"):
+            return None
+        context = ssl.create_default_context(cafile=self.ca_file or None)
+        if self.certificate_file:
+            context.load_cert_chain(self.certificate_file, self.key_file)
+        return context
 
 
 @dataclass(frozen=True)
@@ -52,16 +89,44 @@ class Cluster:
 
     bootstrap: str
     prefix: str = ""
+    identity: Identity = Identity()
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(
+            settings.kafka_bootstrap,
+            settings.kafka_topic_prefix,
+            Identity(
+                settings.kafka_security_protocol,
+                settings.kafka_sasl_mechanism,
+                settings.kafka_username,
+                settings.kafka_password,
+                settings.kafka_ca_file,
+                settings.kafka_certificate_file,
+                settings.kafka_key_file,
+            ),
+        )
 
     def name(self, topic_or_group: str) -> str:
         return self.prefix + topic_or_group
+
+    def client(self) -> dict[str, Any]:
+        """What every client of aiokafka is made with: where the brokers are, and as whom to come."""
+        identity = self.identity
+        made: dict[str, Any] = {"bootstrap_servers": self.bootstrap, "security_protocol": identity.protocol}
+        if (tls := identity.tls()) is not None:
+            made["ssl_context"] = tls
+        if identity.is_sasl:
+            made["sasl_mechanism"] = identity.mechanism
+            made["sasl_plain_username"], made["sasl_plain_password"] = identity.username, identity.password
+        return made
 
 
 async def create_topics(cluster: Cluster, *, partitions: int, replication: int, deadline_s: float = 60) -> None:
     """Create the topics that are missing. Raises TryAgain when no broker answers by the deadline."""
     until = time.monotonic() + deadline_s
     while True:
-        admin = AIOKafkaAdminClient(bootstrap_servers=cluster.bootstrap)
+        admin = AIOKafkaAdminClient(**cluster.client())
         try:
             await admin.start()
             existing = set(await admin.list_topics())
@@ -163,13 +228,17 @@ class Publisher:
                     )
                     for message in messages
                 ]
-                return [int((await future).offset) for future in sent]
+                offsets = [int((await future).offset) for future in sent]
         except MessageSizeTooLargeError as error:
             raise TooLarge() from error
         except (KafkaError, OSError, TimeoutError) as error:
+            publish_failures_total.inc()
             log.warning("publish failed", topics=sorted({message.topic for message in messages}), error=repr(error))
             self._forget(producer)
             raise self._away() from error
+        for message in messages:
+            published_total.labels(message.topic).inc()
+        return offsets
 
     async def answers(self) -> bool:
         """Readiness: a broker answers."""
@@ -190,7 +259,7 @@ class Publisher:
         async with self._starting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
-                    bootstrap_servers=self._cluster.bootstrap,
+                    **self._cluster.client(),
                     acks="all",
                     enable_idempotence=True,
                     max_request_size=REQUEST_BYTES_MAX,
@@ -243,7 +312,7 @@ class TopicEnds:
         try:
             async with asyncio.timeout(timeout_s), self._asking:
                 if self._consumer is None:
-                    consumer = AIOKafkaConsumer(bootstrap_servers=self._cluster.bootstrap, group_id=None)
+                    consumer = AIOKafkaConsumer(**self._cluster.client(), group_id=None)
                     try:
                         await consumer.start()
                     except BaseException:
@@ -345,6 +414,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         self._pool = pool
         self._topics = {cluster.name(name): name for name in topic_names}
         self._group = cluster.name(group)
+        self._group_label = group
         self._handler = handler
         self._records_max = records_max
         self._poll_bytes_max = poll_bytes_max
@@ -362,7 +432,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
     async def run(self) -> None:
         """Consume until cancelled. Raises what cannot be waited out."""
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._cluster.bootstrap,
+            **self._cluster.client(),
             group_id=self._group,
             enable_auto_commit=False,
             # A stored position that retention has deleted is an error to be seen, not a silent jump.
@@ -375,8 +445,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         await _start_when_it_answers(consumer)
         self._consumer = consumer
         _running.add(self)
-        for name in self._topics.values():
-            lag_records.labels(topic=name).set_function(functools.partial(_lag_of, name))
+        show_consumer(_running, self._topics.values(), self._group_label)
         try:
             consumer.subscribe(list(self._topics), listener=self)
             while True:
@@ -415,10 +484,19 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         )
         return sum(1 if end is None else max(0, end - position) for end, position in ends)
 
+    def unreadable_of(self, name: str) -> int:
+        """The longest run of unreadable records of a topic's partitions that are ours."""
+        runs = (run for partition, run in self._unreadable_in_a_row.items() if self._topics[partition.topic] == name)
+        return max(runs, default=0)
+
+    def is_of(self, name: str, group: str) -> bool:
+        return group == self._group_label and name in self._topics.values()
+
     async def on_partitions_revoked(self, revoked: Sequence[TopicPartition]) -> None:
         self._assigned.clear()
         async with self._working:  # finish the transaction in flight before the partitions go
             self._positions.clear()
+            self._unreadable_in_a_row.clear()
 
     async def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:
         # aiokafka swallows what is raised here, and polls go on meanwhile: so the loop waits for this event, and a failure
@@ -458,6 +536,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             ]
             if records:
                 await self._store(records)
+            if records or self.lag == 0:
                 self._last_progress = time.monotonic()
         await self._tell_broker(consumer)
 
@@ -467,6 +546,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             by_partition.setdefault(TopicPartition(record.topic, record.partition), []).append(record)
         ends = {partition: found[-1].offset + 1 for partition, found in by_partition.items()}
         runs: dict[TopicPartition, int] = {}
+        tracing.remember(records)
         delay_s = 0.1
         while True:
             try:
@@ -495,6 +575,8 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                     await self._on_change()
         self._positions.update(ends)
         self._unreadable_in_a_row.update(runs)
+        for partition, found in by_partition.items():
+            consumed_total.labels(self._topics[partition.topic], self._group_label).inc(len(found))
 
     async def _move(self, connection: Connection, partition: TopicPartition, end: int, run: int) -> None:
         expected = self._positions[partition]
@@ -549,8 +631,37 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
 _running: weakref.WeakSet[PositionedConsumer] = weakref.WeakSet()
 
 
-def _lag_of(name: str) -> int:
-    return sum(consumer.lag_of(name) for consumer in _running if name in consumer._topics.values())
+class Shown(Protocol):
+    """What the gauges ask of a consumer."""
+
+    @property
+    def stalled_s(self) -> float: ...
+    def lag_of(self, name: str) -> int: ...
+    def unreadable_of(self, name: str) -> int: ...
+    def is_of(self, name: str, group: str) -> bool: ...
+
+
+def show_consumer(consumers: Iterable[Shown], topic_names: Iterable[str], group: str) -> None:
+    """Let the gauges of these topics and this group show those of the consumers that are of it."""
+
+    def ours(name: str) -> list[Shown]:
+        return [consumer for consumer in consumers if consumer.is_of(name, group)]
+
+    def sum_of_lags(name: str) -> float:
+        return sum(consumer.lag_of(name) for consumer in ours(name))
+
+    def longest_stall(name: str) -> float:
+        return max((consumer.stalled_s for consumer in ours(name)), default=0.0)
+
+    def longest_run(name: str) -> float:
+        return max((consumer.unreadable_of(name) for consumer in ours(name)), default=0.0)
+
+    for name in topic_names:
+        lag_records.labels(name, group).set_function(functools.partial(sum_of_lags, name))
+        stalled_seconds.labels(name, group).set_function(functools.partial(longest_stall, name))
+        unreadable_in_a_row.labels(name, group).set_function(functools.partial(longest_run, name))
+        consumed_total.labels(name, group)
+        dead_letters_total.labels(name)
 
 
 async def _start_when_it_answers(consumer: Any) -> None:

@@ -1,10 +1,13 @@
 """Events leave with the change that caused them: written in its transaction, published afterwards, at least once."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import asyncpg
+from prometheus_client import Counter, Gauge
 
+from services.common import tracing
 from services.common.database import AWAY, Connection, Pool
 from services.common.errors import TryAgain
 from services.common.kafka import Message, Publisher
@@ -15,6 +18,14 @@ log = get_logger(__name__)
 BATCH_MAX = 500
 POLL_INTERVAL_S = 0.25
 RETRY_DELAY_S = 1.0
+MEASURE_INTERVAL_S = 5.0
+COUNTED_MAX = 10_000
+
+# Events that left.
+published_total = Counter("smdih_outbox_published_total", "Events published from the outbox", ["schema", "topic"])
+# Those that have not left: how many (counted to COUNTED_MAX) and how old the oldest is.
+events_waiting = Gauge("smdih_outbox_events", "In the database: events that wait to be published", ["schema"])
+oldest_seconds = Gauge("smdih_outbox_oldest_seconds", "In the database: age of the oldest waiting event", ["schema"])
 
 
 async def write(connection: Connection, topic: str, *, key: str, value: bytes | None) -> None:
@@ -24,14 +35,16 @@ async def write(connection: Connection, topic: str, *, key: str, value: bytes | 
 
 async def write_all(connection: Connection, topic: str, events: Sequence[tuple[str, bytes | None]]) -> None:
     """The same for several events, each with its key, in one round trip; they leave in this order."""
+    correlation_id = current_correlation_id()
     await connection.execute(
-        "INSERT INTO outbox (topic, key, value, correlation_id) "
-        "SELECT $1, key, value, $2 FROM unnest($3::bytea[], $4::bytea[]) WITH ORDINALITY AS event (key, value, number) "
+        "INSERT INTO outbox (topic, key, value, correlation_id, traceparent) "
+        "SELECT $1, key, value, $2, $5 FROM unnest($3::bytea[], $4::bytea[]) WITH ORDINALITY AS event (key, value, number) "
         "ORDER BY number",
         topic,
-        current_correlation_id(),
+        correlation_id,
         [key.encode() for key, _ in events],
         [value for _, value in events],
+        tracing.traceparent(correlation_id),
     )
 
 
@@ -41,8 +54,10 @@ class OutboxRelay:
     def __init__(self, pool: Pool, publisher: Publisher, *, schema: str) -> None:
         self._pool = pool
         self._publisher = publisher
+        self._schema = schema
         self._lock_name = f"smdih-outbox-{schema}"
         self._kicked = asyncio.Event()
+        self._measure_due_s = 0.0
 
     def kick(self) -> None:
         """Look now rather than at the next poll; call it after a commit that wrote events."""
@@ -51,8 +66,9 @@ class OutboxRelay:
     async def run(self) -> None:
         while True:
             try:
+                await self._measure()
                 while await self._relay_some() == BATCH_MAX:
-                    pass
+                    await self._measure()
             except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
                 log.warning("outbox waits", error=repr(error))
                 await asyncio.sleep(RETRY_DELAY_S)
@@ -63,12 +79,26 @@ class OutboxRelay:
                 pass
             self._kicked.clear()
 
+    async def _measure(self) -> None:
+        if time.monotonic() < self._measure_due_s:
+            return
+        self._measure_due_s = time.monotonic() + MEASURE_INTERVAL_S
+        async with self._pool.acquire(timeout=10) as connection:
+            row = await connection.fetchrow(
+                "SELECT (SELECT count(*) FROM (SELECT FROM outbox LIMIT $1) AS waiting) AS events, coalesce("
+                "(SELECT extract(epoch FROM clock_timestamp() - created) FROM outbox ORDER BY id LIMIT 1), 0)::float8 AS oldest",
+                COUNTED_MAX,
+            )
+        assert row is not None
+        events_waiting.labels(self._schema).set(row["events"])
+        oldest_seconds.labels(self._schema).set(max(0.0, row["oldest"]))
+
     async def _relay_some(self) -> int:
         async with self._pool.acquire(timeout=10) as connection, connection.transaction():
             if not await connection.fetchval("SELECT pg_try_advisory_xact_lock(hashtext($1))", self._lock_name):
                 return 0
             rows = await connection.fetch(
-                "SELECT id, topic, key, value, correlation_id FROM outbox ORDER BY id LIMIT $1", BATCH_MAX
+                "SELECT id, topic, key, value, correlation_id, traceparent FROM outbox ORDER BY id LIMIT $1", BATCH_MAX
             )
             if not rows:
                 return 0
@@ -79,10 +109,15 @@ class OutboxRelay:
                         row["topic"],
                         row["value"],
                         row["key"],
-                        headers=(("correlation_id", row["correlation_id"].encode()),),
+                        headers=(
+                            ("correlation_id", row["correlation_id"].encode()),
+                            *tracing.record_headers(row["traceparent"]),
+                        ),
                     )
                     for row in rows
                 ]
             )
             await connection.execute("DELETE FROM outbox WHERE id = ANY($1::bigint[])", [row["id"] for row in rows])
-            return len(rows)
+        for row in rows:
+            published_total.labels(self._schema, row["topic"]).inc()
+        return len(rows)

@@ -1,5 +1,6 @@
 """A gRPC server as every service has it: authenticated, correlated, errors from the one table, health and reflection."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -11,14 +12,16 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
+from services.common import tracing
 from services.common.audit import ChangeLog, changes_by_call, ids_in
 from services.common.directory import Directory
 from services.common.errors import HubError, Invalid
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
-from services.common.logs import accepted_correlation_id, correlated, get_logger
+from services.common.logs import accepted_correlation_id, correlated, current_correlation_id, get_logger
+from services.common.tenancy import narrow_to
 from services.common.tls import Peers, Tls, peer_names
 
 log = get_logger(__name__)
@@ -33,6 +36,8 @@ OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 calls_total = Counter("smdih_rpc_calls_total", "gRPC calls answered", ["method", "status"])
 # Time to the answer of unary calls.
 call_seconds = Histogram("smdih_rpc_call_seconds", "Time to answer a unary gRPC call", ["method"])
+# Calls that are being answered; a stream is one for as long as it lasts.
+calls_in_progress = Gauge("smdih_rpc_calls_in_progress", "gRPC calls being answered", ["method"])
 
 _caller: ContextVar[Caller] = ContextVar("caller")
 
@@ -80,7 +85,10 @@ class _Entry(grpc.aio.ServerInterceptor):
             return handler
         metadata = dict(details.invocation_metadata or ())
         key = bearer_key(str(metadata.get("authorization", "")))
-        correlation_id = accepted_correlation_id(str(metadata.get("x-correlation-id", "")))
+        parent = str(metadata.get(tracing.HEADER, ""))
+        correlation_id = accepted_correlation_id(
+            str(metadata.get("x-correlation-id", "")) or tracing.correlation_id_of(parent)
+        )
         return self._guarded(handler, details.method, key, correlation_id)
 
     def _guarded(self, handler: Any, method: str, key: str, correlation_id: str) -> Any:
@@ -91,8 +99,11 @@ class _Entry(grpc.aio.ServerInterceptor):
             names = peer_names(context.auth_context())
             if names:
                 self._peers.check(names, method)
-            if not is_open:
-                _caller.set(await gate.admit(key, _address(context)))
+            if is_open:
+                return
+            caller = await gate.admit(key, _address(context))
+            _caller.set(caller)
+            narrow_to(caller)
 
         def counted() -> AbstractContextManager[None]:
             return nullcontext() if is_open else gate.stream(current_caller())
@@ -140,7 +151,7 @@ class _Entry(grpc.aio.ServerInterceptor):
 
         async def unary(request: Any, context: Any) -> Any:
             started = time.perf_counter()
-            with correlated(correlation_id):
+            with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
                     await admit(context)
                     await well_formed(request)
@@ -157,7 +168,7 @@ class _Entry(grpc.aio.ServerInterceptor):
                 yield request
 
         async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            with correlated(correlation_id):
+            with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
                     await admit(context)
                     await well_formed(request)
@@ -167,7 +178,7 @@ class _Entry(grpc.aio.ServerInterceptor):
                             yield response
 
         async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            with correlated(correlation_id):
+            with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
                     await admit(context)
                     with counted():
@@ -191,6 +202,10 @@ def _address(context: Any) -> str:
 
 @asynccontextmanager
 async def _answered(context: Any, method: str) -> AsyncIterator[None]:
+    in_progress = calls_in_progress.labels(method)
+    in_progress.inc()
+    entered = tracing.enter(method, current_correlation_id(), parent=_parent_of(context), rpc_system="grpc")
+    failed = False
     try:
         yield
     except HubError as error:
@@ -200,11 +215,24 @@ async def _answered(context: Any, method: str) -> AsyncIterator[None]:
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except Exception:
+        failed = True
         calls_total.labels(method, "INTERNAL").inc()
         log.exception("call failed", method=method)
         await _abort(context, HubError("Something in the hub went wrong; it has been logged."))
+    except (asyncio.CancelledError, GeneratorExit):  # the caller went away, or the server stops
+        calls_total.labels(method, "CANCELLED").inc()
+        raise
     else:
         calls_total.labels(method, "OK").inc()
+    finally:
+        in_progress.dec()
+        tracing.leave(entered, method, failed=failed)
+
+
+def _parent_of(context: Any) -> str:
+    if not tracing.is_on():
+        return ""
+    return str(dict(context.invocation_metadata() or ()).get(tracing.HEADER, ""))
 
 
 async def _abort(context: Any, error: HubError) -> NoReturn:

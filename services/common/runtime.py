@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
+from services.common import tracing
 from services.common.logs import get_logger
+from services.common.metrics import watch_loop
 
 log = get_logger(__name__)
 
@@ -52,6 +54,11 @@ class Runtime:
         """Liveness needs this loop to turn."""
         self._alive[name] = check
 
+    @property
+    def is_stopping(self) -> bool:
+        """It was told to stop; it answers until everybody had the time to go elsewhere."""
+        return self._stopping.is_set()
+
     async def not_ready(self) -> list[str]:
         """Names of the dependencies that do not answer; empty when the process is ready."""
         if not self.started or self._stopping.is_set():
@@ -88,21 +95,28 @@ async def _running(runtime: Runtime) -> AsyncIterator[None]:
             await runtime._stack.aclose()
 
 
-async def _main(start: Callable[[Runtime], Awaitable[None]]) -> int:
+async def _main(start: Callable[[Runtime], Awaitable[None]], drain_s: float) -> int:
     runtime = Runtime()
     async with _running(runtime):
+        runtime.background("loop", watch_loop())
         await start(runtime)
         runtime.started = True
         log.info("ready")
         await runtime._stopping.wait()
         log.info("stopping")
+        if runtime._failure is None:
+            await asyncio.sleep(drain_s)
+    tracing.stop()
     return 1 if runtime._failure else 0
 
 
-def run(start: Callable[[Runtime], Awaitable[None]]) -> None:
-    """Run a process: `start` brings its parts up through the runtime and returns; SIGTERM or SIGINT ends it. Never returns."""
+def run(start: Callable[[Runtime], Awaitable[None]], *, drain_s: float = 0) -> None:
+    """Run a process: `start` brings its parts up through the runtime and returns; SIGTERM or SIGINT ends it. Never returns.
+
+    `drain_s`: for so long after the signal it is not ready, but still answers, and closes each kept connection behind an answer.
+    """
     try:
-        code = asyncio.run(_main(start))
+        code = asyncio.run(_main(start, drain_s))
     except Exception:
         log.exception("process failed")
         code = 1

@@ -1,6 +1,8 @@
 """Settings from the environment: SMDIH_<SECTION>_<FIELD>. Read once, in a service's main."""
 
-from pydantic import Field
+from typing import Literal, Self
+
+from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -16,6 +18,14 @@ class Settings(BaseSettings):
         4, ge=1, le=1024, description="partitions of smdih.ingest.samples.v1 when it is created"
     )
     kafka_replication: int = Field(1, ge=1, le=7)
+    # As whom a process comes to the brokers; what it may do there is in services/common/access.py.
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_sasl_mechanism: Literal["SCRAM-SHA-512", "SCRAM-SHA-256"] = "SCRAM-SHA-512"
+    kafka_username: str = ""
+    kafka_password: str = Field("", repr=False)
+    kafka_ca_file: str = Field("", description="the brokers' certificate authority (PEM); the system's without it")
+    kafka_certificate_file: str = Field("", description="PEM; for brokers that ask for a certificate")
+    kafka_key_file: str = Field("", description="the private key of kafka_certificate_file (PEM)")
     database_dsn: str = Field(repr=False)
     database_pool_max: int = Field(8, ge=1, le=100)
     database_disk_bytes: int = Field(
@@ -48,4 +58,26 @@ class Settings(BaseSettings):
     evidence_key: str = Field(
         "", repr=False, description="base64 of the private Ed25519 key that the ingest door signs evidence with"
     )
+    drain_s: float = Field(
+        0,
+        ge=0,
+        le=300,
+        description="how long a process that is told to stop still answers; more behind a load balancer",
+    )
     log_level: str = "INFO"
+    trace_endpoint: str = Field(
+        "",
+        validation_alias=AliasChoices("SMDIH_TRACE_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        description="http(s)://host:port of an OTLP receiver (gRPC) for traces; without it there are none",
+    )
+    trace_ratio: float = Field(0.1, ge=0, le=1, description="share of the traces that are kept")
+
+    @model_validator(mode="after")
+    def _kafka_identity_is_whole(self) -> Self:
+        if self.kafka_security_protocol.startswith("SASL") and not (self.kafka_username and self.kafka_password):
+            raise ValueError(
+                f"SMDIH_KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol} needs SMDIH_KAFKA_USERNAME and SMDIH_KAFKA_PASSWORD"
+            )
+        if bool(self.kafka_certificate_file) != bool(self.kafka_key_file):
+            raise ValueError("SMDIH_KAFKA_CERTIFICATE_FILE and SMDIH_KAFKA_KEY_FILE come together")
+        return self

@@ -3,30 +3,36 @@
 from typing import Any
 
 from services.common.errors import Invalid
+from services.common.messages import message_of
 from services.common.rpc import current_caller
-from services.funding.agreement import Agreement, Claim, CostLine
-from services.funding.agreements import AgreementService, FundView
+from services.funding.agreement import Agreement, CostLine
+from services.funding.agreements import AgreementService
+from services.funding.balances import BalanceService, FundView
+from services.funding.claims import ClaimService
 from services.funding.domain import CostCategory
+from services.funding.milestone_rpc import evidence_of
 from services.funding.rules.exact import fixed_down
 from services.funding.rules.match import FundRatio
-from services.funding.words import number_of, word_of
+from services.funding.words import word_of
 from smdih.funding.v1 import agreement_pb2 as pb
 from smdih.funding.v1 import funding_pb2
 from smdih.funding.v1.agreement_pb2_grpc import AgreementServiceServicer
 
 
 class AgreementRpc(AgreementServiceServicer):
-    """Translates; what is right and who may do it is the service's business."""
+    """Translates; what is right and who may do it is the services' business."""
 
-    def __init__(self, service: AgreementService) -> None:
-        self._service = service
+    def __init__(self, *, agreements: AgreementService, claims: ClaimService, balances: BalanceService) -> None:
+        self._agreements = agreements
+        self._claims = claims
+        self._balances = balances
 
     async def GetAgreement(self, request: pb.GetAgreementRequest, context: Any) -> pb.GetAgreementResponse:
-        agreement = await self._service.get_agreement(current_caller(), request.award_id)
+        agreement = await self._agreements.get_agreement(current_caller(), request.award_id)
         return pb.GetAgreementResponse(agreement=_agreement(agreement))
 
     async def AcceptOffer(self, request: pb.AcceptOfferRequest, context: Any) -> pb.AcceptOfferResponse:
-        agreement = await self._service.accept(
+        agreement = await self._agreements.accept(
             current_caller(),
             request.award_id,
             project_start=request.project_start,
@@ -37,7 +43,7 @@ class AgreementRpc(AgreementServiceServicer):
     async def ConfirmAssistance(
         self, request: pb.ConfirmAssistanceRequest, context: Any
     ) -> pb.ConfirmAssistanceResponse:
-        agreement = await self._service.confirm_assistance(
+        agreement = await self._agreements.confirm_assistance(
             current_caller(),
             request.award_id,
             elsewhere_pence=request.elsewhere_pence,
@@ -46,7 +52,7 @@ class AgreementRpc(AgreementServiceServicer):
         return pb.ConfirmAssistanceResponse(agreement=_agreement(agreement))
 
     async def SubmitClaim(self, request: pb.SubmitClaimRequest, context: Any) -> pb.SubmitClaimResponse:
-        agreement = await self._service.submit_claim(
+        agreement = await self._claims.submit_claim(
             current_caller(),
             request.award_id,
             request_id=request.request_id,
@@ -54,20 +60,21 @@ class AgreementRpc(AgreementServiceServicer):
             period_end=request.period_end,
             costs=[
                 CostLine(
-                    category=word_of(CostCategory, funding_pb2.CostCategory, "COST_CATEGORY", line.category),
+                    category=word_of(CostCategory, funding_pb2.CostCategory, line.category),
                     amount_pence=line.amount_pence,
                     evidence=line.evidence,
                 )
                 for line in request.costs
             ],
             is_final=request.is_final,
+            evidence=[(shown.milestone_id, evidence_of(shown.evidence_json)) for shown in request.evidence],
         )
         return pb.SubmitClaimResponse(agreement=_agreement(agreement))
 
     async def DecideClaim(self, request: pb.DecideClaimRequest, context: Any) -> pb.DecideClaimResponse:
         if request.verdict not in (pb.CLAIM_VERDICT_ACCEPT, pb.CLAIM_VERDICT_REJECT):
             raise Invalid("verdict is CLAIM_VERDICT_ACCEPT or CLAIM_VERDICT_REJECT.", reason="VERDICT_MISSING")
-        agreement = await self._service.decide_claim(
+        agreement = await self._claims.decide_claim(
             current_caller(),
             request.award_id,
             request.claim_id,
@@ -79,7 +86,7 @@ class AgreementRpc(AgreementServiceServicer):
     async def SettleClaim(self, request: pb.SettleClaimRequest, context: Any) -> pb.SettleClaimResponse:
         if request.settlement not in (pb.SETTLEMENT_RELEASE, pb.SETTLEMENT_RETURN):
             raise Invalid("settlement is SETTLEMENT_RELEASE or SETTLEMENT_RETURN.", reason="SETTLEMENT_MISSING")
-        agreement = await self._service.settle_claim(
+        agreement = await self._claims.settle_claim(
             current_caller(),
             request.award_id,
             request.claim_id,
@@ -89,7 +96,7 @@ class AgreementRpc(AgreementServiceServicer):
         return pb.SettleClaimResponse(agreement=_agreement(agreement))
 
     async def RecordReports(self, request: pb.RecordReportsRequest, context: Any) -> pb.RecordReportsResponse:
-        agreement = await self._service.record_reports(
+        agreement = await self._agreements.record_reports(
             current_caller(),
             request.award_id,
             final_report=request.final_report,
@@ -98,15 +105,15 @@ class AgreementRpc(AgreementServiceServicer):
         return pb.RecordReportsResponse(agreement=_agreement(agreement))
 
     async def WithdrawAward(self, request: pb.WithdrawAwardRequest, context: Any) -> pb.WithdrawAwardResponse:
-        agreement = await self._service.withdraw(current_caller(), request.award_id, reason=request.reason)
+        agreement = await self._agreements.withdraw(current_caller(), request.award_id, reason=request.reason)
         return pb.WithdrawAwardResponse(agreement=_agreement(agreement))
 
     async def CloseAward(self, request: pb.CloseAwardRequest, context: Any) -> pb.CloseAwardResponse:
-        agreement = await self._service.close(current_caller(), request.award_id, reason=request.reason)
+        agreement = await self._agreements.close(current_caller(), request.award_id, reason=request.reason)
         return pb.CloseAwardResponse(agreement=_agreement(agreement))
 
     async def RecoverGrant(self, request: pb.RecoverGrantRequest, context: Any) -> pb.RecoverGrantResponse:
-        agreement = await self._service.recover(
+        agreement = await self._agreements.recover(
             current_caller(),
             request.award_id,
             request_id=request.request_id,
@@ -116,87 +123,27 @@ class AgreementRpc(AgreementServiceServicer):
         return pb.RecoverGrantResponse(agreement=_agreement(agreement))
 
     async def GetFund(self, request: pb.GetFundRequest, context: Any) -> pb.GetFundResponse:
-        return pb.GetFundResponse(fund=_fund(await self._service.get_fund(current_caller())))
+        return pb.GetFundResponse(fund=_fund(await self._balances.get_fund(current_caller())))
 
 
 def _agreement(agreement: Agreement) -> pb.Agreement:
     award = agreement.award
-    return pb.Agreement(
+    return message_of(
+        pb.Agreement,
+        agreement,
         award_id=award.id,
         application_id=award.application_id,
         call_id=award.call_id,
         firm_id=award.firm_id,
-        state=number_of(pb.AgreementState, "AGREEMENT_STATE", agreement.state),
         grant_pence=award.grant_pence,
         co_investment_pence=award.co_investment_pence,
-        retention_rate=agreement.retention_rate,
-        project_start=agreement.project_start.isoformat() if agreement.project_start else "",
-        project_end=agreement.project_end.isoformat() if agreement.project_end else "",
-        accepted_us=agreement.accepted_us,
-        assistance_confirmed_us=agreement.assistance_confirmed_us,
-        assistance_elsewhere_pence=agreement.assistance_elsewhere_pence,
-        final_report=agreement.final_report,
-        accountant_report=agreement.accountant_report,
-        paid_pence=agreement.paid_pence,
-        held_pence=agreement.held_pence,
-        left_pence=agreement.left_pence,
-        restored_pence=agreement.restored_pence,
-        recovered_pence=agreement.recovered_pence,
-        business_paid_pence=agreement.business_paid_pence,
-        ended_us=agreement.ended_us,
-        end_reason=agreement.end_reason,
-        claims=[_claim(claim) for claim in agreement.claims],
-    )
-
-
-def _claim(claim: Claim) -> pb.Claim:
-    made = claim.decision
-    return pb.Claim(
-        id=claim.id,
-        number=claim.number,
-        period_start=claim.period_start.isoformat(),
-        period_end=claim.period_end.isoformat(),
-        costs=[
-            pb.CostLine(
-                category=number_of(funding_pb2.CostCategory, "COST_CATEGORY", line.category),
-                amount_pence=line.amount_pence,
-                evidence=line.evidence,
-            )
-            for line in claim.costs
-        ],
-        defrayed_pence=claim.defrayed_pence,
-        is_final=claim.is_final,
-        state=number_of(pb.ClaimState, "CLAIM_STATE", claim.state),
-        submitted_us=claim.submitted_us,
-        decided_us=claim.decided_us,
-        decision=None
-        if made is None
-        else pb.ClaimDecision(
-            claimed_grant_pence=made.claimed_grant_pence,
-            payable_pence=made.payable_pence,
-            held_pence=made.held_pence,
-            over_grant_pence=made.over_grant_pence,
-            business_pence=made.business_pence,
-            days_after_period_end=made.days_after_period_end,
-            code=made.code,
-            reasons=made.reasons,
-        ),
-        decision_reason=claim.decision_reason,
-        paid_us=claim.paid_us,
     )
 
 
 def _fund(view: FundView) -> pb.Fund:
-    return pb.Fund(
-        programme_pence=view.programme_pence,
-        unallotted_pence=view.unallotted_pence,
-        unpromised_pence=view.unpromised_pence,
-        public_promised_pence=view.public_promised_pence,
-        public_held_pence=view.public_held_pence,
-        public_paid_pence=view.public_paid_pence,
-        public_recovered_pence=view.public_recovered_pence,
-        business_promised_pence=view.business_promised_pence,
-        business_paid_pence=view.business_paid_pence,
+    return message_of(
+        pb.Fund,
+        view,
         on_promises=_ratio(view.on_promises, view.public_promised_pence, view.business_promised_pence),
         on_payments=_ratio(view.on_payments, view.public_paid_pence, view.business_paid_pence),
     )

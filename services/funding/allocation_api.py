@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.common.http import Authenticated
 from services.funding.allocations import AllocationService, Carried
+from services.funding.domain import ProposalState
 
 
 class ConfirmIn(BaseModel):
@@ -16,6 +17,8 @@ class ConfirmIn(BaseModel):
 
 
 class WhyOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
     application_id: str
     funded: bool
     code: str
@@ -25,7 +28,7 @@ class WhyOut(BaseModel):
 class AllocationOut(BaseModel):
     id: str
     call_id: str
-    state: str
+    state: ProposalState
     method: str
     certificate_sha256: str
     budget_pence: int
@@ -78,23 +81,18 @@ def router(service: AllocationService) -> APIRouter:
 
 
 def _out(carried: Carried) -> AllocationOut:
-    allocation, certificate = carried.allocation, carried.certificate
-    chosen, spend = set(certificate["chosen"]), certificate["spend_p"]
-    reasons = certificate["reasons"] | allocation.left_out
+    allocation, spend = carried.allocation, carried.certificate["spend_p"]
     return AllocationOut(
         id=allocation.id,
         call_id=allocation.call_id,
-        state="confirmed" if allocation.confirmed else "proposed",
-        method=certificate["method"],
+        state=carried.state,
+        method=carried.certificate["method"],
         certificate_sha256=allocation.certificate_sha256.hex(),
         budget_pence=spend["total"] + spend["left"],
         spent_pence=spend["total"],
         left_pence=spend["left"],
         spent_by_pot=spend["pots"],
-        reasons=[
-            WhyOut(application_id=id_, funded=id_ in chosen, code=reason["code"], text=reason["text"])
-            for id_, reason in sorted(reasons.items())
-        ],
+        reasons=[WhyOut.model_validate(why) for why in carried.reasons],
         checker_agrees=not allocation.problems,
         checker_problems=list(allocation.problems),
         checker_proof=allocation.proof,

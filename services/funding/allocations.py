@@ -5,6 +5,7 @@ checked again. An interruption is safe: whoever confirms again goes on where it 
 """
 
 import asyncio
+import functools
 import hashlib
 import json
 import sys
@@ -24,7 +25,7 @@ from services.funding.allocation_store import StoredAllocation
 from services.funding.award_store import Note
 from services.funding.checker import check_allocation
 from services.funding.decisions import DecisionService
-from services.funding.domain import ApplicationState, Call, CallState, checked_text, is_id, uk_day
+from services.funding.domain import ApplicationState, Call, CallState, ProposalState, checked_text, is_id, uk_day
 from services.funding.judging import Judge, call_of, there
 from services.funding.ledger import AccountKind
 from services.funding.parameters import ParameterTable
@@ -46,6 +47,16 @@ _REJECTED = ("OUT_OF_SCOPE",)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Why:
+    """Why an application is funded or not."""
+
+    application_id: str
+    funded: bool
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Carried:
     """An allocation and how far it is carried out. `refused`: by application, the rule that did not allow the award."""
 
@@ -54,14 +65,28 @@ class Carried:
     refused: Mapping[str, str]
 
     @property
+    def state(self) -> ProposalState:
+        return ProposalState.CONFIRMED if self.allocation.confirmed else ProposalState.PROPOSED
+
+    @functools.cached_property
     def input(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.allocation.input)
         return found
 
-    @property
+    @functools.cached_property
     def certificate(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.allocation.certificate)
         return found
+
+    @property
+    def reasons(self) -> list[Why]:
+        """One for every application, those left out included."""
+        chosen = set(self.certificate["chosen"])
+        reasons = self.certificate["reasons"] | self.allocation.left_out
+        return [
+            Why(application_id=id_, funded=id_ in chosen, code=reason["code"], text=reason["text"])
+            for id_, reason in sorted(reasons.items())
+        ]
 
 
 class AllocationService:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from services.common import tracing
 from services.common.errors import Forbidden, HubError, Invalid, TryAgain
 from services.common.logs import current_correlation_id
 from services.common.tls import PeerChannel
@@ -64,19 +65,22 @@ class AssessorFinder:
                 "This process does not know where the matching service is; set SMDIH_MATCHING_GRPC.",
                 reason="MATCHING_AWAY",
             )
+        correlation_id = current_correlation_id()
+        metadata = (("authorization", f"Bearer {key}"), ("x-correlation-id", correlation_id))
         try:
-            answer = await matching_pb2_grpc.MatchingServiceStub(self._peer.channel()).ProposeAssessors(
-                matching_pb2.ProposeAssessorsRequest(
-                    text=question.text[:TEXT_CHARACTERS_MAX],
-                    sic=question.sic,
-                    region=question.region,
-                    conflict_firm_ids=list(question.firm_ids)[:NAMES_MAX],
-                    conflict_organisations=list(question.organisations)[:NAMES_MAX],
-                    count=count,
-                ),
-                metadata=(("authorization", f"Bearer {key}"), ("x-correlation-id", current_correlation_id())),
-                timeout=TIMEOUT_S,
-            )
+            with tracing.span("MatchingService/ProposeAssessors", correlation_id, kind="client"):
+                answer = await matching_pb2_grpc.MatchingServiceStub(self._peer.channel()).ProposeAssessors(
+                    matching_pb2.ProposeAssessorsRequest(
+                        text=question.text[:TEXT_CHARACTERS_MAX],
+                        sic=question.sic,
+                        region=question.region,
+                        conflict_firm_ids=list(question.firm_ids)[:NAMES_MAX],
+                        conflict_organisations=list(question.organisations)[:NAMES_MAX],
+                        count=count,
+                    ),
+                    metadata=(*metadata, *tracing.metadata(correlation_id)),
+                    timeout=TIMEOUT_S,
+                )
         except grpc.aio.AioRpcError as error:
             raise _understood(error) from error
         return Proposal(

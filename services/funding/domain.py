@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from enum import StrEnum
+from fractions import Fraction
 from zoneinfo import ZoneInfo
 
 from services.funding.rules.assistance import AssistanceKind
@@ -57,6 +58,13 @@ class ApplicationState(StrEnum):
     AWARDED = "awarded"
     REJECTED = "rejected"
     WITHDRAWN = "withdrawn"
+
+
+class ProposalState(StrEnum):
+    """Of what one operator proposes and another confirms: an allocation, a spread of co-investors' money."""
+
+    PROPOSED = "proposed"
+    CONFIRMED = "confirmed"
 
 
 class CostCategory(StrEnum):
@@ -451,7 +459,12 @@ def check_figures(where: str, figures: SizeFigures | Relation) -> None:
             raise Refused(f"{where}.{name} is from 0 to {FIGURE_MINOR_MAX}, not {minor}.", "AMOUNT_OUT_OF_RANGE")
 
 
-def _check_decimal(name: str, text: str, most: int) -> None:
+def checked_percent(name: str, text: str) -> Fraction:
+    """From 0 to 100, decimal text. Raises Refused."""
+    return _check_decimal(name, text, 100)
+
+
+def _check_decimal(name: str, text: str, most: int) -> Fraction:
     if len(text) > DECIMAL_CHARACTERS_MAX:
         raise Refused(f"{name} has too many digits.", "DECIMAL_INVALID")
     try:
@@ -460,6 +473,7 @@ def _check_decimal(name: str, text: str, most: int) -> None:
         raise Refused(f"{name}: {error}", "DECIMAL_INVALID") from error
     if value > most:
         raise Refused(f"{name} is at most {most}.", "DECIMAL_INVALID")
+    return value
 
 
 def checked_date(name: str, text: str) -> date:

@@ -1,13 +1,14 @@
 """Groups of firms in the database. Every function works in the caller's transaction."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import asyncpg
 
 from services.common.clock import from_us
-from services.common.database import Connection
+from services.common.database import Connection, all_firms_within
 from services.common.errors import Conflict
+from services.funding.rules.size import Relation
 
 
 class InOtherGroup(Conflict):
@@ -23,6 +24,18 @@ class Group:
     id: str
     source: str
     firm_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What one firm owns of another: the higher of capital and votes, in percent, exact."""
+
+    owner_firm_id: int
+    owned_firm_id: int
+    percent: str
+    dominant_influence: bool
+    relation: Relation
+    source: str
 
 
 async def set_group(
@@ -59,11 +72,52 @@ async def group_of(connection: Connection, group_id: str) -> Group | None:
     return None if row is None else Group(id=row["id"], source=row["source"], firm_ids=tuple(row["firm_ids"]))
 
 
-async def sisters_of(connection: Connection, firm_id: int) -> frozenset[int]:
-    """The firm and the others of its group."""
-    rows = await connection.fetch(
-        "SELECT other.firm_id FROM firm_group own JOIN firm_group other ON other.group_id = own.group_id "
-        "WHERE own.firm_id = $1",
-        firm_id,
+async def kin_of(connection: Connection, firm_id: int) -> frozenset[int]:
+    """The firm and all that are one enterprise with it, by declared groups and by holdings."""
+    async with all_firms_within(connection):  # what is recorded of the others is theirs
+        return frozenset(row[0] for row in await connection.fetch("SELECT kin_of($1)", firm_id))
+
+
+async def set_holding(
+    connection: Connection, holding: Holding, *, parameters_version: str, credential_id: int, now_us: int
+) -> None:
+    """In place of what was stated of the two before."""
+    await connection.execute(
+        "INSERT INTO holding (owner_firm_id, owned_firm_id, percent, dominant_influence, relation, parameters_version, source, "
+        "recorded, recorded_by) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (owner_firm_id, owned_firm_id) "
+        "DO UPDATE SET percent = $3, dominant_influence = $4, relation = $5, parameters_version = $6, source = $7, "
+        "recorded = $8, recorded_by = $9",
+        holding.owner_firm_id,
+        holding.owned_firm_id,
+        holding.percent,
+        holding.dominant_influence,
+        holding.relation,
+        parameters_version,
+        holding.source,
+        from_us(now_us),
+        credential_id,
     )
-    return frozenset(row["firm_id"] for row in rows) | {firm_id}
+
+
+async def remove_holding(connection: Connection, owner_firm_id: int, owned_firm_id: int) -> None:
+    await connection.execute(
+        "DELETE FROM holding WHERE owner_firm_id = $1 AND owned_firm_id = $2", owner_firm_id, owned_firm_id
+    )
+
+
+async def holdings_of(connection: Connection, firm_ids: Collection[int]) -> list[Holding]:
+    """All that one of the firms has a part in, owning or owned."""
+    rows = await connection.fetch(
+        "SELECT owner_firm_id, owned_firm_id, percent, dominant_influence, relation, source FROM holding "
+        "WHERE owner_firm_id = ANY($1) OR owned_firm_id = ANY($1) ORDER BY owner_firm_id, owned_firm_id",
+        list(firm_ids),
+    )
+    return [Holding(**{**dict(row), "relation": Relation(row["relation"])}) for row in rows]
+
+
+async def groups_of(connection: Connection, firm_ids: Collection[int]) -> list[str]:
+    """Ids of the declared groups that the firms are in."""
+    rows = await connection.fetch(
+        "SELECT DISTINCT group_id FROM firm_group WHERE firm_id = ANY($1) ORDER BY group_id", list(firm_ids)
+    )
+    return [row["group_id"] for row in rows]

@@ -7,17 +7,18 @@ from datetime import date
 from services.common.clock import Clock, from_us
 from services.common.database import Connection, Pool, transaction
 from services.common.directory import Directory
-from services.common.errors import Invalid, NotFound
+from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from services.funding import award_store, group_store, ledger
 from services.funding.award_store import Note
 from services.funding.checks import GROUP, Given
-from services.funding.domain import TITLE_CHARACTERS_MAX, checked_text, is_id, uk_day
-from services.funding.group_store import Group
+from services.funding.domain import TITLE_CHARACTERS_MAX, checked_percent, checked_text, is_id, uk_day
+from services.funding.group_store import Group, Holding
 from services.funding.parameters import ParameterTable
 from services.funding.requests import understood
 from services.funding.rules.assistance import Assistance, AssistanceKind, mfa_check
+from services.funding.rules.size import relation_between
 
 log = get_logger(__name__)
 
@@ -34,6 +35,18 @@ class Headroom:
     given: tuple[Given, ...]
     counted_pence: int
     headroom_pence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enterprise:
+    """A firm and all that are one enterprise with it, and what that rests on. Holdings that make no link are among them: a partner
+    firm's figures count in part when the size is computed."""
+
+    firm_id: int
+    firm_ids: tuple[int, ...]
+    # Declared by operators.
+    groups: tuple[str, ...]
+    holdings: tuple[Holding, ...]
 
 
 class GroupService:
@@ -85,15 +98,98 @@ class GroupService:
         async with transaction(self._pool) as connection:
             return await self._group(connection, group_id)
 
-    async def headroom(self, caller: Caller, firm_id: int) -> Headroom:
-        """For the firm itself and for operators."""
+    async def set_holding(
+        self,
+        caller: Caller,
+        owner_firm_id: int,
+        owned_firm_id: int,
+        *,
+        percent: str,
+        dominant_influence: bool,
+        source: str,
+    ) -> Enterprise:
+        """What one firm owns of another; above half, or with a dominant influence, both are one enterprise from now on. Nothing at
+        all gives it up. No award is made while it changes. Returns the enterprise of the firm that is owned."""
+        caller.require(Role.OPERATOR)
+        with understood():
+            source = checked_text("source", source, TITLE_CHARACTERS_MAX)
+            share = checked_percent("percent", percent)
+        if owner_firm_id == owned_firm_id:
+            raise Invalid("A firm does not own itself; name two firms.", reason="HOLDING_INVALID")
+        for firm_id in (owner_firm_id, owned_firm_id):
+            if firm_id not in self._directory.firms:
+                raise NotFound(f"Firm {firm_id} is not in the directory.", reason="FIRM_UNKNOWN")
+        now_us = self._clock.now_us()
+        parameters = self._table.at(uk_day(from_us(now_us)))
+        relation, _ = relation_between(share, dominant_influence=dominant_influence, parameters=parameters)
+        holding = Holding(
+            owner_firm_id=owner_firm_id,
+            owned_firm_id=owned_firm_id,
+            percent=percent,
+            dominant_influence=dominant_influence,
+            relation=relation,
+            source=source,
+        )
+        async with transaction(self._pool) as connection:
+            # As for groups: an award sees the enterprise as it was before, or as it is after.
+            await ledger.lock(connection)
+            if share or dominant_influence:
+                await group_store.set_holding(
+                    connection,
+                    holding,
+                    parameters_version=self._table.version,
+                    credential_id=caller.credential_id,
+                    now_us=now_us,
+                )
+            else:
+                await group_store.remove_holding(connection, owner_firm_id, owned_firm_id)
+            enterprise = await self._enterprise(connection, owned_firm_id)
+            if max(len(enterprise.firm_ids), len(enterprise.holdings)) > FIRMS_PER_GROUP_MAX:
+                raise Conflict(
+                    f"An enterprise has at most {FIRMS_PER_GROUP_MAX} firms and holdings; look at those stated before.",
+                    reason="ENTERPRISE_TOO_LARGE",
+                )
+            detail: dict[str, str | int] = {
+                "owner": owner_firm_id,
+                "owned": owned_firm_id,
+                "percent": percent,
+                "dominant_influence": str(dominant_influence).lower(),
+                "relation": relation,
+                "source": source,
+            }
+            note = Note(action="holding_set", detail=detail)
+            await award_store.audit_note(connection, caller.credential_id, note, now_us=now_us)
+        log.info("holding set", owner=owner_firm_id, owned=owned_firm_id, relation=relation)
+        return enterprise
+
+    async def enterprise(self, caller: Caller, firm_id: int) -> Enterprise:
+        """Who is one enterprise with the firm, and why; for the firm itself and for operators."""
+        firm_id = self._own_firm(caller, firm_id)
+        async with transaction(self._pool) as connection:
+            return await self._enterprise(connection, firm_id)
+
+    async def _enterprise(self, connection: Connection, firm_id: int) -> Enterprise:
+        kin = await group_store.kin_of(connection, firm_id)
+        return Enterprise(
+            firm_id=firm_id,
+            firm_ids=tuple(sorted(kin)),
+            groups=tuple(await group_store.groups_of(connection, kin)),
+            holdings=tuple(await group_store.holdings_of(connection, kin)),
+        )
+
+    def _own_firm(self, caller: Caller, firm_id: int) -> int:
         caller.require(Role.FIRM, Role.OPERATOR)
         firm_id = caller.firm_or(firm_id)
         if firm_id not in self._directory.firms:
             raise NotFound("There is no such firm.", reason="FIRM_UNKNOWN")
+        return firm_id
+
+    async def headroom(self, caller: Caller, firm_id: int) -> Headroom:
+        """For the firm itself and for operators."""
+        firm_id = self._own_firm(caller, firm_id)
         today = uk_day(from_us(self._clock.now_us()))
         async with transaction(self._pool) as connection:
-            firm_ids = await group_store.sisters_of(connection, firm_id)
+            firm_ids = await group_store.kin_of(connection, firm_id)
             given = await award_store.given_to(connection, firm_id)
         check = mfa_check(
             award_date=today,

@@ -7,7 +7,7 @@ from enum import StrEnum
 from fractions import Fraction
 
 from services.funding.domain import AMOUNT_PENCE_MAX, DECIMAL_CHARACTERS_MAX, Refused, checked_text
-from services.funding.rules.exact import InvalidFact, decimal
+from services.funding.rules.exact import InvalidFact, decimal, fixed_down
 
 VERSIONS_MAX = 20
 WHOLE_MAX = 10**12
@@ -68,6 +68,38 @@ class Totals:
     carbon_kg_co2e: Fraction
     productivity_before: Fraction | None
     productivity_after: Fraction | None
+
+    def shown(self) -> "ShownTotals":
+        return ShownTotals(
+            projects=self.projects,
+            jobs_fte=_shown(self.jobs_fte),
+            value_added_pounds=_shown(self.value_added_pence / 100),
+            energy_kwh=_shown(self.energy_kwh),
+            carbon_kg_co2e=_shown(self.carbon_kg_co2e),
+            value_added_pounds_an_hour_before=_pounds(self.productivity_before),
+            value_added_pounds_an_hour_after=_pounds(self.productivity_after),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownTotals:
+    """The exact sums as people read them: with two decimals, cut toward zero."""
+
+    projects: int
+    jobs_fte: str
+    value_added_pounds: str
+    energy_kwh: str
+    carbon_kg_co2e: str
+    value_added_pounds_an_hour_before: str | None
+    value_added_pounds_an_hour_after: str | None
+
+
+def _shown(value: Fraction) -> str:
+    return f"-{fixed_down(-value)}" if value < 0 else fixed_down(value)
+
+
+def _pounds(pence: Fraction | None) -> str | None:
+    return None if pence is None else _shown(pence / 100)
 
 
 def checked_report(report: Report, *, start: date, end: date) -> Report:

@@ -1,7 +1,6 @@
-"""Impact forms over HTTP. Sums are exact and shown with two decimals, cut toward zero."""
+"""Impact forms over HTTP."""
 
 from datetime import date
-from fractions import Fraction
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
@@ -9,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from services.common.http import Authenticated
 from services.funding.impact import Figures, ImpactKind
 from services.funding.impacts import Impact, ImpactService
-from services.funding.rules.exact import fixed_down
 
 
 class FiguresIn(BaseModel):
@@ -55,7 +53,9 @@ class ImpactOut(BaseModel):
 
 
 class TotalsOut(BaseModel):
-    """Follow-up less baseline, over the projects that have both."""
+    """Follow-up less baseline, over the projects that have both. Sums are exact and shown with two decimals, cut toward zero."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     projects: int
     jobs_fte: str
@@ -103,20 +103,11 @@ def router(service: ImpactService) -> APIRouter:
     async def overview(caller: Authenticated) -> OverviewOut:
         """Partners and operators: the sums of the programme, and which forms are overdue."""
         found = await service.overview(caller)
-        sums = found.totals
         return OverviewOut(
             projects=found.projects,
             baselines=found.baselines,
             follow_ups=found.follow_ups,
-            totals=TotalsOut(
-                projects=sums.projects,
-                jobs_fte=_shown(sums.jobs_fte),
-                value_added_pounds=_shown(sums.value_added_pence / 100),
-                energy_kwh=_shown(sums.energy_kwh),
-                carbon_kg_co2e=_shown(sums.carbon_kg_co2e),
-                value_added_pounds_an_hour_before=_pounds(sums.productivity_before),
-                value_added_pounds_an_hour_after=_pounds(sums.productivity_after),
-            ),
+            totals=TotalsOut.model_validate(found.totals.shown()),
             overdue=[OverdueOut.model_validate(one) for one in found.overdue],
         )
 
@@ -125,11 +116,3 @@ def router(service: ImpactService) -> APIRouter:
 
 def _out(impact: Impact) -> ImpactOut:
     return ImpactOut.model_validate(impact)
-
-
-def _shown(value: Fraction) -> str:
-    return f"-{fixed_down(-value)}" if value < 0 else fixed_down(value)
-
-
-def _pounds(pence: Fraction | None) -> str | None:
-    return None if pence is None else _shown(pence / 100)

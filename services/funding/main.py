@@ -6,7 +6,7 @@ import sys
 
 from pydantic import Field
 
-from services.common import http, logs, rpc, topics
+from services.common import http, logs, rpc, topics, tracing
 from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
@@ -14,53 +14,20 @@ from services.common.directory import Directory
 from services.common.entrance import open_entrance
 from services.common.evidence import Verifier
 from services.common.kafka import Cluster, PositionedConsumer, Publisher
+from services.common.metrics import keep_measuring, name_process
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
-from services.funding import (
-    agreement_api,
-    allocation_api,
-    api,
-    change_api,
-    group_api,
-    impact_api,
-    ledger,
-    ledger_replay,
-    milestone_api,
-    open_data_api,
-    pool_api,
-    review_api,
-)
-from services.funding.agreement_rpc import AgreementRpc
-from services.funding.agreements import AgreementService
-from services.funding.allocations import AllocationService
-from services.funding.applications import ApplicationService
+from services.funding import edges, ledger, ledger_replay
 from services.funding.assessor_finder import AssessorFinder
-from services.funding.balances import BalanceService, watch
-from services.funding.calls import CallService
-from services.funding.change_requests import ChangeService
-from services.funding.decisions import DecisionService
-from services.funding.groups import GroupService
-from services.funding.impacts import ImpactService
+from services.funding.balances import watch
+from services.funding.gauges import INTERVAL_S as GAUGES_INTERVAL_S
+from services.funding.gauges import ProgressGauges
 from services.funding.journal import Journal
-from services.funding.judging import Judge
-from services.funding.milestones import MilestoneService
-from services.funding.open_data import OpenDataService
 from services.funding.parameters import load_parameters
-from services.funding.pools import PoolService
-from services.funding.review_rpc import ReviewRpc
-from services.funding.reviews import ReviewService
-from services.funding.rpc import FundingRpc
 from services.funding.rules.exact import gbp
 from services.funding.stream import keep_matches
-from smdih.funding.v1 import (
-    agreement_pb2,
-    agreement_pb2_grpc,
-    funding_pb2,
-    funding_pb2_grpc,
-    review_pb2,
-    review_pb2_grpc,
-)
+from services.funding.use_cases import UseCases
 
 SCHEMA = "funding"
 USAGE = "usage: python -m services.funding.main api|trial-balance|replay"
@@ -79,7 +46,7 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     """The fund by gRPC and HTTP; takes matches in and sends awards out."""
     entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -88,26 +55,27 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     gate, change_log = entrance.gate(directory), entrance.changes(pool)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
-    table = load_parameters()
-    judge = Judge(table=table, clock=clock)
     journal = Journal(pool, clock)
     runtime.on_stop(journal.close)
-    calls = CallService(pool, journal=journal, table=table, clock=clock)
-    applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
-    decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=relay.kick)
-    balances = BalanceService(pool)
-    verifier = Verifier(settings.evidence_public_keys.split())
-    milestones = MilestoneService(pool, verifier=verifier, directory=directory, clock=clock)
-    agreements = AgreementService(pool, milestones=milestones, table=table, clock=clock, kick=relay.kick)
-    await calls.open_programme()
+    finder = AssessorFinder(entrance.peer(settings.matching_grpc))
+    runtime.on_stop(finder.close)
+    fund = UseCases(
+        pool,
+        journal=journal,
+        table=load_parameters(),
+        directory=directory,
+        verifier=Verifier(settings.evidence_public_keys.split()),
+        finder=finder,
+        clock=clock,
+        kick=relay.kick,
+    )
+    await fund.calls.open_programme()
     matches = PositionedConsumer(
         cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.funding.matches", handler=keep_matches
     )
     runtime.background("matches", matches.run())
-    runtime.background("watch", watch(balances))
-    finder = AssessorFinder(entrance.peer(settings.matching_grpc))
-    runtime.on_stop(finder.close)
-    reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
+    runtime.background("watch", watch(fund.balances))
+    runtime.background("gauges", keep_measuring(ProgressGauges(pool).measure, interval_s=GAUGES_INTERVAL_S))
     await runtime.enter(
         rpc.serve(
             host=settings.grpc_host,
@@ -117,48 +85,18 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
             gate=gate,
             changes=change_log,
             internal_port=settings.grpc_internal_port,
-            register=[
-                (
-                    funding_pb2_grpc.add_FundingServiceServicer_to_server,
-                    FundingRpc(calls=calls, applications=applications, decisions=decisions, balances=balances),
-                ),
-                (agreement_pb2_grpc.add_AgreementServiceServicer_to_server, AgreementRpc(agreements)),
-                (review_pb2_grpc.add_ReviewServiceServicer_to_server, ReviewRpc(reviews)),
-            ],
-            service_names=[
-                funding_pb2.DESCRIPTOR.services_by_name["FundingService"].full_name,
-                agreement_pb2.DESCRIPTOR.services_by_name["AgreementService"].full_name,
-                review_pb2.DESCRIPTOR.services_by_name["ReviewService"].full_name,
-            ],
+            register=edges.servicers(fund),
+            service_names=edges.SERVICE_NAMES,
         )
     )
-    allocations = AllocationService(pool, judge=judge, reviews=reviews, decisions=decisions, table=table, clock=clock)
-    changes = ChangeService(pool, clock=clock)
-    impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
-    pools = PoolService(pool, applications=applications, judge=judge, table=table, clock=clock)
-    groups = GroupService(pool, table=table, directory=directory, clock=clock)
-    open_data = OpenDataService(pool, directory=directory, clock=clock)
-    routers = [
-        api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
-        agreement_api.router(agreements),
-        milestone_api.router(milestones),
-        impact_api.router(impacts),
-        change_api.router(changes),
-        group_api.router(groups),
-        review_api.router(reviews),
-        allocation_api.router(allocations),
-        pool_api.router(pools),
-        open_data_api.router(open_data),
-        change_log_router(change_log),
-    ]
     app = http.application(
         "SMDIH fund",
         runtime=runtime,
         directory=directory,
         gate=gate,
         changes=change_log,
-        routers=routers,
-        open_routers=[open_data_api.public_router(open_data)],
+        routers=[*edges.routers(fund), change_log_router(change_log)],
+        open_routers=edges.open_routers(fund),
     )
     await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.ready_when("kafka", publisher.answers)
@@ -209,9 +147,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     settings = FundingSettings()
     logs.configure(f"funding-{arguments[0]}", settings.log_level)
+    name_process(f"funding-{arguments[0]}")
     if arguments[0] in CHECKS:
         sys.exit(asyncio.run(check(arguments[0], settings)))
-    run(functools.partial(start_api, settings=settings))
+    tracing.start(settings.trace_endpoint, process=f"funding-{arguments[0]}", ratio=settings.trace_ratio)
+    run(functools.partial(start_api, settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from services.funding.domain import TITLE_CHARACTERS_MAX, Refused, checked_text,
 
 MILESTONES_MAX = 20
 DAYS_MAX = 3_660
+# Where an operator names none.
+COVERAGE_MIN = "0.9"
 ID = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _DECIMAL = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,9})?")
 

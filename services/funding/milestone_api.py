@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from services.common.http import Authenticated
 from services.funding.domain import checked_date
-from services.funding.milestone import Comparison, Milestone
+from services.funding.milestone import COVERAGE_MIN, Comparison, Milestone
 from services.funding.milestones import MilestoneService
 from services.funding.requests import understood
 
@@ -25,7 +25,7 @@ class MilestoneIn(_In):
     comparison: Comparison
     threshold: str = Field(description="decimal text; equal is enough")
     days_min: StrictInt = Field(description="how long the evidence spans at least")
-    coverage_min: str = Field("0.9", description="share of that time that data stand for at least")
+    coverage_min: str = Field(COVERAGE_MIN, description="share of that time that data stand for at least")
     due: str = Field(description="ISO date; a claim for a later period waits until it is met")
 
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from services.common.http import Authenticated
+from services.funding.domain import ProposalState
 from services.funding.pool_store import PoolPledge
 from services.funding.pools import Outcome, PoolService
 
@@ -44,7 +45,7 @@ class PoolPledgesOut(BaseModel):
 class SpreadOut(BaseModel):
     id: str
     call_id: str
-    state: str
+    state: ProposalState
     input: Any
     certificate: Any = Field(
         description="purchases in their order with who pays how much, what is left, and the reasons"
@@ -93,7 +94,7 @@ def _out(outcome: Outcome) -> SpreadOut:
     return SpreadOut(
         id=spread.id,
         call_id=spread.call_id,
-        state="confirmed" if spread.confirmed else "proposed",
+        state=outcome.state,
         input=outcome.input,
         certificate=outcome.certificate,
         checker_agrees=not spread.problems,

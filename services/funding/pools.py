@@ -24,6 +24,7 @@ from services.funding.domain import (
     TITLE_CHARACTERS_MAX,
     ApplicationState,
     CallState,
+    ProposalState,
     checked_amount,
     checked_request_id,
     checked_text,
@@ -50,6 +51,10 @@ class Outcome:
 
     spread: Spread
     refused: Mapping[str, str]
+
+    @property
+    def state(self) -> ProposalState:
+        return ProposalState.CONFIRMED if self.spread.confirmed else ProposalState.PROPOSED
 
     @property
     def input(self) -> dict[str, Any]:

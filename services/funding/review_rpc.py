@@ -2,12 +2,11 @@
 
 from typing import Any
 
+from services.common.messages import message_of
 from services.common.rpc import current_caller
-from services.funding.domain import CostCategory
 from services.funding.reviewing import DeclinedAs, Review, ReviewState
 from services.funding.reviews import ReviewService, Task
-from services.funding.words import number_of, word_of
-from smdih.funding.v1 import funding_pb2
+from services.funding.words import word_of
 from smdih.funding.v1 import review_pb2 as pb
 from smdih.funding.v1.review_pb2_grpc import ReviewServiceServicer
 
@@ -19,7 +18,7 @@ class ReviewRpc(ReviewServiceServicer):
         self._service = service
 
     async def ListReviews(self, request: pb.ListReviewsRequest, context: Any) -> pb.ListReviewsResponse:
-        state = word_of(ReviewState, pb.ReviewState, "REVIEW_STATE", request.state) if request.state else None
+        state = word_of(ReviewState, pb.ReviewState, request.state) if request.state else None
         found, token = await self._service.list_tasks(
             current_caller(), state=state, page_size=request.page_size, page_token=request.page_token
         )
@@ -38,7 +37,7 @@ class ReviewRpc(ReviewServiceServicer):
         task = await self._service.decline(
             current_caller(),
             request.review_id,
-            declined_as=word_of(DeclinedAs, pb.DeclinedAs, "DECLINED_AS", request.declined_as),
+            declined_as=word_of(DeclinedAs, pb.DeclinedAs, request.declined_as),
             reason=request.reason,
         )
         return pb.DeclineReviewResponse(task=_task(task))
@@ -55,38 +54,18 @@ class ReviewRpc(ReviewServiceServicer):
 
 
 def _review(review: Review) -> pb.Review:
-    return pb.Review(
-        id=review.id,
-        application_id=review.application_id,
-        provider_id=review.provider_id,
-        name=review.name,
-        state=number_of(pb.ReviewState, "REVIEW_STATE", review.state),
-        reasons=review.reasons,
-        invited_us=review.invited_us,
-        percent=review.percent,
-        in_scope=review.in_scope,
-        justification=review.justification,
-        answer=review.answer,
-        declined_as=number_of(pb.DeclinedAs, "DECLINED_AS", review.declined_as)
-        if review.declined_as
-        else pb.DECLINED_AS_UNSPECIFIED,
-    )
+    return message_of(pb.Review, review)
 
 
 def _task(task: Task) -> pb.ReviewTask:
-    return pb.ReviewTask(
-        review=_review(task.review),
+    application = task.application
+    return message_of(
+        pb.ReviewTask,
+        task,
         call_title=task.call.title,
         scope=task.call.terms.scope,
         provider_title=task.match.provider_title,
-        firm_name=task.firm_name,
-        costs=[
-            funding_pb2.Cost(
-                category=number_of(funding_pb2.CostCategory, "COST_CATEGORY", CostCategory(cost.category)),
-                amount_pence=cost.amount_pence,
-            )
-            for cost in task.application.costs
-        ],
-        answers=dict(task.application.content.answers),
-        grant_pence=task.application.grant_pence or 0,
+        costs=application.costs,
+        answers=dict(application.content.answers),
+        grant_pence=application.grant_pence,
     )

@@ -325,7 +325,7 @@ class ReviewService:
         call = await call_of(connection, application.call_id)
         match = there(await call_store.match_of(connection, application.match_id))
         firm = self._directory.firms.get(application.firm_id)
-        sisters = await group_store.sisters_of(connection, application.firm_id)
+        sisters = await group_store.kin_of(connection, application.firm_id)
         answers = [answer for _, answer in application.content.answers]
         text = ". ".join((match.provider_title, call.title, *answers, call.terms.scope))
         return Question(

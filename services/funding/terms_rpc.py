@@ -1,10 +1,13 @@
 """Terms of calls and contents of applications between the gRPC contract and the domain."""
 
+from collections.abc import Iterable
+
+from services.common.messages import message_of
 from services.funding import domain
 from services.funding.rules.intensity import Organisation
 from services.funding.rules.size import Investor
 from services.funding.selection import Method
-from services.funding.words import number_of, word_of
+from services.funding.words import word_of
 from smdih.funding.v1 import funding_pb2 as pb
 
 CHARACTERS = 2_000
@@ -18,7 +21,7 @@ def terms_of(message: pb.Terms) -> domain.Terms:
             domain.Question(
                 id=question.id,
                 text=question.text,
-                kind=word_of(domain.AnswerKind, pb.AnswerKind, "ANSWER_KIND", question.kind),
+                kind=word_of(domain.AnswerKind, pb.AnswerKind, question.kind),
                 required=not question.optional,
                 characters_max=question.characters_max or CHARACTERS,
                 least=question.least if question.HasField("least") else None,
@@ -27,9 +30,7 @@ def terms_of(message: pb.Terms) -> domain.Terms:
             )
             for question in message.questions
         ),
-        method=word_of(Method, pb.AllocationMethod, "ALLOCATION_METHOD", message.method)
-        if message.method
-        else Method.TOP_DOWN_SKIP,
+        method=word_of(Method, pb.AllocationMethod, message.method) if message.method else Method.TOP_DOWN_SKIP,
         limits=tuple(
             domain.PotLimit(
                 pot=limit.pot,
@@ -45,34 +46,8 @@ def terms_of(message: pb.Terms) -> domain.Terms:
 
 
 def terms_message(terms: domain.Terms) -> pb.Terms:
-    return pb.Terms(
-        scope=terms.scope,
-        questions=[
-            pb.Question(
-                id=question.id,
-                text=question.text,
-                kind=number_of(pb.AnswerKind, "ANSWER_KIND", question.kind),
-                optional=not question.required,
-                characters_max=question.characters_max,
-                least=question.least,
-                most=question.most,
-                choices=question.choices,
-            )
-            for question in terms.questions
-        ],
-        method=number_of(pb.AllocationMethod, "ALLOCATION_METHOD", terms.method),
-        limits=[
-            pb.PotLimit(
-                pot=limit.pot,
-                floor_pence=limit.floor_pence,
-                ceiling_pence=limit.ceiling_pence,
-                share_min=limit.share_min,
-                share_max=limit.share_max,
-            )
-            for limit in terms.limits
-        ],
-        adoption_max_pence=terms.adoption_max_pence,
-    )
+    questions = [message_of(pb.Question, question, optional=not question.required) for question in terms.questions]
+    return message_of(pb.Terms, terms, questions=questions)
 
 
 def content_of(request: pb.CreateApplicationRequest) -> domain.Content:
@@ -81,14 +56,8 @@ def content_of(request: pb.CreateApplicationRequest) -> domain.Content:
         partners=tuple(
             domain.ProjectPartner(
                 name=partner.name,
-                organisation=word_of(Organisation, pb.OrganisationKind, "ORGANISATION_KIND", partner.organisation),
-                costs=tuple(
-                    domain.Cost(
-                        category=word_of(domain.CostCategory, pb.CostCategory, "COST_CATEGORY", cost.category),
-                        amount_pence=cost.amount_pence,
-                    )
-                    for cost in partner.costs
-                ),
+                organisation=word_of(Organisation, pb.OrganisationKind, partner.organisation),
+                costs=costs_of(partner.costs),
                 size=size_of(partner.size) if partner.HasField("size") else None,
                 other_public_pence=partner.other_public_pence,
             )
@@ -107,25 +76,13 @@ def content_of(request: pb.CreateApplicationRequest) -> domain.Content:
     )
 
 
-def partner_message(partner: domain.ProjectPartner) -> pb.ProjectPartner:
-    return pb.ProjectPartner(
-        name=partner.name,
-        organisation=number_of(pb.OrganisationKind, "ORGANISATION_KIND", partner.organisation),
-        costs=[
-            pb.Cost(category=number_of(pb.CostCategory, "COST_CATEGORY", cost.category), amount_pence=cost.amount_pence)
-            for cost in partner.costs
-        ],
-        size=size_message(partner.size) if partner.size else None,
-        other_public_pence=partner.other_public_pence,
-    )
-
-
-def attachment_message(attachment: domain.Attachment) -> pb.Attachment:
-    return pb.Attachment(
-        name=attachment.name,
-        sha256=attachment.sha256,
-        size_bytes=attachment.size_bytes,
-        media_type=attachment.media_type,
+def costs_of(costs: Iterable[pb.Cost]) -> tuple[domain.Cost, ...]:
+    """Raises Invalid for a category that is missing."""
+    return tuple(
+        domain.Cost(
+            category=word_of(domain.CostCategory, pb.CostCategory, cost.category), amount_pence=cost.amount_pence
+        )
+        for cost in costs
     )
 
 
@@ -139,7 +96,7 @@ def size_of(size: pb.SizeFigures) -> domain.SizeFigures:
             domain.Relation(
                 percent=relation.percent,
                 upstream=relation.upstream,
-                investor=word_of(Investor, pb.Investor, "INVESTOR", relation.investor),
+                investor=word_of(Investor, pb.Investor, relation.investor),
                 headcount=relation.headcount,
                 turnover_minor=relation.turnover_minor,
                 balance_minor=relation.balance_minor,
@@ -147,25 +104,4 @@ def size_of(size: pb.SizeFigures) -> domain.SizeFigures:
             )
             for relation in size.relations
         ),
-    )
-
-
-def size_message(size: domain.SizeFigures) -> pb.SizeFigures:
-    return pb.SizeFigures(
-        headcount=size.headcount,
-        turnover_minor=size.turnover_minor,
-        balance_minor=size.balance_minor,
-        period_start=size.period_start,
-        relations=[
-            pb.Relation(
-                percent=relation.percent,
-                upstream=relation.upstream,
-                investor=number_of(pb.Investor, "INVESTOR", relation.investor),
-                headcount=relation.headcount,
-                turnover_minor=relation.turnover_minor,
-                balance_minor=relation.balance_minor,
-                dominant_influence=relation.dominant_influence,
-            )
-            for relation in size.relations
-        ],
     )

@@ -6,7 +6,7 @@ import sys
 
 from pydantic import Field
 
-from services.common import logs, topics
+from services.common import logs, topics, tracing
 from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool, transaction
@@ -17,6 +17,7 @@ from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.identity import Role
 from services.common.kafka import Cluster, PositionedConsumer, Publisher, TopicEnds
+from services.common.metrics import keep_measuring, name_process
 from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
@@ -25,7 +26,7 @@ from services.ingest.diagnosis.api import diagnosis_router
 from services.ingest.diagnosis.diagnosis import Diagnoses, Partitions
 from services.ingest.diagnosis.rpc import DiagnosisServicer
 from services.ingest.diagnosis.sightings import Sightings, SightingsWriter
-from services.ingest.historian.historian import Historian
+from services.ingest.historian.historian import MEASURE_INTERVAL_S, Historian, StoredGauges
 from services.ingest.kpi.api import kpi_router
 from services.ingest.kpi.rpc import KpiServicer
 from services.ingest.kpi.service import KpiService
@@ -40,6 +41,7 @@ from services.ingest.queries.export import Export
 from services.ingest.queries.queries import Queries
 from services.ingest.queries.rooms import RoomReads, Rooms
 from services.ingest.queries.rooms_api import rooms_router
+from services.ingest.queries.rooms_rpc import RoomReadServicer
 from services.ingest.queries.rpc import QueryServicer
 from services.ingest.queries.series_api import series_router
 from services.ingest.queries.series_rpc import SeriesServicer
@@ -61,6 +63,7 @@ from services.ingest.registry.quotas import Quotas
 from services.ingest.registry.registry import Registry
 from services.ingest.registry.rpc import RegistryServicer
 from services.ingest.retention.api import retention_router
+from services.ingest.retention.service import MEASURE_INTERVAL_S as STORAGE_INTERVAL_S
 from services.ingest.retention.service import Enforcer, Retention
 from services.ingest.telemetry import api
 from services.ingest.telemetry.buckets import Buckets, BucketsSharer
@@ -77,6 +80,7 @@ from smdih.ingest.v1 import (
     query_pb2_grpc,
     quota_pb2_grpc,
     registry_pb2_grpc,
+    rooms_pb2_grpc,
     series_pb2_grpc,
     telemetry_pb2_grpc,
 )
@@ -102,7 +106,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     """Telemetry, registry and queries, by gRPC and HTTP."""
     entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -165,6 +169,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 (diagnosis_pb2_grpc.add_DiagnosisServiceServicer_to_server, DiagnosisServicer(diagnoses)),
                 (series_pb2_grpc.add_SeriesServiceServicer_to_server, SeriesServicer(queries, export)),
                 (kpi_pb2_grpc.add_KpiServiceServicer_to_server, KpiServicer(kpi)),
+                (rooms_pb2_grpc.add_RoomReadServiceServicer_to_server, RoomReadServicer(room_reads)),
             ],
             service_names=[
                 "smdih.ingest.v1.TelemetryService",
@@ -176,6 +181,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
                 "smdih.ingest.v1.ProposalService",
                 "smdih.ingest.v1.SeriesService",
                 "smdih.ingest.v1.KpiService",
+                "smdih.ingest.v1.RoomReadService",
             ],
             on_malformed=door.note_malformed,
             open_methods=OPEN_METHODS,
@@ -217,12 +223,13 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
 
 async def start_historian(runtime: Runtime, settings: Settings) -> None:
     """From the message log into the database."""
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
     # Each with partitions, memory and a connection of its own: while the database copies for one, the other makes ready.
-    historians = [Historian() for _ in range(HISTORIANS)]
+    clock = SystemClock()
+    historians = [Historian(clock) for _ in range(HISTORIANS)]
     samples = [
         PositionedConsumer(
             cluster,
@@ -237,19 +244,24 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
         )
         for historian in historians
     ]
+    set_aside = Historian(clock)
     quarantine = PositionedConsumer(
         cluster,
         pool,
         publisher,
         topic_names=[topics.QUARANTINE],
         group="smdih.ingest.quarantine",
-        handler=Historian().store_quarantine,
+        handler=set_aside.store_quarantine,
+        on_change=set_aside.forget,
     )
     app = application("SMDIH historian", runtime=runtime, directory=None)
     entrance = open_entrance(runtime, settings, takes_keys=False)
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
-    enforcer = Enforcer(pool, SystemClock(), disk_bytes=settings.database_disk_bytes)
+    gauges = StoredGauges(historians, pool, clock)
+    runtime.background("gauges", keep_measuring(gauges.measure, interval_s=MEASURE_INTERVAL_S))
+    enforcer = Enforcer(pool, clock, disk_bytes=settings.database_disk_bytes)
     runtime.background("retention", enforcer.run())
+    runtime.background("storage", keep_measuring(enforcer.measure, interval_s=STORAGE_INTERVAL_S))
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
     for number, consumer in enumerate(samples):
@@ -283,7 +295,7 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
         found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls, found.mqtt_ca
     )
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = await runtime.enter(Publisher(cluster))
@@ -351,7 +363,9 @@ def main(arguments: list[str]) -> None:
     if arguments[0] == "operator-key":
         print(asyncio.run(operator_key(settings)))  # noqa: T201  a command line
         return
-    run(functools.partial(roles[arguments[0]], settings=settings))
+    name_process(f"ingest-{arguments[0]}")
+    tracing.start(settings.trace_endpoint, process=f"ingest-{arguments[0]}", ratio=settings.trace_ratio)
+    run(functools.partial(roles[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from services.common.clock import Clock, today
 from services.common.database import AWAY, Pool, transaction
 from services.common.errors import SlowDown, TryAgain
 from services.common.logs import get_logger
+from services.common.metrics import watch_queue
 from services.matching.domain import Assessment, Need
 from services.matching.needs import quarter_of
 from services.matching.providers import ProviderRecord
@@ -62,6 +63,7 @@ class ProviderIndex:
         self._clock = clock
         self._kicked = asyncio.Event()
         self._waiting = 0
+        watch_queue("rankings", lambda: self._waiting, limit=RANKS_WAITING_MAX)
         degraded.set(embedder is None)
         self._quarter = date.min
         # Title and text that the ranker holds, by provider: what is unchanged needs no vector.

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from pydantic import Field
 
-from services.common import logs
+from services.common import logs, tracing
 from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock, today
 from services.common.database import can_write, create_pool_when_it_answers
@@ -16,11 +16,14 @@ from services.common.entrance import open_entrance
 from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.kafka import Cluster, Publisher
+from services.common.metrics import keep_measuring, name_process
 from services.common.outbox import OutboxRelay
 from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
 from services.matching import edges, upkeep
+from services.matching.gauges import INTERVAL_S as GAUGES_INTERVAL_S
+from services.matching.gauges import LifeGauges
 from services.matching.index import ProviderIndex
 from services.matching.needs import Limits
 from services.matching.ranking import Ranker
@@ -60,7 +63,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     """gRPC, HTTP, alarms into needs, the outbox and the upkeep."""
     entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
-    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    cluster = Cluster.of(settings)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = Publisher(cluster)
@@ -112,6 +115,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     )
     await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.background("providers", index.run())
+    runtime.background("gauges", keep_measuring(LifeGauges(pool, clock).measure, interval_s=GAUGES_INTERVAL_S))
 
     async def alarms_into_needs() -> None:
         # Profiles of firms and providers first, so that the first needs are as good as the later ones.
@@ -143,7 +147,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     settings = MatchingSettings()
     logs.configure(f"matching-{arguments[0]}", settings.log_level)
-    run(functools.partial(ROLES[arguments[0]], settings=settings))
+    name_process(f"matching-{arguments[0]}")
+    tracing.start(settings.trace_endpoint, process=f"matching-{arguments[0]}", ratio=settings.trace_ratio)
+    run(functools.partial(ROLES[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 
 if __name__ == "__main__":

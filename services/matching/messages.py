@@ -1,50 +1,28 @@
 """Between messages and values: what both edges and the stream need."""
 
 from datetime import datetime
+from enum import StrEnum
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from services.common.clock import from_us, to_us
 from services.common.errors import Invalid
 from services.common.logs import accepted_correlation_id
+from services.common.messages import message_of, number_of, word_of
 from services.matching.alarms import Alarm
 from services.matching.consents import Severity
-from services.matching.domain import Kind
-from services.matching.matches import Match, MatchState, Result
-from services.matching.needs import Offer, OfferState, event_id
-from services.matching.rooms import Room, RoomState
-from services.matching.sessions import Booking, BookingState, Session
+from services.matching.matches import Match
+from services.matching.needs import Offer, event_id
+from services.matching.rooms import Room
+from services.matching.sessions import Booking, Session
 from smdih.anomaly.v1 import events_pb2 as anomaly_pb
 from smdih.matching.v1 import events_pb2 as pb
 
-KINDS = {
-    Kind.EXPERT: pb.PROVIDER_KIND_EXPERT,
-    Kind.FACILITY: pb.PROVIDER_KIND_FACILITY,
-    Kind.WORKSHOP: pb.PROVIDER_KIND_WORKSHOP,
-    Kind.COURSE: pb.PROVIDER_KIND_COURSE,
-}
+Word = TypeVar("Word", bound=StrEnum)
+
 # What from_us raises for a number that is no time.
 _NO_TIME = (OverflowError, ValueError, OSError)
-_CHANGES = {
-    OfferState.MADE: pb.OFFER_CHANGE_MADE,
-    OfferState.ACCEPTED: pb.OFFER_CHANGE_ACCEPTED,
-    OfferState.DECLINED: pb.OFFER_CHANGE_DECLINED,
-    OfferState.LAPSED: pb.OFFER_CHANGE_LAPSED,
-    OfferState.CANCELLED: pb.OFFER_CHANGE_CANCELLED,
-}
-_MATCH_CHANGES = {
-    MatchState.ACCEPTED: pb.MATCH_CHANGE_ACCEPTED,
-    MatchState.ENGAGED: pb.MATCH_CHANGE_ENGAGED,
-    MatchState.FINISHED: pb.MATCH_CHANGE_FINISHED,
-    MatchState.CLOSED: pb.MATCH_CHANGE_CLOSED,
-    MatchState.CANCELLED: pb.MATCH_CHANGE_CANCELLED,
-    MatchState.EXPIRED: pb.MATCH_CHANGE_EXPIRED,
-}
-RESULTS = {
-    Result.SOLVED: pb.RESULT_SOLVED,
-    Result.PARTLY: pb.RESULT_PARTLY,
-    Result.NOT_SOLVED: pb.RESULT_NOT_SOLVED,
-}
 
 
 def asked_time(name: str, time_us: int | None) -> datetime | None:
@@ -55,6 +33,19 @@ def asked_time(name: str, time_us: int | None) -> datetime | None:
         raise Invalid(f"{name} {time_us} is not a time in the years 1 to 9999.", reason="BAD_TIME") from error
 
 
+def asked_word(name: str, words: type[Word], numbers: Any, number: int) -> Word:
+    """The word for a number in a request. Raises Invalid."""
+    word = word_of(words, numbers, number)
+    if word is None:
+        raise Invalid(f"{name} {number} is not one of the contract's.", reason=f"BAD_{name.upper()}")
+    return word
+
+
+def asked_filter(name: str, words: type[Word], numbers: Any, number: int) -> Word | None:
+    """0, unspecified, filters nothing. Raises Invalid."""
+    return None if number == 0 else asked_word(name, words, numbers, number)
+
+
 def offer_message(offer: Offer) -> pb.Offer:
     return pb.Offer(
         id=offer.id,
@@ -63,7 +54,7 @@ def offer_message(offer: Offer) -> pb.Offer:
         provider_id=offer.provider_id,
         partner_id=offer.partner_id,
         provider_title=offer.provider_title,
-        provider_kind=KINDS[offer.provider_kind],
+        provider_kind=number_of(pb.ProviderKind, offer.provider_kind),
         rank=offer.rank,
         score=offer.score,
         reasons=offer.reasons,
@@ -79,7 +70,7 @@ def offer_event(offer: Offer) -> bytes:
     """The event of the change that brought the offer into its state."""
     return pb.OfferEvent(
         event_id=event_id(offer.id, offer.state),
-        change=_CHANGES[offer.state],
+        change=number_of(pb.OfferChange, offer.state),
         changed_us=to_us(offer.decided or offer.made),
         offer=offer_message(offer),
     ).SerializeToString()
@@ -87,75 +78,33 @@ def offer_event(offer: Offer) -> bytes:
 
 def match_event(match: Match) -> bytes:
     """The event of the change that brought the match into its state."""
-    return pb.MatchEvent(
-        event_id=event_id(match.id, match.state),
-        change=_MATCH_CHANGES[match.state],
-        changed_us=to_us(match.changed),
-        match_id=match.id,
-        need_id=match.need_id,
-        offer_id=match.offer_id,
-        firm_id=match.firm_id,
-        provider_id=match.provider_id,
-        partner_id=match.partner_id,
-        result=pb.RESULT_UNSPECIFIED if match.result is None else RESULTS[match.result],
-        correlation_id=match.correlation_id,
+    return message_of(
+        pb.MatchEvent, match, event_id=event_id(match.id, match.state), change=match.state, match_id=match.id
     ).SerializeToString()
-
-
-BOOKING_STATES = {
-    BookingState.CONFIRMED: pb.BOOKING_STATE_CONFIRMED,
-    BookingState.WAITING: pb.BOOKING_STATE_WAITING,
-    BookingState.OFFERED: pb.BOOKING_STATE_OFFERED,
-    BookingState.CANCELLED: pb.BOOKING_STATE_CANCELLED,
-    BookingState.EXPIRED: pb.BOOKING_STATE_EXPIRED,
-}
 
 
 def booking_event(booking: Booking, session: Session) -> bytes:
     """The event of the change that brought the booking into its state."""
-    return pb.BookingEvent(
+    return message_of(
+        pb.BookingEvent,
+        booking,
         event_id=event_id(booking.id, f"{booking.state}-{booking.sequence}"),
-        state=BOOKING_STATES[booking.state],
-        changed_us=to_us(booking.changed),
         booking_id=booking.id,
-        session_id=session.id,
         provider_id=session.provider_id,
-        partner_id=booking.partner_id,
-        firm_id=booking.firm_id,
         title=session.title,
-        starts_us=to_us(session.starts),
-        ends_us=to_us(session.ends),
-        confirm_by_us=0 if booking.confirm_by is None else to_us(booking.confirm_by),
-        correlation_id=booking.correlation_id,
+        starts_us=session.starts,
+        ends_us=session.ends,
     ).SerializeToString()
-
-
-ROOM_STATES = {
-    RoomState.OPEN: pb.ROOM_STATE_OPEN,
-    RoomState.RECALLED: pb.ROOM_STATE_RECALLED,
-    RoomState.EXPIRED: pb.ROOM_STATE_EXPIRED,
-    RoomState.MATCH_ENDED: pb.ROOM_STATE_MATCH_ENDED,
-}
 
 
 def room_event(room: Room) -> bytes:
     """The room as it is now."""
-    return pb.RoomEvent(
+    return message_of(
+        pb.RoomEvent,
+        room,
         event_id=event_id(room.id, room.state),
-        state=ROOM_STATES[room.state],
-        changed_us=to_us(room.ended or room.opens),
+        changed_us=room.ended or room.opens,
         room_id=room.id,
-        match_id=room.match_id,
-        firm_id=room.firm_id,
-        partner_id=room.partner_id,
-        provider_id=room.provider_id,
-        signal_ids=room.signal_ids,
-        purpose=room.purpose,
-        data_from_us=to_us(room.data_from),
-        data_until_us=to_us(room.data_until),
-        opens_us=to_us(room.opens),
-        closes_us=to_us(room.closes),
-        correlation_id=room.correlation_id,
     ).SerializeToString()
 
 

@@ -90,6 +90,8 @@ class Need:
     waits: bool = False
     # Partners may see its text and propose themselves.
     shown: bool = False
+    # Addresses of terms of ESCO.
+    esco_skills: tuple[str, ...] = ()
 
     def for_ranking(self) -> domain.Need:
         """What of it bears on the order."""
@@ -102,6 +104,7 @@ class Need:
             urgency=self.urgency,
             source=self.source,
             firm_id=str(self.firm_id),
+            skills=frozenset(self.esco_skills),
         )
 
 
@@ -175,6 +178,11 @@ def match_id(offer_id: str) -> str:
 def event_id(of: str, change: str) -> str:
     """Of an offer or a match, which goes through each change once at most."""
     return _derived("event", of, change)
+
+
+def notice_id(subject_id: str, *what: str) -> str:
+    """What happens once is told once."""
+    return _derived("notice", subject_id, *what)
 
 
 def quarter_of(day: date) -> date:

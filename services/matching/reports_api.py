@@ -2,29 +2,21 @@
 
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
 
 from services.common.clock import to_us
 from services.common.http import Authenticated
-from services.matching.api import OpenedView, opened_view
 from services.matching.domain import Urgency
 from services.matching.fairness import GROUP_MIN, GroupFigures
+from services.matching.forms import Body, RegistryId, TimeUs
 from services.matching.maturity import Assessment, Topic
 from services.matching.messages import asked_time
+from services.matching.need_api import OpenedView, opened_view
 from services.matching.service import Matching
 
-RegistryId = Annotated[int, Field(ge=0, le=2**63 - 1)]
-TimeUs = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class QuestionView(_Body):
+class QuestionView(Body):
     id: str
     topic: Topic
     text: str
@@ -32,13 +24,13 @@ class QuestionView(_Body):
     answers: list[str]
 
 
-class QuestionnaireView(_Body):
+class QuestionnaireView(Body):
     version: str
     valid_from: date
     questions: list[QuestionView]
 
 
-class AnswersBody(_Body):
+class AnswersBody(Body):
     request_id: str = ""
     firm_id: RegistryId = 0
     version: str
@@ -46,7 +38,7 @@ class AnswersBody(_Body):
     answers: dict[str, int]
 
 
-class AssessmentView(_Body):
+class AssessmentView(Body):
     id: str
     firm_id: int
     version: str
@@ -61,17 +53,17 @@ class AssessmentView(_Body):
     need_id: str
 
 
-class AssessmentsView(_Body):
+class AssessmentsView(Body):
     assessments: list[AssessmentView]
 
 
-class DraftBody(_Body):
+class DraftBody(Body):
     # In place of the draft.
     text: str = ""
     urgency: Urgency = Urgency.NORMAL
 
 
-class GroupView(_Body):
+class GroupView(Body):
     group: str
     # Too few needs: its figures would be those of single firms.
     suppressed: bool
@@ -84,7 +76,7 @@ class GroupView(_Body):
     accepted_rank_mean: float | None
 
 
-class FairnessView(_Body):
+class FairnessView(Body):
     group_min: int
     by_size: list[GroupView]
     by_region: list[GroupView]

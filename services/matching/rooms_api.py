@@ -1,33 +1,22 @@
 """The HTTP edge of rooms."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter
 
 from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.http import Authenticated
+from services.matching.forms import Body, PageSize, PageToken, RegistryId, TimeUs, us
 from services.matching.messages import asked_time
 from services.matching.rooms import NewRoom, Room, RoomState
 from services.matching.service import Matching
 
-RegistryId = Annotated[int, Field(ge=1, le=2**63 - 1)]
-TimeUs = Annotated[int, Field(ge=0, le=2**63 - 1)]
-PageSize = Annotated[int, Query(description="at most 500; 0 means 100")]
-PageToken = Annotated[str, Query(description="next_page_token of the page before")]
 
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class MachineSignals(_Body):
+class MachineSignals(Body):
     machine_id: RegistryId
     signal_ids: list[RegistryId]
 
 
-class RoomBody(_Body):
+class RoomBody(Body):
     request_id: str = ""
     match_id: str
     # At most 500 signals of 50 machines.
@@ -53,11 +42,11 @@ class RoomBody(_Body):
         )
 
 
-class RecallBody(_Body):
+class RecallBody(Body):
     reason: str = ""
 
 
-class RoomView(_Body):
+class RoomView(Body):
     id: str
     match_id: str
     firm_id: int
@@ -75,7 +64,7 @@ class RoomView(_Body):
     correlation_id: str
 
 
-class LentSignalView(_Body):
+class LentSignalView(Body):
     id: int
     machine_id: int
     machine_kind: str
@@ -83,13 +72,13 @@ class LentSignalView(_Body):
     unit: str
 
 
-class RoomDetails(_Body):
+class RoomDetails(Body):
     room: RoomView
     # For the partner while the room is open.
     signals: list[LentSignalView]
 
 
-class RoomsPage(_Body):
+class RoomsPage(Body):
     rooms: list[RoomView]
     next_page_token: str
 
@@ -151,7 +140,7 @@ def _room_view(room: Room) -> RoomView:
         data_until_us=to_us(room.data_until),
         opens_us=to_us(room.opens),
         closes_us=to_us(room.closes),
-        ended_us=None if room.ended is None else to_us(room.ended),
+        ended_us=us(room.ended),
         end_reason=room.end_reason,
         correlation_id=room.correlation_id,
     )

@@ -1,18 +1,15 @@
 """The gRPC edge of rooms."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from services.common.clock import to_us
 from services.common.errors import Invalid
+from services.common.messages import message_of
 from services.common.rpc import current_caller
-from services.matching.messages import ROOM_STATES, asked_time
+from services.matching.messages import asked_filter, asked_time
 from services.matching.rooms import NewRoom, Room, RoomState
 from services.matching.service import Matching
+from smdih.matching.v1 import events_pb2, rooms_pb2_grpc
 from smdih.matching.v1 import rooms_pb2 as pb
-from smdih.matching.v1 import rooms_pb2_grpc
-
-_STATES: Mapping[int, RoomState] = {number: state for state, number in ROOM_STATES.items()}
 
 
 class RoomServicer(rooms_pb2_grpc.RoomServiceServicer):
@@ -32,24 +29,13 @@ class RoomServicer(rooms_pb2_grpc.RoomServiceServicer):
         signals = await self._rooms.lent_signals(current_caller(), request.room_id)
         return pb.GetRoomResponse(
             room=_room_message(found),
-            signals=[
-                pb.LentSignal(
-                    id=each.id,
-                    machine_id=each.machine_id,
-                    machine_kind=each.machine_kind,
-                    name=each.name,
-                    unit=each.unit,
-                )
-                for each in signals
-            ],
+            signals=[message_of(pb.LentSignal, each) for each in signals],
         )
 
     async def ListRooms(self, request: pb.ListRoomsRequest, context: Any) -> pb.ListRoomsResponse:
-        if request.state and request.state not in _STATES:
-            raise Invalid(f"state {request.state} is not one of the contract's.", reason="BAD_STATE")
         found, token = await self._rooms.list_rooms(
             current_caller(),
-            state=_STATES.get(request.state),
+            state=asked_filter("state", RoomState, events_pb2.RoomState, request.state),
             page_size=request.page_size,
             page_token=request.page_token,
         )
@@ -71,20 +57,4 @@ def _new_room(request: pb.OpenRoomRequest) -> NewRoom:
 
 
 def _room_message(room: Room) -> pb.Room:
-    return pb.Room(
-        id=room.id,
-        match_id=room.match_id,
-        firm_id=room.firm_id,
-        partner_id=room.partner_id,
-        provider_id=room.provider_id,
-        state=ROOM_STATES[room.state],
-        signal_ids=room.signal_ids,
-        purpose=room.purpose,
-        data_from_us=to_us(room.data_from),
-        data_until_us=to_us(room.data_until),
-        opens_us=to_us(room.opens),
-        closes_us=to_us(room.closes),
-        ended_us=0 if room.ended is None else to_us(room.ended),
-        end_reason=room.end_reason,
-        correlation_id=room.correlation_id,
-    )
+    return message_of(pb.Room, room)

@@ -3,29 +3,21 @@
 from datetime import timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Response
+from pydantic import Field
 
 from services.common.clock import to_us
 from services.common.errors import Invalid
 from services.common.http import Authenticated
 from services.matching.calendar_file import MEDIA_TYPE
+from services.matching.forms import Body, PageSize, PageToken, RegistryId, TimeUs, us
 from services.matching.messages import asked_time
 from services.matching.service import Matching
 from services.matching.service.sessions import CalendarFile
 from services.matching.sessions import Booking, BookingState, Session, SessionState
 
-RegistryId = Annotated[int, Field(ge=0, le=2**63 - 1)]
-TimeUs = Annotated[int, Field(ge=0, le=2**63 - 1)]
-PageSize = Annotated[int, Query(description="at most 500; 0 means 100")]
-PageToken = Annotated[str, Query(description="next_page_token of the page before")]
 
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class SessionBody(_Body):
+class SessionBody(Body):
     # A workshop or a facility.
     provider_id: str
     title: str
@@ -63,12 +55,12 @@ class SessionView(SessionBody):
     changed_us: int
 
 
-class SessionsPage(_Body):
+class SessionsPage(Body):
     sessions: list[SessionView]
     next_page_token: str
 
 
-class BookBody(_Body):
+class BookBody(Body):
     request_id: str = ""
     firm_id: RegistryId = 0
     session_id: str
@@ -76,11 +68,11 @@ class BookBody(_Body):
     match_id: str = ""
 
 
-class ReasonBody(_Body):
+class ReasonBody(Body):
     reason: str = ""
 
 
-class BookingView(_Body):
+class BookingView(Body):
     id: str
     session_id: str
     firm_id: int
@@ -97,7 +89,7 @@ class BookingView(_Body):
     correlation_id: str
 
 
-class BookingsPage(_Body):
+class BookingsPage(Body):
     bookings: list[BookingView]
     next_page_token: str
 
@@ -230,7 +222,7 @@ def _booking_view(booking: Booking) -> BookingView:
         match_id=booking.match_id,
         state=booking.state,
         in_line=booking.in_line,
-        confirm_by_us=None if booking.confirm_by is None else to_us(booking.confirm_by),
+        confirm_by_us=us(booking.confirm_by),
         end_reason=booking.end_reason,
         booked_us=to_us(booking.booked),
         changed_us=to_us(booking.changed),

@@ -1,21 +1,18 @@
 """The gRPC edge of sessions and bookings."""
 
-from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from services.common.clock import to_us
 from services.common.errors import Invalid
+from services.common.messages import message_of
 from services.common.rpc import current_caller
-from services.matching.messages import BOOKING_STATES, asked_time
+from services.matching.messages import asked_filter, asked_time
 from services.matching.service import Matching
 from services.matching.sessions import Booking, BookingState, Session, SessionState
+from smdih.matching.v1 import events_pb2, sessions_pb2_grpc
 from smdih.matching.v1 import sessions_pb2 as pb
-from smdih.matching.v1 import sessions_pb2_grpc
 
 CONFIRM_WITHIN_DEFAULT_S = 172_800
-
-_STATES: Mapping[int, BookingState] = {number: state for state, number in BOOKING_STATES.items()}
 
 
 class SessionServicer(sessions_pb2_grpc.SessionServiceServicer):
@@ -39,6 +36,10 @@ class SessionServicer(sessions_pb2_grpc.SessionServiceServicer):
         )
         return pb.ListSessionsResponse(sessions=map(_session_message, found), next_page_token=token)
 
+    async def GetSession(self, request: pb.GetSessionRequest, context: Any) -> pb.GetSessionResponse:
+        found = await self._sessions.get_session(current_caller(), request.session_id)
+        return pb.GetSessionResponse(session=_session_message(found))
+
     async def Book(self, request: pb.BookRequest, context: Any) -> pb.BookResponse:
         booked = await self._sessions.book(
             current_caller(),
@@ -58,16 +59,18 @@ class SessionServicer(sessions_pb2_grpc.SessionServiceServicer):
         return pb.CancelBookingResponse(booking=_booking_message(cancelled))
 
     async def ListBookings(self, request: pb.ListBookingsRequest, context: Any) -> pb.ListBookingsResponse:
-        if request.state and request.state not in _STATES:
-            raise Invalid(f"state {request.state} is not one of the contract's.", reason="BAD_STATE")
         found, token = await self._sessions.list_bookings(
             current_caller(),
             session_id=request.session_id,
-            state=_STATES.get(request.state),
+            state=asked_filter("state", BookingState, events_pb2.BookingState, request.state),
             page_size=request.page_size,
             page_token=request.page_token,
         )
         return pb.ListBookingsResponse(bookings=map(_booking_message, found), next_page_token=token)
+
+    async def GetBooking(self, request: pb.GetBookingRequest, context: Any) -> pb.GetBookingResponse:
+        found = await self._sessions.get_booking(current_caller(), request.booking_id)
+        return pb.GetBookingResponse(booking=_booking_message(found))
 
     async def GetCalendar(self, request: pb.GetCalendarRequest, context: Any) -> pb.GetCalendarResponse:
         files = {
@@ -99,40 +102,13 @@ def _session(message: pb.Session) -> Session:
 
 
 def _session_message(session: Session) -> pb.Session:
-    return pb.Session(
-        id=session.id,
-        provider_id=session.provider_id,
-        title=session.title,
-        place=session.place,
-        starts_us=to_us(session.starts),
-        ends_us=to_us(session.ends),
-        seats=session.seats,
+    return message_of(
+        pb.Session,
+        session,
         confirm_within_s=session.confirm_within // timedelta(seconds=1),
-        taken=session.taken,
-        waiting=session.waiting,
         cancelled=session.state is SessionState.CANCELLED,
-        cancel_reason=session.cancel_reason,
-        sequence=session.sequence,
-        changed_us=_us(session.changed),
     )
 
 
 def _booking_message(booking: Booking) -> pb.Booking:
-    return pb.Booking(
-        id=booking.id,
-        session_id=booking.session_id,
-        firm_id=booking.firm_id,
-        partner_id=booking.partner_id,
-        match_id=booking.match_id,
-        state=BOOKING_STATES[booking.state],
-        in_line=booking.in_line,
-        confirm_by_us=_us(booking.confirm_by),
-        end_reason=booking.end_reason,
-        booked_us=to_us(booking.booked),
-        changed_us=to_us(booking.changed),
-        correlation_id=booking.correlation_id,
-    )
-
-
-def _us(time_: datetime | None) -> int:
-    return 0 if time_ is None else to_us(time_)
+    return message_of(pb.Booking, booking)

@@ -8,6 +8,7 @@ from services.common.errors import TryAgain
 from services.common.logs import get_logger
 from services.matching.service import Matching
 from services.matching.service.matches import CLOSINGS_AT_ONCE_MAX, EXPIRIES_AT_ONCE_MAX
+from services.matching.service.notices import FORGOTTEN_AT_ONCE_MAX
 from services.matching.service.offers import LAPSES_AT_ONCE_MAX
 from services.matching.service.rooms import EXPIRIES_AT_ONCE_MAX as ROOM_EXPIRIES_AT_ONCE_MAX
 from services.matching.service.sessions import CONFIRMATIONS_AT_ONCE_MAX
@@ -42,6 +43,8 @@ async def run(matching: Matching) -> None:
             while await matching.sessions.expire_due_bookings() >= CONFIRMATIONS_AT_ONCE_MAX:
                 pass
             while await matching.rooms.expire_due_rooms() >= ROOM_EXPIRIES_AT_ONCE_MAX:
+                pass
+            while await matching.notices.forget_old() >= FORGOTTEN_AT_ONCE_MAX:
                 pass
             await matching.offers.offer_again()
         except (asyncpg.PostgresError, TryAgain) as error:

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -162,6 +162,8 @@ class Hub:
     client: httpx.AsyncClient
     stub: "matching_pb2_grpc.MatchingServiceAsyncStub"
     sessions: "sessions_pb2_grpc.SessionServiceAsyncStub"
+    # For the stubs of the other services.
+    channel: grpc.aio.Channel
 
     async def call(self, who: str, method: str, path: str, json: Any = None) -> httpx.Response:
         headers = {"authorization": f"Bearer {KEYS[who]}"} if who else {}
@@ -270,7 +272,22 @@ async def running_hub(
         )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}"))
         stub = matching_pb2_grpc.MatchingServiceStub(channel)
-        yield Hub(matching, index, pool, clock, publisher, client, stub, sessions_pb2_grpc.SessionServiceStub(channel))
+        sessions = sessions_pb2_grpc.SessionServiceStub(channel)
+        yield Hub(matching, index, pool, clock, publisher, client, stub, sessions, channel)
+
+
+def bearer(who: str) -> tuple[tuple[str, str], ...]:
+    """Metadata with the key of this name; none for no name."""
+    return (("authorization", f"Bearer {KEYS[who]}"),) if who else ()
+
+
+async def refused_by_grpc(call: Callable[..., Awaitable[Any]], request: Any, who: str) -> str:
+    """The status with which a call is refused."""
+    try:
+        await call(request, metadata=bearer(who))
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK"
 
 
 async def offer_events(cluster: Cluster) -> list[events_pb2.OfferEvent]:

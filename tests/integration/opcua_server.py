@@ -1,4 +1,6 @@
-"""A press with an OPC UA server, in a process of its own, to be killed: arguments PORT FIRST.
+"""A press with an OPC UA server, in a process of its own, to be killed: arguments PORT FIRST [FOLDER].
+
+With a folder (server.der, server.pem, trusted.der in it) it speaks only encrypted, to one trusted client, and wants a login.
 
 Its temperature counts up from FIRST twenty times a second; each value is said with its time in microseconds once the server has it.
 """
@@ -6,14 +8,44 @@ Its temperature counts up from FIRST twenty times a second; each value is said w
 import asyncio
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from asyncua import Node, Server, ua
+from asyncua.common.utils import ServiceError
+from asyncua.crypto.permission_rules import User, UserRole
+from asyncua.crypto.validator import CertificateValidator, CertificateValidatorOptions
+from cryptography import x509
+
+USER, PASSWORD = "reader", "only for this test"
 
 
-async def main(port: int, first: int) -> None:
-    server = Server()
+class OneUser:
+    def get_user(self, _server: Any, username: str | None = None, password: Any = None, certificate: Any = None) -> Any:
+        return User(role=UserRole.User, name=USER) if (username, password) == (USER, PASSWORD) else None
+
+
+async def secure(server: Server, folder: Path) -> None:
+    server.set_security_policy([ua.SecurityPolicyType.Basic256Sha256_SignAndEncrypt])
+    server.set_identity_tokens([ua.UserNameIdentityToken])
+    await server.load_certificate(str(folder / "server.der"))
+    await server.load_private_key(str(folder / "server.pem"))
+    trusted = x509.load_der_x509_certificate((folder / "trusted.der").read_bytes())
+    names = CertificateValidator(CertificateValidatorOptions.EXT_VALIDATION | CertificateValidatorOptions.PEER_CLIENT)
+
+    async def validate(certificate: x509.Certificate, described: ua.ApplicationDescription) -> None:
+        if certificate != trusted:
+            raise ServiceError(ua.StatusCodes.BadCertificateUntrusted)
+        await names.validate(certificate, described)
+
+    server.set_certificate_validator(validate)
+
+
+async def main(port: int, first: int, folder: Path | None) -> None:
+    server = Server(user_manager=OneUser() if folder else None)
     await server.init()
+    if folder is not None:
+        await secure(server, folder)
     server.set_endpoint(f"opc.tcp://127.0.0.1:{port}")
     space = await server.register_namespace("http://press.example")
     press = await server.nodes.objects.add_object(ua.NodeId("Press3", space), ua.QualifiedName("Press 3", space))
@@ -52,4 +84,4 @@ async def main(port: int, first: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None))

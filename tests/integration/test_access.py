@@ -24,7 +24,7 @@ from localstack.hub import Hub
 from localstack.servers import Servers
 from services.common.audit import changes_by_call
 from services.common.settings import Settings
-from tests.access_matrix import CALLS, ENDLESS, ROUTES
+from tests.access_matrix import CALLS, ENDLESS, READ_FIRST, ROUTES
 from tests.integration.access_world import EXAMPLES, MARK, SERVICES, World, build, filled
 from tests.oidc import AUDIENCE, ISSUER, running_provider
 
@@ -50,6 +50,11 @@ ASKERS = {
     "own provider": "v",
     "own firm": "f",
 }
+# How a bearer becomes a caller is the same for all routes, so these try only some of them.
+SAMPLED = {"wrong key", "wrong token", "nobody's token", "firm by token", "partner by token", "operator by token"}
+SAMPLED_EVERY = 8
+STREAM_TIMEOUT_S = 5
+STREAM_TRIES = 3
 # Writes what is answered to this file instead of judging it: how the table is made for new routes.
 SHOW = os.environ.get("SMDIH_SHOW_ACCESS", "")
 
@@ -79,6 +84,7 @@ async def world(servers: Servers, settings: Settings, tmp_path_factory: pytest.T
             await hub.stop()
 
 
+@pytest.mark.timeout(600)
 async def test_every_route(world: World) -> None:
     documents = {name: (await world.clients[name].get("/openapi.json")).json() for name in SERVICES}
     routes = {
@@ -132,6 +138,7 @@ async def test_every_route(world: World) -> None:
     await tried.each(ask, lambda route: routes[route][1] != "get")
 
 
+@pytest.mark.timeout(600)
 async def test_every_call(world: World) -> None:
     generated = Path(next(iter(smdih.__path__)))
     for module in generated.rglob("*_pb2.py"):
@@ -193,7 +200,12 @@ class Tried:
 
     async def each(self, ask: Callable[[str, str], Awaitable[None]], changes: Callable[[str], bool]) -> None:
         """Those who may not first, and those who may change things last, so that all are there while others try."""
-        pairs = [(what, asker) for asker in ASKERS for what in self._found]
+        pairs = [
+            (what, asker)
+            for asker in ASKERS
+            for number, what in enumerate(self._found)
+            if asker not in SAMPLED or number % SAMPLED_EVERY == 0
+        ]
         phases = {"denied": 0, "own": 0, "open": 0, "allowed": 1}
         by_phase: dict[int, list[tuple[str, str]]] = {}
         for what, asker in pairs:
@@ -234,7 +246,7 @@ class Tried:
             # Where a thing of the other firm is named there must be a refusal (of telemetry: batch by batch), or the request
             # was no good at all.
             "own": is_refused or is_invalid or ((not names_things or "UNKNOWN_MACHINE" in text) and MARK not in text),
-            "denied": is_refused,
+            "denied": is_refused or (is_invalid and what in READ_FIRST),
         }[verdict]
         if is_broken or not is_fine:
             self._wrong.append(f"{what}: {asker} is {verdict} and gets {answer}: {text[:150]}")
@@ -265,13 +277,21 @@ async def _call(
     try:
         if not method.server_streaming:
             return grpc.StatusCode.OK, str(await stub(request, metadata=metadata, timeout=20))
-        asked = iter([request]) if method.client_streaming else request
-        call = stub(asked, metadata=metadata, timeout=1)
-        first = await call.read()
-        call.cancel()
-        return grpc.StatusCode.OK, str(first)
     except grpc.aio.AioRpcError as error:
         return error.code(), error.details() or ""
+    for _ in range(STREAM_TRIES):
+        try:
+            asked = iter([request]) if method.client_streaming else request
+            call = stub(asked, metadata=metadata, timeout=STREAM_TIMEOUT_S)
+            first = await call.read()
+            call.cancel()
+        except grpc.aio.AioRpcError as error:
+            code, detail = error.code(), error.details() or ""
+            if "from Core" not in detail:  # else the refusal came while the client still wrote
+                break
+        else:
+            return grpc.StatusCode.OK, str(first)
+    return code, detail
 
 
 def _fill(message: Message, ids: Mapping[str, Any], named: set[str], depth: int = 0) -> None:

@@ -19,6 +19,7 @@ import pytest_asyncio
 from aiosmtpd.controller import Controller
 
 from localstack.servers import free_port
+from services.anomaly.contact_store import SENT_KEPT_DAYS
 from services.anomaly.contacts import CONTACTS_MAX, TRIALS_MAX
 from services.anomaly.delivery import ATTEMPTS_MAX
 from services.anomaly.domain import Alarm, Return, Severity, alarm_id
@@ -246,6 +247,8 @@ async def test_a_receiver_that_fails_is_tried_again_given_up_and_sent_again_by_a
 async def test_a_notifier_killed_after_sending_lets_it_go_out_again_with_the_same_id(hub: Hub) -> None:
     contact, _ = await hub.webhook()
     await hub.escalation((0, contact), site="west")
+    long_ago = await hub.raised("west")
+    await hub.becomes(long_ago, ("raised", "sent"))
     hub.receiver.answering.clear()
     alarm = await hub.raised("west")
 
@@ -259,10 +262,17 @@ async def test_a_notifier_killed_after_sending_lets_it_go_out_again_with_the_sam
     assert [one["state"] for one in await hub.deliveries(alarm)] == ["pending"]
     async with hub.pool.acquire() as connection:  # the claim runs out after a minute, which is long for a test
         await connection.execute("UPDATE delivery SET due = now() WHERE state = 'pending'")
+        await connection.execute(
+            "WITH alarm AS (UPDATE alarm SET raised = raised - make_interval(days => $2) WHERE id = $1) "
+            "UPDATE delivery SET finished = finished - make_interval(days => $2) WHERE alarm_id = $1",
+            long_ago.id,
+            SENT_KEPT_DAYS + 1,
+        )
     await asyncio.gather(hub.notifier(), hub.notifier())
     await hub.becomes(alarm, ("raised", "sent"))
     ids = {headers["x-smdih-delivery"] for headers, body in hub.receiver.got if alarm.id.encode() in body}
     assert (hub.receiver.of(alarm), len(ids)) == (["raised", "raised"], 1)
+    await hub.becomes(long_ago)  # what went out long ago is forgotten when a notifier starts, and each hour
 
 
 async def test_mail_is_sent_and_what_is_off_the_list_is_told_when_it_is_back(hub: Hub) -> None:

@@ -19,7 +19,7 @@ from localstack.servers import Servers
 from services.common import audit
 from services.common.audit import ChangeLog
 from services.common.clock import SystemClock
-from services.common.database import create_pool
+from services.common.database import create_pool, transaction
 from services.common.identity import Caller, Role
 from services.common.rpc import MESSAGE_BYTES_MAX
 from services.common.settings import Settings
@@ -303,7 +303,8 @@ async def test_entries_wait_for_a_database_that_is_away_and_the_caller_does_not(
             await blocked.rollback()
 
         async def kept() -> bool:
-            row = await pool.fetchrow("SELECT ids, firm_id FROM change_log")
+            async with transaction(pool) as reading:
+                row = await reading.fetchrow("SELECT ids, firm_id FROM change_log")
             return row is not None and (json.loads(row["ids"]), row["firm_id"]) == ({"need_id": "n"}, 9)
 
         await eventually(kept)

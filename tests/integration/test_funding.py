@@ -1,15 +1,10 @@
-"""The fund as two real processes on one database: from a match to an award, races between the two, and who may do what."""
+"""The fund as two real processes on one database: from a match to an award, races between the two, kills, the ledger."""
 
 import asyncio
-import os
 import re
 import secrets
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -22,280 +17,37 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from localstack.servers import free_port
 from services.common import topics
-from services.common.directory import entity_key
-from services.common.identity import Role, key_prefix, key_sha256, new_key
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
 from services.funding.domain import uk_day
-from services.funding.ledger_replay import replay
 from services.funding.rules.calendar import add_months
-from smdih.directory.v1 import directory_pb2
 from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, events_pb2, funding_pb2, funding_pb2_grpc
 from smdih.matching.v1 import events_pb2 as matching_pb2
+from tests.integration.funding_hub import (
+    DAY_US,
+    FIRM,
+    LARGE_AWARDS,
+    OTHER_FIRM,
+    OTHER_SISTER,
+    PROCESSES,
+    SISTER,
+    TOOLMAKER,
+    Hub,
+    application_body,
+    call_body,
+    declaration,
+    offer_event,
+    pledge_body,
+    running_fund,
+    started,
+)
 from tests.polling import eventually
-
-FIRM, OTHER_FIRM, SOFTWARE_FIRM, TOOLMAKER, LARGE_AWARDS, SISTER, OTHER_SISTER = 11, 12, 13, 14, 15, 16, 17
-FIRMS = {
-    FIRM: "25.62",
-    OTHER_FIRM: "28.99",
-    SOFTWARE_FIRM: "62.01",
-    TOOLMAKER: "25.73",
-    LARGE_AWARDS: "28.41",
-    SISTER: "25.11",
-    OTHER_SISTER: "25.12",
-}
-DAY_US = 86_400_000_000
-PROCESSES = 2
-
-
-@dataclass
-class Hub:
-    """Two processes of the fund, keys, and a way to speak to them."""
-
-    urls: list[str]
-    grpc_addresses: list[str]
-    keys: dict[str, str]
-    publisher: Publisher
-    cluster: Cluster
-    dsn: str
-    client: httpx.AsyncClient
-    environment: dict[str, str]
-
-    async def ask(
-        self, method: str, path: str, body: Any = None, *, who: str = "operator", process: int = 0
-    ) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self.keys[who]}"} if who else {}
-        return await self.client.request(method, self.urls[process] + path, json=body, headers=headers)
-
-    async def done(self, method: str, path: str, body: Any = None, *, who: str = "operator", process: int = 0) -> Any:
-        answer = await self.ask(method, path, body, who=who, process=process)
-        assert answer.status_code in (200, 201), answer.text
-        return answer.json()
-
-    async def refused(self, status: int, reason: str, method: str, path: str, body: Any = None, **how: Any) -> str:
-        answer = await self.ask(method, path, body, **how)
-        assert (answer.status_code, answer.json()["reason"]) == (status, reason), answer.text
-        detail: str = answer.json()["detail"]
-        return detail
-
-    async def match(self, firm_id: int = FIRM) -> str:
-        """An accepted offer, published as matching does; waits until the fund knows it."""
-        match_id = secrets.token_hex(8)
-        await self.publisher.publish(topics.OFFERS, offer_event(match_id, firm_id), key=b"need")
-        connection = await asyncpg.connect(self.dsn)
-
-        async def known() -> bool:
-            return bool(await connection.fetchval("SELECT count(*) FROM funding.match WHERE id = $1", match_id))
-
-        try:
-            # Partitions of a killed process are given to the others after its session's 10 s.
-            await eventually(known, deadline_s=40)
-        finally:
-            await connection.close()
-        return match_id
-
-    async def call(self, **changes: Any) -> Any:
-        return await self.done("POST", "/v1/calls", call_body(**changes))
-
-    async def application(self, call_id: str, firm_id: int = FIRM, **changes: Any) -> Any:
-        who = {FIRM: "firm", OTHER_FIRM: "other"}.get(firm_id, "operator")
-        body = application_body(call_id, await self.match(firm_id), **changes)
-        return await self.done("POST", "/v1/applications", body, who=who)
-
-    async def pledge(self, application_id: str, pence: int, *, confirm: bool = True, **changes: Any) -> Any:
-        path = f"/v1/applications/{application_id}/pledges"
-        pledge = await self.done("POST", path, pledge_body(pence, **changes))
-        if confirm:
-            pledge = await self.done("POST", f"{path}/{pledge['id']}/confirm", {"evidence": "letter of 3 November"})
-        return pledge
-
-    async def submitted(self, call_id: str, *, grant: int, cost: int, pledged: int, firm_id: int = FIRM) -> str:
-        """An application that only waits for the decision."""
-        made = await self.application(
-            call_id, firm_id, costs=[{"category": "materials", "amount_pence": cost}], requested_pence=grant
-        )
-        if pledged:
-            await self.pledge(made["id"], pledged)
-        await self.done("POST", f"/v1/applications/{made['id']}/submit")
-        return str(made["id"])
-
-    async def decide(self, application_id: str, *, award: bool = True, process: int = 0) -> httpx.Response:
-        body = {"award": award, "reason": "best value"}
-        return await self.ask("POST", f"/v1/applications/{application_id}/decide", body, process=process)
-
-    async def trial_balance(self) -> Any:
-        trial = await self.done("GET", "/v1/ledger/trial-balance")
-        assert (trial["total_pence"], trial["in_order"]) == (0, True)
-        return trial
-
-    async def assert_replay_agrees(self) -> None:
-        connection = await asyncpg.connect(self.dsn, server_settings={"search_path": "funding"})
-        try:
-            async with connection.transaction(isolation="repeatable_read", readonly=True):
-                assert (await replay(connection)).faults == ()
-        finally:
-            await connection.close()
-
-    def command(self, name: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "services.funding.main", name],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        return done.returncode, done.stdout + done.stderr
-
-
-def offer_event(match_id: str, firm_id: int, change: Any = matching_pb2.OFFER_CHANGE_ACCEPTED) -> bytes:
-    offer = matching_pb2.Offer(
-        id=f"offer-{match_id}",
-        need_id=f"need-{match_id}",
-        firm_id=firm_id,
-        provider_id="provider-1",
-        provider_title="Spindle bearing clinic",
-        match_id=match_id,
-        correlation_id=f"corr-{match_id}",
-    )
-    event = matching_pb2.OfferEvent(
-        event_id=f"event-{match_id}", change=change, changed_us=time.time_ns() // 1000, offer=offer
-    )
-    return event.SerializeToString()
-
-
-def call_body(**changes: Any) -> dict[str, Any]:
-    now_us = time.time_ns() // 1000
-    return {
-        "request_id": secrets.token_hex(8),
-        "title": "Digital spindles",
-        "budget_pence": 100_000_00,
-        "opens_us": now_us - DAY_US,
-        "closes_us": now_us + DAY_US,
-        "category": "experimental_development",
-        "size_definition": "COMPANIES_ACT_2006",
-        **changes,
-    }
-
-
-def declaration(**changes: Any) -> dict[str, Any]:
-    # A small firm: fewer than 50 people, below GBP 15m of turnover.
-    size = {
-        "headcount": "38",
-        "turnover_minor": 420_000_000,
-        "balance_minor": 210_000_000,
-        "period_start": "2026-01-01",
-    }
-    return {"size": size, "uk_registered": True, **changes}
-
-
-def application_body(call_id: str, match_id: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "request_id": secrets.token_hex(8),
-        "call_id": call_id,
-        "match_id": match_id,
-        "costs": [
-            {"category": "labour", "amount_pence": 60_000_00},
-            {"category": "capital_usage", "amount_pence": 40_000_00},
-        ],
-        "declaration": declaration(),
-        "requested_pence": 40_000_00,
-        **changes,
-    }
-
-
-def pledge_body(pence: int, **changes: Any) -> dict[str, Any]:
-    body = {"request_id": secrets.token_hex(8), "co_investor": "Northgate Capital", "kind": "cash"}
-    return {**body, "amount_pence": pence, **changes}
-
-
-def credential(number: int, key: str, role: Role, firm_id: int = 0) -> directory_pb2.DirectoryEntry:
-    roles = {
-        Role.FIRM: directory_pb2.ROLE_FIRM,
-        Role.OPERATOR: directory_pb2.ROLE_OPERATOR,
-        Role.PARTNER: directory_pb2.ROLE_PARTNER,
-        Role.DEVICE: directory_pb2.ROLE_DEVICE,
-    }
-    made = directory_pb2.Credential(
-        id=number,
-        prefix=key_prefix(key),
-        sha256=key_sha256(key),
-        role=roles[role],
-        firm_id=firm_id,
-        partner_id=5 if role is Role.PARTNER else 0,
-    )
-    return directory_pb2.DirectoryEntry(credential=made)
-
-
-def started(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "services.funding.main", "api"], env=environment)
-
-
-@contextmanager
-def process(environment: dict[str, str]) -> Iterator[None]:
-    running = started(environment)
-    try:
-        yield
-    finally:
-        running.terminate()
-        assert running.wait(30) == 0
 
 
 @pytest_asyncio.fixture(scope="module")
 async def hub(settings: Settings, cluster: Cluster, publisher: Publisher) -> AsyncIterator[Hub]:
-    for firm_id, sic in FIRMS.items():
-        entry = directory_pb2.DirectoryEntry(firm=directory_pb2.Firm(id=firm_id, name=f"Firm {firm_id}", sic=sic))
-        key = entity_key("firm", firm_id).encode()
-        await publisher.publish(topics.DIRECTORY, entry.SerializeToString(), key=key, partition=0)
-    people = {
-        "operator": (Role.OPERATOR, 0),
-        "second operator": (Role.OPERATOR, 0),
-        "firm": (Role.FIRM, FIRM),
-        "other": (Role.FIRM, OTHER_FIRM),
-        "partner": (Role.PARTNER, 0),
-        "device": (Role.DEVICE, FIRM),
-    }
-    keys = {}
-    for number, (who, (role, firm_id)) in enumerate(people.items(), start=1):
-        keys[who] = new_key(role)
-        await publisher.publish(
-            topics.DIRECTORY,
-            credential(number, keys[who], role, firm_id).SerializeToString(),
-            key=entity_key("credential", number).encode(),
-            partition=0,
-        )
-    ports = [(free_port(), free_port()) for _ in range(PROCESSES)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "SMDIH_KAFKA_BOOTSTRAP": settings.kafka_bootstrap,
-        "SMDIH_KAFKA_TOPIC_PREFIX": settings.kafka_topic_prefix,
-        "SMDIH_DATABASE_DSN": settings.database_dsn,
-    }
-    with (
-        process({**environment, "SMDIH_HTTP_PORT": str(ports[0][0]), "SMDIH_GRPC_PORT": str(ports[0][1])}),
-        process({**environment, "SMDIH_HTTP_PORT": str(ports[1][0]), "SMDIH_GRPC_PORT": str(ports[1][1])}),
-    ):
-        async with httpx.AsyncClient(timeout=30) as client:
-            made = Hub(
-                urls=[f"http://127.0.0.1:{http}" for http, _ in ports],
-                grpc_addresses=[f"127.0.0.1:{port}" for _, port in ports],
-                keys=keys,
-                publisher=publisher,
-                cluster=cluster,
-                dsn=settings.database_dsn,
-                client=client,
-                environment=environment,
-            )
-
-            async def ready() -> bool:
-                try:
-                    answers = [await client.get(f"{url}/readyz") for url in made.urls]
-                except httpx.TransportError:
-                    return False
-                return all(answer.status_code == 200 for answer in answers)
-
-            await eventually(ready, deadline_s=40)
-            yield made
+    async with running_fund(settings, cluster, publisher) as running:
+        yield running
 
 
 async def test_from_a_match_to_an_award_with_money_matched_and_ledger_balanced(hub: Hub) -> None:
@@ -715,222 +467,6 @@ async def test_only_confirmed_private_cash_is_match_unless_the_call_admits_goods
         assert seen["match_counted_pence"] == counted
         # The council's money is public: 45 % of 100,000.00 less 4,000.00 is left for a grant.
         assert seen["max_grant_pence"] == 41_000_00
-
-
-async def test_a_pre_check_says_yes_or_no_with_every_reason_and_stores_nothing(hub: Hub) -> None:
-    call = await hub.call(size_definition="EU_2003_361", budget_pence=30_000_00)
-    size = {"headcount": "60", "turnover_minor": 900_000_000, "balance_minor": 700_000_000}
-    body = {"call_id": call["id"], "declaration": declaration(size=size), "planned_cost_pence": 100_000_00}
-    seen = await hub.done("POST", "/v1/pre-check", body, who="firm")
-    assert (seen["eligible"], seen["size"], seen["max_grant_pence"]) == (True, "medium", 30_000_00)
-    assert [finding["rule"] for finding in seen["findings"]][:5] == ["ELIG-1", "SME", "INT-5", "MFA-1", "BUDGET"]
-    parent = {
-        "percent": "51.00",
-        "upstream": True,
-        "investor": "company",
-        "headcount": "190",
-        "turnover_minor": 4_500_000_000,
-        "balance_minor": 3_800_000_000,
-    }
-    owned = {**body, "declaration": declaration(size={**size, "relations": [parent]}, insolvent=True), "sic": "62.01"}
-    seen = await hub.done("POST", "/v1/pre-check", owned, who="partner")
-    assert (seen["eligible"], seen["size"], seen["max_grant_pence"]) == (False, "large", 0)
-    assert seen["findings"][0]["code"] == "NOT_MANUFACTURING"
-    assert "insolvent" in seen["findings"][0]["text"]
-
-
-async def test_the_same_request_id_gets_the_first_answer_and_other_content_is_refused(hub: Hub) -> None:
-    body = call_body()
-    calls = await asyncio.gather(*(hub.done("POST", "/v1/calls", body, process=n % PROCESSES) for n in range(6)))
-    assert len({call["id"] for call in calls}) == 1
-    await hub.refused(409, "REQUEST_ID_REUSED", "POST", "/v1/calls", {**body, "budget_pence": 1})
-
-    body = application_body(calls[0]["id"], await hub.match())
-    made = await asyncio.gather(
-        *(hub.done("POST", "/v1/applications", body, who="firm", process=n % PROCESSES) for n in range(6))
-    )
-    assert len({one["id"] for one in made}) == 1
-    await hub.refused(409, "REQUEST_ID_REUSED", "POST", "/v1/applications", {**body, "requested_pence": 7}, who="firm")
-    # Another firm's request of the same name is its own.
-    others = application_body(calls[0]["id"], await hub.match(OTHER_FIRM), request_id=body["request_id"])
-    assert (await hub.done("POST", "/v1/applications", others, who="other"))["id"] != made[0]["id"]
-
-    path = f"/v1/applications/{made[0]['id']}/pledges"
-    body = pledge_body(100)
-    pledges = await asyncio.gather(*(hub.done("POST", path, body, who="firm") for _ in range(6)))
-    assert len({pledge["id"] for pledge in pledges}) == 1
-    await hub.refused(409, "REQUEST_ID_REUSED", "POST", path, {**body, "amount_pence": 101}, who="firm")
-    confirm = f"{path}/{pledges[0]['id']}/confirm"
-    confirmed = await asyncio.gather(*(hub.done("POST", confirm, {"evidence": "letter"}) for _ in range(6)))
-    assert len({pledge["confirmed_us"] for pledge in confirmed}) == 1
-    await hub.trial_balance()
-
-
-async def test_a_firm_neither_sees_nor_touches_what_is_anothers(hub: Hub) -> None:
-    call = await hub.call()
-    mine = await hub.application(call["id"])
-    pledge = await hub.pledge(mine["id"], 5_00, confirm=False)
-    path = f"/v1/applications/{mine['id']}"
-    for method, where, body in (
-        ("GET", path, None),
-        ("POST", f"{path}/pledges", pledge_body(1)),
-        ("POST", f"{path}/submit", None),
-        ("POST", f"{path}/withdraw", None),
-    ):
-        await hub.refused(404, "APPLICATION_UNKNOWN", method, where, body, who="other")
-        await hub.refused(403, "FORBIDDEN", method, where, body, who="device")
-        await hub.refused(403, "FORBIDDEN", method, where, body, who="partner")
-        await hub.refused(401, "UNAUTHENTICATED", method, where, body, who="")
-    for where, body in (
-        (f"{path}/decide", {"award": True, "reason": "mine"}),
-        (f"{path}/pledges/{pledge['id']}/confirm", {"evidence": "trust me"}),
-        (f"{path}/waive-ratio", {"reason": "mine"}),
-        ("/v1/calls", call_body()),
-    ):
-        await hub.refused(403, "FORBIDDEN", "POST", where, body, who="firm")
-    await hub.refused(403, "FORBIDDEN", "GET", "/v1/ledger/trial-balance", who="firm")
-    await hub.refused(403, "FORBIDDEN", "GET", f"/v1/applications?firm_id={FIRM}", who="other")
-    listed = await hub.done("GET", "/v1/applications?page_size=100", who="other")
-    assert {one["firm_id"] for one in listed["applications"]} <= {OTHER_FIRM}
-    body = application_body(call["id"], await hub.match(FIRM))
-    detail = await hub.refused(404, "MATCH_UNKNOWN", "POST", "/v1/applications", body, who="other")
-    assert "may take a moment" in detail
-
-
-async def test_pages_follow_each_other_without_gap_or_repeat(hub: Hub) -> None:
-    call = await hub.call()
-    made = [(await hub.application(call["id"]))["id"] for _ in range(5)]
-    seen: list[str] = []
-    token = ""
-    while True:
-        where = f"/v1/applications?call_id={call['id']}&page_size=2&page_token={token}"
-        page = await hub.done("GET", where, who="firm")
-        seen += [one["id"] for one in page["applications"]]
-        token = page["next_page_token"]
-        if not token:
-            break
-    assert seen == made[::-1]
-
-
-HUGE = 2**63
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"budget_pence": 0}, "AMOUNT_OUT_OF_RANGE"),
-        ({"budget_pence": -1}, "AMOUNT_OUT_OF_RANGE"),
-        ({"budget_pence": HUGE - 1}, "AMOUNT_OUT_OF_RANGE"),
-        ({"budget_pence": HUGE}, "AMOUNT_OUT_OF_RANGE"),
-        ({"budget_pence": 10.0}, "INVALID"),
-        ({"budget_pence": "10"}, "INVALID"),
-        ({"title": " "}, "TITLE_MISSING"),
-        ({"title": "a\x00b"}, "TEXT_UNPRINTABLE"),
-        ({"title": "x" * 201}, "TEXT_TOO_LONG"),
-        ({"opens_us": HUGE}, "TIME_OUT_OF_RANGE"),
-        ({"closes_us": 1_000_000_000_000_000}, "CLOSES_BEFORE_OPENS"),
-        ({"category": "CATEGORY_X"}, "INVALID"),
-        ({"rate_max": "1.01"}, "RATE_INVALID"),
-        ({"rate_max": "1e-3"}, "RATE_INVALID"),
-        ({"rate_max": "0." + "3" * 5_000}, "RATE_INVALID"),
-        ({"request_id": ""}, "REQUEST_ID_INVALID"),
-        ({"request_id": "a b"}, "REQUEST_ID_INVALID"),
-        ({"state": "open"}, "INVALID"),
-    ],
-)
-async def test_a_call_that_makes_no_sense_is_refused_with_a_reason(
-    hub: Hub, changes: dict[str, Any], reason: str
-) -> None:
-    await hub.refused(400, reason, "POST", "/v1/calls", call_body(**changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"costs": []}, "COSTS_MISSING"),
-        ({"costs": [{"category": "travel", "amount_pence": 1}] * 2}, "COSTS_INVALID"),
-        ({"costs": [{"category": "travel", "amount_pence": HUGE}]}, "AMOUNT_OUT_OF_RANGE"),
-        (
-            {"costs": [{"category": one, "amount_pence": 100_000_000_000} for one in ("travel", "labour")]},
-            "AMOUNT_OUT_OF_RANGE",
-        ),
-        ({"requested_pence": -1}, "AMOUNT_OUT_OF_RANGE"),
-        ({"other_public_pence": HUGE}, "AMOUNT_OUT_OF_RANGE"),
-        ({"declaration": declaration(size={**declaration()["size"], "headcount": "9" * 5_000})}, "DECIMAL_INVALID"),
-        ({"declaration": declaration(size={**declaration()["size"], "headcount": "many"})}, "DECIMAL_INVALID"),
-        ({"declaration": declaration(size={**declaration()["size"], "turnover_minor": HUGE})}, "AMOUNT_OUT_OF_RANGE"),
-        ({"declaration": declaration(size={**declaration()["size"], "period_start": ""})}, "INVALID_FACT"),
-        (
-            {"declaration": declaration(size={**declaration()["size"], "period_start": "1999-01-01"})},
-            "PARAMETER_MISSING",
-        ),
-        ({"declaration": declaration(size={**declaration()["size"], "period_start": "2026-02-30"})}, "DATE_INVALID"),
-        (
-            {"declaration": declaration(earlier_assistance=[{"given_on": "soon", "amount_pence": 1, "kind": "MFA"}])},
-            "DATE_INVALID",
-        ),
-    ],
-)
-async def test_an_application_that_makes_no_sense_is_refused_with_a_reason(
-    hub: Hub, changes: dict[str, Any], reason: str
-) -> None:
-    call = await hub.call()
-    body = application_body(call["id"], await hub.match(), **changes)
-    await hub.refused(400, reason, "POST", "/v1/applications", body, who="firm")
-
-
-@pytest.mark.parametrize("odd", ["nothing", "%00", "a%20b", "x" * 300, "%F0%9F%94%A5", "'; DROP TABLE call; --"])
-async def test_an_odd_id_is_simply_not_found(hub: Hub, odd: str) -> None:
-    for where in (f"/v1/calls/{odd}", f"/v1/applications/{odd}"):
-        answer = await hub.ask("GET", where)
-        assert answer.status_code == 404, answer.text
-    decision = {"award": True, "reason": "x"}
-    assert (await hub.ask("POST", f"/v1/applications/{odd}/decide", decision)).status_code == 404
-    body = application_body("nothing", await hub.match())
-    await hub.refused(404, "CALL_UNKNOWN", "POST", "/v1/applications", body, who="firm")
-    for where, reason in (
-        ("?page_token=%00", "PAGE_TOKEN_INVALID"),
-        ("?page_token=999999999999999999-a", "PAGE_TOKEN_INVALID"),
-        ("?page_size=101", "PAGE_SIZE_OUT_OF_RANGE"),
-        (f"?firm_id={HUGE}", "FIRM_ID_INVALID"),
-    ):
-        await hub.refused(400, reason, "GET", f"/v1/applications{where}")
-
-
-async def test_a_call_takes_applications_only_between_its_times(hub: Hub) -> None:
-    now_us = time.time_ns() // 1000
-    announced = await hub.call(opens_us=now_us + DAY_US, closes_us=now_us + 2 * DAY_US)
-    closed = await hub.call(opens_us=now_us - 2 * DAY_US, closes_us=now_us - DAY_US)
-    assert (announced["state"], closed["state"]) == ("announced", "closed")
-    match_id = await hub.match()
-    for call in (announced, closed):
-        body = application_body(call["id"], match_id)
-        await hub.refused(409, "CALL_NOT_OPEN", "POST", "/v1/applications", body, who="firm")
-
-
-async def test_asking_for_more_than_a_rule_allows_is_refused_on_submission(hub: Hub) -> None:
-    call = await hub.call(rate_max="0.40")
-    for changes, reason in (
-        ({"requested_pence": 40_000_01}, "INTENSITY_EXCEEDED"),
-        ({"requested_pence": 0, "other_public_pence": 40_000_00}, "NOTHING_TO_GRANT"),
-        ({"declaration": declaration(uk_registered=False)}, "NOT_UK_REGISTERED"),
-        (
-            {
-                "declaration": declaration(
-                    earlier_assistance=[{"given_on": "2026-05-01", "amount_pence": 315_000_00, "kind": "SAFA"}]
-                )
-            },
-            "MFA_LIMIT",
-        ),
-    ):
-        made = await hub.application(call["id"], OTHER_FIRM, **changes)
-        await hub.refused(409, reason, "POST", f"/v1/applications/{made['id']}/submit", who="other")
-    made = await hub.application(call["id"], SOFTWARE_FIRM)
-    detail = await hub.refused(409, "NOT_MANUFACTURING", "POST", f"/v1/applications/{made['id']}/submit")
-    assert "62.01" in detail
-    small = await hub.call(budget_pence=39_999_99)
-    made = await hub.application(small["id"], OTHER_FIRM)
-    await hub.refused(409, "BUDGET_EXHAUSTED", "POST", f"/v1/applications/{made['id']}/submit", who="other")
 
 
 async def test_partners_reach_the_fund_by_grpc(hub: Hub) -> None:

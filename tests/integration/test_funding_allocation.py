@@ -4,228 +4,33 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import grpc
-import httpx
 import pytest
 import pytest_asyncio
 
-from services.common import http, rpc, topics
-from services.common.database import Pool, create_pool, transaction
-from services.common.directory import Directory, entity_key
-from services.common.identity import key_sha256
-from services.common.kafka import Cluster, Publisher
-from services.common.runtime import Runtime
+from services.common.database import transaction
+from services.common.kafka import Publisher
 from services.common.settings import Settings
-from services.common.tls import PeerChannel
-from services.funding import allocation_api, api, call_store, checker, pool_api, review_api
-from services.funding.allocations import AllocationService
-from services.funding.applications import ApplicationService
-from services.funding.assessor_finder import AssessorFinder
-from services.funding.balances import BalanceService
-from services.funding.calls import CallService
-from services.funding.decisions import DecisionService
+from services.funding import call_store, checker
 from services.funding.domain import Match
-from services.funding.journal import Journal
-from services.funding.judging import Judge
-from services.funding.parameters import load_parameters
-from services.funding.pools import PoolService
-from services.funding.review_rpc import ReviewRpc
-from services.funding.reviews import ReviewService
-from services.matching.rpc import MatchingServicer
-from smdih.directory.v1 import directory_pb2
 from smdih.funding.v1 import review_pb2, review_pb2_grpc
-from smdih.matching.v1 import matching_pb2_grpc
-from tests.integration.matching_hub import FIRM, KEYS, ShiftedClock, publish_world, running_hub
-
-DAY_US = 86_400_000_000
-FIRMS = {FIRM: "East Midlands", 101: "East Midlands", 102: "Wales", 103: "Wales"}
-ASSESSORS = ("gears", "vibration", "oil", "presses")
-SECOND = "second operator"
-ALL_KEYS = {**KEYS, SECOND: "smdih_test_second_operator", "device of 101": "smdih_test_device_101"}
+from tests.integration.funding_world import ALL_KEYS, ASSESSORS, SECOND, World, running_world
+from tests.integration.matching_hub import FIRM
 
 
-@dataclass
-class World:
-    client: httpx.AsyncClient
-    clock: ShiftedClock
-    pool: Pool
-    reviews: "review_pb2_grpc.ReviewServiceAsyncStub"
-    matches: int = 0
-
-    async def ask(self, method: str, path: str, body: Any = None, *, who: str = "operator") -> httpx.Response:
-        headers = {"authorization": f"Bearer {ALL_KEYS[who]}"} if who else {}
-        return await self.client.request(method, path, json=body, headers=headers)
-
-    async def done(self, method: str, path: str, body: Any = None, *, who: str = "operator") -> Any:
-        answer = await self.ask(method, path, body, who=who)
-        assert answer.status_code in (200, 201), answer.text
-        return answer.json()
-
-    async def refused(self, status: int, reason: str, method: str, path: str, body: Any = None, **how: Any) -> str:
-        answer = await self.ask(method, path, body, **how)
-        assert (answer.status_code, answer.json()["reason"]) == (status, reason), answer.text
-        return str(answer.json()["detail"])
-
-    async def call(self, budget: int, **terms: Any) -> str:
-        now_us = self.clock.now_us()
-        body = {
-            "request_id": f"call-{now_us}",
-            "title": "Gearboxes that report themselves",
-            "budget_pence": budget,
-            "opens_us": now_us - 1,
-            "closes_us": now_us + DAY_US,
-            "category": "experimental_development",
-            "size_definition": "COMPANIES_ACT_2006",
-            "terms": terms,
-        }
-        return str((await self.done("POST", "/v1/calls", body))["id"])
-
-    async def submitted(
-        self, call_id: str, firm_id: int, grant: int = 40_00, *, pledge: bool = True, **more: Any
-    ) -> str:
-        self.matches += 1
-        name = f"match-{self.matches}"
-        match = Match(
-            id=name,
-            event_id=name,
-            firm_id=firm_id,
-            need_id=name,
-            offer_id=name,
-            provider_id="helper",
-            provider_title="Gears, oil debris and vibration",
-            accepted_us=self.clock.now_us(),
-            correlation_id=f"corr-{name}",
-        )
-        async with transaction(self.pool) as connection:
-            await call_store.add_match(connection, match)
-        size = {"headcount": "9", "turnover_minor": 1, "balance_minor": 1, "period_start": "2026-01-01"}
-        body = {
-            "request_id": name,
-            "call_id": call_id,
-            "match_id": name,
-            "costs": [{"category": "labour", "amount_pence": grant * 5 // 2}],
-            "declaration": {"size": size, "uk_registered": True},
-            "requested_pence": grant,
-            **more,
-        }
-        made = str((await self.done("POST", "/v1/applications", body))["id"])
-        if pledge:
-            promise = {"request_id": name, "co_investor": "Northgate", "kind": "cash", "amount_pence": grant * 3 // 2}
-            path = f"/v1/applications/{made}/pledges"
-            pledged = await self.done("POST", path, promise)
-            await self.done("POST", f"{path}/{pledged['id']}/confirm", {"evidence": "letter"})
-        await self.done("POST", f"/v1/applications/{made}/submit")
-        return made
-
-    async def scored(self, application_id: str, *scores: str, in_scope: bool = True) -> None:
-        invited = {"provider_ids": list(ASSESSORS[: len(scores)])}
-        judged = await self.done("POST", f"/v1/applications/{application_id}/assessors", invited)
-        for review, score in zip(judged["reviews"], scores, strict=True):
-            await self.accepted(review["id"])
-            body = {"percent": score, "in_scope": in_scope, "justification": "sound plan"}
-            await self.done("POST", f"/v1/reviews/{review['id']}/score", body, who="partner")
-
-    async def accepted(self, review_id: str) -> None:
-        body = {"no_conflict": True, "declaration": "I have no part in this. Dr X"}
-        await self.done("POST", f"/v1/reviews/{review_id}/accept", body, who="partner")
-
-    def close_calls(self) -> None:
-        self.clock.shift += timedelta(days=2)
-
-    async def state(self, application_id: str) -> tuple[str, str]:
-        found = await self.done("GET", f"/v1/applications/{application_id}")
-        return found["state"], found["decision_reason"].partition(":")[0]
+@pytest_asyncio.fixture(scope="module")
+async def world(settings: Settings, publisher: Publisher) -> AsyncIterator[World]:
+    async with running_world(settings, publisher) as running:
+        yield running
 
 
 def checked_by_command(file: Path) -> tuple[int, str]:
     done = subprocess.run([sys.executable, str(checker.__file__), str(file)], capture_output=True, text=True)
     return done.returncode, done.stdout
-
-
-@pytest_asyncio.fixture(scope="module")
-async def world(settings: Settings, publisher: Publisher) -> AsyncIterator[World]:
-    await publish_world(publisher)
-    pb = directory_pb2
-    more = []
-    for firm_id, region in FIRMS.items():
-        firm = pb.Firm(id=firm_id, name=f"=Firm {firm_id}", sic="25.62", region=region)
-        more.append((entity_key("firm", firm_id), pb.DirectoryEntry(firm=firm)))
-    for number, (who, role, firm_id) in enumerate(
-        ((SECOND, pb.ROLE_OPERATOR, 0), ("device of 101", pb.ROLE_DEVICE, 101)), start=90
-    ):
-        credential = pb.Credential(id=number, sha256=key_sha256(ALL_KEYS[who]), role=role, firm_id=firm_id)
-        more.append((entity_key("credential", number), pb.DirectoryEntry(credential=credential)))
-    for key, entry in more:
-        await publisher.publish(topics.DIRECTORY, entry.SerializeToString(), key=key.encode(), partition=0)
-    async with AsyncExitStack() as stack:
-        matching = await stack.enter_async_context(running_hub(settings))
-        for name in ASSESSORS:
-            expert = {"kind": "expert", "title": f"Dr {name}", "assesses": "also", "capacity_per_quarter": 2}
-            await matching.ok("partner", "PUT", f"/v1/providers/{name}", {**expert, "text": f"{name}; gears and oil"})
-        declared = {"kind": "expert", "title": "Dr Kin", "assesses": "also", "capacity_per_quarter": 2, "text": "gears"}
-        await matching.ok("partner", "PUT", "/v1/providers/kin", {**declared, "conflict_firm_ids": [FIRM]})
-        clock, table = matching.clock, load_parameters()
-        directory = Directory(
-            Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix),
-            clock=clock,
-            kinds=("firm", "partner", "machine"),
-        )
-        runtime = Runtime()
-        runtime.background("directory", directory.run())
-        stack.push_async_callback(runtime._stack.aclose)
-        await directory.wait_caught_up()
-        port = await stack.enter_async_context(
-            rpc.serve(
-                host="127.0.0.1",
-                port=0,
-                directory=directory,
-                register=[
-                    (matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching.matching))
-                ],
-                service_names=[],
-            )
-        )
-        pool = await create_pool(settings.database_dsn, schema="funding", size_max=6)
-        stack.push_async_callback(pool.close)
-        finder = AssessorFinder(PeerChannel(f"127.0.0.1:{port}"))
-        stack.push_async_callback(finder.close)
-        judge = Judge(table=table, clock=clock)
-        calls = CallService(pool, journal=Journal(pool, clock), table=table, clock=clock)
-        await calls.open_programme()
-        applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
-        decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=lambda: None)
-        reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)
-        allocations = AllocationService(
-            pool, judge=judge, reviews=reviews, decisions=decisions, table=table, clock=clock
-        )
-        balances = BalanceService(pool)
-        routers = [
-            api.router(calls=calls, applications=applications, decisions=decisions, balances=balances),
-            review_api.router(reviews),
-            allocation_api.router(allocations),
-            pool_api.router(PoolService(pool, applications=applications, judge=judge, table=table, clock=clock)),
-        ]
-        app = http.application("fund", runtime=runtime, directory=directory, routers=routers)
-        served = await stack.enter_async_context(http.serve(app, host="127.0.0.1", port=0))
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{served}", timeout=200))
-        by_grpc = await stack.enter_async_context(
-            rpc.serve(
-                host="127.0.0.1",
-                port=0,
-                directory=directory,
-                register=[(review_pb2_grpc.add_ReviewServiceServicer_to_server, ReviewRpc(reviews))],
-                service_names=[],
-            )
-        )
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{by_grpc}"))
-        yield World(client, clock, pool, review_pb2_grpc.ReviewServiceStub(channel))
 
 
 async def test_assessors_come_from_matching_without_those_who_have_a_conflict(world: World) -> None:
@@ -313,38 +118,35 @@ async def test_a_partners_program_assesses_by_grpc(world: World) -> None:
             await asked
         assert (error.value.code(), dict(error.value.trailing_metadata())["reason"]) == (code, reason)
 
-    listed = await world.reviews.ListReviews(
+    reviews = review_pb2_grpc.ReviewServiceStub(world.channel)
+    listed = await reviews.ListReviews(
         review_pb2.ListReviewsRequest(state=review_pb2.REVIEW_STATE_INVITED), metadata=bearer("partner")
     )
     assert set(ids) <= {one.id for one in listed.reviews}
-    task = (
-        await world.reviews.GetReview(review_pb2.GetReviewRequest(review_id=ids[0]), metadata=bearer("partner"))
-    ).task
+    task = (await reviews.GetReview(review_pb2.GetReviewRequest(review_id=ids[0]), metadata=bearer("partner"))).task
     assert (task.scope, task.grant_pence, task.costs[0].amount_pence) == (
         "Gears that report themselves.",
         40_00,
         100_00,
     )
     accept = review_pb2.AcceptReviewRequest(review_id=ids[0], no_conflict=True, declaration="none. Dr X")
-    await world.reviews.AcceptReview(accept, metadata=bearer("partner"))
+    await reviews.AcceptReview(accept, metadata=bearer("partner"))
     score = review_pb2.ScoreReviewRequest(review_id=ids[0], percent="81.25", in_scope=True, justification="sound")
-    scored = (await world.reviews.ScoreReview(score, metadata=bearer("partner"))).task.review
+    scored = (await reviews.ScoreReview(score, metadata=bearer("partner"))).task.review
     assert (scored.state, scored.percent, scored.in_scope) == (review_pb2.REVIEW_STATE_SCORED, "81.25", True)
     decline = review_pb2.DeclineReviewRequest(review_id=ids[1], reason="abroad")
     await refused(
         grpc.StatusCode.INVALID_ARGUMENT,
         "DECLINED_AS_MISSING",
-        world.reviews.DeclineReview(decline, metadata=bearer("partner")),
+        reviews.DeclineReview(decline, metadata=bearer("partner")),
     )
     decline.declined_as = review_pb2.DECLINED_AS_NO_TIME
-    declined = (await world.reviews.DeclineReview(decline, metadata=bearer("partner"))).task.review
+    declined = (await reviews.DeclineReview(decline, metadata=bearer("partner"))).task.review
     assert declined.state == review_pb2.REVIEW_STATE_DECLINED
     get = review_pb2.GetReviewRequest(review_id=ids[0])
-    await refused(
-        grpc.StatusCode.NOT_FOUND, "REVIEW_UNKNOWN", world.reviews.GetReview(get, metadata=bearer("other_partner"))
-    )
-    await refused(grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN", world.reviews.GetReview(get, metadata=bearer("firm")))
-    await refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", world.reviews.GetReview(get))
+    await refused(grpc.StatusCode.NOT_FOUND, "REVIEW_UNKNOWN", reviews.GetReview(get, metadata=bearer("other_partner")))
+    await refused(grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN", reviews.GetReview(get, metadata=bearer("firm")))
+    await refused(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", reviews.GetReview(get))
 
 
 async def test_means_are_exact_ties_share_a_rank_and_wide_scores_wait_for_a_person(world: World) -> None:

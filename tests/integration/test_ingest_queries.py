@@ -420,7 +420,7 @@ async def test_readers_that_leave_give_up_their_place_and_too_many_are_told_to_w
         busy = await plant.database.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COPY%' AND datname = current_database()"
         )
-        return "smdih_ingest_exports_running 0.0" in metrics and busy == 0
+        return 'smdih_queue_items{queue="exports"} 0.0' in metrics and busy == 0
 
     await eventually(nobody, deadline_s=5)
 

@@ -92,7 +92,7 @@ async def test_only_operators_ask_and_bad_requests_say_why(hub: Hub) -> None:
         ({"text": " "}, "TEXT_MISSING"),
         ({"text": "x" * 20_001}, "TEXT_TOO_LONG"),
         ({"count": 51}, "BAD_COUNT"),
-        ({"conflict_firm_ids": range(101)}, "TOO_MANY"),
+        ({"conflict_firm_ids": range(201)}, "TOO_MANY"),
         ({"conflict_organisations": ["a\x00b"]}, "NOT_TEXT"),
     ]
     for fields, reason in bad:

@@ -10,8 +10,22 @@ import pytest_asyncio
 from services.common.clock import from_us
 from services.common.kafka import Publisher
 from services.common.settings import Settings
-from smdih.matching.v1 import matching_pb2
-from tests.integration.matching_hub import KEYS, PROVIDERS, Hub, publish_world, running_hub
+from smdih.matching.v1 import (
+    matching_pb2,
+    maturity_pb2,
+    maturity_pb2_grpc,
+    reports_pb2,
+    reports_pb2_grpc,
+)
+from tests.integration.matching_hub import (
+    KEYS,
+    PROVIDERS,
+    Hub,
+    bearer,
+    publish_world,
+    refused_by_grpc,
+    running_hub,
+)
 from tests.polling import eventually
 
 SHA256 = "0123456789abcdef" * 4
@@ -76,6 +90,41 @@ async def test_a_provider_is_offered_until_its_review_is_due_or_a_document_it_ne
     assert (await hub.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."}))["offers"] == []
 
 
+async def test_skills_of_esco_that_a_need_names_bring_who_offers_them_nearer(hub: Hub) -> None:
+    alike = {"kind": "expert", "title": "Gear specialist", "text": "Gears and bearings.", "capacity_per_quarter": 5}
+    other = "http://data.europa.eu/esco/skill/S1.2"
+    await hub.ok("partner", "PUT", "/v1/providers/a-plain", alike)
+    await hub.ok("partner", "PUT", "/v1/providers/b-half", {**alike, "esco_skills": [ESCO]})
+    await hub.ok("partner", "PUT", "/v1/providers/c-both", {**alike, "esco_skills": [ESCO, other]})
+    need = {"text": "Our gears whine.", "request_id": "esco"}
+    plain = await hub.ok("firm", "POST", "/v1/needs", need)
+    assert [each["provider_id"] for each in plain["offers"]] == ["a-plain", "b-half", "c-both"]
+    assert {each["parts"]["skills"] for each in plain["offers"]} == {0}
+    asking = {"text": "Our gears whine.", "esco_skills": [ESCO, other, ESCO]}
+    changed = await hub.call("firm", "POST", "/v1/needs", {**asking, "request_id": "esco"})
+    assert changed.json()["reason"] == "REQUEST_ID_REUSED"
+    named = await hub.ok("firm", "POST", "/v1/needs", asking)
+    assert named["need"]["esco_skills"] == [ESCO, other]
+    assert [(each["provider_id"], each["parts"]["skills"]) for each in named["offers"]] == [
+        ("c-both", 0.15),
+        ("b-half", 0.075),
+        ("a-plain", 0),
+    ]
+    told = named["offers"][1]["reasons"]
+    assert f"It offers 1 of the 2 skills asked for: ESCO {ESCO.rpartition('/')[2]}." in told
+    # By gRPC, and in a round.
+    request = matching_pb2.OpenNeedRequest(text="Our gears whine.", esco_skills=[other], wait_for_round=True)
+    opened = await hub.stub.OpenNeed(request, metadata=bearer("firm"))
+    assert list(opened.need.esco_skills) == [other]
+    await hub.ok("operator", "POST", "/v1/rounds", {"round_id": "esco"})
+    assert await hub.matching.rounds.carry_out()
+    [offer] = (await hub.ok("firm", "GET", f"/v1/needs/{opened.need.id}/offers"))["offers"]
+    assert (offer["provider_id"], offer["parts"]["skills"]) == ("c-both", 0.15)
+    for skills, reason in ((["vibration"], "BAD_ESCO_SKILL"), ([ESCO] * 51, "TOO_MANY")):
+        bad = await hub.call("firm", "POST", "/v1/needs", {"text": "Gears.", "esco_skills": skills})
+        assert (bad.status_code, bad.json()["reason"]) == (400, reason)
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -127,6 +176,52 @@ async def test_a_self_assessment_gives_a_level_and_opens_a_need(hub: Hub) -> Non
         assert answer.status_code == status, (who, method, called, answer.text)
 
 
+async def test_a_self_assessment_by_grpc(hub: Hub) -> None:
+    await hub.put_providers("iot-basics")
+    maturity, pb = maturity_pb2_grpc.MaturityServiceStub(hub.channel), maturity_pb2
+    ask = pb.GetQuestionnaireRequest()
+    asked = (await maturity.GetQuestionnaire(ask, metadata=bearer("partner"))).questionnaire
+    assert (asked.questions[0].topic, len(asked.questions[0].answers)) == (pb.TOPIC_CAPTURE, 4)
+    answers = {question.id: 1 for question in asked.questions} | {"backup": 3}
+    request = pb.AssessRequest(version=asked.version, answers=answers, request_id="by-wire")
+    assessed = (await maturity.Assess(request, metadata=bearer("firm"))).assessment
+    by_http = await hub.ok("firm", "GET", f"/v1/maturity/assessments/{assessed.id}")
+    assert (assessed.level, assessed.share, assessed.need_draft, assessed.taken_us, dict(assessed.answers)) == (
+        *(by_http[name] for name in ("level", "share", "need_draft", "taken_us")),
+        answers,
+    )
+    assert {pb.Topic.Name(each.topic): each.share for each in assessed.topics} == {
+        f"TOPIC_{topic.upper()}": share for topic, share in by_http["topics"].items()
+    }
+    assert (await maturity.Assess(request, metadata=bearer("firm"))).assessment == assessed
+    other_answers = pb.AssessRequest(version=asked.version, answers={**answers, "backup": 2}, request_id="by-wire")
+    assert await refused_by_grpc(maturity.Assess, other_answers, "firm") == "ALREADY_EXISTS"
+    open_it = pb.OpenAssessedNeedRequest(assessment_id=assessed.id, urgency=matching_pb2.URGENCY_HIGH)
+    opened = await maturity.OpenAssessedNeed(open_it, metadata=bearer("firm"))
+    assert (opened.need.source, opened.need.urgency) == (matching_pb2.NEED_SOURCE_MATURITY, matching_pb2.URGENCY_HIGH)
+    assert [each.offer.provider_id for each in opened.offers] == ["iot-basics"]
+    get = pb.GetAssessmentRequest(assessment_id=assessed.id)
+    assert (await maturity.GetAssessment(get, metadata=bearer("operator"))).assessment.need_id == opened.need.id
+    listed = await maturity.ListAssessments(pb.ListAssessmentsRequest(), metadata=bearer("firm"))
+    assert [each.id for each in listed.assessments].count(assessed.id) == 1
+    refused: list[tuple[Any, Any, str, str]] = [
+        (maturity.GetAssessment, get, "other_firm", "NOT_FOUND"),
+        (maturity.GetAssessment, get, "partner", "PERMISSION_DENIED"),
+        (maturity.GetAssessment, pb.GetAssessmentRequest(assessment_id="\0"), "firm", "NOT_FOUND"),
+        (maturity.OpenAssessedNeed, open_it, "other_firm", "NOT_FOUND"),
+        (maturity.OpenAssessedNeed, pb.OpenAssessedNeedRequest(urgency=9), "firm", "INVALID_ARGUMENT"),  # type: ignore[arg-type]
+        (maturity.Assess, request, "partner", "PERMISSION_DENIED"),
+        (maturity.Assess, pb.AssessRequest(version=asked.version), "firm", "INVALID_ARGUMENT"),
+        (maturity.Assess, pb.AssessRequest(firm_id=2, version=asked.version), "firm", "PERMISSION_DENIED"),
+        (maturity.ListAssessments, pb.ListAssessmentsRequest(firm_id=2), "firm", "PERMISSION_DENIED"),
+        (maturity.ListAssessments, pb.ListAssessmentsRequest(), "operator", "INVALID_ARGUMENT"),
+        (maturity.GetQuestionnaire, ask, "device", "PERMISSION_DENIED"),
+        (maturity.GetQuestionnaire, ask, "", "UNAUTHENTICATED"),
+    ]
+    for call, sent, who, status in refused:
+        assert await refused_by_grpc(call, sent, who) == status, (sent, who)
+
+
 async def test_operators_see_how_groups_of_firms_fare_and_no_single_firm(hub: Hub) -> None:
     await hub.pool.execute("UPDATE need SET opened = opened - interval '200 days'")
     await hub.put_providers("gear-rigs", capacity_per_quarter=50)
@@ -154,6 +249,18 @@ async def test_operators_see_how_groups_of_firms_fare_and_no_single_firm(hub: Hu
     assert {each["matched_share"] for each in report["by_region"]} == {None}
     for who, status in (("firm", 403), ("partner", 403), ("device", 403), ("", 401)):
         assert (await hub.call(who, "GET", "/v1/reports/fairness")).status_code == status
+    reports, ask = reports_pb2_grpc.ReportServiceStub(hub.channel), reports_pb2.GetFairnessRequest()
+    by_grpc = await reports.GetFairness(ask, metadata=bearer("operator"))
+    [wired] = by_grpc.by_size
+    assert (wired.group, wired.needs, wired.matched_share, by_grpc.group_min) == ("small", 8, 0.375, 5)
+    assert [(each.group, each.suppressed, each.HasField("matched_share")) for each in by_grpc.by_region] == [
+        ("East Midlands", True, False),
+        ("Wales", True, False),
+    ]
+    for who in ("firm", "partner", "device"):
+        assert await refused_by_grpc(reports.GetFairness, ask, who) == "PERMISSION_DENIED"
+    early = reports_pb2.GetFairnessRequest(from_us=5, until_us=5)
+    assert await refused_by_grpc(reports.GetFairness, early, "operator") == "INVALID_ARGUMENT"
     empty = await hub.ok("operator", "GET", "/v1/reports/fairness?from_us=1000000000000000&until_us=1000000001000000")
     assert (empty["by_size"], empty["by_region"]) == ([], [])
     last_us = 253_402_300_799_000_000  # in the year 9999

@@ -17,8 +17,8 @@ from services.common.settings import Settings
 from services.matching.needs import Limits
 from services.matching.service.rounds import CHUNK_NEEDS
 from services.matching.store import places as places_store
-from smdih.matching.v1 import matching_pb2
-from tests.integration.matching_hub import FIRM, KEYS, Hub, publish_world, running_hub
+from smdih.matching.v1 import matching_pb2, rounds_pb2, rounds_pb2_grpc
+from tests.integration.matching_hub import FIRM, KEYS, Hub, bearer, publish_world, refused_by_grpc, running_hub
 from tests.polling import eventually
 
 GEARS = "Our gears whine and the oil is full of debris."
@@ -134,6 +134,72 @@ async def test_a_repeated_round_is_the_first_one_and_only_operators_run_them(hub
     bad = await hub.call("operator", "POST", "/v1/rounds", {"round_id": "a b"})
     assert (bad.status_code, bad.json()["reason"]) == (400, "BAD_ROUND_ID")
     assert (await hub.call("operator", "GET", "/v1/rounds/none")).status_code == 404
+
+
+async def test_rounds_by_grpc_and_their_offers_answered_by_both_sides(hub: Hub) -> None:
+    rounds = rounds_pb2_grpc.RoundServiceStub(hub.channel)
+    pb = rounds_pb2
+    await hub.put_providers("gear-rigs", capacity_per_quarter=2)
+    needs = [await wait_for_round(hub, f"{GEARS} Line {number}.") for number in range(2)]
+    start = pb.StartRoundRequest(round_id="by-wire")
+    begun = (await rounds.StartRound(start, metadata=bearer("operator"))).round
+    assert (begun.id, begun.state, begun.ended_us) == ("by-wire", pb.ROUND_STATE_RUNNING, 0)
+    assert await hub.matching.rounds.carry_out()
+    done = (await rounds.GetRound(pb.GetRoundRequest(round_id="by-wire"), metadata=bearer("operator"))).round
+    assert (done.state, done.offers, done.unplaced, done.blocking_pairs) == (pb.ROUND_STATE_DONE, 2, 0, 0)
+    assert done.ended_us >= done.started_us > 0
+    assert (await rounds.StartRound(start, metadata=bearer("operator"))).round == done
+    listed = await rounds.ListRounds(pb.ListRoundsRequest(), metadata=bearer("operator"))
+    assert listed.rounds[0] == done
+    # Everybody sees their own of its offers, by gRPC as by HTTP.
+    asked = matching_pb2.ListOffersRequest(round_id="by-wire")
+    for who, seen in (("operator", 2), ("firm", 2), ("partner", 2), ("other_firm", 0), ("other_partner", 0)):
+        found = (await hub.stub.ListOffers(asked, metadata=bearer(who))).offers
+        assert {each.offer.need_id for each in found} == (set(needs) if seen else set()), who
+        assert {each.round_id for each in found} == ({"by-wire"} if seen else set())
+        by_http = (await hub.ok(who, "GET", "/v1/offers?round_id=by-wire"))["offers"]
+        assert [each["id"] for each in by_http] == [each.offer.id for each in found]
+        if who == "partner":
+            assert {each.offer.firm_id for each in found} == {0}
+    of_other = matching_pb2.ListOffersRequest(round_id="other", need_id=needs[0])
+    assert not (await hub.stub.ListOffers(of_other, metadata=bearer("firm"))).offers
+    # The firm takes the one, the partner declines the other.
+    one, other = [(await only_offer(hub, need_id))["id"] for need_id in needs]
+    accept = matching_pb2.AcceptOfferRequest(offer_id=one)
+    assert await refused_by_grpc(hub.stub.AcceptOffer, accept, "partner") == "PERMISSION_DENIED"
+    assert await refused_by_grpc(hub.stub.AcceptOffer, accept, "other_firm") == "NOT_FOUND"
+    accepted = await hub.stub.AcceptOffer(accept, metadata=bearer("firm"))
+    assert (accepted.match.need_id, accepted.offer.round_id) == (needs[0], "by-wire")
+    decline = matching_pb2.DeclineOfferRequest(offer_id=other, reason="our rig is down")
+    assert await refused_by_grpc(hub.stub.DeclineOffer, decline, "other_partner") == "NOT_FOUND"
+    declined = await hub.stub.DeclineOffer(decline, metadata=bearer("partner"))
+    assert (declined.offer.state, declined.offer.decision_reason) == (
+        matching_pb2.OFFER_STATE_DECLINED,
+        "our rig is down",
+    )
+    assert await taken(hub, "gear-rigs") == 1
+
+
+async def test_rounds_by_grpc_are_for_operators_and_odd_ids_are_refused(hub: Hub) -> None:
+    rounds = rounds_pb2_grpc.RoundServiceStub(hub.channel)
+    pb = rounds_pb2
+    calls: list[tuple[Any, Any]] = [
+        (rounds.StartRound, pb.StartRoundRequest(round_id="not-allowed")),
+        (rounds.GetRound, pb.GetRoundRequest(round_id="first")),
+        (rounds.ListRounds, pb.ListRoundsRequest()),
+    ]
+    for call, request in calls:
+        for who in ("firm", "partner", "device"):
+            assert await refused_by_grpc(call, request, who) == "PERMISSION_DENIED"
+        assert await refused_by_grpc(call, request, "") == "UNAUTHENTICATED"
+    for odd in ("", "a b", "x" * 65, "\0"):
+        assert (
+            await refused_by_grpc(rounds.StartRound, pb.StartRoundRequest(round_id=odd), "operator")
+            == "INVALID_ARGUMENT"
+        )
+        assert await refused_by_grpc(rounds.GetRound, pb.GetRoundRequest(round_id=odd), "operator") == "NOT_FOUND"
+    odd_round = matching_pb2.ListOffersRequest(round_id="\0")
+    assert await refused_by_grpc(hub.stub.ListOffers, odd_round, "operator") == "NOT_FOUND"
 
 
 async def test_a_need_nobody_can_take_says_so_and_is_tried_again_by_itself(hub: Hub) -> None:

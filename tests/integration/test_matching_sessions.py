@@ -17,7 +17,7 @@ from services.common.kafka import Publisher
 from services.common.settings import Settings
 from services.matching.store import sessions as sessions_store
 from smdih.matching.v1 import events_pb2, sessions_pb2
-from tests.integration.matching_hub import KEYS, Hub, publish_world, running_hub
+from tests.integration.matching_hub import KEYS, Hub, publish_world, refused_by_grpc, running_hub
 from tests.polling import eventually
 
 LONDON = ZoneInfo("Europe/London")
@@ -274,6 +274,21 @@ async def test_sessions_and_bookings_by_grpc(hub: Hub) -> None:
     assert [each.id for each in listed.bookings] == [waiting.booking.id]
     sessions = await hub.sessions.ListSessions(pb.ListSessionsRequest(provider_id="gear-rigs"), metadata=key("firm"))
     assert "slot-1" in {each.id for each in sessions.sessions}
+    session = pb.GetSessionRequest(session_id="slot-1")
+    got = (await hub.sessions.GetSession(session, metadata=key("firm"))).session
+    assert (got.title, got.starts_us, got.taken, got.confirm_within_s) == ("Rig 2", starts_us, 1, 172_800)
+    nowhere = pb.GetSessionRequest(session_id="\0")
+    assert await refused_by_grpc(hub.sessions.GetSession, nowhere, "firm") == "NOT_FOUND"
+    booking = pb.GetBookingRequest(booking_id=waiting.booking.id)
+    for who in ("other_firm", "partner", "operator"):
+        assert (await hub.sessions.GetBooking(booking, metadata=key(who))).booking == listed.bookings[0]
+    for who, status in (
+        ("firm", "NOT_FOUND"),
+        ("other_partner", "NOT_FOUND"),
+        ("device", "PERMISSION_DENIED"),
+        ("", "UNAUTHENTICATED"),
+    ):
+        assert await refused_by_grpc(hub.sessions.GetBooking, booking, who) == status
     file = await hub.sessions.GetCalendar(
         pb.GetCalendarRequest(booking_id=waiting.booking.id), metadata=key("other_firm")
     )

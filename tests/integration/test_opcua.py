@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ import pytest_asyncio
 from localstack.hub import Hub
 from localstack.servers import ROOT, Servers, free_port
 from services.common.settings import Settings
+from tests.integration.opcua_server import PASSWORD, USER
 from tests.polling import eventually
 
 MACHINE = "acme/leeds/press-3"
@@ -28,14 +32,14 @@ class Plant:
     key: str
     database: "asyncpg.Pool[asyncpg.Record]"
 
-    async def start(self, *arguments: str, log: Path | None = None) -> asyncio.subprocess.Process:
+    async def start(self, *arguments: str, log: Path | None = None, **environment: str) -> asyncio.subprocess.Process:
         """Its output goes to `log`, or can be read."""
         with (log or Path(os.devnull)).open("ab") as file:
             out = file if log else asyncio.subprocess.PIPE
             return await asyncio.create_subprocess_exec(
                 *(sys.executable, *arguments),
                 cwd=ROOT,
-                env=os.environ | {"SMDIH_KEY": self.key, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"},
+                env=os.environ | {"SMDIH_KEY": self.key, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"} | environment,
                 stdout=out,
                 stderr=file if log else None,
             )
@@ -80,13 +84,15 @@ class Press:
 
     plant: Plant
     port: int
+    secured: Path | None = None
     # Microseconds to value.
     said: dict[int, float] = field(default_factory=dict)
     process: asyncio.subprocess.Process | None = None
     reading: asyncio.Task[None] | None = None
 
     async def start(self, first: int) -> None:
-        self.process = await self.plant.start("-m", "tests.integration.opcua_server", str(self.port), str(first))
+        more = [str(self.secured)] if self.secured else []
+        self.process = await self.plant.start("-m", "tests.integration.opcua_server", str(self.port), str(first), *more)
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             if line == b"serves\n":
@@ -218,3 +224,78 @@ async def test_polling_reads_all_variables_at_one_time(plant: Plant, press: Pres
         gateway.terminate()
         out, _ = await gateway.communicate()
     assert gateway.returncode == 0, out
+
+
+def make_certificate(folder: Path, name: str, purpose: str) -> None:
+    """By the command that the page on OPC UA shows."""
+    page = (ROOT / "docs/opcua.md").read_text()
+    command = page.partition("openssl req")[2].partition("```")[0].replace("\\\n", " ")
+    for given, wanted in (
+        ("gateway", name),
+        ("clientAuth", purpose),
+        ("certificate.der", f"{name}.der"),
+        ("key.pem", f"{name}.pem"),
+    ):
+        assert given in command
+        command = command.replace(given, wanted)
+    subprocess.run(["openssl", "req", *shlex.split(command)], cwd=folder, check=True, capture_output=True)
+
+
+async def test_a_server_that_wants_encryption_a_known_gateway_and_a_login_is_read(plant: Plant, tmp_path: Path) -> None:
+    for name, purpose in (("server", "serverAuth"), ("gateway", "clientAuth"), ("stranger", "clientAuth")):
+        make_certificate(tmp_path, name, purpose)
+    shutil.copy(tmp_path / "gateway.der", tmp_path / "trusted.der")
+    site = await plant.database.fetchval("SELECT id FROM ingest.site")
+    body = {"site_id": site, "path": "press-safe", "name": "Safe", "kind": "press"}
+    signals = [
+        {"name": one} for one in ("Press 3.Axis-1.Speed", "Press 3.Broken", "Press 3.Running", "Press 3.Temperature")
+    ]
+    made = await plant.operator.post("/v1/machines", json=body | {"signals": signals})
+    press = Press(plant, free_port(), secured=tmp_path)
+    await press.start(1)
+    config = tmp_path / "gateway.toml"
+
+    async def browse(security: str, password: str) -> tuple[int, str]:
+        command = ["-m", "smdih_client", "opcua", "browse", f"opc.tcp://127.0.0.1:{press.port}"]
+        command += [
+            "--machine",
+            "acme/leeds/press-safe",
+            "--target",
+            plant.hub.processes["door"].grpc,
+            "--config",
+            str(config),
+        ]
+        command += ["--user", USER, "--password-env", "PLC_PASSWORD"]
+        process = await plant.start(*command, *(["--security", security] if security else []), PLC_PASSWORD=password)
+        out, _ = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, out.decode()
+
+    try:
+        safe = "Basic256Sha256,SignAndEncrypt,{0}.der,{0}.pem,server.der"
+        wrong = await asyncio.gather(
+            browse("", PASSWORD),
+            browse(safe.format("stranger"), PASSWORD),
+            browse(safe.format("gateway"), "wrong"),
+            browse(safe.format("gateway").replace("server.der", "stranger.der"), PASSWORD),
+            browse(safe.format("missing"), PASSWORD),
+        )
+        assert [code for code, _ in wrong] == [1] * len(wrong), wrong
+        code, out = await browse(safe.format("gateway"), PASSWORD)
+        assert code == 0, out
+        gateway = await plant.start(
+            "-m", "smdih_client", "opcua", "run", "--config", str(config), log=tmp_path / "log", PLC_PASSWORD=PASSWORD
+        )
+
+        async def flows() -> bool:
+            count = "SELECT count(*) FROM ingest.frame WHERE machine_id = $1"
+            return bool(await plant.database.fetchval(count, made.json()["id"]) >= 5)
+
+        try:
+            await eventually(flows, deadline_s=60)
+        finally:
+            gateway.terminate()
+            await gateway.wait()
+    finally:
+        await press.kill()
+    assert gateway.returncode == 0, (tmp_path / "log").read_text()

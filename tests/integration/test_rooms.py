@@ -15,6 +15,8 @@ import pytest_asyncio
 
 from localstack.servers import Servers
 from services.common.settings import Settings
+from smdih.ingest.v1.rooms_pb2 import ListRoomReadsRequest
+from smdih.ingest.v1.rooms_pb2_grpc import RoomReadServiceStub
 from smdih.matching.v1 import events_pb2, rooms_pb2, rooms_pb2_grpc
 from tests.integration.stored_plant import StoredPlant, stored_plant
 from tests.polling import eventually
@@ -261,6 +263,21 @@ async def test_rooms_by_grpc_and_across_a_restart_of_the_door(world: World) -> N
         assert [signal.name for signal in got.signals] == ["current"]
         listed = await stub.ListRooms(pb.ListRoomsRequest(page_size=1), metadata=key("partner"))
         assert [room.id for room in listed.rooms] == [opened.room.id]
+        await eventually(lambda: world.may_read(world.signals[0]), deadline_s=5)
+        async with grpc.aio.insecure_channel(world.plant.hub.processes["door"].grpc) as door:
+            reads, asked = RoomReadServiceStub(door), ListRoomReadsRequest(room_id=opened.room.id)
+            [read] = (await reads.ListRoomReads(asked, metadata=key("firm"))).reads
+            assert (read.signal_id, read.data_from_us) == (world.signals[0], world.start_us)
+            assert read.reads >= 1
+            assert read.minute_us % MINUTE_US == 0
+            assert [read] == list((await reads.ListRoomReads(asked, metadata=key("partner"))).reads)
+            for who in ("other_firm", "other_partner"):
+                with pytest.raises(grpc.aio.AioRpcError) as unseen:
+                    await reads.ListRoomReads(asked, metadata=key(who))
+                assert unseen.value.code() is grpc.StatusCode.NOT_FOUND
+            with pytest.raises(grpc.aio.AioRpcError) as nobody:
+                await reads.ListRoomReads(asked)
+            assert nobody.value.code() is grpc.StatusCode.UNAUTHENTICATED
         world.plant.hub.kill("door")
 
         async def readable_again() -> bool:

@@ -195,6 +195,19 @@ def _one_link_per_enterprise(links: Sequence[Link]) -> tuple[Link, ...]:
     return tuple(merged.values())
 
 
+def relation_between(percent: Fraction, *, dominant_influence: bool, parameters: ParametersAt) -> tuple[Relation, str]:
+    """What a holding of one company in another makes of the two, and why (SME-EU-2)."""
+    nothing = Figures(headcount=Fraction(0), turnover=Fraction(0), balance=Fraction(0))
+    link = Link(
+        percent=percent,
+        upstream=True,
+        investor=Investor.COMPANY,
+        figures=nothing,
+        dominant_influence=dominant_influence,
+    )
+    return _relation(link, [link], parameters)
+
+
 def _relation(link: Link, links: Sequence[Link], parameters: ParametersAt) -> tuple[Relation, str]:
     """Relation of one link; investors that act together are judged by what they hold together."""
     held = link.percent

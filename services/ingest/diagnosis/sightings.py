@@ -14,10 +14,11 @@ import asyncpg
 from prometheus_client import Counter
 
 from services.common.clock import Clock
-from services.common.database import AWAY, Connection, Pool, transaction
+from services.common.database import AWAY, Connection, Pool, transaction, transaction_for_all_firms
 from services.common.errors import HubError
 from services.common.identity import KEY_ROLES, key_prefix, key_sha256
 from services.common.logs import get_logger
+from services.common.metrics import watch_queue
 from services.ingest.diagnosis import proposal_store
 from services.ingest.diagnosis import sightings_store as store
 from services.ingest.diagnosis.proposal_store import ProposalKey, Seen
@@ -73,6 +74,7 @@ class Sightings:
         self._notes = Notes()
         self._machines = self._notes.machines
         self.is_new = asyncio.Event()
+        watch_queue("sightings", lambda: len(self._notes.refusals), limit=NOTED_MAX)
 
     def taken(self, sender: Sender, machine_id: int, received_us: int, newest_us: int) -> None:
         """A batch with good samples."""
@@ -231,7 +233,7 @@ class SightingsWriter:
             if not notes:
                 return
             try:
-                async with transaction(self._pool) as connection:
+                async with transaction_for_all_firms(self._pool) as connection:  # whoever asks for it
                     await store.write_seen(connection, _seen(notes), notes.used)
                     await store.write_refusals(connection, await self._with_owners(connection, notes))
                     await proposal_store.write(connection, notes.proposals)

@@ -13,14 +13,16 @@ import asyncpg
 import numpy as np
 from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
-from services.common.clock import from_us, to_us
-from services.common.database import Connection
+from services.common import topics, tracing
+from services.common.clock import Clock, from_us, to_us
+from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
 from services.ingest.historian.binarycopy import HEADER, TRAILER, Floats, Ints, keyed_rows
 from services.ingest.historian.rollups import Bools, OpenBuckets, Stats
+from services.ingest.numbering import numbers_of
 from smdih.ingest.v1 import records_pb2
 
 log = get_logger(__name__)
@@ -39,6 +41,28 @@ store_seconds = Histogram(
     "Time to store what one poll brought",
     buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
+# From the receipt at the door to the database, of the oldest samples that a poll brought.
+delay_seconds = Histogram(
+    "smdih_ingest_historian_delay_seconds",
+    "Time from the receipt of the oldest samples of a poll until they are stored",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800),
+)
+# Quarantined items stored.
+quarantine_items_total = Counter("smdih_ingest_historian_quarantine_items_total", "Quarantined items stored")
+# Now minus the time of the newest stored sample, over the machines whose partitions are held here and that sent within
+# STILL_SENDING_S: quantiles, 1.0 is the machine that is furthest behind. And how many machines these are.
+freshness_seconds = Gauge(
+    "smdih_ingest_freshness_seconds", "Age of the newest stored sample of a machine", ["quantile"]
+)
+machines_stored = Gauge("smdih_ingest_machines", "Machines with samples of the last 24 hours, of this process")
+# Acknowledged batches that never came out of the message log, by the doors' own numbers.
+missing_batches = Gauge(
+    "smdih_ingest_missing_batches", "In the database: acknowledged batches that never came; must be 0"
+)
+
+STILL_SENDING_S = 24 * 3600
+FRESHNESS_QUANTILES = (0.5, 0.9, 0.99, 1.0)
+MEASURE_INTERVAL_S = 5.0
 
 _KEY_COLUMNS = ("machine_id", "first_position", "ts")
 _BUCKET_COLUMNS = (*_KEY_COLUMNS, "counts", "sums", "mins", "maxs", "lasts")
@@ -127,7 +151,9 @@ class _Part:
 class Historian:
     """Stores the records of one poll; owned by one consumer, used by one task at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._next_numbers: dict[tuple[str, int, str], int] = {}
         self._lanes: dict[int, _Lane] = {}
         self._slots: dict[tuple[int, int], tuple[_Lane, int]] = {}
         self._heads: dict[tuple[int, int, str], int] = {}
@@ -140,6 +166,16 @@ class Historian:
         self._lanes.clear()
         self._slots.clear()
         self._heads.clear()
+        self._next_numbers.clear()
+
+    def newest(self) -> tuple[Ints, Ints]:
+        """Machines (some more than once) and the times of their newest stored samples, of those that have any."""
+        lanes = self._lanes.values()
+        nothing: Ints = np.zeros(0, dtype=np.int64)
+        machine_ids = np.concatenate([nothing, *(lane.machine_ids for lane in lanes)])
+        newest_us = np.concatenate([nothing, *(lane.newest_us for lane in lanes)])
+        known = (machine_ids > 0) & (newest_us != NOTHING_STORED_US)
+        return machine_ids[known], newest_us[known]
 
     async def store(
         self, connection: Connection, records: Sequence[ConsumerRecord]
@@ -148,6 +184,8 @@ class Historian:
         started = time.perf_counter()
         bad: list[tuple[ConsumerRecord, str]] = []
         read: list[tuple[int, records_pb2.FrameBatch]] = []
+        oldest_us = self._clock.now_us()
+        await self._check_numbers(connection, topics.SAMPLES, records)
         for record in records:
             try:
                 batches = records_pb2.SamplesRecord.FromString(record.value).batches
@@ -158,6 +196,8 @@ class Historian:
                 bad.append((record, "SHAPE_MISMATCH"))
                 continue
             read.extend((record.partition, batch) for batch in batches)
+            if batches:
+                oldest_us = min(oldest_us, batches[0].received_us)
         parts = await self._recognise_repeats(connection, read)
         await self._learn_machines(connection, (part.batch for part in parts))
         by_lane: dict[int, tuple[_Lane, list[_Part]]] = {}
@@ -167,6 +207,10 @@ class Historian:
         for lane, lane_parts in by_lane.values():
             await self._store_lane(connection, lane, lane_parts)
         store_seconds.observe(time.perf_counter() - started)
+        delay_seconds.observe((self._clock.now_us() - oldest_us) / 1e6)
+        if tracing.is_on():
+            seconds = time.perf_counter() - started
+            tracing.note("historian store", (batch.correlation_id for _, batch in read), seconds=seconds)
         return bad
 
     async def store_quarantine(
@@ -175,6 +219,7 @@ class Historian:
         """The same for quarantine records."""
         bad: list[tuple[ConsumerRecord, str]] = []
         rows = []
+        await self._check_numbers(connection, topics.QUARANTINE, records)
         for record in records:
             try:
                 item = records_pb2.QuarantineRecord.FromString(record.value)
@@ -195,7 +240,45 @@ class Historian:
             "ON CONFLICT DO NOTHING",
             rows,
         )
+        quarantine_items_total.inc(len(rows))
         return bad
+
+    async def _check_numbers(self, connection: Connection, topic: str, records: Sequence[ConsumerRecord]) -> None:
+        """Note how far each door has come, and what is missing."""
+        numbered = [(record.partition, found) for record in records if (found := numbers_of(record.headers))]
+        if not numbered:
+            return
+        unknown = {
+            (partition, found.door)
+            for partition, found in numbered
+            if (topic, partition, found.door) not in self._next_numbers
+        }
+        if unknown:
+            rows = await connection.fetch(
+                "SELECT n.partition, n.door, n.next_number FROM door_numbers n JOIN unnest($2::int[], $3::text[]) AS asked "
+                "(partition, door) USING (partition, door) WHERE n.topic = $1",
+                *(topic, [partition for partition, _ in unknown], [door for _, door in unknown]),
+            )
+            self._next_numbers.update({(topic, row["partition"], row["door"]): row["next_number"] for row in rows})
+        moved: dict[tuple[str, int, str], int] = {}
+        for partition, found in numbered:
+            key = (topic, partition, found.door)
+            # Of a door that nobody has heard of: it may have been read before its numbers were kept.
+            expected = self._next_numbers.get(key, found.first)
+            missing = max(0, found.first - expected)
+            if missing:
+                log.error("acknowledged batches are missing", topic=topic, partition=partition, batches=missing)
+            moved[key] = moved.get(key, 0) + missing
+            self._next_numbers[key] = max(expected, found.first + found.batches)
+        await connection.execute(
+            "INSERT INTO door_numbers AS n (topic, partition, door, next_number, missing) "
+            "SELECT * FROM unnest($1::text[], $2::int[], $3::text[], $4::bigint[], $5::bigint[]) "
+            "ON CONFLICT (topic, partition, door) DO UPDATE SET "
+            "next_number = excluded.next_number, missing = n.missing + excluded.missing, noted = now()",
+            *(list(column) for column in zip(*moved, strict=True)),
+            [self._next_numbers[key] for key in moved],
+            list(moved.values()),
+        )
 
     async def _recognise_repeats(
         self, connection: Connection, read: Sequence[tuple[int, records_pb2.FrameBatch]]
@@ -302,6 +385,35 @@ class Historian:
                 opened.mark_partial(int(slot), int(bucket))
             closed = touched[:, touched[1] < open_buckets]
             await _remake(connection, lane, resolution, closed[0], closed[1])
+
+
+class StoredGauges:
+    """What is stored of the machines, and what is missing, for those who watch. No label names a machine."""
+
+    def __init__(self, historians: Sequence[Historian], pool: Pool, clock: Clock) -> None:
+        self._historians = historians
+        self._pool = pool
+        self._clock = clock
+
+    async def measure(self) -> None:
+        """Raises TryAgain."""
+        ages = self._ages_s()
+        machines_stored.set(len(ages))
+        for quantile in FRESHNESS_QUANTILES:
+            freshness_seconds.labels(str(quantile)).set(np.quantile(ages, quantile) if len(ages) else np.nan)
+        async with transaction(self._pool) as connection:
+            missing_batches.set(await connection.fetchval("SELECT coalesce(sum(missing), 0)::bigint FROM door_numbers"))
+
+    def _ages_s(self) -> Floats:
+        found = [historian.newest() for historian in self._historians]
+        machine_ids = np.concatenate([one[0] for one in found])
+        newest_us = np.concatenate([one[1] for one in found])
+        if not len(machine_ids):
+            return np.zeros(0)
+        order = np.argsort(machine_ids, kind="stable")
+        starts = np.flatnonzero(np.diff(machine_ids[order], prepend=-1))
+        ages = (self._clock.now_us() - np.maximum.reduceat(newest_us[order], starts)) / 1e6
+        return ages[ages < STILL_SENDING_S]
 
 
 async def _remake(connection: Connection, lane: _Lane, resolution: _Resolution, slots: Ints, buckets: Ints) -> None:

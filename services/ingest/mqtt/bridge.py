@@ -348,9 +348,7 @@ class Births:
     async def read(self, share: int) -> dict[tuple[str, str], births_pb2.NodeRecord]:
         """All nodes of a share. Raises KafkaError, OSError."""
         partition = TopicPartition(self._cluster.name(topics.BIRTHS), share)
-        consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._cluster.bootstrap, group_id=None, auto_offset_reset="earliest"
-        )
+        consumer = AIOKafkaConsumer(**self._cluster.client(), group_id=None, auto_offset_reset="earliest")
         found: dict[tuple[str, str], births_pb2.NodeRecord] = {}
         await consumer.start()
         try:
@@ -439,7 +437,7 @@ class Bridge(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped base
         """Serve the shares that fall to this process, until cancelled."""
         shares = await self._births.shares()
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._cluster.bootstrap,
+            **self._cluster.client(),
             group_id=self._cluster.name(GROUP),
             enable_auto_commit=False,
             auto_offset_reset="latest",

@@ -11,12 +11,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import numpy as np
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 
 from services.common.database import Pool, transaction
 from services.common.directory import Directory
 from services.common.errors import Invalid, NotFound, SlowDown
 from services.common.identity import Caller
+from services.common.metrics import watch_queue
 from services.ingest.asked import check_id, check_one_of
 from services.ingest.queries import read, store
 from services.ingest.queries.access import Access
@@ -39,8 +40,6 @@ LAYOUTS = ("wide", "narrow")
 
 # Samples that left in exports.
 exported_samples_total = Counter("smdih_ingest_export_samples_total", "Samples exported", ["format"])
-# Exports under way.
-exports_running = Gauge("smdih_ingest_exports_running", "Exports under way")
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,7 @@ class Export:
         self._directory = directory
         self._access = access
         self._running: dict[int, int] = {}
+        watch_queue("exports", lambda: sum(self._running.values()), limit=EXPORTS_MAX)
 
     async def file(self, caller: Caller, wanted: Wanted) -> File:
         """The file, with its first bytes made already. Raises Invalid, NotFound, Forbidden, SlowDown, TryAgain."""
@@ -190,13 +190,11 @@ class Export:
                 retry_after_s=RETRY_AFTER_S,
             )
         self._running[caller.credential_id] = self._running.get(caller.credential_id, 0) + 1
-        exports_running.inc()
 
     def _give_place(self, caller: Caller) -> None:
         self._running[caller.credential_id] -= 1
         if not self._running[caller.credential_id]:
             del self._running[caller.credential_id]
-        exports_running.dec()
 
 
 def _in_whole_buckets(wanted: Wanted) -> Wanted:

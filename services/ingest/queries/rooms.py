@@ -19,7 +19,7 @@ from prometheus_client import Counter, Gauge
 
 from services.common import topics
 from services.common.clock import Clock, from_us
-from services.common.database import AWAY, Connection, Pool, transaction
+from services.common.database import AWAY, Connection, Pool, transaction, transaction_for_all_firms
 from services.common.errors import NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.kafka import Cluster
@@ -94,7 +94,7 @@ class Rooms:
     async def _follow(self) -> None:
         partition = TopicPartition(self._cluster.name(topics.ROOMS), 0)
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._cluster.bootstrap,
+            **self._cluster.client(),
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -204,7 +204,7 @@ class RoomReads:
         if not pending:
             return
         try:
-            async with transaction(self._pool) as connection:
+            async with transaction_for_all_firms(self._pool) as connection:  # whoever asks for it
                 await _store(connection, list(pending.values()))
         except BaseException:
             for key, read in pending.items():  # nothing is forgotten while the database is away

@@ -34,6 +34,7 @@ log = get_logger(__name__)
 INTERVAL_S = 6 * 3600
 # After a failure, and at the start, when whatever failed or started is still busy.
 RETRY_S = 60
+MEASURE_INTERVAL_S = 300.0
 MACHINES_PER_STEP = 200
 # In one transaction: a tenth of a second of work, and no lock is held for longer.
 ROWS_PER_STEP = 20_000
@@ -49,6 +50,9 @@ last_run_seconds = Gauge("smdih_ingest_retention_finished_timestamp_seconds", "W
 # Size of the telemetry tables, and for how many days the disk lasts (NaN: not known or for ever).
 storage_bytes = Gauge("smdih_ingest_storage_bytes", "Size of a telemetry table with its indexes", ["resolution"])
 storage_left_days = Gauge("smdih_ingest_storage_left_days", "Days until the database's disk is full")
+# The whole database, and the disk that it may fill (0: nobody said).
+database_bytes = Gauge("smdih_ingest_database_bytes", "In the database: its size")
+disk_bytes_set = Gauge("smdih_ingest_database_disk_bytes", "Disk that the database may fill")
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ async def forecast(connection: Connection, now_us: int, disk_bytes: int) -> Fore
         sizes.append(StoreSize(store, size, len(chunks), growth, days, full))
         storage_bytes.labels(store.name).set(size)
     database = await db.database_bytes(connection)
+    database_bytes.set(database)
+    disk_bytes_set.set(disk_bytes)
     known = [size.growth_bytes_a_day for size in sizes if size.growth_bytes_a_day is not None]
     total = sum(known) if len(known) == len(sizes) else None
     days_left, reason = _days_left(sizes, total, database, disk_bytes)
@@ -243,8 +249,11 @@ class Enforcer:
                 )
         last_run_seconds.set(finished_us / 1_000_000)
         log.info("retention finished", chunks=self._chunks, rows=self._rows)
+
+    async def measure(self) -> None:
+        """Set the gauges of storage. Raises TryAgain."""
         async with transaction(self._pool) as connection:
-            await forecast(connection, finished_us, self._disk_bytes)
+            await forecast(connection, self._clock.now_us(), self._disk_bytes)
 
     async def _store(self, store: Store, due: Cutoffs) -> None:
         if due.everybody_us is not None:

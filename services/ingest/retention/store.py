@@ -92,11 +92,7 @@ async def chunks_before(
 
 async def drop_chunks(connection: Connection, store: Store, start: datetime, end: datetime) -> int:
     """Those of a range."""
-    dropped: int = await connection.fetchval(
-        "SELECT count(*) FROM public.drop_chunks("
-        "format('%I.%I', current_schema(), $1::text)::regclass, older_than => $3::timestamptz, newer_than => $2::timestamptz)",
-        *(store.table, start, end),
-    )
+    dropped: int = await connection.fetchval("SELECT drop_stored($1, $2, $3)", store.table, start, end)
     return dropped
 
 
@@ -152,7 +148,10 @@ async def remove_quarantined(connection: Connection, firm_id: int, cutoff: datet
 
 
 async def begin_run(connection: Connection, now_us: int) -> int:
-    """Also forgets runs older than a year."""
+    """Also forgets runs older than a year, and doors that wrote their last record long before the message log forgot it."""
+    await connection.execute(
+        "DELETE FROM door_numbers WHERE missing = 0 AND noted < $1::timestamptz - INTERVAL '30 days'", from_us(now_us)
+    )
     await connection.execute(
         "DELETE FROM retention_run WHERE started < $1::timestamptz - INTERVAL '1 year'", from_us(now_us)
     )

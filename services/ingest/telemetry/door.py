@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from prometheus_client import Counter
 
+from services.common import tracing
 from services.common.clock import Clock
 from services.common.directory import Directory
-from services.common.errors import Forbidden, HubError, Invalid, SlowDown, TooLarge
+from services.common.errors import Forbidden, HubError, Invalid, SlowDown, TooLarge, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import current_correlation_id, get_logger
 from services.ingest.diagnosis.sightings import Sightings
@@ -31,8 +32,12 @@ LINES_ROWS_AT_ONCE = 10_000
 
 # What came in at the door, in samples, by what became of it. sent = accepted + quarantined + refused.
 samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
-# Requests and stream messages that were sent back, by reason; their senders keep what was in them.
+# Requests and stream messages with telemetry, and those of them that were sent back, by reason; their senders keep what was in
+# them. TRY_AGAIN, SLOW_DOWN and INTERNAL are the hub's fault, the others the sender's.
+requests_total = Counter("smdih_ingest_door_requests_total", "Requests with telemetry", ["door"])
 refusals_total = Counter("smdih_ingest_door_refusals_total", "Telemetry sent back", ["reason"])
+for _reason in (HubError.REASON, SlowDown.REASON, TryAgain.REASON):
+    refusals_total.labels(_reason)
 # Quarantined samples by reason.
 quarantined_total = Counter("smdih_ingest_door_quarantined_samples_total", "Samples put into quarantine", ["reason"])
 
@@ -40,6 +45,13 @@ quarantined_total = Counter("smdih_ingest_door_quarantined_samples_total", "Samp
 @functools.cache  # a door's name is one of a few, and looking the counter up took longer than counting
 def _accepted_total(door: str) -> Counter:
     return samples_total.labels(door, "accepted")
+
+
+@functools.cache
+def _requests_total(door: str) -> Counter:
+    for outcome in ("accepted", "quarantined", "refused"):
+        samples_total.labels(door, outcome)
+    return requests_total.labels(door)
 
 
 @dataclass(slots=True)  # not frozen, which would cost more: there is one for every batch
@@ -180,6 +192,7 @@ class Door:
 
     def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[Taken]:
         """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid."""
+        _requests_total(sender.door).inc()
         try:
             _check_number(batches)
             self._group_commit.check_room()
@@ -194,6 +207,8 @@ class Door:
         bucket.spend(accepted + sum([record.samples for one in taken for record in one.checked.quarantine]))
         _accepted_total(sender.door).inc(accepted)
         self._in_flight.add(sender.credential_id, taken)
+        if tracing.is_on():
+            tracing.note("door take", [sender.correlation_id], seconds=0, kind="producer")
         return taken
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:

@@ -5,15 +5,18 @@ partition is the order of `put`: a later batch is never durable before an earlie
 """
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 
 from services.common.errors import HubError, SlowDown
-from services.common.kafka import Publisher
+from services.common.kafka import Message, Publisher
 from services.common.logs import get_logger
+from services.common.metrics import watch_queue_bytes
 from services.common.topics import QUARANTINE, SAMPLES
+from services.ingest.numbering import Numbering
 from smdih.ingest.v1 import records_pb2
 
 log = get_logger(__name__)
@@ -26,8 +29,6 @@ RETRY_AFTER_S = 2
 # Records that the door has published, and the batches in them: their ratio shows how full the group commit is.
 records_total = Counter("smdih_ingest_door_records_total", "Records published by the door", ["topic"])
 batches_total = Counter("smdih_ingest_door_batches_total", "Batches in published records", ["topic"])
-# Bytes that the door has taken and Kafka does not hold yet; bounded by WAITING_BYTES_MAX.
-waiting_bytes = Gauge("smdih_ingest_door_waiting_bytes", "Bytes on their way to the message log")
 
 
 class Commit:
@@ -70,8 +71,11 @@ class Share(NamedTuple):
 class _Queue:
     """Collects payloads while `send` publishes the ones before."""
 
-    def __init__(self, send: Callable[[Sequence[bytes]], Awaitable[None]], bytes_max: int, items_max: int) -> None:
+    def __init__(
+        self, send: Callable[[Sequence[bytes], Numbering], Awaitable[None]], bytes_max: int, items_max: int
+    ) -> None:
         self._send = send
+        self._numbering = Numbering()
         self._bytes_max = bytes_max
         self._items_max = items_max
         self._waiting: list[tuple[bytes, Commit]] = []
@@ -109,8 +113,9 @@ class _Queue:
                 if commit is self._open:
                     self._open, self._open_bytes, self._open_items = Commit(), 0, 0
                 try:
-                    await self._send(payloads)
+                    await self._send(payloads, self._numbering)
                 except Exception as error:  # whatever it was, nobody may wait for ever
+                    self._numbering.renew()
                     if not isinstance(error, HubError):
                         log.exception("publish failed in an unknown way")
                         error = HubError(retry_after_s=RETRY_AFTER_S)
@@ -139,11 +144,14 @@ class GroupCommit:
     def __init__(self, publisher: Publisher, *, partitions: int) -> None:
         self._publisher = publisher
         self._samples = [
-            _Queue(lambda payloads, p=partition: self._publish_samples(p, payloads), RECORD_BYTES_MAX, 100_000)  # type: ignore[misc]
+            _Queue(functools.partial(self._publish_samples, partition), RECORD_BYTES_MAX, 100_000)
             for partition in range(partitions)
         ]
         self._quarantine = _Queue(self._publish_quarantine, RECORD_BYTES_MAX, QUARANTINE_AT_ONCE_MAX)
-        waiting_bytes.set_function(self._waiting_bytes)
+        watch_queue_bytes("door", self._waiting_bytes, limit=WAITING_BYTES_MAX)
+        for topic in (SAMPLES, QUARANTINE):
+            records_total.labels(topic)
+            batches_total.labels(topic)
 
     def check_room(self) -> None:
         """Raise SlowDown when too much waits already: memory stays bounded however slow the message log is."""
@@ -165,15 +173,18 @@ class GroupCommit:
     async def close(self) -> None:
         await asyncio.gather(*(queue.close() for queue in (*self._samples, self._quarantine)))
 
-    async def _publish_samples(self, partition: int, payloads: Sequence[bytes]) -> None:
+    async def _publish_samples(self, partition: int, payloads: Sequence[bytes], numbering: Numbering) -> None:
         # SamplesRecord { repeated FrameBatch batches = 1 }: the parts are serialized already, only their tags are missing.
         record = b"".join(part for payload in payloads for part in (b"\x0a", _varint(len(payload)), payload))
-        await self._publisher.publish(SAMPLES, record, partition=partition)
+        numbers = numbering.take(len(payloads))
+        await self._publisher.publish(SAMPLES, record, partition=partition, headers=[numbers])
         records_total.labels(SAMPLES).inc()
         batches_total.labels(SAMPLES).inc(len(payloads))
 
-    async def _publish_quarantine(self, payloads: Sequence[bytes]) -> None:
-        await asyncio.gather(*(self._publisher.publish(QUARANTINE, payload, partition=0) for payload in payloads))
+    async def _publish_quarantine(self, payloads: Sequence[bytes], numbering: Numbering) -> None:
+        await self._publisher.publish_all(
+            [Message(QUARANTINE, payload, partition=0, headers=(numbering.take(1),)) for payload in payloads]
+        )
         records_total.labels(QUARANTINE).inc(len(payloads))
         batches_total.labels(QUARANTINE).inc(len(payloads))
 

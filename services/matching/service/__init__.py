@@ -13,6 +13,7 @@ from services.matching.service.desk import Desk
 from services.matching.service.matches import Matches
 from services.matching.service.maturity import Maturity
 from services.matching.service.needs import Needs
+from services.matching.service.notices import Notices
 from services.matching.service.offers import Offers
 from services.matching.service.providers import Providers
 from services.matching.service.reports import Reports
@@ -45,4 +46,5 @@ class Matching:
         self.sessions = Sessions(pool, relay, Known(directory), clock=clock)
         self.needs = Needs(pool, index, relay, directory, self.offers, clock=clock, limits=limits)
         self.maturity = Maturity(pool, Known(directory), self.needs, clock=clock)
+        self.notices = Notices(pool, clock=clock)
         self.reports = Reports(pool, clock=clock)

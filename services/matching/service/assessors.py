@@ -19,7 +19,8 @@ from services.matching.store import providers as providers_store
 log = get_logger(__name__)
 
 APPLICATION_CHARACTERS_MAX = 20_000
-PARTIES_MAX = 100
+# As many as an enterprise has firms; an application has at most 100 pledges and 20 partners.
+PARTIES_MAX = 200
 ASSESSORS_MAX = 50
 ASSESSORS_DEFAULT = 5
 

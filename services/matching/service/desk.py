@@ -24,6 +24,7 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.notices import tell_of_offers
 from services.matching.service.offers import Offers, offer_for
 from services.matching.service.sight import offer_as_seen_by
 from services.matching.store import needs as needs_store
@@ -122,6 +123,7 @@ class Desk:
             )
             with correlated(need.correlation_id):
                 await self._offers.make(connection, [offer])
+                await tell_of_offers(connection, [offer])
                 await needs_store.set_need_offers(connection, need_id, need.offers + 1, no_offer_reason="")
         self._relay.kick()
         log.info("provider proposed", need=need_id, provider=provider_id, by=caller.credential_id)

@@ -9,6 +9,7 @@ from services.common.errors import Conflict, Invalid
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.common.outbox import OutboxRelay
+from services.matching import notices
 from services.matching.index import ProviderIndex
 from services.matching.matches import POINTS_MAX, POINTS_MIN, Match, MatchState, Result, Score, Side
 from services.matching.needs import Limits, NeedState, OfferState
@@ -24,6 +25,7 @@ from services.matching.service.rooms import end_rooms_of_match
 from services.matching.service.sight import SUPPLIERS, match_seen_by
 from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
+from services.matching.store import notices as notices_store
 from services.matching.store import offers as offers_store
 from services.matching.store import places as places_store
 from services.matching.store import providers as providers_store
@@ -138,7 +140,7 @@ class Matches:
             if match.state is not MatchState.CANCELLED:
                 _require(match, MatchState.ACCEPTED, MatchState.ENGAGED)
                 match = replace(match, state=MatchState.CANCELLED, ended=self._now(), end_reason=reason.strip())
-                await self._undo(connection, match, Why.CANCELLED, by=caller.credential_id, reopen=reopen)
+                await self._undo(connection, match, Why.CANCELLED, by=caller, reopen=reopen)
         self._relay.kick()
         self._index.kick()
         return _as_seen_by(caller, match)
@@ -206,24 +208,31 @@ class Matches:
             log.info("match changed", match=match.id, state=match.state, need=match.need_id, provider=match.provider_id)
         return match
 
-    async def _undo(self, connection: Connection, match: Match, why: Why, *, by: int | None, reopen: bool) -> None:
-        """The match came to nothing: its place, its offer and its need follow. The match must be held and standing."""
+    async def _undo(self, connection: Connection, match: Match, why: Why, *, by: Caller | None, reopen: bool) -> None:
+        """The match came to nothing: its place, its offer and its need follow, and whoever did not end it is told. The match must
+        be held and standing. `by` None: the hub, when its time was over."""
+        credential_id = by.credential_id if by else None
         given_back = await places_store.release(connection, [match.id], why)
         assert given_back == {match.id}, f"match {match.id} stood without a place"
-        await self._keep(connection, match, by=by)
+        await self._keep(connection, match, by=credential_id)
         offer = await offers_store.offer(connection, match.offer_id)
         assert offer is not None and match.ended is not None  # noqa: PT018  by foreign key; whoever ends a match says when
         reason = match.end_reason
         with correlated(match.correlation_id):
             await offers_store.decide_offer(
-                connection, offer.id, OfferState.CANCELLED, decided=match.ended, by=by, reason=reason
+                connection, offer.id, OfferState.CANCELLED, decided=match.ended, by=credential_id, reason=reason
             )
             cancelled = replace(offer, state=OfferState.CANCELLED, decided=match.ended, decision_reason=reason)
             await publish_offers(connection, [cancelled])
         if offer.machine_id:
             await needs_store.lock_machines(connection, {offer.machine_id})
-        if not (reopen and await needs_store.reopen_need(connection, match.need_id)):
+        reopened = reopen and await needs_store.reopen_need(connection, match.need_id)
+        if not reopened:
             await needs_store.end_need(connection, match.need_id, NeedState.CLOSED, ended=match.ended)
+        told = [side for side in (Side.FIRM, Side.PARTNER) if by is None or by.role.value != side.value]
+        await notices_store.add_notices(
+            connection, [notices.of_ended_match(match, offer, side, reopened=reopened) for side in told]
+        )
 
     def _now(self) -> datetime:
         return from_us(self._clock.now_us())

@@ -13,6 +13,7 @@ from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.common.outbox import OutboxRelay
+from services.matching import notices
 from services.matching.domain import FilterCode
 from services.matching.index import ProviderIndex
 from services.matching.matches import Match
@@ -31,6 +32,7 @@ from services.matching.needs import (
 from services.matching.providers import ProviderRecord
 from services.matching.ranking import Ranked, Ranking
 from services.matching.service.checks import (
+    CHOSEN_ID,
     NOTE_CHARACTERS_MAX,
     before_token,
     check_text,
@@ -38,10 +40,12 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.notices import tell_of_offers
 from services.matching.service.publishing import publish_match, publish_offers
 from services.matching.service.sight import SUPPLIERS, need_seen_by, offer_as_seen_by, sees_offer
 from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
+from services.matching.store import notices as notices_store
 from services.matching.store import offers as offers_store
 from services.matching.store import places as places_store
 from services.matching.store import providers as providers_store
@@ -117,8 +121,10 @@ class Offers:
             await offers_store.add_offers(connection, offers)
             await publish_offers(connection, offers)
 
-    async def offers_of_need(self, caller: Caller, need_id: str, state: OfferState | None) -> list[Offer]:
-        """Best first; for partners those of their own providers, for a provider its own."""
+    async def offers_of_need(
+        self, caller: Caller, need_id: str, state: OfferState | None, round_id: str = ""
+    ) -> list[Offer]:
+        """Best first; for partners those of their own providers, for a provider its own. Of a round, where one is named."""
         caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         async with transaction(self._pool) as connection:
             if caller.role not in SUPPLIERS:
@@ -127,13 +133,16 @@ class Offers:
         seen = [offer_as_seen_by(caller, offer) for offer in found if sees_offer(caller, offer)]
         if caller.role in SUPPLIERS and not seen:
             raise NotFound()
-        return [offer for offer in seen if state in (None, offer.state)]
+        return [offer for offer in seen if state in (None, offer.state) and round_id in ("", offer.round_id)]
 
     async def list_offers(
-        self, caller: Caller, *, state: OfferState | None, page_size: int, page_token: str
+        self, caller: Caller, *, state: OfferState | None, round_id: str = "", page_size: int, page_token: str
     ) -> tuple[list[Offer], str]:
-        """A page of all offers that the caller may see, newest first, and the token of the next ("": there is none)."""
+        """A page of all offers that the caller may see, of a round where one is named, newest first, and the token of the next
+        ("": there is none)."""
         caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
+        if round_id and not CHOSEN_ID.fullmatch(round_id):
+            raise NotFound("There is no such round.")
         limit = page_size_of(page_size)
         async with transaction(self._pool) as connection:
             found = await offers_store.list_offers(
@@ -142,6 +151,7 @@ class Offers:
                 partner_id=caller.partner_id if caller.role is Role.PARTNER else 0,
                 provider_id=caller.provider_id if caller.role is Role.PROVIDER else "",
                 state=state,
+                round_id=round_id,
                 before=before_token(page_token),
                 limit=limit + 1,
             )
@@ -212,6 +222,7 @@ class Offers:
             )
         await matches_store.add_match(connection, match)
         await publish_match(connection, match)
+        await notices_store.add_notices(connection, [notices.of_acceptance(match, offer)])
         by = caller.credential_id
         await offers_store.decide_offer(connection, offer.id, OfferState.ACCEPTED, decided=now, by=by, reason="")
         accepted = replace(offer, state=OfferState.ACCEPTED, decided=now, match_id=match.id)
@@ -315,6 +326,7 @@ class Offers:
             offers, why = await self.choose(connection, need, await self.rank(need))
             await needs_store.set_need_offers(connection, need.id, len(offers), no_offer_reason=why)
             await self.make(connection, offers)
+            await tell_of_offers(connection, offers)
         return bool(offers)
 
     async def _lapse(self, connection: Connection, offers: Sequence[Offer], why: Lapse) -> None:

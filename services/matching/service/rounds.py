@@ -18,6 +18,7 @@ from services.matching.needs import Limits, Need, NoOffer, Origin, match_id, off
 from services.matching.ranking import Ranker
 from services.matching.rounds import Outcome, Place, Round, needs_at_once, place_needs
 from services.matching.service.checks import CHOSEN_ID
+from services.matching.service.notices import tell_of_offers
 from services.matching.service.offers import PLACE_GRACE, Offers, offer_for
 from services.matching.store import needs as needs_store
 from services.matching.store import places as places_store
@@ -198,6 +199,7 @@ class Rounds:
                 for place in got
             ]
             await self._offers.make(connection, offers)
+            await tell_of_offers(connection, offers)
             await rounds_store.set_placed(connection, [offer.need_id for offer in offers])
             await rounds_store.count_in_round(
                 connection, running.id, offers=len(offers), from_safety_net=sum(each.from_safety_net for each in got)

@@ -1,0 +1,297 @@
+"""`make k8s-test`: the hub on a real cluster, from admission to a roll-out under load. Usage: python -m deploy.k8s.check
+
+Runs on whatever cluster KUBECONFIG and KUBECTL (default: kubectl) reach; docs/kubernetes.md says how on kind. Kafka, TimescaleDB
+and Mosquitto are started on this machine, and only removed with the namespace when the check ends.
+
+  K8S_LOAD_IMAGE    a command that brings the image's archive onto the nodes; {} stands for the archive
+  K8S_IMAGE         the image (localhost/smdih-hub:dev)
+  K8S_NEXT_IMAGE    the version that is rolled out under load; without it the same one is rolled once more
+  K8S_NODE          an address at which node ports answer     K8S_SERVERS_HOST  this machine's address as pods reach it
+  K8S_KEEP=1        leave everything running at the end
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from bench.plant import register
+from chaos.stage import Outcome, poll
+from chaos.telemetry import HISTORY_S, judge, load
+from demo.__main__ import told
+from demo.journey import Journey, JourneyError, Observer
+from demo.story import Story
+from deploy.k8s.cluster import (
+    NAMESPACE,
+    Cluster,
+    ClusterError,
+    Mqtt,
+    this_machine_as_seen_from,
+    write_overlay,
+)
+from localstack.hub import Hub
+from localstack.mosquitto import BRIDGE, Mosquitto
+from localstack.servers import LOCAL, ROOT, LocalServers, Servers, ServersError
+from services.common import logs
+from services.common.evidence import new_key
+from services.common.kafka import Cluster as KafkaCluster
+
+HERE = Path(__file__).parent
+ARCHIVE = LOCAL / "image/smdih-hub.tar"
+MACHINES = 30
+REQUESTS_A_SECOND = 10  # to each service
+DEPLOY_DEADLINE_S = 1_800
+TWO_DOORS_DEADLINE_S = 120
+DRAINED_WITHIN_S = 300.0  # a node may have little to spare
+
+
+class Claims:
+    """What was seen to hold, and what was not."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.passed = 0
+
+    def that(self, claim: str, holds: bool, why: str = "") -> None:
+        self.passed += holds
+        self.failed += not holds
+        print(f"{'ok  ' if holds else 'FAIL'} {claim}{'' if holds or not why else ': ' + why}", flush=True)
+
+
+@asynccontextmanager
+async def servers_for(host: str) -> AsyncIterator[tuple[Servers, Mqtt]]:
+    """A broker, a database and an MQTT broker of this run, at an address that pods reach."""
+    local = LocalServers("k8s", host=host)
+    broker = Mosquitto(LOCAL / "stacks/k8s/mosquitto", host=host)
+    await local.remove()
+    try:
+        servers = await local.start()
+        broker.start()
+        yield servers, Mqtt(broker.port, BRIDGE, broker.passwords[BRIDGE])
+    finally:
+        if not os.environ.get("K8S_KEEP"):
+            broker.stop()
+            await local.remove()
+
+
+def admission(cluster: Cluster, overlay: Path, claims: Claims) -> None:
+    """What the server says of every object, and that it refuses what is not restricted."""
+    cluster.run("apply", "--server-side", "-f", str(HERE / "base/namespace.yaml"))
+    rendered = cluster.run("kustomize", str(overlay)).stdout
+    strict = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "--warnings-as-errors")
+    done = cluster.run("apply", *strict, "-f", "-", given=rendered, check=False)
+    claims.that(
+        f"the server accepts all {rendered.count(chr(10) + 'kind: ')} objects strictly, without a warning",
+        done.returncode == 0,
+        done.stderr,
+    )
+    for path in sorted((HERE / "refused").glob("*.yaml")):
+        done = cluster.run("apply", "--dry-run=server", "-f", "-", given=path.read_text(), check=False)
+        claims.that(f"the namespace refuses {path.stem}", "violates PodSecurity" in done.stderr, done.stderr)
+
+
+async def deploy(overlay: Path) -> tuple[bool, str, float]:
+    """The deploy script as an operator runs it: whether it succeeded, what it said, how many seconds it took."""
+    began = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *("bash", str(HERE / "deploy.sh"), str(overlay)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(DEPLOY_DEADLINE_S):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    return process.returncode == 0, output.decode(), time.monotonic() - began
+
+
+async def roll_out(overlay: Path, claims: Claims) -> None:
+    """The first time."""
+    done, said, seconds = await deploy(overlay)
+    claims.that(f"migrated and rolled out in {seconds:.0f} s", done, said)
+    if not done:
+        raise ClusterError("the roll-out failed")
+
+
+async def journey(hub: Hub, claims: Claims) -> None:
+    """From telemetry to an award, through the Services."""
+    story: Story = told(None)
+    observing = asyncio.create_task(Observer(hub, story).run())
+    try:
+        await Journey(hub, story).walk()
+        await asyncio.sleep(1)  # the observer's last look
+    finally:
+        observing.cancel()
+        await asyncio.gather(observing, return_exceptions=True)
+    summary = story.summary()
+    samples = summary["samples"]
+    kept = samples["stored"] == samples["acknowledged"] == samples["sent"] and samples["duplicated"] == 0
+    claims.that(f"{samples['acknowledged']:,} samples through the door, each stored once", kept, str(samples))
+    alarms = summary["alarms"]
+    claims.that(f"{alarms['raised']} alarms, all known faults found", alarms["faults_found"] == alarms["faults_known"])
+    claims.that(f"an award of {summary['award']['grant_pence']} pence", summary["trial_balance_pence"] == 0)
+
+
+async def eviction(cluster: Cluster, claims: Claims) -> None:
+    """A drain may take one door, and has to wait with the other."""
+
+    async def are_two_ready() -> bool:
+        ready = [
+            pod
+            for pod in cluster.pods("door")
+            if any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", ()))
+        ]
+        return len(ready) >= 2
+
+    await poll("two doors are ready", are_two_ready, deadline_s=TWO_DOORS_DEADLINE_S, interval_s=1)
+    first, second, *_ = (pod["metadata"]["name"] for pod in cluster.pods("door"))
+    claims.that("the budget lets one door be evicted", cluster.evict(first))
+    claims.that("the budget refuses the next one meanwhile", not cluster.evict(second))
+    await poll("two doors are ready again", are_two_ready, deadline_s=TWO_DOORS_DEADLINE_S, interval_s=1)
+
+
+@dataclass
+class Asked:
+    """Requests that went out and what came back."""
+
+    answered: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    slowest_s: float = 0.0
+
+
+async def ask(base: str, path: str, key: str, asked: Asked) -> None:
+    """Ask over kept connections until cancelled; nothing is tried twice."""
+    async with httpx.AsyncClient(base_url=base, headers={"Authorization": f"Bearer {key}"}, timeout=10) as client:
+        while True:
+            began = time.monotonic()
+            try:
+                answer = await client.get(path)
+                counter = asked.answered if answer.status_code == 200 else asked.failed
+                counter[f"{path} {answer.status_code}"] += 1
+            except httpx.HTTPError as error:
+                asked.failed[f"{path} {error!r}"] += 1
+            asked.slowest_s = max(asked.slowest_s, time.monotonic() - began)
+            await asyncio.sleep(max(0.0, 1 / REQUESTS_A_SECOND - (time.monotonic() - began)))
+
+
+PATHS = {
+    "door": "/v1/firms?page_size=1",
+    "anomaly": "/v1/alarms?page_size=1",
+    "matching": "/v1/providers?page_size=1",
+    "funding": "/v1/fund",
+}
+
+
+async def roll_out_under_load(next_overlay: Path, hub: Hub, claims: Claims) -> None:
+    """The next version: migrated, and every process replaced, while gateways send and people ask."""
+    plant = await register(hub.settings.database_dsn, KafkaCluster.of(hub.settings), MACHINES)
+    await asyncio.sleep(2)  # the doors' directories follow
+    start_s = int(time.time()) - HISTORY_S
+    asked, outcome = Asked(), Outcome()
+    async with load(hub, plant, start_s, secrets.randbelow(2**31)) as sender:
+        asking = [
+            asyncio.create_task(ask(hub.processes[name].http, path, hub.operator_key, asked))
+            for name, path in PATHS.items()
+        ]
+        await asyncio.sleep(3)
+        done, said, seconds = await deploy(next_overlay)
+        await asyncio.sleep(15)  # the last of the old pods end
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        sent = await sender.stop()
+        ledger = np.loadtxt(sender.ledger, dtype=np.int64, ndmin=2)
+    claims.that(f"every process was replaced in {seconds:.0f} s under load", done, said)
+    await judge(hub, plant, ledger, start_s, time.monotonic(), outcome, DRAINED_WITHIN_S)
+    whole = sent["sent"] == sent["acknowledged"] and not sent["problems"] and not outcome.broken
+    claims.that(
+        f"{outcome.acknowledged:,} samples acknowledged meanwhile ({sent['reconnects']} reconnects), "
+        f"{outcome.lost} lost, {outcome.duplicated} twice",
+        outcome.ok and whole,
+        f"{sent} {outcome.broken}",
+    )
+    total = sum(asked.answered.values()) + sum(asked.failed.values())
+    claims.that(
+        f"{total:,} requests meanwhile, {sum(asked.failed.values())} failed, the slowest took {asked.slowest_s:.1f} s",
+        not asked.failed and total > 0,
+        str(dict(asked.failed)),
+    )
+
+
+async def tell_memory(hub: Hub) -> None:
+    """What the processes hold after all this: the requests in the manifests are to be above it."""
+    async with httpx.AsyncClient(timeout=5) as client:
+        for name, running in hub.processes.items():
+            text = (await client.get(f"{running.http}/metrics")).text
+            held = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes")]
+            print(f"     {name}: {float(held[0].split()[1]) / 2**20:.0f} MiB resident", flush=True)
+
+
+async def check() -> int:
+    """Everything, one after the other. Told to stop, it first removes what it made."""
+    me = asyncio.current_task()
+    assert me is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, me.cancel)
+    cluster, claims = Cluster(), Claims()
+    image = os.environ.get("K8S_IMAGE", "localhost/smdih-hub:dev")
+    node = cluster.node_address()
+    host = this_machine_as_seen_from(node)
+    if command := os.environ.get("K8S_LOAD_IMAGE"):
+        subprocess.run([part.replace("{}", str(ARCHIVE)) for part in shlex.split(command)], check=True)
+    async with servers_for(host) as (servers, mqtt):
+        evidence = new_key()
+        overlay = write_overlay(servers, mqtt, host, image, evidence)
+        try:
+            admission(cluster, overlay, claims)
+            await roll_out(overlay, claims)
+            # As an operator makes the first key.
+            made = ("deploy/door", "--", "python3", "-m", "services.ingest.main", "operator-key")
+            key = cluster.run("-n", NAMESPACE, "exec", *made).stdout.strip()
+            hub = Hub(servers, LOCAL / "log/k8s")
+            hub.operator_key, hub.processes = key, cluster.processes(node)
+            await journey(hub, claims)
+            await eviction(cluster, claims)
+            # Another image, or else another setting: either replaces every pod.
+            next_image = os.environ.get("K8S_NEXT_IMAGE", image)
+            write_overlay(servers, mqtt, host, next_image, evidence, log_level="WARNING")
+            await roll_out_under_load(overlay, hub, claims)
+            await tell_memory(hub)
+        finally:
+            if not os.environ.get("K8S_KEEP"):
+                with contextlib.suppress(ClusterError):
+                    cluster.run("delete", "namespace", NAMESPACE, "--wait")
+    print(f"{claims.passed} passed, {claims.failed} failed")
+    return 1 if claims.failed else 0
+
+
+def main() -> int:
+    logs.configure("k8s-test", "ERROR")
+    os.chdir(ROOT)
+    try:
+        return asyncio.run(check())
+    except (ClusterError, ServersError, JourneyError, TimeoutError) as error:
+        print(f"k8s-test: {error}", file=sys.stderr)
+        return 1
+    except asyncio.CancelledError:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

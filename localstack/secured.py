@@ -1,0 +1,248 @@
+"""A Kafka that knows who comes and refuses what is not theirs: TLS, SCRAM and access rules, beside the open one of the local stack.
+
+Its users and rules are those of services/common/access.py.
+"""
+
+import asyncio
+import datetime
+import ipaddress
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from localstack.servers import (
+    JAVA_OPTIONS,
+    KAFKA_LIBS,
+    START_TIMEOUT_S,
+    ServersError,
+    broker_settings,
+    cluster_id,
+    free_port,
+    listens,
+    run_to_end,
+)
+from services.common.access import ACCESSES, Access, Operation, Resource, rules
+from services.common.kafka import Cluster, Identity
+
+ADMIN: Final = "admin"
+ADMIN_TIMEOUT_S: Final = 20
+SCRAM_ITERATIONS: Final = 4096
+
+_OPERATIONS: Final = {
+    Operation.READ: AclOperation.READ,
+    Operation.WRITE: AclOperation.WRITE,
+    Operation.CREATE: AclOperation.CREATE,
+    Operation.DESCRIBE: AclOperation.DESCRIBE,
+}
+_RESOURCES: Final = {Resource.TOPIC: ResourceType.TOPIC, Resource.GROUP: ResourceType.GROUP}
+
+
+class SecuredKafka:
+    """A broker of its own in `folder`; a certificate authority is made for it. Its administrator may do everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._passwords = {ADMIN: secrets.token_hex(16)}
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self._port}"
+
+    def identity(self, user: str) -> Identity:
+        """Raises KeyError for a user that `admit` has not made."""
+        return Identity("SASL_SSL", "SCRAM-SHA-512", user, self._passwords[user], str(self._folder / "ca.pem"))
+
+    def identities(self) -> dict[str, Identity]:
+        """By the process that each is for."""
+        return {access.process: self.identity(access.user) for access in ACCESSES if access.user in self._passwords}
+
+    async def start(self) -> None:
+        """Raises ServersError with the next step."""
+        if not KAFKA_LIBS.is_dir():
+            raise ServersError("the local Kafka is not installed: run `make setup`")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _make_certificates(self._folder)
+        config, log_file = self._folder / "kafka.properties", self._folder / "kafka.log"
+        config.write_text("\n".join(self._settings()))
+        config.chmod(0o600)
+        java = ["java", "-cp", f"{KAFKA_LIBS}/*"]
+        scram = f"SCRAM-SHA-512=[name={ADMIN},password={self._passwords[ADMIN]}]"
+        await run_to_end(
+            [
+                *(*java, "kafka.tools.StorageTool", "format", "--standalone"),
+                *("-t", cluster_id(), "-c", str(config), "--add-scram", scram),
+            ],
+            log_file,
+        )
+        with log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*java[:1], *JAVA_OPTIONS, *java[1:], "kafka.Kafka", str(config)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while not await self._answers():
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise ServersError(f"Kafka did not start: see {log_file}") from None
+
+    def remove(self) -> None:
+        """End it and delete its data."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def admit(self, accesses: Iterable[Access] = ACCESSES, *, prefix: str = "") -> None:
+        """Make the users and rules of these processes, for a hub whose topics have this prefix."""
+        await asyncio.to_thread(self._admit, tuple(accesses), prefix)
+        for access in accesses:
+            if access.user in self._passwords:
+                await self._until_known(access.user)
+
+    def _admit(self, accesses: tuple[Access, ...], prefix: str) -> None:
+        admin = AdminClient(
+            {
+                "bootstrap.servers": self.bootstrap,
+                "security.protocol": "SASL_SSL",
+                "ssl.ca.location": str(self._folder / "ca.pem"),
+                "sasl.mechanism": "SCRAM-SHA-512",
+                "sasl.username": ADMIN,
+                "sasl.password": self._passwords[ADMIN],
+            }
+        )
+        scram = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, SCRAM_ITERATIONS)
+        users = {access.user: secrets.token_hex(16) for access in accesses if access.user not in self._passwords}
+        if users:
+            _wait(
+                admin.alter_user_scram_credentials(
+                    [UserScramCredentialUpsertion(user, scram, password.encode()) for user, password in users.items()]
+                )
+            )
+        self._passwords |= users
+        bindings = [
+            AclBinding(
+                _RESOURCES[rule.resource],
+                rule.name,
+                ResourcePatternType.LITERAL,
+                f"User:{access.user}",
+                "*",
+                _OPERATIONS[rule.operation],
+                AclPermissionType.ALLOW,
+            )
+            for access in accesses
+            for rule in rules(access, prefix=prefix)
+        ]
+        _wait(admin.create_acls(bindings))
+
+    async def _until_known(self, user: str) -> None:
+        async with asyncio.timeout(ADMIN_TIMEOUT_S):
+            while not await self._answers(user):
+                await asyncio.sleep(0.05)
+
+    async def _answers(self, user: str = ADMIN) -> bool:
+        if self._process is not None and self._process.poll() is not None:
+            raise ServersError(f"Kafka ended by itself: see {self._folder / 'kafka.log'}")
+        if not listens(self._port):
+            return False
+        admin = AIOKafkaAdminClient(**Cluster(self.bootstrap, identity=self.identity(user)).client())
+        try:
+            await admin.start()
+            return True
+        except (KafkaError, OSError):
+            return False
+        finally:
+            await admin.close()
+
+    def _settings(self) -> list[str]:
+        listener = "listener.name.sasl_ssl"
+        login = (
+            "org.apache.kafka.common.security.scram.ScramLoginModule required "
+            f'username="{ADMIN}" password="{self._passwords[ADMIN]}";'
+        )
+        return [
+            *broker_settings(f"SASL_SSL://{self.bootstrap}", free_port(), self._folder / "data"),
+            "listener.security.protocol.map=SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT",
+            "inter.broker.listener.name=SASL_SSL",
+            "sasl.mechanism.inter.broker.protocol=SCRAM-SHA-512",
+            "sasl.enabled.mechanisms=SCRAM-SHA-512",
+            f"{listener}.scram-sha-512.sasl.jaas.config={login}",
+            f"{listener}.ssl.keystore.type=PEM",
+            f"{listener}.ssl.keystore.location={self._folder / 'broker.pem'}",
+            f"{listener}.ssl.truststore.type=PEM",
+            f"{listener}.ssl.truststore.location={self._folder / 'ca.pem'}",
+            "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            # Nobody is who comes over the controller's own listener.
+            f"super.users=User:{ADMIN};User:ANONYMOUS",
+        ]
+
+
+def _wait(futures: dict[Any, "Future[Any]"]) -> None:
+    for future in futures.values():
+        future.result(timeout=ADMIN_TIMEOUT_S)
+
+
+def _make_certificates(folder: Path) -> None:
+    """A certificate authority (ca.pem) and the broker's key and certificate (broker.pem), for some days."""
+    now = datetime.datetime.now(datetime.UTC)
+    authority_key, broker_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "local stack")])
+
+    def certificate(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(authority_name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(minutes=5))
+            .not_valid_after(now + datetime.timedelta(days=30))
+        )
+
+    authority = (
+        certificate(authority_name, authority_key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA256())
+    )
+    broker = (
+        certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")]), broker_key)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "ca.pem").write_bytes(authority.public_bytes(pem))
+    key_file = folder / "broker.pem"
+    key_file.touch(mode=0o600)
+    key_file.write_bytes(
+        broker_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + broker.public_bytes(pem)
+    )

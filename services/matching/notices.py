@@ -1,0 +1,143 @@
+"""Notices: what happened to a firm or a partner while it was not there, in a sentence with what to do now."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from zoneinfo import ZoneInfo
+
+from services.matching.matches import Match, MatchState, Side
+from services.matching.needs import Offer, notice_id
+from services.matching.sessions import Booking, BookingState, Session
+
+LONDON = ZoneInfo("Europe/London")
+NEED_CHARACTERS_SHOWN = 80
+
+
+class NoticeKind(StrEnum):
+    """The subject is a booking for the first three, a need for offers, and a match for the others."""
+
+    SEAT_OFFERED = "seat_offered"
+    # It was not confirmed in time.
+    SEAT_LOST = "seat_lost"
+    # By the partner.
+    BOOKING_CANCELLED = "booking_cancelled"
+    # By a round, by a partner, for an alarm, or for a need that had none before.
+    OFFERS_MADE = "offers_made"
+    OFFER_ACCEPTED = "offer_accepted"
+    # By the other side.
+    MATCH_CANCELLED = "match_cancelled"
+    MATCH_EXPIRED = "match_expired"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """For a firm or for a partner; the other id is 0."""
+
+    id: str
+    kind: NoticeKind
+    subject_id: str
+    text: str
+    made: datetime
+    correlation_id: str
+    firm_id: int = 0
+    partner_id: int = 0
+    # What there is to do is to be done by then.
+    act_by: datetime | None = None
+    read: datetime | None = None
+
+
+_OF_BOOKINGS = {
+    BookingState.OFFERED: NoticeKind.SEAT_OFFERED,
+    BookingState.EXPIRED: NoticeKind.SEAT_LOST,
+    BookingState.CANCELLED: NoticeKind.BOOKING_CANCELLED,
+}
+
+
+def of_booking(booking: Booking, session: Session, *, reason: str = "") -> Notice:
+    """For its firm: a seat was offered, lost, or taken back for a reason."""
+    kind = _OF_BOOKINGS[booking.state]
+    what = f'"{session.title}" on {_day(session.starts)}'
+    if kind is NoticeKind.SEAT_OFFERED:
+        assert booking.confirm_by is not None, "an offered seat has its time"
+        until = _time(booking.confirm_by)
+        text = f"A seat at {what} has come free for you. Confirm it by {until}; then it goes to the next in line."
+    elif kind is NoticeKind.SEAT_LOST:
+        text = f"Your seat at {what} was not confirmed in time and went to the next in line. Book again to stand in line anew."
+    else:
+        text = f"Your booking of {what} was cancelled: {reason}"
+    return Notice(
+        id=notice_id(booking.id, kind, str(booking.sequence)),
+        kind=kind,
+        subject_id=booking.id,
+        text=text,
+        made=booking.changed,
+        correlation_id=booking.correlation_id,
+        firm_id=booking.firm_id,
+        act_by=booking.confirm_by if kind is NoticeKind.SEAT_OFFERED else None,
+    )
+
+
+def of_offers(offers: Sequence[Offer]) -> Notice:
+    """For the firm of one need that these offers were made for."""
+    first = offers[0]
+    lapse = min(offer.expires for offer in offers)
+    need = (
+        first.need_text
+        if len(first.need_text) <= NEED_CHARACTERS_SHOWN
+        else f"{first.need_text[:NEED_CHARACTERS_SHOWN]}..."
+    )
+    waits = "An offer waits" if len(offers) == 1 else f"{len(offers)} offers wait"
+    return Notice(
+        id=notice_id(first.need_id, NoticeKind.OFFERS_MADE, first.id),
+        kind=NoticeKind.OFFERS_MADE,
+        subject_id=first.need_id,
+        text=f'{waits} for your answer to "{need}". Accept or decline by {_time(lapse)}.',
+        made=first.made,
+        correlation_id=first.correlation_id,
+        firm_id=first.firm_id,
+        act_by=lapse,
+    )
+
+
+def of_acceptance(match: Match, offer: Offer) -> Notice:
+    """For the partner: a firm has accepted its provider."""
+    assert match.engage_by is not None, "a new match has its time"
+    return Notice(
+        id=notice_id(match.id, NoticeKind.OFFER_ACCEPTED),
+        kind=NoticeKind.OFFER_ACCEPTED,
+        subject_id=match.id,
+        text=f'A firm has accepted "{offer.provider_title}". Engage by {_time(match.engage_by)}, or the match expires.',
+        made=match.accepted,
+        correlation_id=match.correlation_id,
+        partner_id=match.partner_id,
+        act_by=match.engage_by,
+    )
+
+
+def of_ended_match(match: Match, offer: Offer, side: Side, *, reopened: bool) -> Notice:
+    """For a side that did not end it itself."""
+    assert match.ended is not None, "whoever ends a match says when"
+    expired = match.state is MatchState.EXPIRED
+    why = "nobody said in time that work begins" if expired else match.end_reason.rstrip(".")
+    text = f'The match with "{offer.provider_title}" has ended: {why}.'
+    if side is Side.FIRM:
+        text += " Your need is open again and gets new offers." if reopened else " Your need is closed."
+    return Notice(
+        id=notice_id(match.id, "ended", side),
+        kind=NoticeKind.MATCH_EXPIRED if expired else NoticeKind.MATCH_CANCELLED,
+        subject_id=match.id,
+        text=text,
+        made=match.ended,
+        correlation_id=match.correlation_id,
+        firm_id=match.firm_id if side is Side.FIRM else 0,
+        partner_id=match.partner_id if side is Side.PARTNER else 0,
+    )
+
+
+def _day(time_: datetime) -> str:
+    return f"{time_.astimezone(LONDON):%-d %B %Y}"
+
+
+def _time(time_: datetime) -> str:
+    return f"{time_.astimezone(LONDON):%-d %B %Y, %H:%M}"

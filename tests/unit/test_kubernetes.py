@@ -1,0 +1,290 @@
+"""The manifests against the code: who speaks to whom, which settings are set, how long a stop may take, which topics there are."""
+
+import ast
+import functools
+import importlib
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.k8s import write
+from localstack.hub import ROLES
+from services.anomaly.settings import AnomalySettings
+from services.common.access import access_of
+from services.common.runtime import STOP_TIMEOUT_S
+from services.common.settings import Settings
+from services.funding.main import FundingSettings
+from services.ingest.main import MqttSettings
+from services.matching.main import MatchingSettings
+
+BASE = Path("deploy/k8s/base")
+# How each process is wired: the function that is given the settings, and their class.
+ENTRIES: dict[str, tuple[str, str, type[Settings]]] = {
+    "door": ("services.ingest.main", "start_door", Settings),
+    "historian": ("services.ingest.main", "start_historian", Settings),
+    "mqtt-bridge": ("services.ingest.main", "start_mqtt", MqttSettings),
+    "anomaly-worker": ("services.anomaly.worker_process", "process", AnomalySettings),
+    "anomaly": ("services.anomaly.api_process", "process", AnomalySettings),
+    "anomaly-notifier": ("services.anomaly.notifier_process", "process", AnomalySettings),
+    "matching": ("services.matching.main", "start_api", MatchingSettings),
+    "funding": ("services.funding.main", "start_api", FundingSettings),
+    "migrate": ("services.migrate", "migrate_all", Settings),
+}
+PROCESSES = [name for name in ENTRIES if name != "migrate"]
+# What a setting that is read leads to: a label that a policy selects, or another process.
+LABEL_OF = {
+    "kafka_bootstrap": "smdih/kafka",
+    "database_dsn": "smdih/database",
+    "mqtt_host": "smdih/mqtt",
+    "anomaly_smtp_port": "smdih/outside",
+    "anomaly_webhook_networks": "smdih/outside",
+}
+PROCESS_OF = {"ingest_grpc": "door", "matching_grpc": "matching"}
+# Without these a process runs, but not as it should; so where they are read they must be set.
+MUST_BE_SET = {*PROCESS_OF, "mqtt_host", "mqtt_password", "evidence_key", "evidence_public_keys", "database_disk_bytes"}
+# Set by the image for every process.
+IMAGE = Path("deploy/image/Containerfile")
+
+
+def settings_read(name: str) -> set[str]:
+    """The settings that a process reads in its wiring, by its source: attributes of `settings`, also where it is passed on."""
+    module, function, _ = ENTRIES[name]
+    return _read_in(getattr(importlib.import_module(module), function), "settings")
+
+
+def _read_in(function: Any, parameter: str) -> set[str]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    module = inspect.getmodule(function)
+    names = {parameter}
+    # found = MqttSettings()
+    names |= {
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func).endswith("Settings")
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            found.add(node.attr)
+        if isinstance(node, ast.Call):
+            found |= _read_by_callee(node, module, names)
+    return found
+
+
+def _read_by_callee(call: ast.Call, module: Any, names: set[str]) -> set[str]:
+    given: list[int | str] = [n for n, one in enumerate(call.args) if isinstance(one, ast.Name) and one.id in names]
+    given += [one.arg for one in call.keywords if one.arg and isinstance(one.value, ast.Name) and one.value.id in names]
+    if not given:
+        return set()
+    try:
+        callee = functools.reduce(getattr, ast.unparse(call.func).split("."), module)
+    except AttributeError:
+        return set()
+    parameters = list(inspect.signature(callee).parameters)
+    source = callee.__init__ if inspect.isclass(callee) else inspect.unwrap(callee)
+    read: set[str] = set()
+    for which in given:
+        read |= _read_in(source, parameters[which] if isinstance(which, int) else which)
+    return read
+
+
+@functools.cache
+def objects() -> list[dict[str, Any]]:
+    files = [path for path in sorted(BASE.glob("*.yaml")) if path.name != "kustomization.yaml"]
+    return [one for path in files for one in yaml.safe_load_all(path.read_text()) if one]
+
+
+def kind(*kinds: str) -> dict[str, dict[str, Any]]:
+    return {one["metadata"]["name"]: one for one in objects() if one["kind"] in kinds}
+
+
+def workloads() -> dict[str, dict[str, Any]]:
+    return kind("Deployment", "StatefulSet", "Job")
+
+
+def pod(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = workloads()[name]["spec"]["template"]
+    return found
+
+
+@functools.cache
+def config() -> dict[str, dict[str, str]]:
+    kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
+    return {
+        one["name"]: dict(literal.split("=", 1) for literal in one["literals"])
+        for one in kustomization["configMapGenerator"]
+    }
+
+
+def variables(name: str) -> set[str]:
+    """The environment of a process, its image's included."""
+    (container,) = pod(name)["spec"]["containers"]
+    found = {one["name"] for one in container.get("env", ())}
+    for source in container.get("envFrom", ()):
+        found |= set(config()[source["configMapRef"]["name"]])
+    return found | set(re.findall(r"(SMDIH_\w+)=", IMAGE.read_text()))
+
+
+def fields(name: str) -> dict[str, Any]:
+    return {f"SMDIH_{field.upper()}": info for field, info in ENTRIES[name][2].model_fields.items()}
+
+
+def policies_of(labels: dict[str, str], direction: str) -> list[dict[str, Any]]:
+    """The rules of all policies that select a pod with these labels."""
+    rules: list[dict[str, Any]] = []
+    for policy in kind("NetworkPolicy").values():
+        if _selects(policy["spec"]["podSelector"], labels):
+            rules += policy["spec"].get(direction, [])
+    return rules
+
+
+def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    # Kustomize gives every pod of the base this label.
+    labels = labels | {"app.kubernetes.io/part-of": "smdih"}
+    exact = all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    return exact and all(
+        labels.get(one["key"]) in one["values"]
+        for one in selector.get("matchExpressions", ())
+        if one["operator"] == "In"
+    )
+
+
+def reaches(labels: dict[str, str], target: dict[str, str], port: str) -> bool:
+    """Whether policies let a pod with `labels` speak to one with `target`, on both sides."""
+    out = any(
+        any(_selects(to.get("podSelector", {"matchLabels": {"no": "pod"}}), target) for to in rule["to"])
+        and port in {one["port"] for one in rule["ports"]}
+        for rule in policies_of(labels, "egress")
+    )
+    into = any(
+        any(_selects(one["podSelector"], labels) for one in rule["from"] if "podSelector" in one)
+        and port in {one["port"] for one in rule["ports"]}
+        for rule in policies_of(target, "ingress")
+    )
+    assert out == into, f"{labels} to {target}: one side says {out}, the other {into}"
+    return out
+
+
+def labels_of(name: str) -> dict[str, str]:
+    found: dict[str, str] = pod(name)["metadata"]["labels"]
+    return found
+
+
+def test_every_process_has_its_manifest_and_is_started_as_the_hub_starts_it() -> None:
+    assert set(workloads()) == set(ENTRIES)
+    for role in ROLES:
+        (container,) = pod(role.name)["spec"]["containers"]
+        assert container["args"] == ["-m", role.module, role.role]
+        assert ("grpc" in {port["name"] for port in container.get("ports", ())}) == role.has_grpc
+        for other in ("Service", "PodDisruptionBudget", "HorizontalPodAutoscaler", "ServiceAccount"):
+            assert role.name in kind(other), f"{role.name} has no {other}"
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_process_may_reach_what_its_wiring_reads_the_address_of_and_nothing_else(name: str) -> None:
+    read = settings_read(name)
+    assert read, "the wiring reads no setting: this test looks in the wrong place"
+    wanted = {label for setting, label in LABEL_OF.items() if setting in read}
+    assert {label for label in labels_of(name) if label.startswith("smdih/")} == wanted
+    called = {process for setting, process in PROCESS_OF.items() if setting in read}
+    assert {other for other in PROCESSES if reaches(labels_of(name), labels_of(other), "grpc")} == called
+    assert not [other for other in PROCESSES if reaches(labels_of(name), labels_of(other), "http")]
+
+
+def test_everything_is_denied_and_each_label_opens_one_way() -> None:
+    denied = kind("NetworkPolicy")["default-deny"]["spec"]
+    assert denied == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    for label in set(LABEL_OF.values()):
+        opened = [
+            name
+            for name, policy in kind("NetworkPolicy").items()
+            if label in policy["spec"]["podSelector"].get("matchLabels", {})
+        ]
+        assert opened == [f"to-{label.rpartition('/')[2]}"]
+
+
+def test_only_what_serves_people_is_open_to_the_ingress() -> None:
+    outside = {"namespaceSelector": {"matchLabels": {"smdih/ingress": "true"}}}
+    open_to_it = {
+        name for name in ENTRIES if any(outside in rule["from"] for rule in policies_of(labels_of(name), "ingress"))
+    }
+    assert open_to_it == {role.name for role in ROLES if role.has_grpc}
+
+
+def test_the_outside_is_never_the_inside() -> None:
+    (rule,) = kind("NetworkPolicy")["to-outside"]["spec"]["egress"]
+    (block,) = (one["ipBlock"] for one in rule["to"])
+    assert {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "127.0.0.0/8"} <= set(block["except"])
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_variable_is_a_setting_of_the_process_and_every_needed_one_is_set(name: str) -> None:
+    known, given = fields(name), variables(name)
+    assert given <= set(known), f"unknown settings: {given - set(known)}"
+    assert {variable for variable, field in known.items() if field.is_required()} <= given
+    read = {f"SMDIH_{field.upper()}" for field in settings_read(name) & MUST_BE_SET}
+    assert read <= given, f"read but not set: {read - given}"
+    # What is secret goes to those only who read it.
+    secret = {
+        one["name"] for one in pod(name)["spec"]["containers"][0]["env"] if "secretKeyRef" in one.get("valueFrom", {})
+    }
+    read_at_all = {f"SMDIH_{field.upper()}" for field in settings_read(name)}
+    assert secret <= read_at_all, f"secrets that nobody there reads: {secret - read_at_all}"
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_what_may_not_be_shown_comes_from_a_secret(name: str) -> None:
+    hidden = {variable for variable, field in fields(name).items() if field.repr is False}
+    for one in pod(name)["spec"]["containers"][0]["env"]:
+        if one["name"] in hidden:
+            assert "secretKeyRef" in one["valueFrom"]
+    assert not hidden & {variable for values in config().values() for variable in values}
+
+
+def test_a_stop_has_the_time_that_the_processes_take() -> None:
+    patch = yaml.safe_load((BASE / "patches/process.yaml").read_text())["spec"]["template"]["spec"]
+    before = patch["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    drain = int(config()["hub"]["SMDIH_DRAIN_S"])
+    assert drain > 0
+    assert patch["terminationGracePeriodSeconds"] >= before + drain + STOP_TIMEOUT_S + 5
+
+
+def test_what_follows_from_elsewhere_is_as_it_is_there() -> None:
+    for path, text in write.files().items():
+        assert path.read_text() == text, "run `python -m deploy.k8s.write`"
+    production = yaml.safe_load(Path("deploy/k8s/overlays/production/kustomization.yaml").read_text())
+    (migrate,) = (one["literals"] for one in production["configMapGenerator"] if one["name"] == "migrate")
+    assert f"SMDIH_KAFKA_PARTITIONS={write.PARTITIONS}" in migrate
+    assert f"SMDIH_KAFKA_REPLICATION={write.REPLICAS}" in migrate
+
+
+def test_each_process_comes_to_the_brokers_as_its_own_user() -> None:
+    users = {one["metadata"]["name"] for one in write.user_objects()}
+    patched = {one["metadata"]["name"]: one for one in write.client_patches()}
+    assert set(patched) == {name for name in ENTRIES if "smdih/kafka" in labels_of(name)}
+    for name, patch in patched.items():
+        assert patch["kind"] == workloads()[name]["kind"]
+        (container,) = patch["spec"]["template"]["spec"]["containers"]
+        given = {one["name"]: one for one in container["env"]}
+        assert set(given) <= set(fields(name))
+        assert given["SMDIH_KAFKA_USERNAME"]["value"] == f"smdih-{name}"
+        assert given["SMDIH_KAFKA_USERNAME"]["value"] in users
+        assert given["SMDIH_KAFKA_PASSWORD"]["valueFrom"]["secretKeyRef"]["name"] == f"smdih-{name}"
+
+
+def test_scaling_by_lag_looks_at_groups_and_topics_that_there_are() -> None:
+    for one in yaml.safe_load_all(Path("deploy/k8s/components/keda/scaledobjects.yaml").read_text()):
+        if one["kind"] != "ScaledObject":
+            continue
+        name = one["metadata"]["name"]
+        (trigger,) = one["spec"]["triggers"]
+        assert one["spec"]["scaleTargetRef"]["name"] == name
+        assert access_of(name).consumes[trigger["metadata"]["consumerGroup"]] == trigger["metadata"]["topic"]
