@@ -182,7 +182,6 @@ EXAMPLES: dict[str, Any] = {
     "percent": "70",
     "until_us": time.time_ns() // 1000 + 3_600_000_000,
     "size": "small",
-    "sizes_served": "small",
 }
 
 
