@@ -29,6 +29,13 @@ def test_a_correlation_id_names_a_trace_and_a_traceparent_a_correlation_id() -> 
         assert tracing.correlation_id_of(wrong) == ""
 
 
+def test_a_share_of_the_correlation_ids_that_the_hub_makes_is_kept() -> None:
+    kept = sum(tracing.is_sampled(tracing.trace_id_of(logs.new_correlation_id()), 0.25) for _ in range(2_000))
+    assert 400 < kept < 600
+    assert tracing.is_sampled(CORRELATION_ID, 1)
+    assert not tracing.is_sampled(CORRELATION_ID, 0)
+
+
 def test_off_it_says_nothing() -> None:
     with tracing.span("a", CORRELATION_ID) as made, logs.correlated(CORRELATION_ID):
         assert made is None
