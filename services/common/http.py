@@ -15,12 +15,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, ge
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.common import tracing
 from services.common.directory import Directory
 from services.common.errors import HubError, TooLarge, TryAgain
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
 from services.common.metrics import method_label
 from services.common.runtime import Runtime
+from services.common.tenancy import narrow_to
 
 log = get_logger(__name__)
 
@@ -47,6 +49,7 @@ async def authenticated(request: Request) -> Caller:
         raise TryAgain("The hub has just started and does not know its keys yet.", reason="STARTING", retry_after_s=1)
     caller = directory.caller_of(bearer_key(request.headers.get("authorization", "")))
     request.state.caller = caller
+    narrow_to(caller)
     return caller
 
 
@@ -152,7 +155,11 @@ class _Entry:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        correlation_id = accepted_correlation_id(request.headers.get("x-correlation-id"))
+        parent = request.headers.get(tracing.HEADER, "")
+        correlation_id = accepted_correlation_id(
+            request.headers.get("x-correlation-id") or tracing.correlation_id_of(parent)
+        )
+        entered = tracing.enter(request.method, correlation_id, parent=parent)
         started = time.perf_counter()
         status = 500
         has_started = False
@@ -196,6 +203,7 @@ class _Entry:
                     await problem(failed)(scope, receive, sending)
         route = getattr(scope.get("route"), "path", "none")
         method = method_label(request.method)
+        tracing.leave(entered, f"{method} {route}", failed=status >= 500, http_route=route, http_status=status)
         requests_total.labels(method, route, str(status)).inc()
         request_seconds.labels(method, route).observe(time.perf_counter() - started)
 

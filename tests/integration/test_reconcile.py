@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from services.anomaly.rebase import rebase
 from services.common import topics
-from services.common.database import Pool, create_pool
+from services.common.database import Pool
 from services.common.directory import entity_key
 from services.common.identity import Role
 from services.common.kafka import Cluster, Message, Publisher
@@ -30,12 +30,16 @@ NOW_US = 1_790_000_000_000_000
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
 
+def owner(dsn: str, schema: str) -> "asyncpg.pool.Pool[asyncpg.Record]":
+    """As operators come."""
+    return asyncpg.create_pool(dsn, min_size=1, max_size=2, server_settings={"search_path": f"{schema},public"})
+
+
 @pytest_asyncio.fixture
 async def ingest(dsn: str) -> AsyncIterator[Pool]:
-    pool = await create_pool(dsn, schema="ingest", size_max=2)
-    yield pool
-    await pool.execute("TRUNCATE credential, outbox CASCADE")
-    await pool.close()
+    async with owner(dsn, "ingest") as pool:
+        yield pool
+        await pool.execute("TRUNCATE credential, outbox CASCADE")
 
 
 async def test_a_key_that_either_side_says_is_revoked_stays_revoked(ingest: Pool) -> None:
@@ -123,7 +127,7 @@ async def test_nothing_is_lent_again_by_a_restore(dsn: str) -> None:
             ended=None if state is RoomState.OPEN else NOW + timedelta(hours=1),
         )
 
-    pool = await create_pool(dsn, schema="matching", size_max=1)
+    pool = await owner(dsn, "matching")
     try:
         async with pool.acquire() as connection, connection.transaction():
             await connection.execute("SET LOCAL session_replication_role = replica")  # a room without its match
@@ -156,7 +160,7 @@ async def test_nothing_is_lent_again_by_a_restore(dsn: str) -> None:
 
 
 async def test_tunings_that_a_state_holds_stay_below_the_new_beginning(dsn: str) -> None:
-    pool = await create_pool(dsn, schema="anomaly", size_max=1)
+    pool = await owner(dsn, "anomaly")
     try:
         async with pool.acquire() as connection:
             await connection.execute(
