@@ -21,7 +21,8 @@ from services.common.settings import Settings
 from services.ingest.main import operator_key
 from services.migrate import migrate_all
 
-READY_TIMEOUT_S = 60
+# A busy machine needs long for the first start.
+READY_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 15
 RESTART_DELAY_S = 0.5
 RESTART_DELAY_S_MAX = 10.0
@@ -94,13 +95,18 @@ class Hub:
         copies: Mapping[str, int] | None = None,
         mqtt: Mosquitto | None = None,
         identities: Mapping[str, Identity] | None = None,
+        code: Path = ROOT,
+        instance_suffix: str = "",
     ) -> None:
         """`roles`: only these, by name. `copies`: more than one process of a role; the second is called NAME-2.
 
         `mqtt`: the broker that the bridge connects to; without it there is no bridge. `identities`: as whom each process, and
-        "migrate", comes to Kafka; without it as nobody.
+        "migrate", comes to Kafka; without it as nobody. `code`: the checkout that is run, with its gen/. `instance_suffix`: keeps
+        workers apart from those of another hub on the same servers.
         """
         self._folder = folder
+        self._code = code
+        self._instance_suffix = instance_suffix
         self._mqtt = mqtt
         self._identities = identities or {}
         self.settings = Settings(
@@ -126,8 +132,12 @@ class Hub:
         self._folder.mkdir(parents=True, exist_ok=True)
         for role in self._roles:
             self.processes[role.name] = Running(role, free_port(), free_port())
-        await migrate_all(self.settings)
-        self.operator_key = await operator_key(self.settings)
+        if self._code == ROOT:
+            await migrate_all(self.settings)
+            self.operator_key = await operator_key(self.settings)
+        else:
+            await self._command("services.migrate")
+            self.operator_key = (await self._command("services.ingest.main", "operator-key")).strip()
         for running in self.processes.values():
             running.watcher = asyncio.create_task(self._watch(running))
         await asyncio.gather(*(self.wait_ready(name) for name in self.processes))
@@ -220,18 +230,36 @@ class Hub:
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
 
-    async def _watch(self, running: Running) -> None:
-        environment = os.environ | {
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {
             "SMDIH_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap,
             "SMDIH_KAFKA_TOPIC_PREFIX": self.settings.kafka_topic_prefix,
             "SMDIH_DATABASE_DSN": self.settings.database_dsn,
+            "PYTHONPATH": f"{self._code}:{self._code / 'gen'}",
+        }
+
+    async def _command(self, module: str, *arguments: str) -> str:
+        """What a command of the code that is run prints. Raises HubError."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", module, *arguments),
+            cwd=self._code,
+            env=self._environment(),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, told = await process.communicate()
+        if process.returncode:
+            raise HubError(f"{module} failed: {told.decode()[-2000:]}")
+        return output.decode()
+
+    async def _watch(self, running: Running) -> None:
+        environment = self._environment() | {
             "SMDIH_HTTP_PORT": str(running.http_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
             # A worker that was killed gets its partitions back at once.
-            "SMDIH_ANOMALY_INSTANCE": running.role.name,
+            "SMDIH_ANOMALY_INSTANCE": running.role.name + self._instance_suffix,
             # Where explanations of alarms get their samples.
             "SMDIH_INGEST_GRPC": self.processes["door"].grpc if "door" in self.processes else "",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
             # One arithmetic thread a process: on a small machine more only get into each other's way.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
@@ -257,7 +285,7 @@ class Hub:
                 running.process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     *("-m", running.role.module, running.role.role),
-                    cwd=ROOT,
+                    cwd=self._code,
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

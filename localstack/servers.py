@@ -345,6 +345,11 @@ class LocalServers:
         temporary.replace(self._state_file)
 
 
+def pg_prefix() -> str:
+    """What stands before pg_dump and pg_restore on this machine (SMDIH_PG_PREFIX); empty where they are installed as usual."""
+    return f"chroot --userspec=postgres:postgres {PG_ROOT} env PATH={PG_BIN}:/usr/bin" if PG_ROOT.is_dir() else ""
+
+
 def listens(port: int, host: str = "127.0.0.1") -> bool:
     """Whether somebody answers there."""
     with socket.socket() as probe:

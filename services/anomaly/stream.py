@@ -21,7 +21,7 @@ from services.anomaly.scorer import Frames, Scorer, Taken, decode
 from services.anomaly.settings import CHECKPOINT_INTERVAL_S
 from services.anomaly.store import Checkpoint, StateStore
 from services.anomaly.tuning_store import Horizon, HorizonStore
-from services.common import topics
+from services.common import topics, tracing
 from services.common.clock import Clock
 from services.common.database import AWAY
 from services.common.errors import TryAgain
@@ -59,6 +59,9 @@ LAST_CHECKPOINT_TIMEOUT_S = 6.0
 SESSION_TIMEOUT_S = 10.0
 CRASH_POLL_S = 1.0
 OFFSET_COMMIT_INTERVAL_S = 1.0
+# Kafka's offset may be ahead of the position in the database, as after a restore. A partition that has more and gives nothing for
+# so long is asked again from the position on.
+QUIET_S = 5.0
 
 # Values that went through the detector.
 samples_scored_total = Counter("smdih_anomaly_samples_scored_total", "Values scored by the detector")
@@ -111,6 +114,7 @@ class _Partition:
     def __init__(self, scorer: Scorer, position: int, horizon: Horizon, unreadable_in_a_row: int) -> None:
         self.scorer = scorer
         self.saved_position = position
+        self.taken_at = time.monotonic()
         # Records below it may be scored with the tunings up to the one known last.
         self.horizon = horizon.next_offset
         self.known_tuning = horizon.known
@@ -315,7 +319,7 @@ class Worker:
         for event in events:
             event.value = event.message.value = None  # only the offset is needed from here on
             partition.uncovered.append(event)
-        self._last_progress = time.monotonic()
+        self._last_progress = partition.taken_at = time.monotonic()
         consumed_total.labels(topics.SAMPLES, GROUP).inc(len(events))
         samples_scored_total.inc(taken.samples)
         frames_skipped_total.inc(taken.frames_skipped)
@@ -377,6 +381,7 @@ class Worker:
         if not taken.found:
             return
         stored = await self._until_answered(lambda: self._raiser.store(taken.found))
+        tracing.note("anomaly alarm", (event.alarm.correlation_id for event in stored), seconds=0, kind="producer")
         received_us = {found.frames.correlation_id: found.frames.received_us for found in taken.found}
         for event in stored:
             if event.change is Change.RAISED:
@@ -422,6 +427,16 @@ class Worker:
             end = self._app.consumer.highwater(TP(self._topic_name, number))
             if end is not None and end <= partition.scorer.next_offset:
                 await self._raise_alarms(partition.scorer.silences(self._clock.now_us()))
+            elif end is not None:
+                await self._ask_again(partition)
+
+    async def _ask_again(self, partition: _Partition) -> None:
+        expected = partition.scorer.next_offset
+        if partition.sought == expected or time.monotonic() - partition.taken_at < QUIET_S:
+            return
+        partition.sought = expected
+        log.warning("asking again from the stored position", partition=partition.scorer.partition, position=expected)
+        await self._app.consumer.seek(TP(self._topic_name, partition.scorer.partition), expected)
 
     async def _checkpoint(self, number: int, *, bytes_max: int | None) -> None:
         async with self._saving:

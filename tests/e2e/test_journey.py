@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import httpx
 import numpy as np
+import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -19,6 +20,7 @@ from localstack.prometheus import Prometheus
 from localstack.servers import Servers
 from services.common.settings import Settings
 from tests.e2e import watching
+from tests.integration.otlp_receiver import receiving
 
 
 def story_of_the_plant() -> Story:
@@ -50,14 +52,17 @@ async def kill_every_process_once(hub: Hub, story: Story) -> None:
 
 
 async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_process_is_killed(
-    servers: Servers, settings: Settings, tmp_path: Path
+    servers: Servers, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    watched = AsyncExitStack()
+    traces = await watched.enter_async_context(receiving())
+    monkeypatch.setenv("SMDIH_TRACE_ENDPOINT", traces.address)
+    monkeypatch.setenv("SMDIH_TRACE_RATIO", "1")
     hub = Hub(
         Servers(settings.kafka_bootstrap, settings.database_dsn), tmp_path, topic_prefix=settings.kafka_topic_prefix
     )
     story = story_of_the_plant()
     tasks: list[asyncio.Task[None]] = []
-    watched = AsyncExitStack()
     try:
         await hub.start()
         addresses = {name: running.http for name, running in hub.processes.items()}
@@ -108,12 +113,13 @@ async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_proce
                 services = {one.name async for response in listed for one in response.list_services_response.service}
                 assert any(one.startswith("smdih.") for one in services)
         # What happened can be seen.
+        await watching.one_trace_goes_from_the_door_to_the_award(traces, ids.pop())
         await watching.every_panel_on_timescaledb_has_data(hub)
-        await watching.every_panel_on_prometheus_has_data(prometheus)
+        await watching.every_panel_on_prometheus_has_data(prometheus, hub)
         await watching.every_rule_is_well_and_silent(prometheus)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await watched.aclose()
         await hub.stop()
+        await watched.aclose()

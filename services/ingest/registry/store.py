@@ -36,20 +36,27 @@ async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.F
 
 async def publish_firm(connection: Connection, firm_id: int, now_us: int) -> pb.Firm:
     """Tell everybody what the firm is now; what is told last holds, so one change waits for the other. Raises NotFound."""
-    row = await connection.fetchrow(
-        "SELECT f.id, f.name, f.slug, f.sic, f.region, f.size, f.unknown_signals = 'propose' AS propose_unknown_signals, "
-        "q.samples_per_s, q.signals, q.stored_days "
-        "FROM firm f LEFT JOIN firm_quota q ON q.firm_id = f.id WHERE f.id = $1 FOR NO KEY UPDATE OF f",
-        firm_id,
-    )
+    row = await connection.fetchrow(FIRMS + "WHERE f.id = $1 FOR NO KEY UPDATE OF f", firm_id)
     if row is None:
         raise NotFound(f"There is no firm {firm_id}.")
+    firm = firm_of(row)
+    await publish(connection, "firm", pb.DirectoryEntry(firm=firm), firm_id, now_us)
+    return firm
+
+
+FIRMS = (
+    "SELECT f.id, f.name, f.slug, f.sic, f.region, f.size, f.unknown_signals = 'propose' AS propose_unknown_signals, "
+    "q.samples_per_s, q.signals, q.stored_days FROM firm f LEFT JOIN firm_quota q ON q.firm_id = f.id "
+)
+
+
+def firm_of(row: asyncpg.Record) -> pb.Firm:
+    """A row of FIRMS."""
     fields = dict(row)
     quota = {name: fields.pop(name) for name in ("samples_per_s", "signals", "stored_days")}
     firm = pb.Firm(**fields)
     if any(quota.values()):
         firm.quota.MergeFrom(pb.Quota(**quota))
-    await publish(connection, "firm", pb.DirectoryEntry(firm=firm), firm_id, now_us)
     return firm
 
 

@@ -80,6 +80,10 @@ async def list_rooms(
     return [_room(row) for row in rows]
 
 
+async def all_rooms(connection: Connection) -> list[Room]:
+    return [_room(row) for row in await connection.fetch("SELECT * FROM room ORDER BY opens, id")]
+
+
 async def end_room(connection: Connection, room: Room, *, by: int | None) -> None:
     """Store its end; it must be held."""
     await connection.execute(
