@@ -21,6 +21,8 @@ from smdih.funding.v1 import (
     agreement_pb2_grpc,
     allocation_pb2,
     allocation_pb2_grpc,
+    audit_pb2,
+    audit_pb2_grpc,
     change_pb2,
     change_pb2_grpc,
     funding_pb2,
@@ -571,3 +573,41 @@ async def test_an_application_by_grpc_begins_with_what_the_hub_knows_and_says_wh
     assert list(mine.may) == [pb.APPLICATION_ACTION_ADD_PLEDGE, pb.APPLICATION_ACTION_WITHDRAW]
     of_operator = (await fund.GetApplication(get, metadata=bearer("operator"))).application
     assert pb.APPLICATION_ACTION_DECIDE in of_operator.may
+
+
+async def test_an_auditor_reads_who_did_what_newest_first_page_by_page(world: World) -> None:
+    audits, pb = audit_pb2_grpc.AuditServiceStub(world.channel), audit_pb2
+    call_id = await world.call(1_000_00)
+    made = await world.submitted(call_id, FIRM)
+    await world.done("POST", f"/v1/applications/{made}/decide", {"award": False, "reason": "no room, \u00a3 or time"})
+    entries: list[dict[str, Any]] = []
+    token, pages = "", 0
+    while True:
+        page = await world.done("GET", f"/v1/audit?call_id={call_id}&page_size=2&page_token={token}")
+        entries, token, pages = entries + page["entries"], page["next_page_token"], pages + 1
+        if not token:
+            break
+    assert pages == (len(entries) + 1) // 2 >= 2
+    assert [each["id"] for each in entries] == sorted({each["id"] for each in entries}, reverse=True)
+    newest = entries[0]
+    assert (newest["application_id"], newest["detail"]["reason"]) == (made, "no room, \u00a3 or time")
+    operator = next(number for number, name in enumerate(ALL_KEYS, start=1) if name == "operator")
+    assert newest["credential_id"] == operator
+    assert {"call_created", "application_submitted"} <= {each["action"] for each in entries}
+    ask = pb.ListAuditEntriesRequest(application_id=made, page_size=1)
+    by_grpc = await audits.ListAuditEntries(ask, metadata=bearer("operator"))
+    [entry] = by_grpc.entries
+    assert (entry.id, entry.action, entry.at_us, json.loads(entry.detail_json)) == (
+        *(newest[name] for name in ("id", "action", "at_us")),
+        newest["detail"],
+    )
+    assert by_grpc.next_page_token == str(entry.id)
+    for odd in ("none", "\0"):
+        nothing = pb.ListAuditEntriesRequest(application_id=odd)
+        assert not (await audits.ListAuditEntries(nothing, metadata=bearer("operator"))).entries
+    await forbidden(audits.ListAuditEntries, ask, "firm", "partner", "device")
+    for who in ("firm", "partner", "device"):
+        await world.refused(403, "FORBIDDEN", "GET", "/v1/audit", who=who)
+    await world.refused(401, "UNAUTHENTICATED", "GET", "/v1/audit", who="")
+    await world.refused(400, "PAGE_TOKEN_INVALID", "GET", "/v1/audit?page_token=x")
+    await world.refused(400, "PAGE_SIZE_OUT_OF_RANGE", "GET", "/v1/audit?page_size=101")
