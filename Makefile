@@ -4,7 +4,7 @@ SHELL := bash
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR):$(CURDIR)/gen
 
-.PHONY: help setup demo test test-unit bench chaos upgrade-test check image k8s-lint k8s-test format up down lock clean
+.PHONY: help setup demo test test-unit bench chaos upgrade-test fuzz check image k8s-lint k8s-test sbom format up down lock clean
 
 help: ## list the targets
 	@awk -F ":.*## " '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ chaos: setup ## faults under load, judged by what was acknowledged (JSON lines; 
 upgrade-test: setup ## the release before and this one side by side under load: nothing lost, no request failed
 	@$(PY) -m chaos --scenario upgrade
 
+fuzz: setup ## odd input for every parser and door, some 8 minutes (JSON lines; FUZZ_SECONDS=n)
+	@$(PY) -m fuzz
+
 check: setup k8s-lint ## what CI runs before the tests: style, types, import rules, contracts, manifests, docs
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -37,6 +40,11 @@ check: setup k8s-lint ## what CI runs before the tests: style, types, import rul
 	@.venv/bin/lint-imports
 	@.venv/bin/buf lint proto
 	@$(PY) -m localstack.doclinks README.md docs
+	@.venv/bin/bandit -q -c pyproject.toml -r services smdih_client localstack
+	@$(PY) -m localstack.secrets_scan
+
+sbom: setup ## what the product is made of, with licences, as .local/sbom.json (CycloneDX)
+	@$(PY) -m localstack.sbom .local/sbom.json
 
 image: setup ## the one image of all processes, into .local/image (as root; no container engine)
 	@bash deploy/image/build.sh

@@ -146,7 +146,7 @@ async def undisturbed(
     """
     schema = f"undisturbed_{secrets.token_hex(4)}"
     await migrate(settings.database_dsn, schema=schema, folder=Path(anomaly.__file__).parent / "migrations")
-    pool = await create_pool(settings.database_dsn, schema=schema, size_max=1)
+    pool = await create_pool(settings.database_dsn, schema=schema, size_max=1, service="anomaly")
     directory = Directory(cluster_of(settings), clock=SystemClock(), kinds=("machine",))
     following = asyncio.create_task(directory.run())
     try:
@@ -163,7 +163,7 @@ async def undisturbed(
         return await pool.fetch(ALARMS, *machines)
     finally:
         following.cancel()
-        await pool.execute(f"DROP SCHEMA {schema} CASCADE")
+        await pool.execute(f"SET ROLE NONE; DROP SCHEMA {schema} CASCADE")  # as its owner, which the service is not
         await pool.close()
 
 

@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import asyncpg
 
-from services.common import metrics
-from services.common.errors import Invalid, TryAgain
+from services.common import metrics, tenancy
+from services.common.errors import Forbidden, Invalid, TryAgain
 from services.common.logs import get_logger
 
 log = get_logger(__name__)
@@ -42,15 +42,53 @@ AWAY = (
 )
 
 
-async def create_pool(dsn: str, *, schema: str, size_max: int) -> Pool:
-    """A pool whose connections look into `schema` first. Raises one of AWAY when the server cannot be reached."""
+# The setting that policies and views look at: a firm's id, or tenancy.ALL.
+FIRM_SETTING: Final = "smdih.firm_id"
+# Reads what a firm may see, through views; for Grafana.
+READER_ROLE: Final = "smdih_reader"
+
+
+def role_of(service: str) -> str:
+    """As whom the service's processes work in the database: it owns nothing and no row-level policy leaves it out."""
+    return f"smdih_{service}"
+
+
+if TYPE_CHECKING:
+    _AnyConnection = asyncpg.Connection[asyncpg.Record]
+else:  # cannot be subscripted at run time
+    _AnyConnection = asyncpg.Connection
+
+
+class _Connection(_AnyConnection):
+    """Its transactions are for the firm that the current work is for."""
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        # asyncpg begins its transactions through here: the firm goes along in the same round trip.
+        if query.startswith("BEGIN") and (firm_id := tenancy.current_firm_id()):
+            query = f"{query.rstrip(';')}; SET LOCAL {FIRM_SETTING} TO '{firm_id}';"
+        return await super().execute(query, *args, timeout=timeout)
+
+
+async def create_pool(dsn: str, *, schema: str, size_max: int, service: str = "") -> Pool:
+    """A pool whose connections look into `schema` first. Raises one of AWAY when the server cannot be reached.
+
+    They work in the role of the service (that of the schema's name unless given), whoever the DSN names: the owner, or a login
+    that may do no more than take this role.
+    """
     pool = await asyncpg.create_pool(
         dsn,
         min_size=1,
         max_size=size_max,
         timeout=CONNECT_TIMEOUT_S,
         command_timeout=COMMAND_TIMEOUT_S,
-        server_settings={"search_path": f"{schema},public", "application_name": f"smdih-{schema}", "timezone": "UTC"},
+        connection_class=_Connection,
+        server_settings={
+            "search_path": f"{schema},public",
+            "application_name": f"smdih-{schema}",
+            "timezone": "UTC",
+            "role": role_of(service or schema),
+            FIRM_SETTING: tenancy.ALL,
+        },
     )
     metrics.watch_pool(pool, schema=schema)
     return pool
@@ -84,6 +122,30 @@ async def transaction(pool: Pool) -> AsyncIterator[Connection]:
     except asyncpg.DataError as error:  # a NUL in a text, a number beyond its column: the sender's, not ours
         log.warning("value refused by the database", error=repr(error))
         raise Invalid("A value is one that cannot be stored: a number too large, or a text with a NUL.") from error
+    except asyncpg.InsufficientPrivilegeError as error:  # a check before it is missing
+        log.exception("refused by the database's own rules")
+        raise Forbidden("This would touch what is not yours.") from error
+
+
+@asynccontextmanager
+async def transaction_for_all_firms(pool: Pool) -> AsyncIterator[Connection]:
+    """The same where what a firm asks for moves things that firms share; the use case checks what is whose."""
+    with tenancy.for_all_firms():
+        async with transaction(pool) as connection:
+            yield connection
+
+
+@asynccontextmanager
+async def all_firms_within(connection: Connection) -> AsyncIterator[None]:
+    """For a question in a firm's own transaction whose answer depends on others; say beside the call why. An error that
+    leaves the context must end the transaction."""
+    firm_id = tenancy.current_firm_id()
+    if not firm_id:
+        yield
+        return
+    await connection.execute(f"SET LOCAL {FIRM_SETTING} TO '{tenancy.ALL}'")
+    yield
+    await connection.execute(f"SET LOCAL {FIRM_SETTING} TO '{firm_id}'")
 
 
 async def can_write(pool: Pool) -> bool:
@@ -119,6 +181,9 @@ async def migrate(dsn: str, *, schema: str, folder: Path) -> Sequence[str]:
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         await connection.execute(f"SET search_path TO {schema}, public")
         await connection.execute(f"SET lock_timeout TO {LOCK_TIMEOUT_MS}")
+        service = folder.parent.name
+        await _make_role(connection, role_of(service))
+        await _make_role(connection, READER_ROLE)
         await connection.execute(
             "CREATE TABLE IF NOT EXISTS migration "
             "(name text PRIMARY KEY, sha256 text NOT NULL, applied timestamptz NOT NULL DEFAULT now())"
@@ -139,6 +204,46 @@ async def migrate(dsn: str, *, schema: str, folder: Path) -> Sequence[str]:
                 await connection.execute("INSERT INTO migration (name, sha256) VALUES ($1, $2)", name, sha256)
             applied.append(name)
             log.info("migration applied", schema=schema, migration=name)
+        await _grant(connection, schema, role_of(service))
     finally:
         await connection.close()
     return applied
+
+
+async def _make_role(connection: Connection, role: str) -> None:
+    """Roles belong to the whole server: another hub on it may have made them, or be making them now."""
+    found = await connection.fetchrow(
+        "SELECT rolsuper OR rolbypassrls AS is_above, pg_has_role(current_user, oid, 'SET') AS is_ours FROM pg_roles "
+        "WHERE rolname = $1",
+        role,
+    )
+    if found is None:
+        try:
+            await connection.execute(f"CREATE ROLE {role} NOLOGIN")
+        except (asyncpg.DuplicateObjectError, asyncpg.UniqueViolationError):
+            log.info("role was made meanwhile", role=role)
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise PermissionError(
+                f"The role {role} is missing and this login may not make it: as one that may, "
+                f"`CREATE ROLE {role} NOLOGIN; GRANT {role} TO <this login>;`, then migrate again."
+            ) from error
+        await _make_role(connection, role)
+    elif found["is_above"]:
+        raise PermissionError(
+            f"The role {role} would pass over row-level security; take SUPERUSER and BYPASSRLS from it."
+        )
+    elif not found["is_ours"]:
+        await connection.execute(f"GRANT {role} TO CURRENT_USER")
+
+
+async def _grant(connection: Connection, schema: str, role: str) -> None:
+    """What the service's role may do in its schema: use everything, change no structure. Anew after each release's migrations."""
+    async with connection.transaction():
+        for statement in (
+            f"GRANT USAGE ON SCHEMA {schema} TO {role}",
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}",
+            f"REVOKE ALL ON {schema}.migration FROM {role}",
+            f"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA {schema} TO {role}",
+            f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {role}",
+        ):
+            await connection.execute(statement)

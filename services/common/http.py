@@ -22,6 +22,7 @@ from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
 from services.common.metrics import method_label
 from services.common.runtime import Runtime
+from services.common.tenancy import narrow_to
 
 log = get_logger(__name__)
 
@@ -48,6 +49,7 @@ async def authenticated(request: Request) -> Caller:
         raise TryAgain("The hub has just started and does not know its keys yet.", reason="STARTING", retry_after_s=1)
     caller = directory.caller_of(bearer_key(request.headers.get("authorization", "")))
     request.state.caller = caller
+    narrow_to(caller)
     return caller
 
 

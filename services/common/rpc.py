@@ -18,6 +18,7 @@ from services.common.directory import Directory
 from services.common.errors import HubError, Invalid, TryAgain
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, current_correlation_id, get_logger
+from services.common.tenancy import narrow_to
 
 log = get_logger(__name__)
 
@@ -89,7 +90,9 @@ class _Gate(grpc.aio.ServerInterceptor):
             if not await directory.is_caught_up():
                 detail = "The hub has just started and does not know its keys yet."
                 raise TryAgain(detail, reason="STARTING", retry_after_s=1)
-            _caller.set(directory.caller_of(key))
+            caller = directory.caller_of(key)
+            _caller.set(caller)
+            narrow_to(caller)
 
         def still_admitted() -> None:
             """A stream may outlive the key that it began with."""

@@ -8,7 +8,7 @@ import asyncpg
 from pydantic import TypeAdapter
 
 from services.common.clock import from_us, to_us
-from services.common.database import Connection
+from services.common.database import Connection, all_firms_within
 from services.common.logs import current_correlation_id
 from services.funding.checks import Given
 from services.funding.domain import Award, Finding
@@ -40,12 +40,13 @@ async def add_award(connection: Connection, award: Award) -> None:
 
 async def given_to(connection: Connection, firm_id: int) -> list[Given]:
     """What this fund has awarded to the firm and its enterprise; of an award that has ended, what it came to."""
-    rows = await connection.fetch(
-        "SELECT w.awarded_on, w.grant_pence - coalesce(g.restored_pence, 0) AS grant_pence "
-        "FROM award w LEFT JOIN agreement g ON g.award_id = w.id "
-        "WHERE w.firm_id IN (SELECT kin_of($1))",
-        firm_id,
-    )
+    async with all_firms_within(connection):  # firms of an enterprise share its limits
+        rows = await connection.fetch(
+            "SELECT w.awarded_on, w.grant_pence - coalesce(g.restored_pence, 0) AS grant_pence "
+            "FROM award w LEFT JOIN agreement g ON g.award_id = w.id "
+            "WHERE w.firm_id IN (SELECT kin_of($1))",
+            firm_id,
+        )
     return [Given(on=row["awarded_on"], amount_pence=row["grant_pence"]) for row in rows]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from services.common.clock import from_us
-from services.common.database import Connection
+from services.common.database import Connection, all_firms_within
 from services.common.errors import Conflict
 from services.funding.rules.size import Relation
 
@@ -74,7 +74,8 @@ async def group_of(connection: Connection, group_id: str) -> Group | None:
 
 async def kin_of(connection: Connection, firm_id: int) -> frozenset[int]:
     """The firm and all that are one enterprise with it, by declared groups and by holdings."""
-    return frozenset(row[0] for row in await connection.fetch("SELECT kin_of($1)", firm_id))
+    async with all_firms_within(connection):  # what is recorded of the others is theirs
+        return frozenset(row[0] for row in await connection.fetch("SELECT kin_of($1)", firm_id))
 
 
 async def set_holding(

@@ -17,6 +17,7 @@ from services.common.database import AWAY, CONNECT_TIMEOUT_S, RETRY_AFTER_S, Con
 from services.common.errors import Conflict, HubError, SlowDown, TryAgain
 from services.common.logs import get_logger
 from services.common.metrics import watch_queue
+from services.common.tenancy import for_all_firms
 from services.funding import award_store, ledger
 from services.funding.award_store import Note
 from services.funding.ledger import EVENTS_PER_POST_MAX, Entry, Event, Posted
@@ -64,7 +65,8 @@ class Journal:
         asked = _Asked(ledger.entered(event), note, asyncio.get_running_loop().create_future())
         self._waiting.append(asked)
         if self._draining is None or self._draining.done():
-            self._draining = asyncio.create_task(self._drain(), name="journal")
+            with for_all_firms():  # it posts for everybody who waits, whoever came first
+                self._draining = asyncio.create_task(self._drain(), name="journal")
         return await asked.answer
 
     async def close(self) -> None:

@@ -217,7 +217,7 @@ async def undisturbed_alarms(settings: Settings, records: Sequence[tuple[int, by
     """What one worker without any fault stores of these records, with tunings from the same records on."""
     schema = "undisturbed"
     await migrate(settings.database_dsn, schema=schema, folder=Path(anomaly.__file__).parent / "migrations")
-    own = await create_pool(settings.database_dsn, schema=schema, size_max=1)
+    own = await create_pool(settings.database_dsn, schema=schema, size_max=1, service="anomaly")
     tuned = await create_pool(settings.database_dsn, schema="anomaly", size_max=1)
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
     clock = SystemClock()

@@ -18,7 +18,9 @@ async def test_an_event_in_the_outbox_reaches_a_consumer_once_though_it_is_publi
     cluster: Cluster, dsn: str, publisher: Publisher
 ) -> None:
     pool = await create_pool(dsn, schema="matching", size_max=4)
-    await pool.execute("CREATE TABLE seen (value text)")
+    owner = await asyncpg.connect(dsn)
+    await owner.execute("CREATE TABLE matching.seen (value text); GRANT ALL ON matching.seen TO smdih_matching")
+    await owner.close()
     calls = 0
 
     async def handle(connection: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:

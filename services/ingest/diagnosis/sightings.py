@@ -14,7 +14,7 @@ import asyncpg
 from prometheus_client import Counter
 
 from services.common.clock import Clock
-from services.common.database import AWAY, Connection, Pool, transaction
+from services.common.database import AWAY, Connection, Pool, transaction, transaction_for_all_firms
 from services.common.errors import HubError
 from services.common.identity import Role, key_prefix, key_sha256
 from services.common.logs import get_logger
@@ -233,7 +233,7 @@ class SightingsWriter:
             if not notes:
                 return
             try:
-                async with transaction(self._pool) as connection:
+                async with transaction_for_all_firms(self._pool) as connection:  # whoever asks for it
                     await store.write_seen(connection, _seen(notes), notes.used)
                     await store.write_refusals(connection, await self._with_owners(connection, notes))
                     await proposal_store.write(connection, notes.proposals)

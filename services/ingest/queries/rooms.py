@@ -19,7 +19,7 @@ from prometheus_client import Counter, Gauge
 
 from services.common import topics
 from services.common.clock import Clock, from_us
-from services.common.database import AWAY, Connection, Pool, transaction
+from services.common.database import AWAY, Connection, Pool, transaction, transaction_for_all_firms
 from services.common.errors import NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.kafka import Cluster
@@ -204,7 +204,7 @@ class RoomReads:
         if not pending:
             return
         try:
-            async with transaction(self._pool) as connection:
+            async with transaction_for_all_firms(self._pool) as connection:  # whoever asks for it
                 await _store(connection, list(pending.values()))
         except BaseException:
             for key, read in pending.items():  # nothing is forgotten while the database is away

@@ -92,11 +92,7 @@ async def chunks_before(
 
 async def drop_chunks(connection: Connection, store: Store, start: datetime, end: datetime) -> int:
     """Those of a range."""
-    dropped: int = await connection.fetchval(
-        "SELECT count(*) FROM public.drop_chunks("
-        "format('%I.%I', current_schema(), $1::text)::regclass, older_than => $3::timestamptz, newer_than => $2::timestamptz)",
-        *(store.table, start, end),
-    )
+    dropped: int = await connection.fetchval("SELECT drop_stored($1, $2, $3)", store.table, start, end)
     return dropped
 
 

@@ -8,7 +8,7 @@ from prometheus_client import Counter
 
 from services.common import outbox, topics
 from services.common.clock import Clock, from_us, today
-from services.common.database import Connection, Pool, transaction
+from services.common.database import Connection, Pool, transaction_for_all_firms
 from services.common.errors import AlreadyExists, Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, current_correlation_id, get_logger
@@ -62,7 +62,11 @@ class CalendarFile:
 
 
 class Sessions:
-    """Dates of workshops and slots of facilities, and the firms that take part."""
+    """Dates of workshops and slots of facilities, and the firms that take part.
+
+    Firms share a date's seats and its line: who frees a seat moves the next one up. So each transaction is for all firms, and
+    every use case asks whose booking it is.
+    """
 
     def __init__(self, pool: Pool, relay: OutboxRelay, known: Known, *, clock: Clock) -> None:
         self._pool = pool
@@ -76,7 +80,7 @@ class Sessions:
         """Create or change a date or slot. More seats go to those in line; fewer than are taken are refused."""
         caller.require(Role.PARTNER, Role.OPERATOR)
         _check_session(session, self._now())
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             await self._own_provider(connection, caller, session.provider_id)
             before = await sessions_store.lock_session(connection, session.id)
             now = self._now()
@@ -102,7 +106,7 @@ class Sessions:
         if not reason.strip():
             raise Invalid("Say why; those who booked will read it.", reason="REASON_MISSING")
         check_text("reason", reason, NOTE_CHARACTERS_MAX)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             session = await sessions_store.lock_session(connection, chosen_id(session_id))
             if session is None or (caller.role is Role.PARTNER and session.partner_id != caller.partner_id):
                 raise NotFound(f"There is no session {session_id} of yours.")
@@ -121,7 +125,7 @@ class Sessions:
 
     async def get_session(self, caller: Caller, session_id: str) -> Session:
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             return await self._session(connection, chosen_id(session_id))
 
     async def list_sessions(
@@ -130,7 +134,7 @@ class Sessions:
         """A page of those that have not begun, in order of time, and the token of the next. Firms see open ones only."""
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
         limit = page_size_of(page_size)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             found = await sessions_store.list_sessions(
                 connection,
                 provider_id=chosen_id(provider_id) if provider_id else "",
@@ -149,7 +153,7 @@ class Sessions:
         caller.require(Role.FIRM, Role.OPERATOR)
         firm_id = await self._known.firm(caller.firm_or(firm_id))
         repeatable = checked_request_id(request_id)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             if repeatable:
                 await needs_store.lock_requests(connection, firm_id, request_id)
                 before = await sessions_store.booking_by_request(connection, firm_id, request_id)
@@ -193,7 +197,7 @@ class Sessions:
     async def confirm_booking(self, caller: Caller, booking_id: str) -> Booking:
         """Take the seat that was offered. A repeat changes nothing."""
         caller.require(Role.FIRM, Role.OPERATOR)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             booking = await self._lock(connection, caller, booking_id)
             if booking.state is not BookingState.CONFIRMED:
                 if booking.state is not BookingState.OFFERED:
@@ -212,7 +216,7 @@ class Sessions:
         check_text("reason", reason, NOTE_CHARACTERS_MAX)
         if caller.role is not Role.FIRM and not reason.strip():
             raise Invalid("Say why; the firm will read it.", reason="REASON_MISSING")
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             booking = await self._lock(connection, caller, booking_id)
             if booking.state not in (BookingState.CANCELLED, BookingState.EXPIRED):
                 booking = await self._end(
@@ -228,7 +232,7 @@ class Sessions:
 
     async def get_booking(self, caller: Caller, booking_id: str) -> Booking:
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             return await self._booking_seen_by(connection, caller, booking_id)
 
     async def list_bookings(
@@ -237,7 +241,7 @@ class Sessions:
         """A page, newest first, and the token of the next: a firm's own, those at a partner's sessions."""
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
         limit = page_size_of(page_size)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             found = await sessions_store.list_bookings(
                 connection,
                 firm_id=caller.firm_id if caller.role is Role.FIRM else 0,
@@ -258,7 +262,7 @@ class Sessions:
     async def provider_calendar(self, caller: Caller, provider_id: str) -> CalendarFile:
         """All that have not begun, at most 500; cancelled ones too, so that a calendar drops them."""
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             found = await sessions_store.list_sessions(
                 connection,
                 provider_id=chosen_id(provider_id),
@@ -271,7 +275,7 @@ class Sessions:
 
     async def booking_calendar(self, caller: Caller, booking_id: str) -> CalendarFile:
         caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             booking = await self._booking_seen_by(connection, caller, booking_id)
             session = await self._session(connection, booking.session_id)
         return CalendarFile(f"booking-{booking.id}.ics", booking_file(booking, session))
@@ -281,10 +285,10 @@ class Sessions:
     async def expire_due_bookings(self) -> int:
         """Pass on seats that were offered and not confirmed in time; returns how many."""
         now, expired = self._now(), 0
-        async with transaction(self._pool) as connection:
+        async with transaction_for_all_firms(self._pool) as connection:
             due = await sessions_store.due_confirmations(connection, now=now, limit=CONFIRMATIONS_AT_ONCE_MAX)
         for booking_id, session_id in due:
-            async with transaction(self._pool) as connection:
+            async with transaction_for_all_firms(self._pool) as connection:
                 await sessions_store.lock_session(connection, session_id)
                 booking = await sessions_store.booking(connection, booking_id)
                 if booking is not None and booking.state is BookingState.OFFERED:

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import asyncpg
 
-from services.common.database import Connection
+from services.common.database import Connection, all_firms_within
 from services.matching.notices import Notice, NoticeKind
 
 Row = asyncpg.Record
@@ -13,24 +13,25 @@ Row = asyncpg.Record
 
 async def add_notices(connection: Connection, notices: Sequence[Notice]) -> None:
     """What was told already is not told again."""
-    await connection.executemany(
-        "INSERT INTO notice (id, firm_id, partner_id, kind, subject_id, text, act_by, made, correlation_id) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (id) DO NOTHING",
-        [
-            (
-                notice.id,
-                notice.firm_id,
-                notice.partner_id,
-                notice.kind,
-                notice.subject_id,
-                notice.text,
-                notice.act_by,
-                notice.made,
-                notice.correlation_id,
-            )
-            for notice in notices
-        ],
-    )
+    async with all_firms_within(connection):  # each is for the other side
+        await connection.executemany(
+            "INSERT INTO notice (id, firm_id, partner_id, kind, subject_id, text, act_by, made, correlation_id) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (id) DO NOTHING",
+            [
+                (
+                    notice.id,
+                    notice.firm_id,
+                    notice.partner_id,
+                    notice.kind,
+                    notice.subject_id,
+                    notice.text,
+                    notice.act_by,
+                    notice.made,
+                    notice.correlation_id,
+                )
+                for notice in notices
+            ],
+        )
 
 
 async def list_notices(

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 
-from services.common.database import Connection
+from services.common.database import Connection, all_firms_within
 from services.matching.domain import Assesses, Kind, Size
 from services.matching.providers import Evidence, ProviderRecord
 
@@ -189,18 +189,19 @@ async def bookable_providers(
 
 async def set_outcomes(connection: Connection, provider_id: str, *, change: int) -> None:
     """Count anew what firms have scored: of each firm the newest score, so that nobody counts twice."""
-    await connection.execute(
-        """
-        UPDATE provider SET (outcome_firms, outcome_points) = (
-            SELECT count(*), coalesce(sum(points), 0) FROM (
-                SELECT DISTINCT ON (m.firm_id) s.points FROM match m JOIN match_score s ON s.match_id = m.id
-                WHERE m.provider_id = $1 AND s.side = 'firm' ORDER BY m.firm_id, s.scored DESC, m.id
-            ) AS newest
-        ), change = $2 WHERE id = $1
-        """,
-        provider_id,
-        change,
-    )
+    async with all_firms_within(connection):  # what each of them scored counts
+        await connection.execute(
+            """
+            UPDATE provider SET (outcome_firms, outcome_points) = (
+                SELECT count(*), coalesce(sum(points), 0) FROM (
+                    SELECT DISTINCT ON (m.firm_id) s.points FROM match m JOIN match_score s ON s.match_id = m.id
+                    WHERE m.provider_id = $1 AND s.side = 'firm' ORDER BY m.firm_id, s.scored DESC, m.id
+                ) AS newest
+            ), change = $2 WHERE id = $1
+            """,
+            provider_id,
+            change,
+        )
 
 
 _PROVIDERS = (

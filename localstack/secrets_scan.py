@@ -1,0 +1,81 @@
+"""Refuses what has the shape of a key in a file that git keeps: `python -m localstack.secrets_scan`."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from detect_secrets.core.scan import scan_file
+from detect_secrets.settings import transient_settings
+
+from localstack.servers import ROOT
+
+# Long texts without a meaning: hashes of packages, pictures, generated data.
+NOT_READ: Final = (
+    ".png",
+    ".ico",
+    "requirements/base.txt",
+    "requirements/dev.txt",
+    "requirements/model.txt",
+    "requirements/uv.txt",
+)
+# What has the shape of a key of something known. The detectors of plain randomness and of words such as "password" find
+# hundreds of test fixtures here, and a scan that is always red is not read.
+PLUGINS: Final = (
+    "AWSKeyDetector",
+    "ArtifactoryDetector",
+    "AzureStorageKeyDetector",
+    "BasicAuthDetector",
+    "CloudantDetector",
+    "DiscordBotTokenDetector",
+    "GitHubTokenDetector",
+    "GitLabTokenDetector",
+    "IbmCloudIamDetector",
+    "JwtTokenDetector",
+    "MailchimpDetector",
+    "NpmDetector",
+    "OpenAIDetector",
+    "PrivateKeyDetector",
+    "PypiTokenDetector",
+    "SendGridDetector",
+    "SlackDetector",
+    "SquareOAuthDetector",
+    "StripeDetector",
+    "TelegramBotTokenDetector",
+    "TwilioKeyDetector",
+)
+# A key of the hub's own, as people get it.
+OWN_KEY: Final = re.compile(r"smdih_(?:device|firm|partner|operator)_[A-Za-z0-9_-]{43}")
+
+
+def found(paths: Iterable[Path]) -> list[tuple[Path, int, str]]:
+    """File, line and kind of everything in these files that looks like a key."""
+    secrets: list[tuple[Path, int, str]] = []
+    with transient_settings({"plugins_used": [{"name": name} for name in PLUGINS]}):
+        for path in paths:
+            secrets += [(path, one.line_number, one.type) for one in scan_file(str(path))]
+            lines = enumerate(path.read_text(errors="replace").splitlines(), start=1)
+            secrets += [(path, number, "Key of the hub") for number, line in lines if OWN_KEY.search(line)]
+    return secrets
+
+
+def kept_files() -> list[Path]:
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    paths = [ROOT / name for name in names.split("\0") if name and not name.endswith(NOT_READ)]
+    return [path for path in paths if path.is_file()]
+
+
+def main() -> int:
+    secrets = found(kept_files())
+    for path, line, kind in secrets:
+        print(
+            f"{path.relative_to(ROOT)}:{line}: looks like a secret ({kind}). Take it out; if it was ever real, end it: "
+            "git keeps what was there."
+        )
+    return 1 if secrets else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
