@@ -4,10 +4,10 @@ SHELL := bash
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR):$(CURDIR)/gen
 
-.PHONY: help setup demo test test-unit bench chaos fuzz check image k8s-lint k8s-test sbom format up down lock clean
+.PHONY: help setup demo test test-unit bench chaos upgrade-test fuzz check image k8s-lint k8s-test sbom format up down lock clean
 
 help: ## list the targets
-	@awk -F ":.*## " '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ":.*## " '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install everything that the other targets need, once
 	@bash localstack/setup.sh
@@ -26,6 +26,9 @@ bench: setup ## how fast it is, as ratios to limits of the same run (JSON lines)
 
 chaos: setup ## faults under load, judged by what was acknowledged (JSON lines; more than an hour)
 	@$(PY) -m chaos
+
+upgrade-test: setup ## the release before and this one side by side under load: nothing lost, no request failed
+	@$(PY) -m chaos --scenario upgrade
 
 fuzz: setup ## odd input for every parser and door, some 8 minutes (JSON lines; FUZZ_SECONDS=n)
 	@$(PY) -m fuzz

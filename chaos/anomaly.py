@@ -10,7 +10,7 @@ import random
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from localstack.servers import LOCAL
 from services import anomaly
 from services.anomaly.domain import Severity
 from services.anomaly.raiser import AlarmRaiser
-from services.anomaly.scorer import Scorer, decode
+from services.anomaly.scorer import Frames, Scorer, decode
 from services.anomaly.store import Actor, AlarmStore
 from services.anomaly.tuning_store import HorizonStore, NewTuning, TuningStore
 from services.anomaly.tunings import Rule, RuleKind, TuningKind
@@ -32,7 +32,7 @@ from services.common import topics
 from services.common.clock import SystemClock
 from services.common.database import Pool, create_pool, migrate, transaction
 from services.common.directory import Directory
-from services.common.kafka import Cluster, Publisher
+from services.common.kafka import Cluster, Poison, Publisher
 from services.common.settings import Settings
 from services.migrate import migrate_all
 from tests import anomaly_plant as plant
@@ -47,10 +47,10 @@ LIFE_S_MAX = 2.0
 SENDING_S = 90.0
 DRAINED_WITHIN_S = 120.0
 
-_ALARMS = (
+ALARMS = (
     "SELECT id, machine_id, position, started, ended, severity, component, explanation, score, rule_id, rule_version, episode_id, "
     "(SELECT count(*) FROM alarm_change c WHERE c.alarm_id = a.id) AS changes FROM alarm a "
-    "WHERE machine_id BETWEEN $1 AND $1 + 99 ORDER BY id"
+    "WHERE machine_id BETWEEN $1 AND $2 ORDER BY id"
 )
 
 
@@ -75,6 +75,18 @@ class _Records:
             of.append([(partition, record) for record in plant.records_of(machines, firm_id=FIRM, step=STEP)])
         self.all = [one for together in zip(*of, strict=True) for one in together]
         self.ends: dict[int, int] = {}
+
+    @property
+    def machines(self) -> tuple[int, int]:
+        return self.first_id, self.first_id + 99
+
+    def stored(self) -> Mapping[int, Sequence[tuple[int, bytes]]]:
+        """By partition, with their offsets, once all are sent."""
+        of: dict[int, Sequence[tuple[int, bytes]]] = {}
+        for partition, end in self.ends.items():
+            mine = [record for number, record in self.all if number == partition]
+            of[partition] = list(enumerate(mine, end - len(mine)))
+        return of
 
     async def send(self, publisher: Publisher) -> None:
         pause_s = SENDING_S / len(self.all)
@@ -125,8 +137,13 @@ async def tune(pool: Pool, dice: random.Random, first_id: int) -> None:
             await TuningStore().add(connection, new, now_us=plant.START_US, actor=Actor())
 
 
-async def undisturbed(settings: Settings, tuned: Pool, records: _Records) -> Sequence[Any]:
-    """The alarms that one worker without any fault makes of the records, with the tunings from the same offsets."""
+async def undisturbed(
+    settings: Settings, tuned: Pool, of: Mapping[int, Sequence[tuple[int, bytes]]], machines: tuple[int, int]
+) -> Sequence[Any]:
+    """The alarms that one worker without any fault makes of these records, with the tunings from the same offsets.
+
+    `of`: partition -> offset and value of each record, without a gap; `machines`: the first and the last id that count.
+    """
     schema = f"undisturbed_{secrets.token_hex(4)}"
     await migrate(settings.database_dsn, schema=schema, folder=Path(anomaly.__file__).parent / "migrations")
     pool = await create_pool(settings.database_dsn, schema=schema, size_max=1, service="anomaly")
@@ -135,18 +152,26 @@ async def undisturbed(settings: Settings, tuned: Pool, records: _Records) -> Seq
     try:
         await directory.wait_caught_up()
         raiser = AlarmRaiser(AlarmStore(), pool, directory, SystemClock())
-        for partition, end in records.ends.items():
-            mine = [record for number, record in records.all if number == partition]
-            scorer = Scorer(partition, position=end - len(mine))
+        for partition, records in of.items():
+            if not records:
+                continue
+            scorer = Scorer(partition, position=records[0][0])
             scorer.tune((await HorizonStore(tuned).load(partition, position=scorer.next_offset)).tunings)
-            for offset, record in enumerate(mine, end - len(mine)):
-                await raiser.store(scorer.take([(offset, decode(record))]).found)
+            for offset, record in records:
+                await raiser.store(scorer.take([(offset, _frames(record))]).found)
             await raiser.store(scorer.settle().found)
-        return await pool.fetch(_ALARMS, records.first_id)
+        return await pool.fetch(ALARMS, *machines)
     finally:
         following.cancel()
         await pool.execute(f"SET ROLE NONE; DROP SCHEMA {schema} CASCADE")  # as its owner, which the service is not
         await pool.close()
+
+
+def _frames(record: bytes) -> Sequence[Frames]:
+    try:
+        return decode(record)
+    except Poison:
+        return ()
 
 
 async def kill_again_and_again(settings: Settings, logs: Path, dice: random.Random) -> None:
@@ -202,14 +227,14 @@ async def anomaly_worker(stage: Stage) -> AsyncIterator[Round]:
                         await task
         async with plant.running("worker", settings, logs / "last.log", SMDIH_ANOMALY_INSTANCE="one"):
             await poll("drained", lambda: records.taken(pool, topic), deadline_s=DRAINED_WITHIN_S)
-            expected = await undisturbed(settings, pool, records)
+            expected = await undisturbed(settings, pool, records.stored(), records.machines)
 
             async def settled() -> bool:  # the last tunings hold without a record
-                return await pool.fetch(_ALARMS, records.first_id) == expected
+                return await pool.fetch(ALARMS, *records.machines) == expected
 
             with contextlib.suppress(TimeoutError):
                 await poll("settled", settled, deadline_s=15)
-        found = await pool.fetch(_ALARMS, records.first_id)
+        found = await pool.fetch(ALARMS, *records.machines)
         outcome.acknowledged = len(expected)
         outcome.lost = len({row["id"] for row in expected} - {row["id"] for row in found})
         outcome.duplicated = len({row["id"] for row in found} - {row["id"] for row in expected})
@@ -219,8 +244,8 @@ async def anomaly_worker(stage: Stage) -> AsyncIterator[Round]:
         unsent = await pool.fetchval(
             "SELECT sum(changes) - (SELECT count(*) FROM outbox o JOIN alarm a "  # noqa: S608  # fixed texts
             "ON o.key = convert_to(a.id, 'UTF8') "
-            f"WHERE a.machine_id BETWEEN $1 AND $1 + 99) FROM ({_ALARMS}) AS all_",
-            records.first_id,
+            f"WHERE a.machine_id BETWEEN $1 AND $2) FROM ({ALARMS}) AS all_",
+            *records.machines,
         )
         if unsent:
             outcome.broken.append(f"{unsent} changes more than events on their way")

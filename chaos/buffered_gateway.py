@@ -1,6 +1,6 @@
 """A gateway with a disk buffer, in a process of its own that may be killed:
 
-    python -m chaos.buffered_gateway TARGET MACHINE FOLDER START_S LEDGER      (the key in SMDIH_KEY)
+    python -m chaos.buffered_gateway TARGET MACHINE FOLDER START_S LEDGER [TURN_S SEGMENT_BYTES]    (the key in SMDIH_KEY)
 
 Sends frames until a line comes on standard input, then waits until the hub has all of them. LEDGER gets a line "machine
 first_row rows" once the buffer has kept a batch: from then on it must arrive. Started again it goes on behind its ledger. A file
@@ -24,12 +24,14 @@ FULL_TURN_S = 0.2
 SEGMENT_BYTES_MAX = 1024 * 1024
 
 
-async def main(target: str, machine: int, folder: Path, start_s: int, ledger_path: Path) -> None:
+async def main(
+    target: str, machine: int, folder: Path, start_s: int, ledger_path: Path, turn_s: float, segment_bytes: int
+) -> None:
     lines = ledger_path.read_text().split("\n")[:-1] if ledger_path.exists() else []
     row = (int(lines[-1].split()[1]) + ROWS_A_BATCH) if lines else 0
     refusals = 0
     # The bound is far above what the disk holds.
-    buffer = DiskBuffer(folder, segment_bytes_max=SEGMENT_BYTES_MAX)
+    buffer = DiskBuffer(folder, segment_bytes_max=segment_bytes)
     with ledger_path.open("a") as ledger:
         async with TelemetryClient(target, os.environ["SMDIH_KEY"], source="buffered", buffer=buffer) as client:
             told = asyncio.create_task(asyncio.to_thread(sys.stdin.readline))
@@ -45,12 +47,13 @@ async def main(target: str, machine: int, folder: Path, start_s: int, ledger_pat
                 ledger.write(f"{machine} {row} {ROWS_A_BATCH}\n")
                 ledger.flush()
                 row += ROWS_A_BATCH
-                await asyncio.sleep(TURN_S)
+                await asyncio.sleep(turn_s)
             await client.flush()
     told_at_end = {"rows": row, "refused_while_full": refusals, "quarantined": client.totals.quarantined}
     print(json.dumps({**told_at_end, "reconnects": client.totals.reconnects}))
 
 
 if __name__ == "__main__":
-    target, machine, folder, start_s, ledger = sys.argv[1:]
-    asyncio.run(main(target, int(machine), Path(folder), int(start_s), Path(ledger)))
+    target, machine, folder, start_s, ledger, *pace = sys.argv[1:]
+    turn_s, segment_bytes = (float(pace[0]), int(pace[1])) if pace else (TURN_S, SEGMENT_BYTES_MAX)
+    asyncio.run(main(target, int(machine), Path(folder), int(start_s), Path(ledger), turn_s, segment_bytes))

@@ -311,4 +311,4 @@ async def _judge(pool: Pool, seed: int, answers: Answers, outcome: Outcome) -> N
     }
 
 
-SCENARIOS = (Scenario("ledger", ROUNDS, prepare_ledger), *races.SCENARIOS)
+SCENARIOS = (Scenario("ledger", ROUNDS, prepare_ledger, deadline_s=ROUND_DEADLINE_S), *races.SCENARIOS)

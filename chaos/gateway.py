@@ -76,6 +76,8 @@ class _Connection:
         self._late: list[tuple[int, _Batch]] = []
         self.to_send: deque[_Batch] = deque()
         self.in_flight: deque[_Batch] = deque()
+        # The connection that may take what is to be sent: one that is lost may still ask for a moment.
+        self.current: object = None
         self.sent = self.acknowledged = self.repeats = self.late = self.reconnects = 0
         self.problems: list[str] = []
 
@@ -129,14 +131,17 @@ class _Connection:
         self._ledger.flush()
 
     def lost_connection(self) -> None:
+        self.current = None
         self.reconnects += 1
         self.to_send.extendleft(reversed(self.in_flight))
         self.in_flight.clear()
 
 
 async def _stream(stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub, mine: _Connection, key: str) -> None:
+    mine.current = this = object()
+
     async def requests() -> AsyncIterator[pb.StreamBatchesRequest]:
-        while True:
+        while mine.current is this:
             request = mine.take(IN_FLIGHT_MAX - len(mine.in_flight))
             if request is None:
                 await asyncio.sleep(0.02)

@@ -238,4 +238,4 @@ async def _judged(
     return outcome
 
 
-SCENARIOS = (Scenario("places", 20, places),)
+SCENARIOS = (Scenario("places", 20, places, deadline_s=ROUND_DEADLINE_S),)

@@ -46,6 +46,7 @@ class Gateway:
     firm: str
     machine: str
     start_ms: int
+    turn_s: float = TURN_S
     # (position, turn)
     ledger: set[tuple[int, int]] = field(default_factory=set)
     births: int = 0
@@ -87,7 +88,7 @@ class Gateway:
             if len(client.messages):
                 await anext(aiter(client.messages))
                 sequence = await self._birth(client)
-            await asyncio.sleep(TURN_S)
+            await asyncio.sleep(self.turn_s)
 
     async def _plain(self, client: aiomqtt.Client, position: int, turn: int) -> None:
         topic, at, measured = f"smdih/v1/{self.machine}", self.start_ms + turn, value(turn, position)
@@ -180,7 +181,7 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-class _Registry:
+class Registry:
     """Firms, and a machine of each for every round."""
 
     def __init__(self, door: httpx.AsyncClient) -> None:
@@ -223,7 +224,7 @@ async def mqtt(stage: Stage) -> AsyncIterator[Round]:
         async with stage.hub("mqtt", roles, copies=copies, mqtt=mosquitto) as hub:
             headers = {"Authorization": f"Bearer {hub.operator_key}"}
             async with httpx.AsyncClient(base_url=hub.processes["door"].http, headers=headers, timeout=30) as door:
-                registry = _Registry(door)
+                registry = Registry(door)
                 await registry.start()
 
                 async def play(rng: random.Random) -> Outcome:
@@ -264,7 +265,7 @@ async def _play(
     database = await asyncpg.connect(hub.settings.database_dsn)
     try:
         for gateway, machine in zip(gateways, machines.values(), strict=True):
-            await _judge(database, gateway, machine["id"], outcome)
+            await judge(database, gateway, machine["id"], outcome)
         quarantined = await database.fetch(
             "SELECT reason, sum(samples) AS samples FROM ingest.quarantine WHERE received > to_timestamp($1) GROUP BY reason",
             (start_ms + HISTORY_MS) / 1000,
@@ -281,7 +282,7 @@ async def _play(
     return outcome
 
 
-async def _judge(database: Any, gateway: Gateway, machine_id: int, outcome: Outcome) -> None:
+async def judge(database: Any, gateway: Gateway, machine_id: int, outcome: Outcome) -> None:
     """Compare what the broker acknowledged with the database."""
     stored: dict[tuple[int, int], float] = {}
     rows: list[Any] = []

@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import asyncpg
+
 from localstack.hub import Hub
 from localstack.mosquitto import Mosquitto
 from localstack.servers import LOCAL, LocalServers, Servers
@@ -33,9 +35,11 @@ class Outcome:
 class Stage:
     """A broker and a database that scenarios may kill, and hubs on them."""
 
-    def __init__(self, local: LocalServers, servers: Servers) -> None:
+    def __init__(self, local: LocalServers, servers: Servers, *, seconds: float | None = None) -> None:
         self.local = local
         self.servers = servers
+        # How long faults are to go on, where a scenario goes by time; None: as long as it does by itself.
+        self.seconds = seconds
 
     @asynccontextmanager
     async def hub(
@@ -45,10 +49,11 @@ class Stage:
         *,
         copies: Mapping[str, int] | None = None,
         mqtt: Mosquitto | None = None,
+        database_dsn: str = "",
     ) -> AsyncIterator[Hub]:
-        """Processes of the hub, with topics of their own; they share the database."""
+        """Processes of the hub, with topics of their own; they share the database if none of their own is named."""
         hub = Hub(
-            self.servers,
+            Servers(self.servers.kafka_bootstrap, database_dsn or self.servers.database_dsn),
             LOCAL / "log" / "chaos" / name,
             topic_prefix=f"{name}.",
             roles=roles,
@@ -61,6 +66,24 @@ class Stage:
         finally:
             await hub.stop()
 
+    @asynccontextmanager
+    async def database(self, name: str) -> AsyncIterator[str]:
+        """A fresh database of that name, removed afterwards; yields its DSN."""
+        admin = await asyncpg.connect(self.servers.database_dsn)
+        await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await admin.execute(f"CREATE DATABASE {name}")
+        await admin.close()
+        try:
+            yield self.servers.database_dsn.rpartition("/")[0] + f"/{name}"
+        finally:
+            admin = await asyncpg.connect(self.servers.database_dsn)
+            await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            await admin.close()
+
+
+class NotHere(Exception):
+    """A scenario that cannot be played on this machine; the text says why. It is left out, unless it was asked for."""
+
 
 Round = Callable[[random.Random], Awaitable[Outcome]]
 
@@ -72,6 +95,8 @@ class Scenario:
     name: str
     rounds: int
     prepare: Callable[[Stage], AbstractAsyncContextManager[Round]]
+    # A round that hangs is not well either.
+    deadline_s: float = 600.0
 
 
 async def poll(what: str, check: Callable[[], Awaitable[bool]], *, deadline_s: float, interval_s: float = 0.1) -> float:

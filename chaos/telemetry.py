@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,17 @@ class _Load:
         return found
 
 
+def load(hub: Hub, plant: Plant, start_s: int, seed: int) -> AbstractAsyncContextManager[_Load]:
+    return load_to(hub.processes["door"].grpc, plant, start_s, seed)
+
+
 @asynccontextmanager
-async def load(hub: Hub, plant: Plant, start_s: int, seed: int) -> AsyncIterator[_Load]:
+async def load_to(target: str, plant: Plant, start_s: int, seed: int) -> AsyncIterator[_Load]:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Path(folder) / "ledger"
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "chaos.gateway", hub.processes["door"].grpc, f"{plant.machine_ids[0]}:{plant.machine_ids[-1]}"),
+            *("-m", "chaos.gateway", target, f"{plant.machine_ids[0]}:{plant.machine_ids[-1]}"),
             *(str(start_s), str(seed), str(ledger)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -127,7 +131,7 @@ POISON = b"\xff\xff unreadable "
 
 async def poison(stage: Stage, hub: Hub, rng: random.Random) -> None:
     """Records that nobody can read, between good ones. A broker that is away at the moment gets them later."""
-    async with Publisher(_cluster(hub)) as publisher:
+    async with Publisher(cluster_of(hub)) as publisher:
         for _ in range(POISON_RECORDS):
             while True:
                 try:
@@ -151,7 +155,7 @@ async def telemetry(stage: Stage) -> AsyncIterator[Round]:
         await hub.pause("historian-2")
 
         async def play(rng: random.Random) -> Outcome:
-            plant = await register(hub.settings.database_dsn, _cluster(hub), MACHINES)
+            plant = await register(hub.settings.database_dsn, cluster_of(hub), MACHINES)
             await asyncio.sleep(1)  # the door's directory follows
             outcome = Outcome(faults=rng.sample(sorted(FAULTS), FAULTS_A_ROUND))
             start_s = int(time.time()) - HISTORY_S
@@ -172,7 +176,7 @@ async def telemetry(stage: Stage) -> AsyncIterator[Round]:
             if sent["sent"] != sent["acknowledged"]:
                 outcome.broken.append(f"{sent['sent'] - sent['acknowledged']} batches were never acknowledged")
             await judge(hub, plant, ledger, start_s, healed, outcome)
-            unreadable, buried = await _unreadable(hub), await _buried(hub)
+            unreadable, buried = await unreadable_in(hub), await _buried(hub)
             outcome.detail["dead_letters"] = len(buried)
             if unreadable != buried:
                 outcome.broken.append(f"{len(unreadable)} unreadable records, {len(buried)} dead letters")
@@ -227,7 +231,12 @@ async def judge(
         if wrong:
             outcome.broken.append(f"{wrong} values are not those that were sent")
         known = {tuple(key) for key in keys.tolist()}
-        outcome.lost = sum(tuple(key) not in known for key in acknowledged.tolist()) * SIGNALS
+        missing: list[tuple[int, int]] = [
+            (machine, row) for machine, row in acknowledged.tolist() if (machine, row) not in known
+        ]
+        outcome.lost = len(missing) * SIGNALS
+        if missing:
+            outcome.detail["first_missing"] = dict(reversed(missing))
         outcome.duplicated = (len(keys) - len(known)) * SIGNALS
         # Rollups of closed buckets say the same as the frames under them.
         rollups = await database.fetchrow(_ROLLUPS, *span)
@@ -259,30 +268,30 @@ WHERE coalesce(raw.minute, rolled.minute) < newest.minute
 
 async def _lag(hub: Hub, database: Connection) -> int:
     """Records of the samples topic behind the historian's stored position."""
-    name = _cluster(hub).name(topics.SAMPLES)
+    name = cluster_of(hub).name(topics.SAMPLES)
     stored = await database.fetchval("SELECT coalesce(sum(next_offset), 0) FROM ingest.position WHERE topic = $1", name)
-    async with _reading(hub, topics.SAMPLES) as (consumer, partitions):
+    async with reading(hub, topics.SAMPLES) as (consumer, partitions):
         ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
     return sum(ends.values()) - int(stored)
 
 
-async def _unreadable(hub: Hub) -> set[tuple[int, int]]:
+async def unreadable_in(hub: Hub) -> set[tuple[int, int]]:
     """Partition and offset of the poison in the samples topic."""
     return {
         (record.partition, record.offset)
-        async for record in _records(hub, topics.SAMPLES)
+        async for record in records_of(hub, topics.SAMPLES)
         if record.value.startswith(POISON)
     }
 
 
 async def _buried(hub: Hub) -> set[tuple[int, int]]:
     """Partition and offset of what stands in the dead letters; a crash may put a record there twice."""
-    headers = [dict(record.headers) async for record in _records(hub, topics.SAMPLES + topics.DEAD_LETTERS_SUFFIX)]
+    headers = [dict(record.headers) async for record in records_of(hub, topics.SAMPLES + topics.DEAD_LETTERS_SUFFIX)]
     return {(int(header["partition"]), int(header["offset"])) for header in headers}
 
 
-async def _records(hub: Hub, topic: str) -> AsyncIterator[ConsumerRecord]:
-    async with _reading(hub, topic) as (consumer, partitions):
+async def records_of(hub: Hub, topic: str) -> AsyncIterator[ConsumerRecord]:
+    async with reading(hub, topic) as (consumer, partitions):
         ends = await consumer.end_offsets(partitions)
         await consumer.seek_to_beginning(*partitions)
         left = {partition for partition, end in ends.items() if end}
@@ -297,8 +306,8 @@ async def _records(hub: Hub, topic: str) -> AsyncIterator[ConsumerRecord]:
 
 
 @asynccontextmanager
-async def _reading(hub: Hub, topic: str) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
-    name = _cluster(hub).name(topic)
+async def reading(hub: Hub, topic: str) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
+    name = cluster_of(hub).name(topic)
     consumer = AIOKafkaConsumer(
         name,
         bootstrap_servers=hub.settings.kafka_bootstrap,
@@ -317,7 +326,7 @@ def _counts_up(lengths: Ints) -> Ints:
     return np.concatenate([np.arange(length) for length in lengths]) if len(lengths) else np.zeros(0, dtype=np.int64)
 
 
-def _cluster(hub: Hub) -> Cluster:
+def cluster_of(hub: Hub) -> Cluster:
     return Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
 
 
@@ -330,7 +339,7 @@ async def all_poison(stage: Stage) -> AsyncIterator[Round]:
         async def play(rng: random.Random) -> Outcome:
             nonlocal so_far
             outcome = Outcome(faults=["all_poison"])
-            plant = await register(hub.settings.database_dsn, _cluster(hub), MACHINES)
+            plant = await register(hub.settings.database_dsn, cluster_of(hub), MACHINES)
             database = await asyncpg.connect(hub.settings.database_dsn)
             start_s = int(time.time()) - HISTORY_S
             try:
@@ -338,7 +347,7 @@ async def all_poison(stage: Stage) -> AsyncIterator[Round]:
                 async with load(hub, plant, start_s, rng.randrange(2**31)) as sender:
                     await asyncio.sleep(rng.uniform(1, 3))
                     records = rng.randint(2, 4) * DEAD_LETTERS_IN_A_ROW_MAX
-                    async with Publisher(_cluster(hub)) as publisher:
+                    async with Publisher(cluster_of(hub)) as publisher:
                         message = Message(
                             topics.SAMPLES, POISON, partition=rng.randrange(hub.settings.kafka_partitions)
                         )
@@ -363,7 +372,7 @@ async def all_poison(stage: Stage) -> AsyncIterator[Round]:
                     return not await _lag(hub, database)
 
                 await poll("lag 0 after the word to go on", has_gone_on, deadline_s=60)
-                unreadable, dead = await _unreadable(hub), await _buried(hub)
+                unreadable, dead = await unreadable_in(hub), await _buried(hub)
                 so_far = len(dead)
                 if unreadable != dead:
                     outcome.broken.append(f"{len(unreadable)} unreadable records, {len(dead)} dead letters")
@@ -386,10 +395,10 @@ async def full_disk(stage: Stage) -> AsyncIterator[Round]:
 
         async def play(rng: random.Random) -> Outcome:
             outcome = Outcome(faults=["cut_off", "full_disk", "kill_gateway"])
-            plant = await register(hub.settings.database_dsn, _cluster(hub), 1)
+            plant = await register(hub.settings.database_dsn, cluster_of(hub), 1)
             await asyncio.sleep(1)
             start_s = int(time.time()) - HISTORY_S
-            with _disk(BUFFER_DISK_BYTES) as disk, tempfile.TemporaryDirectory() as folder:
+            with small_disk(BUFFER_DISK_BYTES) as disk, tempfile.TemporaryDirectory() as folder:
                 ledger = Path(folder) / "ledger"
                 gateway = await _buffered_gateway(hub, plant, disk, start_s, ledger)
                 await asyncio.sleep(rng.uniform(0.5, 2))
@@ -430,7 +439,7 @@ async def _buffered_gateway(
 
 
 @contextlib.contextmanager
-def _disk(size: int) -> Iterator[Path]:
+def small_disk(size: int) -> Iterator[Path]:
     """A small file system of its own (needs root, as the local servers do)."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "chaos", folder], check=True)

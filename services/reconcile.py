@@ -56,7 +56,7 @@ class Found:
 
 async def after_restore(settings: Settings, *, accept_lost: bool) -> dict[str, object]:
     """The database is older than the topics: what they tell of the time between is taken in."""
-    cluster, now_us = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix), SystemClock().now_us()
+    cluster, now_us = Cluster.of(settings), SystemClock().now_us()
     async with _consumer(cluster) as consumer, _alone(settings.database_dsn) as connection:
         found = await _positions(connection, consumer)
         beyond = [each for each in found if each.position > each.end]
@@ -94,7 +94,7 @@ async def after_restore(settings: Settings, *, accept_lost: bool) -> dict[str, o
 
 async def after_kafka_loss(settings: Settings) -> dict[str, object]:
     """The topics are new: what must stand in them is published again, and consumers begin at their beginning."""
-    cluster, now_us = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix), SystemClock().now_us()
+    cluster, now_us = Cluster.of(settings), SystemClock().now_us()
     async with _consumer(cluster) as consumer, _alone(settings.database_dsn) as connection:
         beyond = [each for each in await _positions(connection, consumer) if each.position > each.end]
         samples = cluster.name(topics.SAMPLES)
@@ -137,7 +137,7 @@ async def _alone(dsn: str) -> AsyncIterator[Connection]:
 @asynccontextmanager
 async def _consumer(cluster: Cluster) -> AsyncIterator[AIOKafkaConsumer]:
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=cluster.bootstrap, group_id=None, enable_auto_commit=False, auto_offset_reset="earliest"
+        **cluster.client(), group_id=None, enable_auto_commit=False, auto_offset_reset="earliest"
     )
     try:
         await consumer.start()

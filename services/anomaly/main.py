@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 from services.anomaly.settings import AnomalySettings
-from services.common import logs
+from services.common import logs, tracing
 from services.common.metrics import name_process
 from services.common.runtime import run
 
@@ -23,6 +23,7 @@ def main() -> None:
     settings = AnomalySettings()
     logs.configure(f"anomaly-{sys.argv[1]}", settings.log_level)
     name_process(f"anomaly-{sys.argv[1]}")
+    tracing.start(settings.trace_endpoint, process=f"anomaly-{sys.argv[1]}", ratio=settings.trace_ratio)
     run(import_module(ROLES[sys.argv[1]]).process(settings), drain_s=settings.drain_s)
 
 

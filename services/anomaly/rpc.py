@@ -3,10 +3,10 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-from services.anomaly.domain import MaintenanceWindow, Source, Suppression
+from services.anomaly.domain import Source, Suppression
 from services.anomaly.evidence import EvidenceService
-from services.anomaly.measures import MeasureService, SourceMeasure
-from services.anomaly.messages import CHANGES, alarm_message
+from services.anomaly.measures import MeasureService
+from services.anomaly.messages import alarm_message
 from services.anomaly.rule_rpc import key_of
 from services.anomaly.service import AlarmFeed, AlarmService
 from services.anomaly.store import AlarmFilter, Suppressed
@@ -15,6 +15,7 @@ from services.anomaly.tuning import TuningService
 from services.anomaly.tuning_messages import entry_message, evidence_message, threshold_message, useful_of, usefulness
 from services.common.directory import Directory
 from services.common.errors import Invalid
+from services.common.messages import message_of
 from services.common.rpc import current_caller
 from smdih.anomaly.v1 import anomaly_pb2 as pb
 from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
@@ -65,17 +66,7 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
         alarm, history = await self._service.get(current_caller(), request.id)
         return pb.GetAlarmResponse(
             alarm=alarm_message(alarm),
-            changes=[
-                pb.AlarmHistoryEntry(
-                    change=CHANGES[entry.change],
-                    changed_us=entry.changed_us,
-                    actor=entry.actor,
-                    credential_id=entry.credential_id,
-                    comment=entry.comment,
-                    detail=entry.detail,
-                )
-                for entry in history
-            ],
+            changes=[message_of(pb.AlarmHistoryEntry, entry) for entry in history],
         )
 
     async def AcknowledgeAlarm(self, request: pb.AcknowledgeAlarmRequest, context: Any) -> pb.AcknowledgeAlarmResponse:
@@ -142,7 +133,7 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
             ends_us=request.ends_us,
             reason=request.reason,
         )
-        return pb.CreateMaintenanceWindowResponse(window=_window(window))
+        return pb.CreateMaintenanceWindowResponse(window=message_of(pb.MaintenanceWindow, window))
 
     async def ListMaintenanceWindows(
         self, request: pb.ListMaintenanceWindowsRequest, context: Any
@@ -150,32 +141,18 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
         found = await self._suppression.windows(
             current_caller(), firm_id=request.firm_id, machine_id=request.machine_id
         )
-        return pb.ListMaintenanceWindowsResponse(windows=[_window(window) for window in found])
+        return pb.ListMaintenanceWindowsResponse(windows=[message_of(pb.MaintenanceWindow, window) for window in found])
 
     async def EndMaintenanceWindow(
         self, request: pb.EndMaintenanceWindowRequest, context: Any
     ) -> pb.EndMaintenanceWindowResponse:
         window = await self._suppression.end_window(current_caller(), request.id, reason=request.reason)
-        return pb.EndMaintenanceWindowResponse(window=_window(window))
+        return pb.EndMaintenanceWindowResponse(window=message_of(pb.MaintenanceWindow, window))
 
     async def GetAlarmMeasures(self, request: pb.GetAlarmMeasuresRequest, context: Any) -> pb.GetAlarmMeasuresResponse:
         found = await self._measuring.measures(current_caller(), firm_id=request.firm_id, hours=request.hours)
         low, medium, high = found.alarms_by_severity
-        return pb.GetAlarmMeasuresResponse(
-            hours=found.hours,
-            alarms=found.alarms,
-            low=low,
-            medium=medium,
-            high=high,
-            alarms_10_minutes=found.alarms_10_minutes,
-            flooded=found.flooded,
-            alarms_10_minutes_max=found.alarms_10_minutes_max,
-            flooded_intervals=found.flooded_intervals,
-            chattering=[_source_measure(source) for source in found.chattering],
-            stale=found.stale,
-            worst_sources=[_source_measure(source) for source in found.worst_sources],
-            worst_sources_share=found.worst_sources_share,
-        )
+        return message_of(pb.GetAlarmMeasuresResponse, found, low=low, medium=medium, high=high)
 
     async def WatchAlarms(self, request: pb.WatchAlarmsRequest, context: Any) -> AsyncIterator[pb.WatchAlarmsResponse]:
         with self._feed.watch(current_caller(), firm_id=request.firm_id, token=request.resume_token) as events:
@@ -223,44 +200,5 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
 
 
 def _suppression(source: Source) -> pb.Suppression:
-    return pb.Suppression(
-        alarm_id=source.alarm_id,
-        firm_id=source.firm_id,
-        machine_id=source.machine_id,
-        machine_path=source.machine_path,
-        signal_name=source.signal_name,
-        out_of_service=source.reason_kind is Suppression.OUT_OF_SERVICE,
-        one_shot=source.one_shot,
-        began_us=source.began_us,
-        ends_us=source.ends_us or 0,
-        reason=source.reason,
-        actor=source.actor,
-        credential_id=source.credential_id,
-    )
-
-
-def _window(window: MaintenanceWindow) -> pb.MaintenanceWindow:
-    return pb.MaintenanceWindow(
-        id=window.id,
-        firm_id=window.firm_id,
-        machine_id=window.machine_id,
-        starts_us=window.starts_us,
-        ends_us=window.ends_us,
-        reason=window.reason,
-        actor=window.actor,
-        credential_id=window.credential_id,
-        ended_us=window.ended_us or 0,
-        ended_actor=window.ended_actor,
-        ended_credential_id=window.ended_credential_id,
-        ended_reason=window.ended_reason,
-    )
-
-
-def _source_measure(source: SourceMeasure) -> pb.AlarmSourceMeasure:
-    return pb.AlarmSourceMeasure(
-        machine_id=source.machine_id,
-        machine_path=source.machine_path,
-        signal_name=source.signal_name,
-        alarms=source.alarms,
-        share=source.share,
-    )
+    out_of_service = source.reason_kind is Suppression.OUT_OF_SERVICE
+    return message_of(pb.Suppression, source, out_of_service=out_of_service)

@@ -7,6 +7,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from services.common import tracing
 from services.common.errors import Conflict, NotFound, SlowDown, TryAgain
 from services.common.logs import current_correlation_id, get_logger
 from smdih.ingest.v1 import query_pb2 as pb
@@ -99,11 +100,13 @@ class Samples:
             )
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self._target)
-        metadata = (("authorization", f"Bearer {key}"), ("x-correlation-id", current_correlation_id()))
+        correlation_id = current_correlation_id()
+        metadata = (("authorization", f"Bearer {key}"), ("x-correlation-id", correlation_id))
         try:
-            response: pb.HistoryResponse = await pb_grpc.QueryServiceStub(self._channel).History(
-                request, metadata=metadata, timeout=CALL_TIMEOUT_S
-            )
+            with tracing.span("QueryService/History", correlation_id, kind="client"):
+                response: pb.HistoryResponse = await pb_grpc.QueryServiceStub(self._channel).History(
+                    request, metadata=(*metadata, *tracing.metadata(correlation_id)), timeout=CALL_TIMEOUT_S
+                )
         except grpc.aio.AioRpcError as error:
             code = error.code()
             log.info("samples not had", code=code.name, detail=error.details())

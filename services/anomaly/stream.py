@@ -21,7 +21,7 @@ from services.anomaly.scorer import Frames, Scorer, Taken, decode
 from services.anomaly.settings import CHECKPOINT_INTERVAL_S
 from services.anomaly.store import Checkpoint, StateStore
 from services.anomaly.tuning_store import Horizon, HorizonStore
-from services.common import topics
+from services.common import topics, tracing
 from services.common.clock import Clock
 from services.common.database import AWAY
 from services.common.errors import TryAgain
@@ -381,6 +381,7 @@ class Worker:
         if not taken.found:
             return
         stored = await self._until_answered(lambda: self._raiser.store(taken.found))
+        tracing.note("anomaly alarm", (event.alarm.correlation_id for event in stored), seconds=0, kind="producer")
         received_us = {found.frames.correlation_id: found.frames.received_us for found in taken.found}
         for event in stored:
             if event.change is Change.RAISED:

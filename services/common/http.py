@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, ge
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.common import tracing
 from services.common.directory import Directory
 from services.common.errors import HubError, TooLarge, TryAgain
 from services.common.identity import Caller, bearer_key
@@ -154,7 +155,11 @@ class _Entry:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        correlation_id = accepted_correlation_id(request.headers.get("x-correlation-id"))
+        parent = request.headers.get(tracing.HEADER, "")
+        correlation_id = accepted_correlation_id(
+            request.headers.get("x-correlation-id") or tracing.correlation_id_of(parent)
+        )
+        entered = tracing.enter(request.method, correlation_id, parent=parent)
         started = time.perf_counter()
         status = 500
         has_started = False
@@ -198,6 +203,7 @@ class _Entry:
                     await problem(failed)(scope, receive, sending)
         route = getattr(scope.get("route"), "path", "none")
         method = method_label(request.method)
+        tracing.leave(entered, f"{method} {route}", failed=status >= 500, http_route=route, http_status=status)
         requests_total.labels(method, route, str(status)).inc()
         request_seconds.labels(method, route).observe(time.perf_counter() - started)
 

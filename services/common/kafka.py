@@ -24,7 +24,7 @@ from aiokafka.errors import (
 )
 from prometheus_client import Counter, Gauge
 
-from services.common import topics
+from services.common import topics, tracing
 from services.common.database import AWAY, Connection, Pool
 from services.common.errors import TooLarge, TryAgain
 from services.common.logs import get_logger
@@ -546,6 +546,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             by_partition.setdefault(TopicPartition(record.topic, record.partition), []).append(record)
         ends = {partition: found[-1].offset + 1 for partition, found in by_partition.items()}
         runs: dict[TopicPartition, int] = {}
+        tracing.remember(records)
         delay_s = 0.1
         while True:
             try:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import structlog
 
+from services.common import tracing
+
 _CORRELATION_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
@@ -66,7 +68,12 @@ def current_correlation_id() -> str:
 
 
 @contextlib.contextmanager
-def correlated(correlation_id: str) -> Iterator[None]:
-    """Every log line inside carries the id."""
+def correlated(correlation_id: str, *, is_entry: bool = False) -> Iterator[None]:
+    """Every log line inside carries the id. Where traces are on, inside is a span of its trace, named like the function that says
+    this, unless there is one around already or the edge makes its own (`is_entry`)."""
     with structlog.contextvars.bound_contextvars(correlation_id=correlation_id):
-        yield
+        if is_entry or not tracing.is_on():
+            yield
+            return
+        with tracing.continued(sys._getframe(2).f_code.co_qualname, correlation_id):
+            yield

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import asyncpg
 from prometheus_client import Counter, Gauge
 
+from services.common import tracing
 from services.common.database import AWAY, Connection, Pool
 from services.common.errors import TryAgain
 from services.common.kafka import Message, Publisher
@@ -34,14 +35,16 @@ async def write(connection: Connection, topic: str, *, key: str, value: bytes | 
 
 async def write_all(connection: Connection, topic: str, events: Sequence[tuple[str, bytes | None]]) -> None:
     """The same for several events, each with its key, in one round trip; they leave in this order."""
+    correlation_id = current_correlation_id()
     await connection.execute(
-        "INSERT INTO outbox (topic, key, value, correlation_id) "
-        "SELECT $1, key, value, $2 FROM unnest($3::bytea[], $4::bytea[]) WITH ORDINALITY AS event (key, value, number) "
+        "INSERT INTO outbox (topic, key, value, correlation_id, traceparent) "
+        "SELECT $1, key, value, $2, $5 FROM unnest($3::bytea[], $4::bytea[]) WITH ORDINALITY AS event (key, value, number) "
         "ORDER BY number",
         topic,
-        current_correlation_id(),
+        correlation_id,
         [key.encode() for key, _ in events],
         [value for _, value in events],
+        tracing.traceparent(correlation_id),
     )
 
 
@@ -82,7 +85,7 @@ class OutboxRelay:
         self._measure_due_s = time.monotonic() + MEASURE_INTERVAL_S
         async with self._pool.acquire(timeout=10) as connection:
             row = await connection.fetchrow(
-                "SELECT (SELECT count(*) FROM (SELECT FROM outbox LIMIT $1) AS some) AS events, coalesce("
+                "SELECT (SELECT count(*) FROM (SELECT FROM outbox LIMIT $1) AS waiting) AS events, coalesce("
                 "(SELECT extract(epoch FROM clock_timestamp() - created) FROM outbox ORDER BY id LIMIT 1), 0)::float8 AS oldest",
                 COUNTED_MAX,
             )
@@ -95,7 +98,7 @@ class OutboxRelay:
             if not await connection.fetchval("SELECT pg_try_advisory_xact_lock(hashtext($1))", self._lock_name):
                 return 0
             rows = await connection.fetch(
-                "SELECT id, topic, key, value, correlation_id FROM outbox ORDER BY id LIMIT $1", BATCH_MAX
+                "SELECT id, topic, key, value, correlation_id, traceparent FROM outbox ORDER BY id LIMIT $1", BATCH_MAX
             )
             if not rows:
                 return 0
@@ -106,7 +109,10 @@ class OutboxRelay:
                         row["topic"],
                         row["value"],
                         row["key"],
-                        headers=(("correlation_id", row["correlation_id"].encode()),),
+                        headers=(
+                            ("correlation_id", row["correlation_id"].encode()),
+                            *tracing.record_headers(row["traceparent"]),
+                        ),
                     )
                     for row in rows
                 ]

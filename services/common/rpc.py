@@ -13,10 +13,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import Counter, Gauge, Histogram
 
+from services.common import tracing
 from services.common.directory import Directory
 from services.common.errors import HubError, Invalid, TryAgain
 from services.common.identity import Caller, bearer_key
-from services.common.logs import accepted_correlation_id, correlated, get_logger
+from services.common.logs import accepted_correlation_id, correlated, current_correlation_id, get_logger
 from services.common.tenancy import narrow_to
 
 log = get_logger(__name__)
@@ -73,7 +74,10 @@ class _Gate(grpc.aio.ServerInterceptor):
             return handler
         metadata = dict(details.invocation_metadata or ())
         key = bearer_key(str(metadata.get("authorization", "")))
-        correlation_id = accepted_correlation_id(str(metadata.get("x-correlation-id", "")))
+        parent = str(metadata.get(tracing.HEADER, ""))
+        correlation_id = accepted_correlation_id(
+            str(metadata.get("x-correlation-id", "")) or tracing.correlation_id_of(parent)
+        )
         return self._guarded(handler, details.method, key, correlation_id)
 
     def _guarded(self, handler: Any, method: str, key: str, correlation_id: str) -> Any:
@@ -109,7 +113,7 @@ class _Gate(grpc.aio.ServerInterceptor):
 
         async def unary(request: Any, context: Any) -> Any:
             started = time.perf_counter()
-            with correlated(correlation_id):
+            with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
                     await admit()
                     await well_formed(request)
@@ -124,7 +128,7 @@ class _Gate(grpc.aio.ServerInterceptor):
                 yield request
 
         async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            with correlated(correlation_id):
+            with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
                     await admit()
                     await well_formed(request)
@@ -133,7 +137,7 @@ class _Gate(grpc.aio.ServerInterceptor):
                         yield response
 
         async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            with correlated(correlation_id):
+            with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
                     await admit()
                     async for response in handler.stream_stream(checked(requests), context):
@@ -153,6 +157,8 @@ class _Gate(grpc.aio.ServerInterceptor):
 async def _answered(context: Any, method: str) -> AsyncIterator[None]:
     in_progress = calls_in_progress.labels(method)
     in_progress.inc()
+    entered = tracing.enter(method, current_correlation_id(), parent=_parent_of(context), rpc_system="grpc")
+    failed = False
     try:
         yield
     except HubError as error:
@@ -162,6 +168,7 @@ async def _answered(context: Any, method: str) -> AsyncIterator[None]:
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except Exception:
+        failed = True
         calls_total.labels(method, "INTERNAL").inc()
         log.exception("call failed", method=method)
         await _abort(context, HubError("Something in the hub went wrong; it has been logged."))
@@ -172,6 +179,13 @@ async def _answered(context: Any, method: str) -> AsyncIterator[None]:
         calls_total.labels(method, "OK").inc()
     finally:
         in_progress.dec()
+        tracing.leave(entered, method, failed=failed)
+
+
+def _parent_of(context: Any) -> str:
+    if not tracing.is_on():
+        return ""
+    return str(dict(context.invocation_metadata() or ()).get(tracing.HEADER, ""))
 
 
 async def _abort(context: Any, error: HubError) -> NoReturn:

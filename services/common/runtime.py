@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
+from services.common import tracing
 from services.common.logs import get_logger
 from services.common.metrics import watch_loop
 
@@ -105,6 +106,7 @@ async def _main(start: Callable[[Runtime], Awaitable[None]], drain_s: float) -> 
         log.info("stopping")
         if runtime._failure is None:
             await asyncio.sleep(drain_s)
+    tracing.stop()
     return 1 if runtime._failure else 0
 
 

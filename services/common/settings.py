@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -45,6 +45,12 @@ class Settings(BaseSettings):
         description="how long a process that is told to stop still answers; more behind a load balancer",
     )
     log_level: str = "INFO"
+    trace_endpoint: str = Field(
+        "",
+        validation_alias=AliasChoices("SMDIH_TRACE_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        description="http(s)://host:port of an OTLP receiver (gRPC) for traces; without it there are none",
+    )
+    trace_ratio: float = Field(0.1, ge=0, le=1, description="share of the traces that are kept")
 
     @model_validator(mode="after")
     def _kafka_identity_is_whole(self) -> Self:

@@ -90,6 +90,26 @@ def span(
         made.end()
 
 
+def enter(name: str, correlation_id: str, *, parent: str, **attributes: str) -> "Span | None":
+    """Begin a span for the rest of this task, which `leave` ends: the edges' way, where a `with` would wrap everything."""
+    if _tracing is None:
+        return None
+    made = _tracing.begin(name, correlation_id, "server", parent, attributes)
+    _current.set(made)
+    return made
+
+
+def leave(entered: "Span | None", name: str, *, failed: bool, **attributes: str | int) -> None:
+    """End it, under the name that is known by now."""
+    if entered is not None:
+        entered.update_name(name)
+        entered.set_attributes(attributes)
+        if failed and _tracing is not None:
+            _tracing.mark_failed(entered)
+        entered.end()
+        _current.set(None)
+
+
 @contextmanager
 def continued(name: str, correlation_id: str) -> Iterator[None]:
     """A span where work goes on under another correlation id; none where the span around is of the same trace already."""
@@ -216,7 +236,10 @@ class _Tracing:
 
     def failed(self, of: "Span", error: Exception) -> None:
         of.record_exception(error)
-        of.set_status(self._api.StatusCode.ERROR, type(error).__name__)
+        self.mark_failed(of)
+
+    def mark_failed(self, of: "Span") -> None:
+        of.set_status(self._api.StatusCode.ERROR)
 
     def remember(self, sent: str) -> None:
         context = self._context_of(sent)

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from services.common.http import Authenticated
 from services.funding.agreement import Agreement, AgreementState, ClaimState, CostLine
-from services.funding.agreements import AgreementService, FundView
+from services.funding.agreements import AgreementService
+from services.funding.balances import BalanceService, FundView
+from services.funding.claims import ClaimService
 from services.funding.domain import CostCategory
 from services.funding.rules.exact import fixed_down
 from services.funding.rules.match import FundRatio
@@ -159,56 +161,56 @@ class FundOut(_Out):
     on_payments: FundRatioOut
 
 
-def router(service: AgreementService) -> APIRouter:
+def router(*, agreements: AgreementService, claims: ClaimService, balances: BalanceService) -> APIRouter:
     """Awards, claims and the fund."""
     routes = APIRouter(prefix="/v1")
 
     @routes.get("/fund")
     async def get_fund(caller: Authenticated) -> FundOut:
-        return _fund(await service.get_fund(caller))
+        return _fund(await balances.get_fund(caller))
 
     @routes.get("/awards/{award_id}")
     async def get_agreement(caller: Authenticated, award_id: str) -> AgreementOut:
-        return _out(await service.get_agreement(caller, award_id))
+        return _out(await agreements.get_agreement(caller, award_id))
 
     @routes.post("/awards/{award_id}/accept")
     async def accept(caller: Authenticated, award_id: str, body: AcceptIn) -> AgreementOut:
-        return _out(await service.accept(caller, award_id, **body.model_dump()))
+        return _out(await agreements.accept(caller, award_id, **body.model_dump()))
 
     @routes.post("/awards/{award_id}/confirm-assistance")
     async def confirm_assistance(caller: Authenticated, award_id: str, body: AssistanceIn) -> AgreementOut:
-        return _out(await service.confirm_assistance(caller, award_id, **body.model_dump()))
+        return _out(await agreements.confirm_assistance(caller, award_id, **body.model_dump()))
 
     @routes.post("/awards/{award_id}/claims", status_code=201)
     async def submit_claim(caller: Authenticated, award_id: str, body: ClaimIn) -> AgreementOut:
         costs = [CostLine(**line.model_dump()) for line in body.costs]
         shown = [(one.milestone_id, one.evidence) for one in body.evidence]
         fields = body.model_dump(exclude={"costs", "evidence"})
-        return _out(await service.submit_claim(caller, award_id, costs=costs, evidence=shown, **fields))
+        return _out(await claims.submit_claim(caller, award_id, costs=costs, evidence=shown, **fields))
 
     @routes.post("/awards/{award_id}/claims/{claim_id}/decide")
     async def decide_claim(caller: Authenticated, award_id: str, claim_id: str, body: ClaimDecisionIn) -> AgreementOut:
-        return _out(await service.decide_claim(caller, award_id, claim_id, **body.model_dump()))
+        return _out(await claims.decide_claim(caller, award_id, claim_id, **body.model_dump()))
 
     @routes.post("/awards/{award_id}/claims/{claim_id}/settle")
     async def settle_claim(caller: Authenticated, award_id: str, claim_id: str, body: SettlementIn) -> AgreementOut:
-        return _out(await service.settle_claim(caller, award_id, claim_id, **body.model_dump()))
+        return _out(await claims.settle_claim(caller, award_id, claim_id, **body.model_dump()))
 
     @routes.post("/awards/{award_id}/reports")
     async def record_reports(caller: Authenticated, award_id: str, body: ReportsIn) -> AgreementOut:
-        return _out(await service.record_reports(caller, award_id, **body.model_dump()))
+        return _out(await agreements.record_reports(caller, award_id, **body.model_dump()))
 
     @routes.post("/awards/{award_id}/withdraw")
     async def withdraw(caller: Authenticated, award_id: str, body: EndIn) -> AgreementOut:
-        return _out(await service.withdraw(caller, award_id, reason=body.reason))
+        return _out(await agreements.withdraw(caller, award_id, reason=body.reason))
 
     @routes.post("/awards/{award_id}/close")
     async def close(caller: Authenticated, award_id: str, body: EndIn) -> AgreementOut:
-        return _out(await service.close(caller, award_id, reason=body.reason))
+        return _out(await agreements.close(caller, award_id, reason=body.reason))
 
     @routes.post("/awards/{award_id}/recover")
     async def recover(caller: Authenticated, award_id: str, body: RecoveryIn) -> AgreementOut:
-        return _out(await service.recover(caller, award_id, **body.model_dump()))
+        return _out(await agreements.recover(caller, award_id, **body.model_dump()))
 
     return routes
 

@@ -6,7 +6,9 @@ from services.common.errors import Invalid
 from services.common.messages import message_of
 from services.common.rpc import current_caller
 from services.funding.agreement import Agreement, CostLine
-from services.funding.agreements import AgreementService, FundView
+from services.funding.agreements import AgreementService
+from services.funding.balances import BalanceService, FundView
+from services.funding.claims import ClaimService
 from services.funding.domain import CostCategory
 from services.funding.milestone_rpc import evidence_of
 from services.funding.rules.exact import fixed_down
@@ -18,17 +20,19 @@ from smdih.funding.v1.agreement_pb2_grpc import AgreementServiceServicer
 
 
 class AgreementRpc(AgreementServiceServicer):
-    """Translates; what is right and who may do it is the service's business."""
+    """Translates; what is right and who may do it is the services' business."""
 
-    def __init__(self, service: AgreementService) -> None:
-        self._service = service
+    def __init__(self, *, agreements: AgreementService, claims: ClaimService, balances: BalanceService) -> None:
+        self._agreements = agreements
+        self._claims = claims
+        self._balances = balances
 
     async def GetAgreement(self, request: pb.GetAgreementRequest, context: Any) -> pb.GetAgreementResponse:
-        agreement = await self._service.get_agreement(current_caller(), request.award_id)
+        agreement = await self._agreements.get_agreement(current_caller(), request.award_id)
         return pb.GetAgreementResponse(agreement=_agreement(agreement))
 
     async def AcceptOffer(self, request: pb.AcceptOfferRequest, context: Any) -> pb.AcceptOfferResponse:
-        agreement = await self._service.accept(
+        agreement = await self._agreements.accept(
             current_caller(),
             request.award_id,
             project_start=request.project_start,
@@ -39,7 +43,7 @@ class AgreementRpc(AgreementServiceServicer):
     async def ConfirmAssistance(
         self, request: pb.ConfirmAssistanceRequest, context: Any
     ) -> pb.ConfirmAssistanceResponse:
-        agreement = await self._service.confirm_assistance(
+        agreement = await self._agreements.confirm_assistance(
             current_caller(),
             request.award_id,
             elsewhere_pence=request.elsewhere_pence,
@@ -48,7 +52,7 @@ class AgreementRpc(AgreementServiceServicer):
         return pb.ConfirmAssistanceResponse(agreement=_agreement(agreement))
 
     async def SubmitClaim(self, request: pb.SubmitClaimRequest, context: Any) -> pb.SubmitClaimResponse:
-        agreement = await self._service.submit_claim(
+        agreement = await self._claims.submit_claim(
             current_caller(),
             request.award_id,
             request_id=request.request_id,
@@ -70,7 +74,7 @@ class AgreementRpc(AgreementServiceServicer):
     async def DecideClaim(self, request: pb.DecideClaimRequest, context: Any) -> pb.DecideClaimResponse:
         if request.verdict not in (pb.CLAIM_VERDICT_ACCEPT, pb.CLAIM_VERDICT_REJECT):
             raise Invalid("verdict is CLAIM_VERDICT_ACCEPT or CLAIM_VERDICT_REJECT.", reason="VERDICT_MISSING")
-        agreement = await self._service.decide_claim(
+        agreement = await self._claims.decide_claim(
             current_caller(),
             request.award_id,
             request.claim_id,
@@ -82,7 +86,7 @@ class AgreementRpc(AgreementServiceServicer):
     async def SettleClaim(self, request: pb.SettleClaimRequest, context: Any) -> pb.SettleClaimResponse:
         if request.settlement not in (pb.SETTLEMENT_RELEASE, pb.SETTLEMENT_RETURN):
             raise Invalid("settlement is SETTLEMENT_RELEASE or SETTLEMENT_RETURN.", reason="SETTLEMENT_MISSING")
-        agreement = await self._service.settle_claim(
+        agreement = await self._claims.settle_claim(
             current_caller(),
             request.award_id,
             request.claim_id,
@@ -92,7 +96,7 @@ class AgreementRpc(AgreementServiceServicer):
         return pb.SettleClaimResponse(agreement=_agreement(agreement))
 
     async def RecordReports(self, request: pb.RecordReportsRequest, context: Any) -> pb.RecordReportsResponse:
-        agreement = await self._service.record_reports(
+        agreement = await self._agreements.record_reports(
             current_caller(),
             request.award_id,
             final_report=request.final_report,
@@ -101,15 +105,15 @@ class AgreementRpc(AgreementServiceServicer):
         return pb.RecordReportsResponse(agreement=_agreement(agreement))
 
     async def WithdrawAward(self, request: pb.WithdrawAwardRequest, context: Any) -> pb.WithdrawAwardResponse:
-        agreement = await self._service.withdraw(current_caller(), request.award_id, reason=request.reason)
+        agreement = await self._agreements.withdraw(current_caller(), request.award_id, reason=request.reason)
         return pb.WithdrawAwardResponse(agreement=_agreement(agreement))
 
     async def CloseAward(self, request: pb.CloseAwardRequest, context: Any) -> pb.CloseAwardResponse:
-        agreement = await self._service.close(current_caller(), request.award_id, reason=request.reason)
+        agreement = await self._agreements.close(current_caller(), request.award_id, reason=request.reason)
         return pb.CloseAwardResponse(agreement=_agreement(agreement))
 
     async def RecoverGrant(self, request: pb.RecoverGrantRequest, context: Any) -> pb.RecoverGrantResponse:
-        agreement = await self._service.recover(
+        agreement = await self._agreements.recover(
             current_caller(),
             request.award_id,
             request_id=request.request_id,
@@ -119,7 +123,7 @@ class AgreementRpc(AgreementServiceServicer):
         return pb.RecoverGrantResponse(agreement=_agreement(agreement))
 
     async def GetFund(self, request: pb.GetFundRequest, context: Any) -> pb.GetFundResponse:
-        return pb.GetFundResponse(fund=_fund(await self._service.get_fund(current_caller())))
+        return pb.GetFundResponse(fund=_fund(await self._balances.get_fund(current_caller())))
 
 
 def _agreement(agreement: Agreement) -> pb.Agreement:

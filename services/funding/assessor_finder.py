@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from services.common import tracing
 from services.common.errors import Forbidden, HubError, Invalid, TryAgain
 from services.common.logs import current_correlation_id
 from smdih.matching.v1 import matching_pb2, matching_pb2_grpc
@@ -66,19 +67,22 @@ class AssessorFinder:
             )
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(self._address)
+        correlation_id = current_correlation_id()
+        metadata = (("authorization", f"Bearer {key}"), ("x-correlation-id", correlation_id))
         try:
-            answer = await matching_pb2_grpc.MatchingServiceStub(self._channel).ProposeAssessors(
-                matching_pb2.ProposeAssessorsRequest(
-                    text=question.text[:TEXT_CHARACTERS_MAX],
-                    sic=question.sic,
-                    region=question.region,
-                    conflict_firm_ids=list(question.firm_ids)[:NAMES_MAX],
-                    conflict_organisations=list(question.organisations)[:NAMES_MAX],
-                    count=count,
-                ),
-                metadata=(("authorization", f"Bearer {key}"), ("x-correlation-id", current_correlation_id())),
-                timeout=TIMEOUT_S,
-            )
+            with tracing.span("MatchingService/ProposeAssessors", correlation_id, kind="client"):
+                answer = await matching_pb2_grpc.MatchingServiceStub(self._channel).ProposeAssessors(
+                    matching_pb2.ProposeAssessorsRequest(
+                        text=question.text[:TEXT_CHARACTERS_MAX],
+                        sic=question.sic,
+                        region=question.region,
+                        conflict_firm_ids=list(question.firm_ids)[:NAMES_MAX],
+                        conflict_organisations=list(question.organisations)[:NAMES_MAX],
+                        count=count,
+                    ),
+                    metadata=(*metadata, *tracing.metadata(correlation_id)),
+                    timeout=TIMEOUT_S,
+                )
         except grpc.aio.AioRpcError as error:
             raise _understood(error) from error
         return Proposal(

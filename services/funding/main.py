@@ -6,7 +6,7 @@ import sys
 
 from pydantic import Field
 
-from services.common import http, logs, rpc, topics
+from services.common import http, logs, rpc, topics, tracing
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -140,6 +140,7 @@ def main(arguments: list[str]) -> None:
     name_process(f"funding-{arguments[0]}")
     if arguments[0] in CHECKS:
         sys.exit(asyncio.run(check(arguments[0], settings)))
+    tracing.start(settings.trace_endpoint, process=f"funding-{arguments[0]}", ratio=settings.trace_ratio)
     run(functools.partial(start_api, settings=settings), drain_s=settings.drain_s)
 
 

@@ -6,6 +6,7 @@ from services.common.clock import Clock
 from services.common.database import Pool
 from services.common.directory import Directory
 from services.common.evidence import Verifier
+from services.funding.agreement_changes import AgreementChanges
 from services.funding.agreements import AgreementService
 from services.funding.allocations import AllocationService
 from services.funding.applications import ApplicationService
@@ -13,6 +14,7 @@ from services.funding.assessor_finder import AssessorFinder
 from services.funding.balances import BalanceService
 from services.funding.calls import CallService
 from services.funding.change_requests import ChangeService
+from services.funding.claims import ClaimService
 from services.funding.decisions import DecisionService
 from services.funding.groups import GroupService
 from services.funding.impacts import ImpactService
@@ -44,9 +46,11 @@ class UseCases:
         self.calls = CallService(pool, journal=journal, table=table, clock=clock)
         self.applications = ApplicationService(pool, judge=judge, directory=directory, clock=clock)
         self.decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=kick)
-        self.balances = BalanceService(pool)
+        self.balances = BalanceService(pool, table=table, clock=clock)
         self.milestones = MilestoneService(pool, verifier=verifier, directory=directory, clock=clock)
-        self.agreements = AgreementService(pool, milestones=self.milestones, table=table, clock=clock, kick=kick)
+        changes = AgreementChanges(pool, table=table, clock=clock, kick=kick)
+        self.agreements = AgreementService(pool, changes=changes, table=table, clock=clock)
+        self.claims = ClaimService(changes=changes, milestones=self.milestones, table=table, clock=clock)
         self.changes = ChangeService(pool, clock=clock)
         self.impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
         self.reviews = ReviewService(pool, finder=finder, table=table, directory=directory, clock=clock)

@@ -6,7 +6,7 @@ import sys
 
 from pydantic import Field
 
-from services.common import logs, topics
+from services.common import logs, topics, tracing
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool, transaction
 from services.common.directory import Directory
@@ -339,6 +339,7 @@ def main(arguments: list[str]) -> None:
         print(asyncio.run(operator_key(settings)))  # noqa: T201  a command line
         return
     name_process(f"ingest-{arguments[0]}")
+    tracing.start(settings.trace_endpoint, process=f"ingest-{arguments[0]}", ratio=settings.trace_ratio)
     run(functools.partial(roles[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from pydantic import Field
 
-from services.common import logs
+from services.common import logs, tracing
 from services.common.clock import SystemClock, today
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -130,6 +130,7 @@ def main(arguments: list[str]) -> None:
     settings = MatchingSettings()
     logs.configure(f"matching-{arguments[0]}", settings.log_level)
     name_process(f"matching-{arguments[0]}")
+    tracing.start(settings.trace_endpoint, process=f"matching-{arguments[0]}", ratio=settings.trace_ratio)
     run(functools.partial(ROLES[arguments[0]], settings=settings), drain_s=settings.drain_s)
 
 

@@ -24,6 +24,8 @@ class NeedBody(Body):
     wait_for_round: bool = False
     # Partners may see the text, not whose it is, and propose themselves.
     show_to_partners: bool = False
+    # Addresses of ESCO terms that it asks for; providers that offer them come nearer.
+    esco_skills: list[str] = []
 
 
 class ShowBody(Body):
@@ -58,6 +60,7 @@ class NeedView(Body):
     correlation_id: str
     wait_for_round: bool
     shown_to_partners: bool
+    esco_skills: list[str]
 
 
 class NeedsPage(Body):
@@ -137,6 +140,7 @@ def _needs(matching: Matching) -> APIRouter:
             machine_id=body.machine_id,
             waits=body.wait_for_round,
             shown=body.show_to_partners,
+            esco_skills=tuple(body.esco_skills),
         )
         opened = await matching.needs.open_need(caller, body.firm_id, new, request_id=body.request_id)
         return opened_view(opened)
@@ -249,6 +253,7 @@ def _need_view(need: Need) -> NeedView:
         correlation_id=need.correlation_id,
         wait_for_round=need.waits,
         shown_to_partners=need.shown,
+        esco_skills=list(need.esco_skills),
     )
 
 

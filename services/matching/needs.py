@@ -90,6 +90,8 @@ class Need:
     waits: bool = False
     # Partners may see its text and propose themselves.
     shown: bool = False
+    # Addresses of terms of ESCO.
+    esco_skills: tuple[str, ...] = ()
 
     def for_ranking(self) -> domain.Need:
         """What of it bears on the order."""
@@ -102,6 +104,7 @@ class Need:
             urgency=self.urgency,
             source=self.source,
             firm_id=str(self.firm_id),
+            skills=frozenset(self.esco_skills),
         )
 
 

@@ -88,7 +88,7 @@ class ProviderRecord:
             sic_divisions=frozenset(self.sic_divisions or ("any",)),
             sic_excluded=frozenset(self.sic_excluded),
             sizes_served=frozenset(self.sizes_served),
-            skills=frozenset(self.skills),
+            skills=frozenset((*self.skills, *self.esco_skills)),
             capacity_per_quarter=capacity,
             capacity_left=max(0, capacity - self.taken),
             lead_days=self.lead_days,

@@ -56,6 +56,7 @@ EXCLUDED_SHOWN_MAX = 20
 ASSESSMENT_PASSAGES_MAX = 8
 """Passages of an application that are embedded, some 700 words; the rest is seen by the words only."""
 URGENCY_SUITS = 0.8
+ESCO_SKILLS = "http://data.europa.eu/esco/skill/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,7 +453,9 @@ def _sentences(
     """Why this provider, for a person: the text first, then what else spoke for or against it."""
     told = _text_sentences(parts, terms, weights, "need")
     if shared := sorted(need.skills & provider.skills):
-        told.append(f"It offers {len(shared)} of the {len(need.skills)} skills asked for: {', '.join(shared)}.")
+        told.append(
+            f"It offers {len(shared)} of the {len(need.skills)} skills asked for: {', '.join(map(_named, shared))}."
+        )
     told.append(_sector_sentence(need, provider))
     told.append(_region_sentence(need, provider))
     if need.source is Source.ANOMALY and provider.kind in {Kind.EXPERT, Kind.FACILITY}:
@@ -470,6 +473,11 @@ def _sentences(
     else:
         told.append(f"It has {provider.places_left} of {provider.capacity_per_quarter} places free this quarter.")
     return tuple(sentence for sentence in told if sentence)
+
+
+def _named(skill: str) -> str:
+    """A tag as it is; a term of ESCO by what tells it from others in its address."""
+    return f"ESCO {skill[len(ESCO_SKILLS) :]}" if skill.startswith(ESCO_SKILLS) else skill
 
 
 def _closeness_word(similarity: float) -> str:

@@ -78,6 +78,7 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
             machine_id=request.machine_id,
             waits=request.wait_for_round,
             shown=request.show_to_partners,
+            esco_skills=tuple(request.esco_skills),
         )
         opened = await self._matching.needs.open_need(
             current_caller(), request.firm_id, new, request_id=request.request_id

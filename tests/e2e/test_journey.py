@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import httpx
 import numpy as np
+import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -22,6 +23,7 @@ from localstack.secured import SecuredKafka
 from localstack.servers import KAFKA_LIBS, Servers
 from services.common.settings import Settings
 from tests.e2e import watching
+from tests.integration.otlp_receiver import receiving
 
 
 def story_of_the_plant() -> Story:
@@ -68,8 +70,12 @@ async def secured(settings: Settings, tmp_path: Path) -> AsyncIterator[SecuredKa
 
 
 async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_process_is_killed(
-    settings: Settings, secured: SecuredKafka | None, tmp_path: Path
+    settings: Settings, secured: SecuredKafka | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    watched = AsyncExitStack()
+    traces = await watched.enter_async_context(receiving())
+    monkeypatch.setenv("SMDIH_TRACE_ENDPOINT", traces.address)
+    monkeypatch.setenv("SMDIH_TRACE_RATIO", "1")
     hub = Hub(
         Servers(secured.bootstrap if secured else settings.kafka_bootstrap, settings.database_dsn),
         tmp_path,
@@ -78,7 +84,6 @@ async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_proce
     )
     story = story_of_the_plant()
     tasks: list[asyncio.Task[None]] = []
-    watched = AsyncExitStack()
     try:
         await hub.start()
         addresses = {name: running.http for name, running in hub.processes.items()}
@@ -129,12 +134,13 @@ async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_proce
                 services = {one.name async for response in listed for one in response.list_services_response.service}
                 assert any(one.startswith("smdih.") for one in services)
         # What happened can be seen.
+        await watching.one_trace_goes_from_the_door_to_the_award(traces, ids.pop())
         await watching.every_panel_on_timescaledb_has_data(hub)
-        await watching.every_panel_on_prometheus_has_data(prometheus)
+        await watching.every_panel_on_prometheus_has_data(prometheus, hub)
         await watching.every_rule_is_well_and_silent(prometheus)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await watched.aclose()
         await hub.stop()
+        await watched.aclose()

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import grpc
 import httpx
 import numpy as np
 import pytest
 
 from localstack.hub import Hub
 from localstack.prometheus import Prometheus
+from smdih.funding.v1 import funding_pb2, funding_pb2_grpc
 from smdih_client import TelemetryClient
+from tests.integration.otlp_receiver import Receiver
 from tests.polling import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -33,16 +36,44 @@ def targets(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(panel["title"], target) for panel in found["panels"] for target in panel.get("targets", [])]
 
 
-async def every_panel_on_prometheus_has_data(prometheus: Prometheus) -> None:
-    empty = []
-    for name, found in dashboards().items():
-        for title, target in targets(found):
-            if "expr" not in target:
-                continue
-            expr = target["expr"].replace("$__rate_interval", "30s").replace("$__interval", "5s")
-            if not await prometheus.has_data(expr):
-                empty.append(f"{name}: {title}: {expr}")
-    assert not empty, "no data:\n" + "\n".join(empty)
+async def one_trace_goes_from_the_door_to_the_award(traces: Receiver, correlation_id: str) -> None:
+    """And crosses Kafka with its parents: what the fund does with a match is a child of what matching did."""
+    processes = {
+        f"smdih-{name}" for name in ("ingest-door", "ingest-historian", "anomaly-worker", "matching-api", "funding-api")
+    }
+
+    async def is_whole() -> bool:
+        return {span.process for span in traces.of(correlation_id)} >= processes
+
+    await eventually(is_whole)
+    spans = traces.of(correlation_id)
+    process_of = {span.span_id: span.process for span in spans}
+    handed_on = {(process_of.get(span.parent_id), span.process) for span in spans}
+    assert ("smdih-matching-api", "smdih-funding-api") in handed_on, sorted(map(str, handed_on))
+
+
+async def every_panel_on_prometheus_has_data(prometheus: Prometheus, hub: Hub) -> None:
+    """Now or within a moment: gauges of what is in the database are measured every 15 s."""
+    empty = [
+        (f"{name}: {title}", target["expr"].replace("$__rate_interval", "30s").replace("$__interval", "5s"))
+        for name, found in dashboards().items()
+        for title, target in targets(found)
+        if "expr" in target
+    ]
+    metadata = (("authorization", f"Bearer {hub.operator_key}"),)
+    async with grpc.aio.insecure_channel(hub.processes["funding"].grpc) as channel:
+        fund = funding_pb2_grpc.FundingServiceStub(channel)
+
+        async def every_panel_has_data() -> bool:
+            nonlocal empty
+            await fund.TrialBalance(funding_pb2.TrialBalanceRequest(), metadata=metadata)  # unary: the journey has none
+            empty = [(panel, expr) for panel, expr in empty if not await prometheus.has_data(expr)]
+            return not empty
+
+        try:
+            await eventually(every_panel_has_data)
+        except AssertionError as error:
+            raise AssertionError("no data:\n" + "\n".join(map(": ".join, empty))) from error
 
 
 async def every_rule_is_well_and_silent(prometheus: Prometheus) -> None:

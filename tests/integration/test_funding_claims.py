@@ -21,11 +21,14 @@ from services.common.identity import Caller, Role
 from services.common.kafka import Cluster
 from services.funding import call_store, ledger
 from services.funding.agreement import Agreement, AgreementState, ClaimState, CostLine
+from services.funding.agreement_changes import AgreementChanges
 from services.funding.agreements import AgreementService
 from services.funding.applications import ApplicationService
 from services.funding.award_store import given_to
+from services.funding.balances import BalanceService
 from services.funding.calls import CallService
 from services.funding.change_requests import Change, ChangeKind, ChangeService, ChangeState
+from services.funding.claims import ClaimService
 from services.funding.decisions import DecisionService
 from services.funding.domain import Cost, CostCategory, Declaration, Match, SizeFigures
 from services.funding.impact import Figures, ImpactKind, change_between
@@ -71,6 +74,8 @@ class Fund:
     applications: ApplicationService
     decisions: DecisionService
     agreements: AgreementService
+    claims: ClaimService
+    whole: BalanceService
     milestones: MilestoneService
     impacts: ImpactService
     changes: ChangeService
@@ -150,13 +155,13 @@ class Fund:
             "is_final": month == 8,
             **changes,
         }
-        return (await self.agreements.submit_claim(FIRM, award_id, **wanted)).claims[-1].id
+        return (await self.claims.submit_claim(FIRM, award_id, **wanted)).claims[-1].id
 
     async def decide(self, award_id: str, claim_id: str, *, accept: bool = True) -> Agreement:
-        return await self.agreements.decide_claim(FIRST, award_id, claim_id, accept=accept, reason="papers seen")
+        return await self.claims.decide_claim(FIRST, award_id, claim_id, accept=accept, reason="papers seen")
 
     async def settle(self, award_id: str, claim_id: str, *, release: bool = True, caller: Caller = SECOND) -> Agreement:
-        return await self.agreements.settle_claim(caller, award_id, claim_id, release=release, reason="checked")
+        return await self.claims.settle_claim(caller, award_id, claim_id, release=release, reason="checked")
 
     async def paid(self, award_id: str, month: int, pence: int) -> Agreement:
         claim_id = await self.claim(award_id, month, pence)
@@ -205,10 +210,22 @@ async def fund(dsn: str, cluster: Cluster) -> AsyncIterator[Fund]:
     decisions = DecisionService(pool, judge=judge, table=table, clock=clock, kick=lambda: None)
     await calls.open_programme()
     milestones = MilestoneService(pool, verifier=Verifier([SIGNER.public_key]), directory=directory, clock=clock)
-    agreements = AgreementService(pool, milestones=milestones, table=table, clock=clock, kick=lambda: None)
+    changes = AgreementChanges(pool, table=table, clock=clock, kick=lambda: None)
+    agreements = AgreementService(pool, changes=changes, table=table, clock=clock)
+    claims = ClaimService(changes=changes, milestones=milestones, table=table, clock=clock)
     impacts = ImpactService(pool, table=table, directory=directory, clock=clock)
     yield Fund(
-        pool, clock, calls, applications, decisions, agreements, milestones, impacts, ChangeService(pool, clock=clock)
+        pool,
+        clock,
+        calls,
+        applications,
+        decisions,
+        agreements,
+        claims,
+        BalanceService(pool, table=table, clock=clock),
+        milestones,
+        impacts,
+        ChangeService(pool, clock=clock),
     )
     await pool.close()
 
@@ -288,7 +305,7 @@ async def test_who_decides_a_claim_does_not_release_its_money(fund: Fund) -> Non
         )
     back = await fund.settle(award_id, claim_id, release=False)
     assert back.claims[0].state is ClaimState.SUBMITTED
-    await fund.agreements.decide_claim(SECOND, award_id, claim_id, accept=True, reason="again")
+    await fund.claims.decide_claim(SECOND, award_id, claim_id, accept=True, reason="again")
     assert (await fund.settle(award_id, claim_id, caller=FIRST)).paid_pence == 400_00
 
 
@@ -484,7 +501,7 @@ async def test_a_claim_that_does_not_fit_the_award_is_refused_with_its_reason(fu
     accept: Callable[..., Awaitable[Agreement]] = fund.agreements.accept
     await refused("AWARD_UNKNOWN", accept(OTHER, award_id, project_start="2026-06-01", project_end="2026-08-31"))
     await refused("ALREADY_ACCEPTED", accept(FIRM, award_id, project_start="2026-06-02", project_end="2026-08-31"))
-    await refused("FORBIDDEN", fund.agreements.decide_claim(FIRM, award_id, "x", accept=True, reason="mine"))
+    await refused("FORBIDDEN", fund.claims.decide_claim(FIRM, award_id, "x", accept=True, reason="mine"))
     fresh = await fund.award(accept=False, confirm=False)
     await refused("AWARD_OFFERED", fund.claim(fresh, 6, 1))
     for start in ("2026-05-31", "2026-08-31"):
@@ -493,7 +510,7 @@ async def test_a_claim_that_does_not_fit_the_award_is_refused_with_its_reason(fu
 
 
 async def test_the_fund_watches_its_ratio_on_promises_and_on_payments(fund: Fund) -> None:
-    view = await fund.agreements.get_fund(SECOND)
+    view = await fund.whole.get_fund(SECOND)
     assert view.programme_pence == 20_000_000_00
     async with transaction(fund.pool) as connection:
         found = await ledger.balances(connection)
@@ -502,7 +519,7 @@ async def test_the_fund_watches_its_ratio_on_promises_and_on_payments(fund: Fund
     assert view.on_promises.ratio is not None
     assert view.on_promises.met
     assert view.on_payments.ratio is not None
-    await refused("FORBIDDEN", fund.agreements.get_fund(FIRM))
+    await refused("FORBIDDEN", fund.whole.get_fund(FIRM))
 
 
 def evidence(signer: Signer = SIGNER, **changes: Any) -> dict[str, Any]:

@@ -90,6 +90,41 @@ async def test_a_provider_is_offered_until_its_review_is_due_or_a_document_it_ne
     assert (await hub.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."}))["offers"] == []
 
 
+async def test_skills_of_esco_that_a_need_names_bring_who_offers_them_nearer(hub: Hub) -> None:
+    alike = {"kind": "expert", "title": "Gear specialist", "text": "Gears and bearings.", "capacity_per_quarter": 5}
+    other = "http://data.europa.eu/esco/skill/S1.2"
+    await hub.ok("partner", "PUT", "/v1/providers/a-plain", alike)
+    await hub.ok("partner", "PUT", "/v1/providers/b-half", {**alike, "esco_skills": [ESCO]})
+    await hub.ok("partner", "PUT", "/v1/providers/c-both", {**alike, "esco_skills": [ESCO, other]})
+    need = {"text": "Our gears whine.", "request_id": "esco"}
+    plain = await hub.ok("firm", "POST", "/v1/needs", need)
+    assert [each["provider_id"] for each in plain["offers"]] == ["a-plain", "b-half", "c-both"]
+    assert {each["parts"]["skills"] for each in plain["offers"]} == {0}
+    asking = {"text": "Our gears whine.", "esco_skills": [ESCO, other, ESCO]}
+    changed = await hub.call("firm", "POST", "/v1/needs", {**asking, "request_id": "esco"})
+    assert changed.json()["reason"] == "REQUEST_ID_REUSED"
+    named = await hub.ok("firm", "POST", "/v1/needs", asking)
+    assert named["need"]["esco_skills"] == [ESCO, other]
+    assert [(each["provider_id"], each["parts"]["skills"]) for each in named["offers"]] == [
+        ("c-both", 0.15),
+        ("b-half", 0.075),
+        ("a-plain", 0),
+    ]
+    told = named["offers"][1]["reasons"]
+    assert f"It offers 1 of the 2 skills asked for: ESCO {ESCO.rpartition('/')[2]}." in told
+    # By gRPC, and in a round.
+    request = matching_pb2.OpenNeedRequest(text="Our gears whine.", esco_skills=[other], wait_for_round=True)
+    opened = await hub.stub.OpenNeed(request, metadata=bearer("firm"))
+    assert list(opened.need.esco_skills) == [other]
+    await hub.ok("operator", "POST", "/v1/rounds", {"round_id": "esco"})
+    assert await hub.matching.rounds.carry_out()
+    [offer] = (await hub.ok("firm", "GET", f"/v1/needs/{opened.need.id}/offers"))["offers"]
+    assert (offer["provider_id"], offer["parts"]["skills"]) == ("c-both", 0.15)
+    for skills, reason in ((["vibration"], "BAD_ESCO_SKILL"), ([ESCO] * 51, "TOO_MANY")):
+        bad = await hub.call("firm", "POST", "/v1/needs", {"text": "Gears.", "esco_skills": skills})
+        assert (bad.status_code, bad.json()["reason"]) == (400, reason)
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.k8s import strimzi
+from deploy.k8s import write
 from localstack.hub import ROLES
 from services.anomaly.settings import AnomalySettings
 from services.common.access import access_of
@@ -257,18 +257,18 @@ def test_a_stop_has_the_time_that_the_processes_take() -> None:
     assert patch["terminationGracePeriodSeconds"] >= before + drain + STOP_TIMEOUT_S + 5
 
 
-def test_the_written_topics_and_users_are_those_of_the_code() -> None:
-    for path, text in strimzi.files().items():
-        assert path.read_text() == text, "run `python -m deploy.k8s.strimzi`"
+def test_what_follows_from_elsewhere_is_as_it_is_there() -> None:
+    for path, text in write.files().items():
+        assert path.read_text() == text, "run `python -m deploy.k8s.write`"
     production = yaml.safe_load(Path("deploy/k8s/overlays/production/kustomization.yaml").read_text())
     (migrate,) = (one["literals"] for one in production["configMapGenerator"] if one["name"] == "migrate")
-    assert f"SMDIH_KAFKA_PARTITIONS={strimzi.PARTITIONS}" in migrate
-    assert f"SMDIH_KAFKA_REPLICATION={strimzi.REPLICAS}" in migrate
+    assert f"SMDIH_KAFKA_PARTITIONS={write.PARTITIONS}" in migrate
+    assert f"SMDIH_KAFKA_REPLICATION={write.REPLICAS}" in migrate
 
 
 def test_each_process_comes_to_the_brokers_as_its_own_user() -> None:
-    users = {one["metadata"]["name"] for one in strimzi.user_objects()}
-    patched = {one["metadata"]["name"]: one for one in strimzi.client_patches()}
+    users = {one["metadata"]["name"] for one in write.user_objects()}
+    patched = {one["metadata"]["name"]: one for one in write.client_patches()}
     assert set(patched) == {name for name in ENTRIES if "smdih/kafka" in labels_of(name)}
     for name, patch in patched.items():
         assert patch["kind"] == workloads()[name]["kind"]

@@ -15,7 +15,7 @@ from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.common import topics
+from services.common import topics, tracing
 from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
@@ -208,6 +208,9 @@ class Historian:
             await self._store_lane(connection, lane, lane_parts)
         store_seconds.observe(time.perf_counter() - started)
         delay_seconds.observe((self._clock.now_us() - oldest_us) / 1e6)
+        if tracing.is_on():
+            seconds = time.perf_counter() - started
+            tracing.note("historian store", (batch.correlation_id for _, batch in read), seconds=seconds)
         return bad
 
     async def store_quarantine(

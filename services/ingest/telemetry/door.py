@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client import Counter
 
+from services.common import tracing
 from services.common.clock import Clock
 from services.common.directory import Directory
 from services.common.errors import Forbidden, HubError, Invalid, SlowDown, TooLarge, TryAgain
@@ -206,6 +207,8 @@ class Door:
         bucket.spend(accepted + sum([record.samples for one in taken for record in one.checked.quarantine]))
         _accepted_total(sender.door).inc(accepted)
         self._in_flight.add(sender.credential_id, taken)
+        if tracing.is_on():
+            tracing.note("door take", [sender.correlation_id], seconds=0, kind="producer")
         return taken
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:

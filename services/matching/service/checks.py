@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ T = TypeVar("T")
 TEXT_CHARACTERS_MAX = 4_000
 TITLE_CHARACTERS_MAX = 200
 NOTE_CHARACTERS_MAX = 500
+LIST_ITEMS_MAX = 50
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 500
 # What was registered a moment ago may still be on its way here.
@@ -23,6 +25,10 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _PAGE_TOKEN = re.compile(r"(\d{1,16})\.([0-9a-f]{32})")
 _MICROSECONDS = re.compile(r"[0-9]{1,16}")
 CHOSEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# A term or a group of terms.
+_ESCO_SKILL = re.compile(
+    r"http://data\.europa\.eu/esco/skill/([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[A-Z]\d?(\.\d{1,2}){0,3})"
+)
 # Tabs and line ends are part of texts; other control characters are not, and the database refuses NUL.
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
@@ -51,6 +57,17 @@ def check_text(name: str, text: str, characters_max: int) -> None:
         raise Invalid(f"{name} has more than {characters_max} characters.", reason="TEXT_TOO_LONG")
     if _NOT_TEXT.search(text):
         raise Invalid(f"{name} has characters that are not text.", reason="NOT_TEXT")
+
+
+def check_esco_skills(skills: Sequence[str]) -> None:
+    if len(skills) > LIST_ITEMS_MAX:
+        raise Invalid(f"esco_skills has more than {LIST_ITEMS_MAX} items.", reason="TOO_MANY")
+    if not all(map(_ESCO_SKILL.fullmatch, skills)):
+        raise Invalid(
+            "An ESCO skill is named by its address, such as "
+            "http://data.europa.eu/esco/skill/ccd0a1d9-afda-43d9-b901-96344886e14d.",
+            reason="BAD_ESCO_SKILL",
+        )
 
 
 def chosen_id(provider_id: str) -> str:

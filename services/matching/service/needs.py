@@ -24,6 +24,7 @@ from services.matching.service.checks import (
     TEXT_CHARACTERS_MAX,
     Known,
     before_token,
+    check_esco_skills,
     check_text,
     checked_request_id,
     digest,
@@ -61,6 +62,8 @@ class NewNeed:
     # Partners may see the text, not whose it is, and propose themselves.
     shown: bool = False
     source: Source = Source.FIRM
+    # Addresses of terms of ESCO that it asks for.
+    esco_skills: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,12 @@ class Needs:
         if not new.text.strip():
             raise Invalid("A need has a text; say what you want help with.", reason="TEXT_MISSING")
         check_text("text", new.text, TEXT_CHARACTERS_MAX)
+        check_esco_skills(new.esco_skills)
         if new.machine_id:
             await self._known.check_machine(firm_id, new.machine_id)
         await self._index.check_takes_rankings()
-        more = {name: True for name in ("waits", "shown") if getattr(new, name)}
+        # What came later counts once it says something: so a request of an earlier release keeps its hash.
+        more = {name: getattr(new, name) for name in ("waits", "shown", "esco_skills") if getattr(new, name)}
         sha256 = digest(text=new.text, urgency=new.urgency, machine_id=new.machine_id, **more)
         repeatable = checked_request_id(request_id)
         firm = self._directory.firms[firm_id]
@@ -122,6 +127,7 @@ class Needs:
             correlation_id=current_correlation_id(),
             waits=new.waits,
             shown=new.shown,
+            esco_skills=tuple(dict.fromkeys(new.esco_skills)),
         )
         # Before the transaction: a connection is not held while a thread computes.
         ranking = await self._offers.rank(need)

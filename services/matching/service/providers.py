@@ -18,10 +18,12 @@ from services.matching.providers import ProviderRecord
 from services.matching.service.checks import (
     CHOSEN_ID,
     KNOWN_TIMEOUT_S,
+    LIST_ITEMS_MAX,
     NOTE_CHARACTERS_MAX,
     TEXT_CHARACTERS_MAX,
     TITLE_CHARACTERS_MAX,
     after_id,
+    check_esco_skills,
     check_text,
     chosen_id,
     page_size_of,
@@ -30,17 +32,12 @@ from services.matching.store import providers as providers_store
 
 log = get_logger(__name__)
 
-LIST_ITEMS_MAX = 50
 CAPACITY_MAX = 100_000
 LEAD_DAYS_MAX = 366
 
 # Who puts a profile has looked through it; two years on it is looked through again.
 REVIEW_WITHIN_MAX = timedelta(days=731)
 
-# A term or a group of terms.
-_ESCO_SKILL = re.compile(
-    r"http://data\.europa\.eu/esco/skill/([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[A-Z]\d?(\.\d{1,2}){0,3})"
-)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIVISION = re.compile(r"\d{2}|any")
 
@@ -183,13 +180,7 @@ def _check_provider(provider: ProviderRecord) -> None:
         )
     if not 0 <= provider.lead_days <= LEAD_DAYS_MAX:
         raise Invalid(f"lead_days is 0 to {LEAD_DAYS_MAX}.", reason="BAD_LEAD_DAYS")
-    for skill in provider.esco_skills:
-        if not _ESCO_SKILL.fullmatch(skill):
-            raise Invalid(
-                "An ESCO skill is named by its address, such as "
-                "http://data.europa.eu/esco/skill/ccd0a1d9-afda-43d9-b901-96344886e14d.",
-                reason="BAD_ESCO_SKILL",
-            )
+    check_esco_skills(provider.esco_skills)
     for evidence in provider.evidence:
         if not evidence.title.strip() or not evidence.reference.strip():
             raise Invalid("A document has a title and a reference.", reason="BAD_EVIDENCE")

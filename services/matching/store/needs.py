@@ -17,8 +17,8 @@ async def add_need(connection: Connection, need: Need, *, request_id: str = "", 
         """
         INSERT INTO need (id, firm_id, source, state, text, urgency, sic, region, size, machine_id, consent_id, offers,
             no_offer_reason, opened, opened_by, request_id, request_sha256, correlation_id,
-            waits, shown)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
+            waits, shown, esco_skills)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
         """,
         need.id,
         need.firm_id,
@@ -40,6 +40,7 @@ async def add_need(connection: Connection, need: Need, *, request_id: str = "", 
         need.correlation_id,
         need.waits,
         need.shown,
+        need.esco_skills,
     )
 
 
@@ -242,4 +243,5 @@ def need_of_row(row: Row) -> Need:
         attempt=row["attempt"],
         waits=row["waits"],
         shown=row["shown"],
+        esco_skills=tuple(row["esco_skills"]),
     )

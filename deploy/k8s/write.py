@@ -1,6 +1,7 @@
-"""Writes the hub's topics and users as Strimzi's objects, and how each process comes to the brokers as its user.
+"""Writes what in the manifests follows from elsewhere: topics and users as Strimzi's objects, how each process comes to the brokers
+as its user, and the alert rules as the Prometheus operator's object.
 
-Usage: python -m deploy.k8s.strimzi
+Usage: python -m deploy.k8s.write
 """
 
 from pathlib import Path
@@ -12,13 +13,14 @@ from services.common import topics
 from services.common.access import ACCESSES, Access, rules
 from services.common.kafka import REQUEST_BYTES_MAX
 
-HERE = Path(__file__).parent / "components/strimzi"
+COMPONENTS = Path(__file__).parent / "components"
+RULES = Path(__file__).parents[1] / "prometheus/rules.yml"
 CLUSTER = "kafka"
 # As the production overlay sets SMDIH_KAFKA_PARTITIONS and SMDIH_KAFKA_REPLICATION.
 PARTITIONS = 16
 REPLICAS = 3
 KINDS = {"anomaly-worker": ("StatefulSet", "apps/v1"), "migrate": ("Job", "batch/v1")}
-HEAD = "# Written by `python -m deploy.k8s.strimzi` from services/common/{source}; do not edit.\n"
+HEAD = "# Written by `python -m deploy.k8s.write` from {source}; do not edit.\n"
 
 
 def topic_objects() -> list[dict[str, Any]]:
@@ -80,12 +82,25 @@ def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "kafka.strimzi.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
+def rule_object() -> dict[str, Any]:
+    """The alert rules, as they are tested."""
+    metadata = {"name": "smdih", "labels": {"app.kubernetes.io/name": "smdih"}}
+    spec = {"groups": yaml.safe_load(RULES.read_text())["groups"]}
+    return {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": metadata, "spec": spec}
+
+
 def files() -> dict[Path, str]:
-    """What the component's written files hold."""
+    """What the written files hold."""
+    topics_from, accesses, rules_from = (
+        "services/common/topics.py",
+        "services/common/access.py",
+        "deploy/prometheus/rules.yml",
+    )
     return {
-        HERE / "topics.yaml": HEAD.format(source="topics.py") + _yaml(topic_objects()),
-        HERE / "users.yaml": HEAD.format(source="access.py") + _yaml(user_objects()),
-        HERE / "clients.yaml": HEAD.format(source="access.py") + _yaml(client_patches()),
+        COMPONENTS / "strimzi/topics.yaml": HEAD.format(source=topics_from) + _yaml(topic_objects()),
+        COMPONENTS / "strimzi/users.yaml": HEAD.format(source=accesses) + _yaml(user_objects()),
+        COMPONENTS / "strimzi/clients.yaml": HEAD.format(source=accesses) + _yaml(client_patches()),
+        COMPONENTS / "monitoring/rules.yaml": HEAD.format(source=rules_from) + _yaml([rule_object()]),
     }
 
 

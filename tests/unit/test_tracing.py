@@ -1,0 +1,76 @@
+"""Traces that cost nothing when they are off, and are the correlation id when they are on."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+
+from services.common import logs, tracing
+from tests.integration.otlp_receiver import receiving
+
+CORRELATION_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+def test_without_an_endpoint_no_library_is_loaded() -> None:
+    code = (
+        "import sys; import services.common.http, services.common.rpc, services.common.outbox; "
+        "from services.common import tracing; tracing.start('', process='p', ratio=1); "
+        "sys.exit(any(name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter')) for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_correlation_id_names_a_trace_and_a_traceparent_a_correlation_id() -> None:
+    assert tracing.trace_id_of(CORRELATION_ID) == CORRELATION_ID
+    assert len(tracing.trace_id_of("order-5")) == 32
+    assert tracing.trace_id_of("order-5") == tracing.trace_id_of("order-5") != tracing.trace_id_of("order-6")
+    assert tracing.correlation_id_of(f"00-{CORRELATION_ID}-00f067aa0ba902b7-01") == CORRELATION_ID
+    for wrong in ("", "00-xyz-1-01", f"00-{'0' * 32}-00f067aa0ba902b7-01", f"01{CORRELATION_ID}"):
+        assert tracing.correlation_id_of(wrong) == ""
+
+
+def test_off_it_says_nothing() -> None:
+    with tracing.span("a", CORRELATION_ID) as made, logs.correlated(CORRELATION_ID):
+        assert made is None
+        assert tracing.traceparent(CORRELATION_ID) == ""
+        assert tracing.metadata(CORRELATION_ID) == ()
+
+
+async def test_spans_of_a_correlation_id_are_one_trace_with_the_parents_that_are_known() -> None:
+    async with receiving() as receiver:
+        tracing.start(receiver.address, process="trial", ratio=1)
+        try:
+            with contextlib.suppress(ValueError), tracing.span("outer", CORRELATION_ID):
+                sent = tracing.traceparent(CORRELATION_ID)
+                assert tracing.traceparent("order-5") == ""
+                with logs.correlated(CORRELATION_ID):  # the same trace: no span of its own
+                    pass
+                with logs.correlated("order-5"):
+                    assert tracing.traceparent("order-5")
+                raise ValueError("no")
+            with tracing.span("far away", CORRELATION_ID, parent=sent):
+                pass
+            tracing.note("together", [CORRELATION_ID, "order-5", CORRELATION_ID, ""], seconds=0.5)
+        finally:
+            await asyncio.to_thread(tracing.stop)
+    ours = {span.name: span for span in receiver.of(CORRELATION_ID)}
+    assert set(ours) == {"outer", "far away", "together"}
+    assert ours["far away"].parent_id == ours["outer"].span_id
+    assert ours["outer"].parent_id == ""
+    others = receiver.of(tracing.trace_id_of("order-5"))
+    assert sorted(span.name for span in others) == [
+        "test_spans_of_a_correlation_id_are_one_trace_with_the_parents_that_are_known",
+        "together",
+    ]
+
+
+async def test_only_the_asked_share_is_kept() -> None:
+    async with receiving() as receiver:
+        tracing.start(receiver.address, process="trial", ratio=0)
+        try:
+            with tracing.span("left out", CORRELATION_ID):
+                flags = int(tracing.traceparent(CORRELATION_ID)[-2:], 16)
+                assert not flags & 1
+        finally:
+            await asyncio.to_thread(tracing.stop)
+    assert receiver.spans == []
