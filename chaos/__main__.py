@@ -68,9 +68,10 @@ async def main() -> int:
     parser.add_argument("--rounds", type=int, help="rounds of each scenario, in place of its own number")
     parser.add_argument("--seed", type=int, help="play one round with this seed")
     parser.add_argument("--seconds", type=float, help="how long faults go on in the scenario hub (600)")
+    parser.add_argument("--stack", default="chaos", help="name of the servers, so that two runs may go on side by side")
     options = parser.parse_args()
     logs.configure("chaos", "ERROR")
-    local = LocalServers("chaos")
+    local = LocalServers(options.stack)
     await local.remove()
     well = True
     try:

@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
 from chaos.stage import Outcome, Round, Scenario, Stage, poll
 from localstack.servers import LOCAL
 from services import anomaly
+from services.anomaly import settings as anomaly_settings
 from services.anomaly.domain import Severity
 from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Frames, Scorer, decode
@@ -144,9 +146,13 @@ async def undisturbed(
 
     `of`: partition -> offset and value of each record, without a gap; `machines`: the first and the last id that count.
     """
-    schema = f"undisturbed_{secrets.token_hex(4)}"
-    await migrate(settings.database_dsn, schema=schema, folder=Path(anomaly.__file__).parent / "migrations")
-    pool = await create_pool(settings.database_dsn, schema=schema, size_max=1, service="anomaly")
+    # In a database of its own: not all that the migrations make is in the schema.
+    name = f"undisturbed_{secrets.token_hex(4)}"
+    admin = await asyncpg.connect(settings.database_dsn)
+    await admin.execute(f"CREATE DATABASE {name}")
+    dsn = settings.database_dsn.rpartition("/")[0] + f"/{name}"
+    await migrate(dsn, schema=anomaly_settings.SCHEMA, folder=Path(anomaly.__file__).parent / "migrations")
+    pool = await create_pool(dsn, schema=anomaly_settings.SCHEMA, size_max=1)
     directory = Directory(cluster_of(settings), clock=SystemClock(), kinds=("machine",))
     following = asyncio.create_task(directory.run())
     try:
@@ -163,8 +169,9 @@ async def undisturbed(
         return await pool.fetch(ALARMS, *machines)
     finally:
         following.cancel()
-        await pool.execute(f"SET ROLE NONE; DROP SCHEMA {schema} CASCADE")  # as its owner, which the service is not
         await pool.close()
+        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        await admin.close()
 
 
 def _frames(record: bytes) -> Sequence[Frames]:

@@ -244,7 +244,8 @@ async def _prepare(connection: Connection, manifest: Manifest) -> None:
 
 async def _roles(connection: Connection) -> list[str]:
     rows = await connection.fetch(
-        "WITH mine AS (SELECT oid, nspowner, nspacl FROM pg_namespace WHERE nspname = ANY($1::text[])), named AS ("
+        "WITH mine AS (SELECT oid, nspowner, nspacl FROM pg_namespace "
+        " WHERE nspname !~ '^(pg_|_?timescaledb|information_schema)'), named AS ("
         " SELECT nspowner AS role FROM mine"
         " UNION SELECT (aclexplode(nspacl)).grantee FROM mine"
         " UNION SELECT relowner FROM pg_class WHERE relnamespace IN (SELECT oid FROM mine)"
@@ -253,8 +254,7 @@ async def _roles(connection: Connection) -> list[str]:
         " UNION SELECT (aclexplode(proacl)).grantee FROM pg_proc WHERE pronamespace IN (SELECT oid FROM mine)"
         " UNION SELECT unnest(p.polroles) FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid"
         "  WHERE c.relnamespace IN (SELECT oid FROM mine)"
-        ") SELECT rolname FROM named JOIN pg_roles r ON r.oid = named.role WHERE rolname NOT LIKE 'pg\\_%' ORDER BY 1",
-        list(SCHEMAS),
+        ") SELECT rolname FROM named JOIN pg_roles r ON r.oid = named.role WHERE rolname NOT LIKE 'pg\\_%' ORDER BY 1"
     )
     return [row["rolname"] for row in rows]
 

@@ -28,6 +28,7 @@ from services.common.kafka import Cluster, Publisher
 from services.common.metrics import keep_measuring
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime
+from services.common.sealing import Seal
 from smdih.anomaly.v1 import (
     anomaly_pb2,
     anomaly_pb2_grpc,
@@ -60,7 +61,13 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         tuning = TuningService(service, TuningStore(), pool, directory, clock)
         rules = RuleService(TuningStore(), pool, directory, samples, clock)
         evidence = EvidenceService(service, directory, samples, clock)
-        contacts = ContactService(ContactStore(), pool, clock, mail=bool(settings.anomaly_smtp_host))
+        contacts = ContactService(
+            ContactStore(),
+            pool,
+            clock,
+            mail=bool(settings.anomaly_smtp_host),
+            seal=Seal(settings.anomaly_seal_keys),
+        )
         feed = AlarmFeed(AlarmRecall(cluster))
         feed_consumer = AlarmFeedConsumer(cluster, feed)
         runtime.background("directory", directory.run())

@@ -22,7 +22,7 @@ from services.common.errors import HubError, TooLarge
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
-from services.common.metrics import method_label
+from services.common.metrics import method_label, watch_queue
 from services.common.noting import Noting
 from services.common.runtime import Runtime
 from services.common.tenancy import narrow_to
@@ -272,6 +272,7 @@ async def serve(app: Any, *, host: str, port: int, tls: Tls | None = None) -> As
                     raise OSError(f"HTTP cannot listen on {host}:{port}")
                 await asyncio.sleep(0.01)
         bound: int = server.servers[0].sockets[0].getsockname()[1]
+        watch_queue("http connections", lambda: len(server.server_state.connections), limit=CONNECTIONS_MAX)
         log.info("HTTP serves", host=host, port=bound, tls=context is not None)
         yield bound
     finally:

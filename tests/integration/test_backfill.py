@@ -236,6 +236,47 @@ async def test_a_folder_of_parquet_older_than_what_is_stored_is_merged_into_rows
     await _assert_rollups_agree(plant, machine["id"], times, values)
 
 
+async def test_a_replay_with_a_buffer_outlives_the_hub_and_a_kill(plant: Plant, tmp_path: Path) -> None:
+    machine = await plant.machine("press-replay")
+    path, buffer = tmp_path / "press-replay.csv", tmp_path / "buffer"
+    times, values = _history(2_000)
+    _write_csv(path, times, values)
+    arguments = ("replay", "--file", str(path), "--machine", machine["path"], "--buffer", str(buffer))
+    await plant.hub.pause("door")
+    first = await plant.start(*arguments)
+
+    def kept() -> int:
+        return sum(file.stat().st_size for file in buffer.rglob("*") if file.is_file()) if buffer.is_dir() else 0
+
+    async def is_kept() -> bool:  # each value has 8 bytes
+        return kept() > values.size * 8
+
+    await eventually(is_kept)
+    code, _, err = await plant.run(*arguments)
+    assert (code, "Traceback" in err, "buffer" in err) == (1, False, True)
+    first.kill()
+    await first.communicate()
+    assert await plant.frames(machine["id"]) == {}
+    plant.hub.resume("door")
+    await plant.hub.wait_ready("door")
+    # Again: first what the buffer has, then the file once more, which the hub has then.
+    code, out, err = await plant.run(*arguments)
+    assert code == 0, err
+    present = int(np.count_nonzero(~np.isnan(values)))
+    sent = int(out.split(" samples sent")[0].replace(",", ""))
+    assert present < sent <= 2 * present
+
+    async def all_there() -> bool:
+        return len(await plant.frames(machine["id"])) >= len(times)
+
+    await eventually(all_there)
+    stored = await plant.frames(machine["id"])
+    assert len(stored) == len(times)
+    found = np.array([[np.nan if value is None else value for value in stored[at]] for at in times.tolist()])
+    np.testing.assert_array_equal(found, values)
+    await _assert_rollups_agree(plant, machine["id"], times, values)
+
+
 async def test_what_cannot_go_on_says_why(plant: Plant, tmp_path: Path) -> None:
     path = tmp_path / "press.csv"
     path.write_text("time,a\n1500000000,1\n")
