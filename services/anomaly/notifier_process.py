@@ -11,6 +11,7 @@ from services.anomaly.settings import SCHEMA, AnomalySettings
 from services.common import http
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
+from services.common.entrance import open_entrance
 from services.common.runtime import Runtime
 from services.common.sealing import Seal
 
@@ -20,7 +21,8 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
 
     async def start(runtime: Runtime) -> None:
         app = http.application("SMDIH alarm notifier", runtime=runtime, directory=None)
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+        entrance = open_entrance(runtime, settings, takes_keys=False)
+        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
         pool = await create_pool_when_it_answers(
             settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
         )
