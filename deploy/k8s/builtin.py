@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-OPERATORS = ("kafka.strimzi.io", "keda.sh", "monitoring.coreos.com")
+OPERATORS = ("kafka.strimzi.io", "keda.sh", "monitoring.coreos.com", "cert-manager.io")
 
 for name in sys.argv[1:]:
     objects = [one for one in yaml.safe_load_all(Path(name).read_text()) if one]

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from localstack.hub import ROLES, Role
 from services.common import topics
 from services.common.access import ACCESSES, Access, rules
 from services.common.kafka import REQUEST_BYTES_MAX
@@ -20,6 +21,13 @@ CLUSTER = "kafka"
 PARTITIONS = 16
 REPLICAS = 3
 KINDS = {"anomaly-worker": ("StatefulSet", "apps/v1"), "migrate": ("Job", "batch/v1")}
+# A name in every certificate, by which Prometheus knows whichever pod it asks.
+METRICS_NAME = "hub.smdih.svc"
+# Who calls whom inside, by which setting, and where with TLS.
+INTERNAL = (
+    ("anomaly", "SMDIH_INGEST_GRPC", "door:9091"),
+    ("funding", "SMDIH_MATCHING_GRPC", "matching:9091"),
+)
 HEAD = "# Written by `python -m deploy.k8s.write` from {source}; do not edit.\n"
 
 
@@ -82,6 +90,60 @@ def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "kafka.strimzi.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
+def certificate_objects() -> list[dict[str, Any]]:
+    """A certificate for each process that callers come to, by cert-manager; its URI names the service inside the hub."""
+    return [_certificate(role) for role in ROLES if role.has_grpc]
+
+
+def _certificate(role: Role) -> dict[str, Any]:
+    spec = {
+        "secretName": f"smdih-tls-{role.name}",
+        "issuerRef": {"kind": "Issuer", "name": "smdih"},
+        "privateKey": {"algorithm": "ECDSA", "size": 256, "rotationPolicy": "Always"},
+        "usages": ["digital signature", "server auth", "client auth"],
+        "dnsNames": [role.name, f"{role.name}.smdih.svc", METRICS_NAME],
+        "uris": [f"spiffe://smdih/{service_of(role)}"],
+    }
+    return {"apiVersion": "cert-manager.io/v1", "kind": "Certificate", "metadata": {"name": role.name}, "spec": spec}
+
+
+def tls_patches() -> list[dict[str, Any]]:
+    """What is added to these processes: their certificate, probes by TLS, and the port for each other."""
+    return [_tls(role) for role in ROLES if role.has_grpc]
+
+
+def _tls(role: Role) -> dict[str, Any]:
+    folder = "/run/secrets/tls"
+    environment = {
+        "SMDIH_TLS_CERTIFICATE": f"{folder}/tls.crt",
+        "SMDIH_TLS_KEY": f"{folder}/tls.key",
+        "SMDIH_TLS_CA": f"{folder}/ca.crt",
+        "SMDIH_TLS_CLIENT_CA": f"{folder}/ca.crt",
+        "SMDIH_GRPC_INTERNAL_PORT": "9091",
+        **{variable: address for process, variable, address in INTERNAL if process == role.name},
+    }
+    secure = {"httpGet": {"scheme": "HTTPS"}}
+    container = {
+        "name": "hub",
+        "env": [{"name": name, "value": value} for name, value in environment.items()],
+        "ports": [{"name": "grpc-internal", "containerPort": 9091}],
+        "startupProbe": secure,
+        "readinessProbe": secure,
+        "livenessProbe": secure,
+        "volumeMounts": [{"name": "tls", "mountPath": folder, "readOnly": True}],
+    }
+    # Not defaultMode 0400: the files belong to root, and the process reads them as the pod's group.
+    volume = {"name": "tls", "secret": {"secretName": f"smdih-tls-{role.name}", "defaultMode": 0o440}}
+    spec = {"containers": [container], "volumes": [volume]}
+    metadata = {"name": role.name}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": {"template": {"spec": spec}}}
+
+
+def service_of(role: Role) -> str:
+    """The service that a process belongs to."""
+    return role.module.split(".")[1]
+
+
 def rule_object() -> dict[str, Any]:
     """The alert rules, as they are tested."""
     metadata = {"name": "smdih", "labels": {"app.kubernetes.io/name": "smdih"}}
@@ -91,6 +153,7 @@ def rule_object() -> dict[str, Any]:
 
 def files() -> dict[Path, str]:
     """What the written files hold."""
+    roles = "the processes in localstack/hub.py"
     topics_from, accesses, rules_from = (
         "services/common/topics.py",
         "services/common/access.py",
@@ -100,6 +163,8 @@ def files() -> dict[Path, str]:
         COMPONENTS / "strimzi/topics.yaml": HEAD.format(source=topics_from) + _yaml(topic_objects()),
         COMPONENTS / "strimzi/users.yaml": HEAD.format(source=accesses) + _yaml(user_objects()),
         COMPONENTS / "strimzi/clients.yaml": HEAD.format(source=accesses) + _yaml(client_patches()),
+        COMPONENTS / "tls/certificates.yaml": HEAD.format(source=roles) + _yaml(certificate_objects()),
+        COMPONENTS / "tls/processes.yaml": HEAD.format(source=roles) + _yaml(tls_patches()),
         COMPONENTS / "monitoring/rules.yaml": HEAD.format(source=rules_from) + _yaml([rule_object()]),
     }
 

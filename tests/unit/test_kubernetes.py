@@ -18,6 +18,7 @@ from services.anomaly.settings import AnomalySettings
 from services.common.access import access_of
 from services.common.runtime import STOP_TIMEOUT_S
 from services.common.settings import Settings
+from services.common.tls import HUB_SERVICES
 from services.funding.main import FundingSettings
 from services.ingest.main import MqttSettings
 from services.matching.main import MatchingSettings
@@ -286,7 +287,28 @@ def test_each_process_comes_to_the_brokers_as_its_own_user() -> None:
         assert given["SMDIH_KAFKA_PASSWORD"]["valueFrom"]["secretKeyRef"]["name"] == f"smdih-{name}"
 
 
-@pytest.mark.parametrize("component", ["strimzi", "tracing"])
+def test_with_tls_each_process_has_a_certificate_of_its_service_and_calls_others_by_the_internal_port() -> None:
+    certificates = {one["metadata"]["name"]: one["spec"] for one in write.certificate_objects()}
+    patched = {one["metadata"]["name"]: one for one in write.tls_patches()}
+    assert set(certificates) == set(patched) == {role.name for role in ROLES if role.has_grpc}
+    called = {
+        (name, f"SMDIH_{setting.upper()}", f"{process}:9091")
+        for name in PROCESSES
+        for setting, process in PROCESS_OF.items()
+        if setting in settings_read(name)
+    }
+    assert called == set(write.INTERNAL)
+    for name, patch in patched.items():
+        (container,) = patch["spec"]["template"]["spec"]["containers"]
+        assert {one["name"] for one in container["env"]} <= set(fields(name))
+        (uri,) = certificates[name]["uris"]
+        assert uri.removeprefix("spiffe://smdih/") in HUB_SERVICES
+        assert (
+            patch["spec"]["template"]["spec"]["volumes"][0]["secret"]["secretName"] == certificates[name]["secretName"]
+        )
+
+
+@pytest.mark.parametrize("component", ["strimzi", "tls", "tracing"])
 def test_what_a_component_configures_are_settings_that_there_are(component: str) -> None:
     kustomization = yaml.safe_load(Path(f"deploy/k8s/components/{component}/kustomization.yaml").read_text())
     for made in kustomization["configMapGenerator"]:
