@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -68,10 +69,11 @@ class Running:
     starts: int = 0
     watcher: asyncio.Task[None] | None = None
     host: str = "127.0.0.1"
+    scheme: str = "http"
 
     @property
     def http(self) -> str:
-        return f"http://{self.host}:{self.http_port}"
+        return f"{self.scheme}://{self.host}:{self.http_port}"
 
     @property
     def grpc(self) -> str:
@@ -97,18 +99,23 @@ class Hub:
         identities: Mapping[str, Identity] | None = None,
         code: Path = ROOT,
         instance_suffix: str = "",
+        environment: Mapping[str, str] | None = None,
+        ca: Path | None = None,
     ) -> None:
         """`roles`: only these, by name. `copies`: more than one process of a role; the second is called NAME-2.
 
         `mqtt`: the broker that the bridge connects to; without it there is no bridge. `identities`: as whom each process, and
         "migrate", comes to Kafka; without it as nobody. `code`: the checkout that is run, with its gen/. `instance_suffix`: keeps
-        workers apart from those of another hub on the same servers.
+        workers apart from those of another hub on the same servers. `environment`: further settings of every process; `ca`: the
+        authority of their certificates, where these settings name some.
         """
         self._folder = folder
         self._code = code
         self._instance_suffix = instance_suffix
         self._mqtt = mqtt
         self._identities = identities or {}
+        self._further = dict(environment or {})
+        self._ca = ca
         self.settings = Settings(
             kafka_bootstrap=servers.kafka_bootstrap,
             database_dsn=servers.database_dsn,
@@ -131,7 +138,7 @@ class Hub:
         """Bring databases and topics up to date, start every process and wait until all are ready. Raises HubError."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for role in self._roles:
-            self.processes[role.name] = Running(role, free_port(), free_port())
+            self.processes[role.name] = Running(role, free_port(), free_port(), scheme="https" if self._ca else "http")
         if self._code == ROOT:
             await migrate_all(self.settings)
             self.operator_key = await operator_key(self.settings)
@@ -146,7 +153,8 @@ class Hub:
         """Return once the process says that it is ready. Raises HubError when that takes too long."""
         running = self.processes[name]
         until = time.monotonic() + READY_TIMEOUT_S
-        async with httpx.AsyncClient(timeout=5) as client:
+        verify = ssl.create_default_context(cafile=self._ca) if self._ca else True
+        async with httpx.AsyncClient(timeout=5, verify=verify) as client:
             while True:
                 try:
                     answer = await client.get(f"{running.http}/readyz")
@@ -264,6 +272,7 @@ class Hub:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        environment |= self._further
         for name, value in self._identity(running.role.access).items():
             environment[f"SMDIH_KAFKA_{name.upper()}"] = value
         if "matching" in self.processes:

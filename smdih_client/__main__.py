@@ -5,6 +5,9 @@ python -m smdih_client replay --file F --machine PATH --target HOST:PORT: stream
 python -m smdih_client backfill PATH --machine PATH --target HOST:PORT: send history, CSV or Parquet (key in SMDIH_KEY).
 python -m smdih_client opcua run --config gateway.toml: read OPC UA servers for ever (key in SMDIH_KEY).
 python -m smdih_client opcua browse URL --machine PATH: propose signals, and write a configuration.
+
+Where the door has TLS: SMDIH_TLS_CA names the file of its authority (or is `system`), SMDIH_TLS_CERTIFICATE and SMDIH_TLS_KEY the
+files of this gateway's own certificate, if the hub asks for one.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from smdih_client.buffer import BufferFull, BufferInUse
 from smdih_client.claim import KeyFileExists, claim
 from smdih_client.recording import NotARecording, Recording, read
 from smdih_client.telemetry import BUFFERED_SAMPLES_PER_S_MAX, Refused, TelemetryClient
+from smdih_client.tls import Tls
 
 ROWS_A_BATCH = 200
 PROGRESS_EVERY_BATCHES = 50
@@ -30,7 +34,7 @@ async def replay(
     recording: Recording, *, machine: str, target: str, key: str, source: str, buffer: Path | None = None
 ) -> int:
     """Send everything and wait until it is durable; returns the samples in quarantine. Raises Refused, BufferFull, BufferInUse."""
-    async with TelemetryClient(target, key, source=source, buffer=buffer) as client:
+    async with TelemetryClient(target, key, source=source, buffer=buffer, credentials=Tls.named_in()) as client:
         for number, row in enumerate(range(0, len(recording.times_us), ROWS_A_BATCH)):
             rows = slice(row, row + ROWS_A_BATCH)
             await client.send(machine, recording.times_us[rows], recording.values[rows], signals=recording.names)
@@ -51,7 +55,9 @@ async def backfill(found: Sequence[Job], *, target: str, key: str, progress: Pro
     """Send files one after the other; returns the samples that the hub did not store. Raises Refused, NotARecording."""
     not_stored = 0
     for job in found:
-        counts = await send(job, progress, target=target, key=key, samples_per_s_max=samples_per_s_max)
+        counts = await send(
+            job, progress, target=target, key=key, samples_per_s_max=samples_per_s_max, tls=Tls.named_in()
+        )
         not_stored += counts.quarantined + counts.left_out
         print(
             f"{job.name} -> {job.machine}: {counts.rows:,} rows; {counts.stored:,} samples stored, "
@@ -64,7 +70,7 @@ async def backfill(found: Sequence[Job], *, target: str, key: str, progress: Pro
 
 async def forecast(found: Sequence[Job], *, target: str, key: str) -> int:
     """Say what `backfill` would do; returns the samples that would not be stored. Raises Refused, NotARecording."""
-    hub = Hub(target, key)
+    hub = Hub(target, key, Tls.named_in())
     not_stored = 0
     for job in found:
         told = await hub.forecast(job)
@@ -185,7 +191,7 @@ def main() -> int:
 
 def _claim(code: str, target: str, key_file: Path) -> int:
     try:
-        claimed = asyncio.run(claim(code, target=target, key_file=key_file))
+        claimed = asyncio.run(claim(code, target=target, key_file=key_file, credentials=Tls.named_in()))
     except (KeyFileExists, Refused, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -204,7 +210,7 @@ def _gateway(config: Path, key: str) -> int:
         me = asyncio.current_task()
         assert me is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, me.cancel)
-        await opcua.Gateway(opcua.load(config), key).run()
+        await opcua.Gateway(opcua.load(config), key, Tls.named_in()).run()
 
     try:
         asyncio.run(run())

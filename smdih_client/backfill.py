@@ -22,6 +22,7 @@ from smdih.ingest.v1 import telemetry_pb2, telemetry_pb2_grpc
 from smdih_client.history import Block, LeftOut, blocks, files
 from smdih_client.recording import NotARecording
 from smdih_client.telemetry import RECONNECT_DELAY_S_MAX, Refused, TelemetryClient, batch_of
+from smdih_client.tls import Tls, open_channel
 
 # Past one of these everything sent is waited for and the progress is written.
 BLOCKS_PER_STEP = 100
@@ -97,15 +98,16 @@ def jobs(path: Path, machine: str) -> list[Job]:
 class Hub:
     """Asks the hub what would become of batches."""
 
-    def __init__(self, target: str, key: str) -> None:
+    def __init__(self, target: str, key: str, tls: Tls | None = None) -> None:
         self._target = target
+        self._tls = tls
         self._metadata = (("authorization", f"Bearer {key}"),)
 
     async def forecast(self, job: Job) -> Forecast:
         """Run the hub's checks over a whole file; nothing is sent to be kept. Raises Refused, NotARecording."""
         forecast = Forecast()
         shown_s = time.monotonic()
-        async with grpc.aio.insecure_channel(self._target) as channel:
+        async with open_channel(self._target, self._tls) as channel:
             stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
             for part in _parts(blocks(job.path), BLOCKS_PER_CHECK):
                 if time.monotonic() - shown_s >= SHOW_EVERY_S:
@@ -220,7 +222,9 @@ def fingerprint(job: Job) -> str:
     return digest.hexdigest()[:32]
 
 
-async def send(job: Job, progress: Progress, *, target: str, key: str, samples_per_s_max: float) -> Counts:
+async def send(
+    job: Job, progress: Progress, *, target: str, key: str, samples_per_s_max: float, tls: Tls | None = None
+) -> Counts:
     """Send what a file still has to send and wait until the hub has it. Raises Refused, NotARecording, OSError."""
     first, counts, is_done = progress.of(job)
     if is_done:
@@ -231,7 +235,7 @@ async def send(job: Job, progress: Progress, *, target: str, key: str, samples_p
     identity = fingerprint(job)
     pace = _Pace(samples_per_s_max)
     show = _Show(job.name, counts)
-    async with TelemetryClient(target, key, source=f"backfill-{identity}") as client:
+    async with TelemetryClient(target, key, source=f"backfill-{identity}", credentials=tls) as client:
         tally = _Tally(client, counts)
         for block in blocks(job.path, first=first):
             counts.rows += block.rows_read

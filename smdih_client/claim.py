@@ -11,6 +11,7 @@ import grpc
 
 from smdih.ingest.v1 import claim_pb2, claim_pb2_grpc
 from smdih_client.telemetry import Refused
+from smdih_client.tls import Tls, open_channel
 
 DEADLINE_S = 60.0
 ATTEMPT_TIMEOUT_S = 15.0
@@ -39,7 +40,7 @@ class Claimed:
 
 
 async def claim(
-    code: str, *, target: str, key_file: Path, credentials: grpc.ChannelCredentials | None = None
+    code: str, *, target: str, key_file: Path, credentials: grpc.ChannelCredentials | Tls | None = None
 ) -> Claimed:
     """Exchange the code and write the key to `key_file`, with mode 0600.
 
@@ -70,12 +71,11 @@ def _request_id(key_file: Path) -> tuple[str, Path]:
 
 
 async def _exchange(
-    code: str, request_id: str, target: str, credentials: grpc.ChannelCredentials | None
+    code: str, request_id: str, target: str, credentials: grpc.ChannelCredentials | Tls | None
 ) -> claim_pb2.ExchangeClaimCodeResponse:
     request = claim_pb2.ExchangeClaimCodeRequest(code=code, request_id=request_id)
     until_s = time.monotonic() + DEADLINE_S
-    opened = grpc.aio.insecure_channel(target) if credentials is None else grpc.aio.secure_channel(target, credentials)
-    async with opened as channel:
+    async with open_channel(target, credentials) as channel:
         stub = claim_pb2_grpc.ClaimServiceStub(channel)
         while True:
             try:

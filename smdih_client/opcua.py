@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key, l
 
 from smdih_client.buffer import BufferFull
 from smdih_client.telemetry import Refused, TelemetryClient
+from smdih_client.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -374,9 +375,10 @@ class Source:
 class Gateway:
     """All servers of a configuration, and the way to the hub."""
 
-    def __init__(self, configuration: Configuration, key: str) -> None:
+    def __init__(self, configuration: Configuration, key: str, tls: Tls | None = None) -> None:
         self._configuration = configuration
         self._key = key
+        self._tls = tls
         self.waiting = Waiting()
         self.sources = [Source(server, self.waiting) for server in configuration.servers]
 
@@ -397,7 +399,9 @@ class Gateway:
 
     async def _send(self) -> None:
         to = self._configuration
-        async with TelemetryClient(to.target, self._key, source=to.source, buffer=to.buffer) as client:
+        async with TelemetryClient(
+            to.target, self._key, source=to.source, buffer=to.buffer, credentials=self._tls
+        ) as client:
             reported_s = time.monotonic()
             try:
                 while True:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from smdih.ingest.v1 import telemetry_pb2, telemetry_pb2_grpc
 from smdih_client.buffer import DiskBuffer
+from smdih_client.tls import Tls, open_channel
 
 UNACKNOWLEDGED_MAX = 1_000
 RECONNECT_DELAY_S = 0.2
@@ -93,6 +94,8 @@ class TelemetryClient:
     the batch, whether the hub answers or not, and raises BufferFull when it takes no more. Leaving the context does not wait for
     the hub; what it did not get is sent when the buffer is opened again (keep the source the same), in order and at most
     `samples_per_s_max`.
+
+    `credentials`: for a door with TLS; as Tls its files are read anew for every connection.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class TelemetryClient:
         key: str,
         *,
         source: str,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: grpc.ChannelCredentials | Tls | None = None,
         buffer: Path | DiskBuffer | None = None,
         samples_per_s_max: float = BUFFERED_SAMPLES_PER_S_MAX,
     ) -> None:
@@ -227,11 +230,7 @@ class TelemetryClient:
             self._changed.notify_all()
 
     async def _connection(self) -> None:
-        if self._credentials is None:
-            channel = grpc.aio.insecure_channel(self._target)
-        else:
-            channel = grpc.aio.secure_channel(self._target, self._credentials)
-        async with channel:
+        async with open_channel(self._target, self._credentials) as channel:
             stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
             self._next = 0
             self._connections += 1

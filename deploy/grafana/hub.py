@@ -411,6 +411,31 @@ def ingest() -> build.Dashboard:
                 ],
             ),
             Part(
+                "MQTT bridge",
+                [
+                    lines(
+                        "Messages",
+                        (
+                            f"({by('smdih_ingest_mqtt_messages_total', 'form', 'outcome')}) or vector(0)",
+                            "{{form}} {{outcome}}",
+                        ),
+                        why="taken: in the message log; again: Kafka did not answer, and the broker keeps them. 0 without a bridge.",
+                        unit="cps",
+                    ),
+                    lines(
+                        "Sparkplug nodes online",
+                        ("sum(smdih_ingest_mqtt_nodes_online) or vector(0)", "nodes"),
+                        ("sum(rate(smdih_ingest_mqtt_rebirths_total[5m])) * 300 or vector(0)", "rebirths in 5 min"),
+                        why="Nodes that said that they are alive, and how often one was asked to say again what it has.",
+                    ),
+                    lines(
+                        "Shares of the firms that are served",
+                        ("sum(smdih_ingest_mqtt_shares_connected) or vector(0)", "shares"),
+                        why="There are eight; fewer for long means that a bridge is missing or cannot reach its broker.",
+                    ),
+                ],
+            ),
+            Part(
                 "Storage",
                 [
                     lines(

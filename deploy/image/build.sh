@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image without a container engine and writes it to .local/image/smdih-hub.tar, an archive that `ctr images import`,
+# Builds the image without a container engine and writes it to .local/image/smdih-hub.tar (and its bill of materials beside it), an archive that `ctr images import`,
 # `kind load image-archive` and `podman load` take. usage: build.sh    (as root; after `make setup`)
 # IMAGE: its name (localhost/smdih-hub:dev)   BASE: an image by digest in place of the one made from Debian packages
 set -euo pipefail
@@ -54,4 +54,6 @@ buildah bud -q --isolation chroot $pull --timestamp "$SOURCE_DATE_EPOCH" --build
   -t "$image" -f deploy/image/Containerfile . >$folder/id
 rm -f $folder/smdih-hub.tar
 buildah push -q "$image" "docker-archive:$folder/smdih-hub.tar:$image"
+# What it is made of, beside it.
+.venv/bin/python -m localstack.sbom $folder/smdih-hub.cdx.json
 say "$(cat $folder/id) $(du -m $folder/smdih-hub.tar | cut -f1) MB in $folder/smdih-hub.tar"

@@ -55,6 +55,7 @@ MACHINES = 30
 REQUESTS_A_SECOND = 10  # to each service
 DEPLOY_DEADLINE_S = 1_800
 TWO_DOORS_DEADLINE_S = 120
+OLD_PODS_DEADLINE_S = 90  # more than they are given to end in
 DRAINED_WITHIN_S = 300.0  # a node may have little to spare
 
 
@@ -198,7 +199,7 @@ PATHS = {
 }
 
 
-async def roll_out_under_load(next_overlay: Path, hub: Hub, claims: Claims) -> None:
+async def roll_out_under_load(cluster: Cluster, next_overlay: Path, hub: Hub, claims: Claims) -> None:
     """The next version: migrated, and every process replaced, while gateways send and people ask."""
     plant = await register(hub.settings.database_dsn, KafkaCluster.of(hub.settings), MACHINES)
     await asyncio.sleep(2)  # the doors' directories follow
@@ -210,14 +211,21 @@ async def roll_out_under_load(next_overlay: Path, hub: Hub, claims: Claims) -> N
             for name, path in PATHS.items()
         ]
         await asyncio.sleep(3)
+        before = cluster.pod_ids()
         done, said, seconds = await deploy(next_overlay)
-        await asyncio.sleep(15)  # the last of the old pods end
+
+        async def has_the_last_of_them_ended() -> bool:
+            return not before & cluster.pod_ids()
+
+        with contextlib.suppress(TimeoutError):
+            await poll("old pods end", has_the_last_of_them_ended, deadline_s=OLD_PODS_DEADLINE_S, interval_s=1)
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         sent = await sender.stop()
         ledger = np.loadtxt(sender.ledger, dtype=np.int64, ndmin=2)
-    claims.that(f"every process was replaced in {seconds:.0f} s under load", done, said)
+    left = before & cluster.pod_ids()
+    claims.that(f"every process was replaced in {seconds:.0f} s under load", done and not left, f"{left} {said}")
     await judge(hub, plant, ledger, start_s, time.monotonic(), outcome, DRAINED_WITHIN_S)
     whole = sent["sent"] == sent["acknowledged"] and not sent["problems"] and not outcome.broken
     claims.that(
@@ -271,7 +279,7 @@ async def check() -> int:
             # Another image, or else another setting: either replaces every pod.
             next_image = os.environ.get("K8S_NEXT_IMAGE", image)
             write_overlay(servers, mqtt, host, next_image, evidence, log_level="WARNING")
-            await roll_out_under_load(overlay, hub, claims)
+            await roll_out_under_load(cluster, overlay, hub, claims)
             await tell_memory(hub)
         finally:
             if not os.environ.get("K8S_KEEP"):

@@ -65,6 +65,10 @@ class Cluster:
         found = self.get("pod", "-l", f"app.kubernetes.io/name={name}")["items"]
         return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
+    def pod_ids(self) -> set[str]:
+        """All pods of the namespace, each by an id that no other will have."""
+        return {str(pod["metadata"]["uid"]) for pod in self.get("pod")["items"]}
+
     def evict(self, pod: str) -> bool:
         """Ask for an eviction, as a drain would; False when the disruption budget refuses it."""
         wanted = {

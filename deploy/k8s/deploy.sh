@@ -23,5 +23,15 @@ until $kubectl -n smdih wait --for=condition=Complete job/migrate --timeout=2s >
   [ -z "$failed" ] || { $kubectl -n smdih logs job/migrate --tail=20 >&2; echo "the migration failed: $failed" >&2; exit 1; }
   [ "$SECONDS" -lt "${migration_timeout%s}" ] || { echo "the migration did not end in $migration_timeout" >&2; exit 1; }
 done
-apply -l smdih/step=processes
-$kubectl -n smdih rollout status -l smdih/step=processes deployment,statefulset --timeout="$rollout_timeout"
+rolled_out() { $kubectl -n smdih rollout status "$@" --timeout="$rollout_timeout"; }
+
+if [ -z "$($kubectl -n smdih get deployment door --ignore-not-found -o name)" ]; then
+  apply -l smdih/step=processes
+  rolled_out -l smdih/step=processes deployment,statefulset
+else
+  # Who reads a topic before who writes it, so that nothing new is read by the release before (docs/operations.md).
+  for name in funding matching anomaly anomaly-notifier anomaly-worker historian mqtt-bridge door; do
+    apply -l "smdih/step=processes,app.kubernetes.io/name=$name"
+    rolled_out -l "smdih/step=processes,app.kubernetes.io/name=$name" deployment,statefulset
+  done
+fi

@@ -19,13 +19,16 @@ from services.anomaly.tuning import TuningService
 from services.anomaly.tuning_store import TuningStore
 from services.common import http
 from services.common import rpc as common_rpc
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
+from services.common.entrance import open_entrance
 from services.common.kafka import Cluster, Publisher
 from services.common.metrics import keep_measuring
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime
+from services.common.sealing import Seal
 from smdih.anomaly.v1 import (
     anomaly_pb2,
     anomaly_pb2_grpc,
@@ -38,6 +41,7 @@ from smdih.anomaly.v1 import (
 
 def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
     async def start(runtime: Runtime) -> None:
+        entrance = open_entrance(runtime, settings, takes_keys=True)
         clock = SystemClock()
         cluster = Cluster.of(settings)
         publisher = Publisher(cluster)
@@ -52,15 +56,22 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         service = AlarmService(alarms, pool, clock)
         suppression = SuppressionService(service, alarms, suppressions, pool, directory, clock)
         measuring = MeasureService(pool, clock)
-        samples = Samples(settings.ingest_grpc)
+        samples = Samples(entrance.peer(settings.ingest_grpc))
         runtime.on_stop(samples.close)
         tuning = TuningService(service, TuningStore(), pool, directory, clock)
         rules = RuleService(TuningStore(), pool, directory, samples, clock)
         evidence = EvidenceService(service, directory, samples, clock)
-        contacts = ContactService(ContactStore(), pool, clock, mail=bool(settings.anomaly_smtp_host))
+        contacts = ContactService(
+            ContactStore(),
+            pool,
+            clock,
+            mail=bool(settings.anomaly_smtp_host),
+            seal=Seal(settings.anomaly_seal_keys),
+        )
         feed = AlarmFeed(AlarmRecall(cluster))
         feed_consumer = AlarmFeedConsumer(cluster, feed)
         runtime.background("directory", directory.run())
+        gate, change_log = entrance.gate(directory), entrance.changes(pool)
         runtime.background("feed", feed_consumer.run())
         runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
         runtime.background("measures", keep_measuring(FloodGauge(pool, clock).measure, interval_s=GAUGE_INTERVAL_S))
@@ -74,6 +85,10 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
                 host=settings.grpc_host,
                 port=settings.grpc_port,
                 directory=directory,
+                tls=entrance.tls,
+                gate=gate,
+                changes=change_log,
+                internal_port=settings.grpc_internal_port,
                 register=[
                     (
                         anomaly_pb2_grpc.add_AlarmServiceServicer_to_server,
@@ -96,13 +111,16 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
             "SMDIH alarms",
             runtime=runtime,
             directory=directory,
+            gate=gate,
+            changes=change_log,
             routers=[
                 tuning_api.router(tuning, evidence, directory),
                 api.router(service, suppression, measuring, feed),
                 rule_api.router(rules, directory),
                 contact_api.router(contacts),
+                change_log_router(change_log),
             ],
         )
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
 
     return start

@@ -109,6 +109,18 @@ class ContactStore:
         )
         return None if row is None else _contact(row)
 
+    async def secrets(self, connection: Connection, *, after_id: str, limit: int) -> Sequence[tuple[str, str]]:
+        """Ids and secrets of contacts in order of their ids; held until the transaction ends."""
+        rows = await connection.fetch(
+            "SELECT id, secret FROM contact WHERE id > $1 AND secret <> '' ORDER BY id LIMIT $2 FOR UPDATE",
+            after_id,
+            limit,
+        )
+        return [(row["id"], row["secret"]) for row in rows]
+
+    async def put_secrets(self, connection: Connection, sealed: Sequence[tuple[str, str]]) -> None:
+        await connection.executemany("UPDATE contact SET secret = $2 WHERE id = $1", sealed)
+
     async def remove_contact(self, connection: Connection, contact_id: str) -> None:
         await connection.execute("UPDATE contact SET removed = true, secret = '' WHERE id = $1", contact_id)
         await connection.execute(

@@ -18,6 +18,7 @@ from services.common.clock import Clock
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller
+from services.common.sealing import Seal
 
 NAME_CHARACTERS_MAX = 100
 ADDRESS_CHARACTERS_MAX = 500
@@ -50,11 +51,12 @@ class WantedStep:
 
 
 class ContactService:
-    def __init__(self, store: ContactStore, pool: Pool, clock: Clock, *, mail: bool) -> None:
+    def __init__(self, store: ContactStore, pool: Pool, clock: Clock, *, mail: bool, seal: Seal) -> None:
         self._store = store
         self._pool = pool
         self._clock = clock
         self._mail = mail  # this hub can send mail
+        self._seal = seal
 
     async def create_contact(
         self, caller: Caller, *, firm_id: int, name: str, kind: ContactKind, address: str
@@ -72,9 +74,9 @@ class ContactService:
         else:
             check_webhook(address)
         secret = secrets.token_urlsafe(SECRET_BYTES) if kind is ContactKind.WEBHOOK else ""
-        contact = Contact(
-            id=uuid.uuid4().hex, firm_id=firm_id, name=name.strip(), kind=kind, address=address, secret=secret
-        )
+        contact_id = uuid.uuid4().hex
+        sealed = self._seal.seal(secret, of=contact_id)
+        contact = Contact(id=contact_id, firm_id=firm_id, name=name.strip(), kind=kind, address=address, secret=sealed)
         async with transaction(self._pool) as connection:
             await self._store.add_contact(connection, contact, now_us=self._clock.now_us(), actor=actor_of(caller))
             if len(await self._store.contacts(connection, firm_id, limit=CONTACTS_MAX + 1)) > CONTACTS_MAX:

@@ -13,6 +13,7 @@ from services.common.clock import Clock
 from services.common.database import AWAY, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import correlated, get_logger
+from services.common.sealing import Seal, Unreadable
 
 log = get_logger(__name__)
 
@@ -22,6 +23,8 @@ RETRY_DELAY_S = 1.0
 CLAIM_MAX = 20
 FORGET_INTERVAL_S = 3600.0
 FORGET_MAX = 1_000
+# Of contacts, looked at together when the process starts.
+SECRETS_MAX = 500
 
 # Tries by way and what came of them: sent, failed (to be tried again), dead.
 deliveries_total = Counter("smdih_anomaly_deliveries_total", "Tries to deliver a message", ["kind", "outcome"])
@@ -51,16 +54,22 @@ class Notifier:
     out and another sends it with the same id.
     """
 
-    def __init__(self, store: ContactStore, pool: Pool, clock: Clock, *, senders: dict[ContactKind, Sender]) -> None:
+    def __init__(
+        self, store: ContactStore, pool: Pool, clock: Clock, *, senders: dict[ContactKind, Sender], seal: Seal
+    ) -> None:
         self._store = store
         self._pool = pool
         self._clock = clock
         self._senders = senders
+        self._seal = seal
+        self._is_sealed = False
 
     async def run(self) -> None:
         forget_at = 0.0
         while True:
             try:
+                if not self._is_sealed:
+                    await self._seal_anew()
                 await self._plan()
                 if time.monotonic() >= forget_at:
                     await self._forget()
@@ -71,6 +80,31 @@ class Notifier:
                 log.warning("the notifier waits", error=repr(error))
                 await asyncio.sleep(RETRY_DELAY_S)
             await asyncio.sleep(PLAN_INTERVAL_S)
+
+    async def _seal_anew(self) -> None:
+        """Secrets that stand there readable, or sealed with a key that is on its way out."""
+        after_id, changed, unreadable = "", 0, 0
+        while True:
+            async with transaction(self._pool) as connection:
+                found = await self._store.secrets(connection, after_id=after_id, limit=SECRETS_MAX)
+                sealed = []
+                for contact_id, secret in found:
+                    if self._seal.is_current(secret):
+                        continue
+                    try:
+                        opened = self._seal.open(secret, of=contact_id)
+                    except Unreadable as error:
+                        unreadable += 1
+                        log.error("secret of a contact cannot be read", contact=contact_id, error=str(error))
+                        continue
+                    sealed.append((contact_id, self._seal.seal(opened, of=contact_id)))
+                await self._store.put_secrets(connection, sealed)
+            changed += len(sealed)
+            if len(found) < SECRETS_MAX:
+                break
+            after_id = found[-1][0]
+        self._is_sealed = True
+        log.info("secrets sealed anew", changed=changed, unreadable=unreadable)
 
     async def _plan(self) -> None:
         now_us = self._clock.now_us()

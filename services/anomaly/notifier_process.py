@@ -11,7 +11,9 @@ from services.anomaly.settings import SCHEMA, AnomalySettings
 from services.common import http
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
+from services.common.entrance import open_entrance
 from services.common.runtime import Runtime
+from services.common.sealing import Seal
 
 
 def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
@@ -19,12 +21,14 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
 
     async def start(runtime: Runtime) -> None:
         app = http.application("SMDIH alarm notifier", runtime=runtime, directory=None)
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+        entrance = open_entrance(runtime, settings, takes_keys=False)
+        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
         pool = await create_pool_when_it_answers(
             settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
         )
         runtime.on_stop(pool.close)
-        webhooks = WebhookSender([ipaddress.ip_network(one) for one in settings.anomaly_webhook_networks])
+        seal = Seal(settings.anomaly_seal_keys)
+        webhooks = WebhookSender([ipaddress.ip_network(one) for one in settings.anomaly_webhook_networks], seal)
         runtime.on_stop(webhooks.close)
         mail = MailSender(
             host=settings.anomaly_smtp_host,
@@ -36,6 +40,6 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         )
         senders: dict[ContactKind, Sender] = {ContactKind.WEBHOOK: webhooks, ContactKind.EMAIL: mail}
         runtime.ready_when("database", lambda: can_write(pool))
-        runtime.background("notifier", Notifier(ContactStore(), pool, SystemClock(), senders=senders).run())
+        runtime.background("notifier", Notifier(ContactStore(), pool, SystemClock(), senders=senders, seal=seal).run())
 
     return start

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from services.common import tracing
 from services.common.errors import Conflict, NotFound, SlowDown, TryAgain
 from services.common.logs import current_correlation_id, get_logger
+from services.common.tls import PeerChannel
 from smdih.ingest.v1 import query_pb2 as pb
 from smdih.ingest.v1 import query_pb2_grpc as pb_grpc
 
@@ -38,13 +39,11 @@ class Buckets:
 class Samples:
     """Asks the door's QueryService. Raises NotFound, TryAgain; Conflict where this process was not told where the door is."""
 
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._channel: grpc.aio.Channel | None = None
+    def __init__(self, peer: PeerChannel) -> None:
+        self._peer = peer
 
     async def close(self) -> None:
-        if self._channel is not None:
-            await self._channel.close()
+        await self._peer.close()
 
     async def raw(self, key: str, signal_id: int, *, from_us: int, to_us: int, limit: int) -> tuple[Ints, Floats]:
         """Samples in order of time, at most `limit` of them."""
@@ -94,17 +93,15 @@ class Samples:
         )
 
     async def _history(self, key: str, request: pb.HistoryRequest) -> pb.HistoryResponse:
-        if not self._target:
+        if not self._peer.target:
             raise Conflict(
                 "This hub's alarm service was not told where samples are (SMDIH_INGEST_GRPC).", reason="NO_SAMPLES"
             )
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._target)
         correlation_id = current_correlation_id()
         metadata = (("authorization", f"Bearer {key}"), ("x-correlation-id", correlation_id))
         try:
             with tracing.span("QueryService/History", correlation_id, kind="client"):
-                response: pb.HistoryResponse = await pb_grpc.QueryServiceStub(self._channel).History(
+                response: pb.HistoryResponse = await pb_grpc.QueryServiceStub(self._peer.channel()).History(
                     request, metadata=(*metadata, *tracing.metadata(correlation_id)), timeout=CALL_TIMEOUT_S
                 )
         except grpc.aio.AioRpcError as error:

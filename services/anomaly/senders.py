@@ -19,6 +19,7 @@ from services.anomaly.delivery import NotDelivered, signature
 from services.anomaly.messages import alarm_message
 from services.common.clock import from_us
 from services.common.logs import get_logger
+from services.common.sealing import Seal, Unreadable
 
 log = get_logger(__name__)
 
@@ -91,8 +92,9 @@ def is_allowed_literal(host: str, allowed: Sequence[Network]) -> bool:
 class WebhookSender:
     """POSTs to contacts; nothing is followed, and of the answer only the status counts."""
 
-    def __init__(self, allowed: Sequence[Network]) -> None:
+    def __init__(self, allowed: Sequence[Network], seal: Seal) -> None:
         self._allowed = allowed
+        self._seal = seal
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context(),
             max_connections=50,
@@ -109,6 +111,12 @@ class WebhookSender:
         url = urlsplit(contact.address)
         if url.scheme != "https" and not is_allowed_literal(url.hostname or "", self._allowed):
             raise NotDelivered("Only https addresses are called.")
+        try:
+            secret = self._seal.open(contact.secret, of=contact.id)
+        except Unreadable as error:
+            raise NotDelivered(
+                "The hub cannot read the secret that it signs with; its operator has to look."
+            ) from error
         body = webhook_body(claimed)
         timestamp_s = now_us // 1_000_000
         headers: dict[bytes | str, bytes | str] = {
@@ -116,7 +124,7 @@ class WebhookSender:
             "User-Agent": USER_AGENT,
             "X-SMDIH-Delivery": claimed.delivery.id,
             "X-SMDIH-Timestamp": str(timestamp_s),
-            "X-SMDIH-Signature": signature(contact.secret, timestamp_s=timestamp_s, body=body),
+            "X-SMDIH-Signature": signature(secret, timestamp_s=timestamp_s, body=body),
             "X-Correlation-Id": claimed.delivery.correlation_id,
         }
         timeouts = dict.fromkeys(("connect", "read", "write", "pool"), float(TRY_TIMEOUT_S))

@@ -21,6 +21,8 @@ class AnomalySettings(Settings):
     ingest_grpc: str = ""
     # Networks that webhooks may call though they are not public, such as ["10.2.0.0/16"]; there also without TLS, by number.
     anomaly_webhook_networks: list[str] = []
+    # What contacts' secrets are sealed with: base64 of 32 random bytes each, blanks between. The first seals, all open.
+    anomaly_seal_keys: str = Field("", repr=False)
     # The mail server of alarm messages; empty: no mail. anomaly_smtp_tls: starttls, tls or none.
     anomaly_smtp_host: str = ""
     anomaly_smtp_port: int = Field(587, ge=1, le=65535)

@@ -13,6 +13,7 @@ from services.common import http, topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
+from services.common.entrance import open_entrance
 from services.common.kafka import Cluster, DeadLetters, Publisher
 from services.common.runtime import Runtime
 
@@ -24,7 +25,8 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         publisher = Publisher(cluster)
         directory = Directory(cluster, clock=clock, kinds=("machine",))
         app = http.application("SMDIH anomaly worker", runtime=runtime, directory=None)
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+        entrance = open_entrance(runtime, settings, takes_keys=False)
+        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
         runtime.background("directory", directory.run())
         pool = await create_pool_when_it_answers(
             settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max

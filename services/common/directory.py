@@ -112,6 +112,11 @@ class Directory:
             partner_id=credential.partner_id,
         )
 
+    def prefix_of(self, credential_id: int) -> str:
+        """What may be shown of a key; empty once it is revoked."""
+        digest = self._credential_digests.get(credential_id)
+        return self._credentials[digest].prefix if digest is not None else ""
+
     def check_still_valid(self, credential_id: int) -> None:
         """For calls that last: raise Unauthenticated once the key with which one began is revoked or has ended."""
         digest = self._credential_digests.get(credential_id)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Annotated, Any
 
 import uvicorn
@@ -16,13 +16,17 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import tracing
+from services.common.audit import ChangeLog
 from services.common.directory import Directory
-from services.common.errors import HubError, TooLarge, TryAgain
+from services.common.errors import HubError, TooLarge
+from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
-from services.common.metrics import method_label
+from services.common.metrics import method_label, watch_queue
+from services.common.noting import Noting
 from services.common.runtime import Runtime
 from services.common.tenancy import narrow_to
+from services.common.tls import Tls
 
 log = get_logger(__name__)
 
@@ -43,11 +47,11 @@ requests_in_progress = Gauge("smdih_http_requests_in_progress", "HTTP requests b
 
 
 async def authenticated(request: Request) -> Caller:
-    """The caller behind the request's key. Raises Unauthenticated."""
-    directory: Directory | None = request.app.state.directory
-    if directory is None or not await directory.is_caught_up():
-        raise TryAgain("The hub has just started and does not know its keys yet.", reason="STARTING", retry_after_s=1)
-    caller = directory.caller_of(bearer_key(request.headers.get("authorization", "")))
+    """The caller behind the request's key or token. Raises Unauthenticated, Forbidden, SlowDown, TryAgain."""
+    gate: Gate = request.app.state.gate
+    address = request.client.host if request.client else ""
+    caller = await gate.admit(bearer_key(request.headers.get("authorization", "")), address)
+    request.scope["exits"].enter_context(gate.stream(caller))
     request.state.caller = caller
     narrow_to(caller)
     return caller
@@ -75,14 +79,18 @@ def application(
     open_routers: Sequence[APIRouter] = (),
     body_bytes_max: int = BODY_BYTES_MAX,
     on_too_large: Callable[[Request, int], Awaitable[None]] | None = None,
+    gate: Gate | None = None,
+    changes: ChangeLog | None = None,
 ) -> FastAPI:
     """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes. Those of
     `open_routers` need none and guard themselves.
 
-    `on_too_large(request, bytes)` is told of a body over the limit, before it is refused.
+    `on_too_large(request, bytes)` is told of a body over the limit, before it is refused. `gate`: without one, that of the
+    directory's keys with the usual limits. `changes`: where to note what people change.
     """
     app = FastAPI(title=title, version="1", docs_url="/docs", redoc_url=None)
-    app.state.directory = directory
+    if directory is not None:
+        app.state.gate = gate or Gate(directory)
     probes = APIRouter(include_in_schema=False)
 
     @probes.get("/livez")
@@ -127,6 +135,8 @@ def application(
         plain.HTTP_STATUS = error.status_code
         return problem(plain)
 
+    if changes is not None:
+        app.add_middleware(Noting, changes=changes, gate=app.state.gate)
     app.add_middleware(_Entry, runtime=runtime, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
     return app
 
@@ -183,7 +193,8 @@ class _Entry:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        with correlated(correlation_id):
+        with correlated(correlation_id), ExitStack() as exits:
+            scope["exits"] = exits
             try:
                 announced = int(request.headers.get("content-length") or 0)
                 if announced > self._body_bytes_max:
@@ -236,8 +247,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve(app: Any, *, host: str, port: int) -> AsyncIterator[int]:
-    """Serve until the context ends; yields the port. Raises OSError when the port is taken."""
+async def serve(app: Any, *, host: str, port: int, tls: Tls | None = None) -> AsyncIterator[int]:
+    """Serve until the context ends; yields the port. `tls`: where it has a certificate. Raises OSError when the port is taken."""
+    context = tls.server_context() if tls is not None and tls.serves else None
     config = uvicorn.Config(
         app,
         host=host,
@@ -249,6 +261,7 @@ async def serve(app: Any, *, host: str, port: int) -> AsyncIterator[int]:
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=64 * 1024,
         limit_concurrency=CONNECTIONS_MAX,
+        ssl_context_factory=None if context is None else lambda _config, _default: context,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(), name="http")
@@ -259,7 +272,8 @@ async def serve(app: Any, *, host: str, port: int) -> AsyncIterator[int]:
                     raise OSError(f"HTTP cannot listen on {host}:{port}")
                 await asyncio.sleep(0.01)
         bound: int = server.servers[0].sockets[0].getsockname()[1]
-        log.info("HTTP serves", host=host, port=bound)
+        watch_queue("http connections", lambda: len(server.server_state.connections), limit=CONNECTIONS_MAX)
+        log.info("HTTP serves", host=host, port=bound, tls=context is not None)
         yield bound
     finally:
         server.should_exit = True

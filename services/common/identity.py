@@ -12,20 +12,39 @@ SHOWN_CHARACTERS = 4
 
 
 class Role(StrEnum):
+    """A new role may do nothing until a use case names it."""
+
     DEVICE = "device"
     FIRM = "firm"
     PARTNER = "partner"
+    # One expert, facility, workshop or course of a partner, for itself; one expert as an assessor. They come with tokens.
+    PROVIDER = "provider"
+    ASSESSOR = "assessor"
     OPERATOR = "operator"
+
+
+# Whoever is not among these comes with a token.
+KEY_ROLES = (Role.DEVICE, Role.FIRM, Role.PARTNER, Role.OPERATOR)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request, as its key says."""
+    """Who sent a request, as its key or token says.
+
+    `credential_id` is below 0 for a person with a token, who then has a `subject` (the issuer's name of him) and an end.
+    """
 
     credential_id: int
     role: Role
     firm_id: int = 0
     partner_id: int = 0
+    provider_id: str = ""
+    subject: str = ""
+    valid_to_us: int = 0
+
+    @property
+    def is_person(self) -> bool:
+        return self.credential_id < 0
 
     def require(self, *roles: Role) -> None:
         """Raise Forbidden unless the caller has one of the roles."""
@@ -42,8 +61,14 @@ class Caller:
 
     def check_sees_firm(self, firm_id: int) -> None:
         """Raise NotFound (not Forbidden: ids of other firms are not confirmed) unless the caller may see the firm's things."""
-        if self.role is not Role.OPERATOR and self.firm_id != firm_id:
+        if self.role is not Role.OPERATOR and (not self.firm_id or self.firm_id != firm_id):
             raise NotFound()
+
+    def acts_for(self, *, provider_id: str, partner_id: int) -> bool:
+        """Whether the caller is this provider, or the partner that it belongs to."""
+        if self.role is Role.PARTNER:
+            return bool(partner_id) and self.partner_id == partner_id
+        return self.role in (Role.PROVIDER, Role.ASSESSOR) and bool(provider_id) and self.provider_id == provider_id
 
 
 def new_key(role: Role) -> str:

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import grpc
@@ -14,11 +15,14 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.common import tracing
+from services.common.audit import ChangeLog, changes_by_call, ids_in
 from services.common.directory import Directory
-from services.common.errors import HubError, Invalid, TryAgain
+from services.common.errors import HubError, Invalid
+from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, current_correlation_id, get_logger
 from services.common.tenancy import narrow_to
+from services.common.tls import Peers, Tls, peer_names
 
 log = get_logger(__name__)
 
@@ -54,15 +58,22 @@ class _Malformed:
         self.data = data
 
 
-class _Gate(grpc.aio.ServerInterceptor):
+class _Entry(grpc.aio.ServerInterceptor):
     """Every call passes here: key, correlation id, errors, metrics. Deny by default."""
 
     def __init__(
-        self, directory: Directory, on_malformed: OnMalformed | None, open_methods: Sequence[str] = ()
+        self,
+        gate: Gate,
+        on_malformed: OnMalformed | None,
+        open_methods: Sequence[str],
+        peers: Peers,
+        changes: ChangeLog | None,
     ) -> None:
-        self._directory = directory
+        self._changes = changes
+        self._gate = gate
         self._open_methods = frozenset(open_methods)
         self._on_malformed = on_malformed
+        self._peers = peers
 
     async def intercept_service(
         self,
@@ -81,23 +92,26 @@ class _Gate(grpc.aio.ServerInterceptor):
         return self._guarded(handler, details.method, key, correlation_id)
 
     def _guarded(self, handler: Any, method: str, key: str, correlation_id: str) -> Any:
-        directory = self._directory
+        gate = self._gate
         is_open = method in self._open_methods
 
-        async def admit() -> None:
+        async def admit(context: Any) -> None:
+            names = peer_names(context.auth_context())
+            if names:
+                self._peers.check(names, method)
             if is_open:
                 return
-            if not await directory.is_caught_up():
-                detail = "The hub has just started and does not know its keys yet."
-                raise TryAgain(detail, reason="STARTING", retry_after_s=1)
-            caller = directory.caller_of(key)
+            caller = await gate.admit(key, _address(context))
             _caller.set(caller)
             narrow_to(caller)
+
+        def counted() -> AbstractContextManager[None]:
+            return nullcontext() if is_open else gate.stream(current_caller())
 
         def still_admitted() -> None:
             """A stream may outlive the key that it began with."""
             if not is_open:
-                directory.check_still_valid(current_caller().credential_id)
+                gate.check_still_valid(current_caller())
 
         def parse(data: bytes) -> Any:
             try:
@@ -111,13 +125,39 @@ class _Gate(grpc.aio.ServerInterceptor):
                     await self._on_malformed(current_caller(), method, request.data)
                 raise Invalid("The body is not a message of this call.", reason="MALFORMED")
 
+        @asynccontextmanager
+        async def noted(request: Any, context: Any) -> AsyncIterator[list[Any]]:
+            """In the change log, with what came of it: the answer, once it is in the list."""
+            answered: list[Any] = []
+            outcome = "BROKEN_OFF"
+            try:
+                yield answered
+                outcome = "OK"
+            except HubError as error:
+                outcome = error.reason
+                raise
+            finally:
+                if self._changes is not None and not is_open and changes_by_call(method):
+                    caller = current_caller()
+                    made = ids_in((field.name, value) for one in answered for field, value in one.ListFields())
+                    await self._changes.note(
+                        caller,
+                        shown=gate.shown(caller),
+                        action=method,
+                        ids=made | ids_in((field.name, value) for field, value in request.ListFields()),
+                        outcome=outcome,
+                        address=_address(context),
+                    )
+
         async def unary(request: Any, context: Any) -> Any:
             started = time.perf_counter()
             with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
-                    await admit()
+                    await admit(context)
                     await well_formed(request)
-                    response = await handler.unary_unary(request, context)
+                    async with noted(request, context) as answered:
+                        response = await handler.unary_unary(request, context)
+                        answered.append(response)
                 call_seconds.labels(method).observe(time.perf_counter() - started)
                 return response
 
@@ -130,18 +170,20 @@ class _Gate(grpc.aio.ServerInterceptor):
         async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
             with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
-                    await admit()
+                    await admit(context)
                     await well_formed(request)
-                    async for response in handler.unary_stream(request, context):
-                        still_admitted()
-                        yield response
+                    with counted():
+                        async for response in handler.unary_stream(request, context):
+                            still_admitted()
+                            yield response
 
         async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
             with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
-                    await admit()
-                    async for response in handler.stream_stream(checked(requests), context):
-                        yield response
+                    await admit(context)
+                    with counted():
+                        async for response in handler.stream_stream(checked(requests), context):
+                            yield response
 
         serializers = {"request_deserializer": parse, "response_serializer": handler.response_serializer}
         if handler.unary_unary is not None:
@@ -151,6 +193,11 @@ class _Gate(grpc.aio.ServerInterceptor):
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(stream_stream, **serializers)
         raise TypeError(f"{method}: client streaming is not used in this hub")
+
+
+def _address(context: Any) -> str:
+    """Without the port: "ipv4:10.0.0.1:4711", "ipv6:%5B::1%5D:4711"."""
+    return str(context.peer()).rpartition(":")[0]
 
 
 @asynccontextmanager
@@ -207,13 +254,22 @@ async def serve(
     message_bytes_max: int = MESSAGE_BYTES_MAX,
     on_malformed: OnMalformed | None = None,
     open_methods: Sequence[str] = (),
+    tls: Tls | None = None,
+    internal_port: int = 0,
+    internal_calls: Mapping[str, Collection[str]] = MappingProxyType({}),
+    gate: Gate | None = None,
+    changes: ChangeLog | None = None,
 ) -> AsyncIterator[int]:
     """Serve until the context ends; yields the port. `register` pairs generated add_..._to_server functions with servicers.
 
-    `open_methods` ("/package.Service/Method") need no key and guard themselves.
+    `open_methods` ("/package.Service/Method") need no key and guard themselves. Where `tls` has an authority of clients, these need
+    a certificate of it: on `internal_port` if that is given, which is then for the hub's own services only, else on `port`.
+    `internal_calls`: service -> the methods that it calls here; with its certificate nothing else can be called.
+    `gate`: without one, that of the directory's keys with the usual limits. `changes`: where to note what people change.
     """
+    peers = Peers(internal_calls, services_only=bool(internal_port))
     server = grpc.aio.server(
-        interceptors=[_Gate(directory, on_malformed, open_methods)],
+        interceptors=[_Entry(gate or Gate(directory), on_malformed, open_methods, peers, changes)],
         options=[
             ("grpc.max_receive_message_length", message_bytes_max),
             ("grpc.max_concurrent_streams", 1_000),
@@ -226,11 +282,17 @@ async def serve(
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    bound = server.add_insecure_port(f"{host}:{port}")
+    if tls is None or not tls.serves:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    else:
+        mutual = tls.asks_clients and not internal_port
+        bound = server.add_secure_port(f"{host}:{port}", tls.server_credentials(mutual=mutual))
+        if internal_port:
+            server.add_secure_port(f"{host}:{internal_port}", tls.server_credentials(mutual=True))
     await server.start()
     for name in ("", *service_names):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
-    log.info("gRPC serves", host=host, port=bound)
+    log.info("gRPC serves", host=host, port=bound, tls=tls is not None and tls.serves)
     try:
         yield bound
     finally:

@@ -35,6 +35,26 @@ class Settings(BaseSettings):
     http_port: int = Field(0, ge=0, le=65535)
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(0, ge=0, le=65535)
+    grpc_internal_port: int = Field(
+        0, ge=0, le=65535, description="gRPC for the hub's own services, with client certificates; 0: none"
+    )
+    production: bool = Field(False, description="refuse to start with what is fine on a developer's machine only")
+    tls_certificate: str = Field("", description="PEM file: certificate of this process with its chain")
+    tls_key: str = Field("", description="PEM file: its key")
+    tls_client_ca: str = Field("", description="PEM file: authority of the clients; they then need a certificate")
+    tls_ca: str = Field("", description="PEM file: authority of the services that this one calls")
+    oidc_issuer: str = Field("", description="whose tokens are taken (claim iss); none without it")
+    oidc_audience: str = Field("", description="what the tokens have to be for (claim aud)")
+    oidc_keys: str = Field("", description="https address or file of the issuer's JSON Web Key Set")
+    oidc_role_claim: str = "smdih_role"
+    oidc_firm_claim: str = "smdih_firm_id"
+    oidc_partner_claim: str = "smdih_partner_id"
+    oidc_provider_claim: str = "smdih_provider_id"
+    limit_requests_per_s: float = Field(100, gt=0, description="of one key or person")
+    limit_operator_requests_per_s: float = Field(1_000, gt=0, description="of one operator")
+    limit_burst_s: float = Field(20, ge=1, description="seconds' worth of requests that may come at once")
+    limit_streams: int = Field(200, ge=1, description="streams and requests of one key at a time")
+    limit_failures_per_minute: float = Field(60, gt=0, description="requests without a good key, of one address")
     evidence_key: str = Field(
         "", repr=False, description="base64 of the private Ed25519 key that the ingest door signs evidence with"
     )

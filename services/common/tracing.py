@@ -58,6 +58,11 @@ def trace_id_of(correlation_id: str) -> str:
     return hashlib.sha256(correlation_id.encode()).hexdigest()[:32]
 
 
+def is_sampled(trace_id: str, ratio: float) -> bool:
+    """Whether a trace is of the share that is kept."""
+    return int.from_bytes(hashlib.sha256(trace_id.encode()).digest()[:8]) < ratio * 2**64
+
+
 def correlation_id_of(traceparent: str) -> str:
     """The trace that a caller is in, as the correlation id of what it asks for; empty if it names none."""
     found = _TRACEPARENT.fullmatch(traceparent)
@@ -175,7 +180,7 @@ class _Tracing:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-        from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
+        from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 
         class Ids(RandomIdGenerator):
             """A span without a parent begins the trace that its correlation id names."""
@@ -185,12 +190,24 @@ class _Tracing:
             def generate_trace_id(self) -> int:
                 return self.next_trace_id
 
+        class ByTrace(Sampler):
+            """Keeps a share of the traces, by their ids alone: all processes keep, or leave out, the same ones. Not the SDK's own
+            sampler: it takes some bits for random that a correlation id, being a UUID, has fixed."""
+
+            def should_sample(
+                self, parent_context: Any, trace_id: int, name: str, *_: Any, attributes: Any = None, **__: Any
+            ) -> SamplingResult:
+                is_kept = is_sampled(f"{trace_id:032x}", ratio)
+                return SamplingResult(Decision.RECORD_AND_SAMPLE if is_kept else Decision.DROP, attributes)
+
+            def get_description(self) -> str:
+                return f"ByTrace({ratio})"
+
         self._api = trace
         self._ids = Ids()
-        # By the trace's id alone: all processes keep, or leave out, the same traces.
         self._provider: TracerProvider = TracerProvider(
             resource=Resource.create({"service.name": f"smdih-{process}"}),
-            sampler=TraceIdRatioBased(ratio),
+            sampler=ByTrace(),
             id_generator=self._ids,
             shutdown_on_exit=False,
         )

@@ -8,6 +8,7 @@ import grpc
 from services.common import tracing
 from services.common.errors import Forbidden, HubError, Invalid, TryAgain
 from services.common.logs import current_correlation_id
+from services.common.tls import PeerChannel
 from smdih.matching.v1 import matching_pb2, matching_pb2_grpc
 
 TIMEOUT_S = 10.0
@@ -54,24 +55,21 @@ class Proposal:
 class AssessorFinder:
     """A client of the matching service; asks under the key of the operator who asks here."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._channel: grpc.aio.Channel | None = None
+    def __init__(self, peer: PeerChannel) -> None:
+        self._peer = peer
 
     async def propose(self, key: str, question: Question, *, count: int) -> Proposal:
         """Best first, without those who have a conflict. Raises TryAgain when the matching service does not answer."""
-        if not self._address:
+        if not self._peer.target:
             raise TryAgain(
                 "This process does not know where the matching service is; set SMDIH_MATCHING_GRPC.",
                 reason="MATCHING_AWAY",
             )
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._address)
         correlation_id = current_correlation_id()
         metadata = (("authorization", f"Bearer {key}"), ("x-correlation-id", correlation_id))
         try:
             with tracing.span("MatchingService/ProposeAssessors", correlation_id, kind="client"):
-                answer = await matching_pb2_grpc.MatchingServiceStub(self._channel).ProposeAssessors(
+                answer = await matching_pb2_grpc.MatchingServiceStub(self._peer.channel()).ProposeAssessors(
                     matching_pb2.ProposeAssessorsRequest(
                         text=question.text[:TEXT_CHARACTERS_MAX],
                         sic=question.sic,
@@ -104,8 +102,7 @@ class AssessorFinder:
         )
 
     async def close(self) -> None:
-        if self._channel is not None:
-            await self._channel.close()
+        await self._peer.close()
 
 
 def _understood(error: grpc.aio.AioRpcError) -> HubError:

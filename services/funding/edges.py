@@ -9,6 +9,7 @@ from services.funding import (
     agreement_api,
     allocation_api,
     api,
+    audit_api,
     change_api,
     group_api,
     impact_api,
@@ -19,6 +20,7 @@ from services.funding import (
 )
 from services.funding.agreement_rpc import AgreementRpc
 from services.funding.allocation_rpc import AllocationRpc, PoolRpc
+from services.funding.audit_rpc import AuditRpc
 from services.funding.change_rpc import ChangeRpc
 from services.funding.group_rpc import GroupRpc
 from services.funding.impact_rpc import ImpactRpc
@@ -29,6 +31,7 @@ from services.funding.use_cases import UseCases
 from smdih.funding.v1 import (
     agreement_pb2_grpc,
     allocation_pb2_grpc,
+    audit_pb2_grpc,
     change_pb2_grpc,
     funding_pb2_grpc,
     group_pb2_grpc,
@@ -48,6 +51,7 @@ SERVICE_NAMES = (
     "smdih.funding.v1.ChangeService",
     "smdih.funding.v1.ImpactService",
     "smdih.funding.v1.GroupService",
+    "smdih.funding.v1.AuditService",
 )
 
 
@@ -62,6 +66,7 @@ def routers(fund: UseCases) -> Sequence[APIRouter]:
         change_api.router(fund.changes),
         impact_api.router(fund.impacts),
         group_api.router(fund.groups),
+        audit_api.router(fund.audits),
         open_data_api.router(fund.open_data),
     ]
 
@@ -90,4 +95,5 @@ def servicers(fund: UseCases) -> Sequence[tuple[Callable[[Any, Any], None], Any]
         (change_pb2_grpc.add_ChangeServiceServicer_to_server, ChangeRpc(fund.changes)),
         (impact_pb2_grpc.add_ImpactServiceServicer_to_server, ImpactRpc(fund.impacts)),
         (group_pb2_grpc.add_GroupServiceServicer_to_server, GroupRpc(fund.groups)),
+        (audit_pb2_grpc.add_AuditServiceServicer_to_server, AuditRpc(fund.audits)),
     ]

@@ -107,17 +107,19 @@ async def remove_holding(connection: Connection, owner_firm_id: int, owned_firm_
 
 async def holdings_of(connection: Connection, firm_ids: Collection[int]) -> list[Holding]:
     """All that one of the firms has a part in, owning or owned."""
-    rows = await connection.fetch(
-        "SELECT owner_firm_id, owned_firm_id, percent, dominant_influence, relation, source FROM holding "
-        "WHERE owner_firm_id = ANY($1) OR owned_firm_id = ANY($1) ORDER BY owner_firm_id, owned_firm_id",
-        list(firm_ids),
-    )
+    async with all_firms_within(connection):  # firms of an enterprise see what makes them one
+        rows = await connection.fetch(
+            "SELECT owner_firm_id, owned_firm_id, percent, dominant_influence, relation, source FROM holding "
+            "WHERE owner_firm_id = ANY($1) OR owned_firm_id = ANY($1) ORDER BY owner_firm_id, owned_firm_id",
+            list(firm_ids),
+        )
     return [Holding(**{**dict(row), "relation": Relation(row["relation"])}) for row in rows]
 
 
 async def groups_of(connection: Connection, firm_ids: Collection[int]) -> list[str]:
     """Ids of the declared groups that the firms are in."""
-    rows = await connection.fetch(
-        "SELECT DISTINCT group_id FROM firm_group WHERE firm_id = ANY($1) ORDER BY group_id", list(firm_ids)
-    )
+    async with all_firms_within(connection):  # as for holdings
+        rows = await connection.fetch(
+            "SELECT DISTINCT group_id FROM firm_group WHERE firm_id = ANY($1) ORDER BY group_id", list(firm_ids)
+        )
     return [row["group_id"] for row in rows]

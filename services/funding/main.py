@@ -7,9 +7,11 @@ import sys
 from pydantic import Field
 
 from services.common import http, logs, rpc, topics, tracing
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
 from services.common.directory import Directory
+from services.common.entrance import open_entrance
 from services.common.evidence import Verifier
 from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.metrics import keep_measuring, name_process
@@ -42,6 +44,7 @@ class FundingSettings(Settings):
 
 async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     """The fund by gRPC and HTTP; takes matches in and sends awards out."""
+    entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
     cluster = Cluster.of(settings)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
@@ -49,11 +52,12 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     publisher = await runtime.enter(Publisher(cluster))
     directory = Directory(cluster, clock=clock, kinds=("firm", "partner", "machine"))
     runtime.background("directory", directory.run())
+    gate, change_log = entrance.gate(directory), entrance.changes(pool)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     journal = Journal(pool, clock)
     runtime.on_stop(journal.close)
-    finder = AssessorFinder(settings.matching_grpc)
+    finder = AssessorFinder(entrance.peer(settings.matching_grpc))
     runtime.on_stop(finder.close)
     fund = UseCases(
         pool,
@@ -77,6 +81,10 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
+            tls=entrance.tls,
+            gate=gate,
+            changes=change_log,
+            internal_port=settings.grpc_internal_port,
             register=edges.servicers(fund),
             service_names=edges.SERVICE_NAMES,
         )
@@ -85,10 +93,12 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
         "SMDIH fund",
         runtime=runtime,
         directory=directory,
-        routers=edges.routers(fund),
+        gate=gate,
+        changes=change_log,
+        routers=[*edges.routers(fund), change_log_router(change_log)],
         open_routers=edges.open_routers(fund),
     )
-    await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port))
+    await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
     runtime.ready_when("directory", directory.is_caught_up)

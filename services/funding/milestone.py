@@ -1,4 +1,4 @@
-"""Milestones: a figure of the firm's own machines that the project has to reach, shown by signed evidence."""
+"""Milestones: a figure of the firm's own machines that the project has to reach, shown by signed evidence; or a document."""
 
 import re
 from dataclasses import dataclass
@@ -9,10 +9,13 @@ from enum import StrEnum
 from services.funding.domain import TITLE_CHARACTERS_MAX, Refused, checked_text, uk_day
 
 MILESTONES_MAX = 20
+REFERENCE_CHARACTERS_MAX = 500
 DAYS_MAX = 3_660
+DOCUMENTS_MAX = 20
 # Where an operator names none.
 COVERAGE_MIN = "0.9"
 ID = re.compile(r"[a-z][a-z0-9_-]{0,39}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _DECIMAL = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,9})?")
 
 
@@ -24,23 +27,31 @@ class Comparison(StrEnum):
 @dataclass(frozen=True, kw_only=True)
 class Milestone:
     """Met once a signed figure of `measure` over `days_min` days within the project, with data for at least `coverage_min` of the
-    time, is on the right side of the threshold."""
+    time, is on the right side of the threshold. Without a measure: once an operator has confirmed the firm's document."""
 
     id: str
     title: str
-    # As the hub measures it: energy_kwh, working_hours, samples and the like.
-    measure: str
-    # None: any machine of the firm.
-    machine_id: int | None
-    comparison: Comparison
-    threshold: str
-    days_min: int
-    coverage_min: str
     due: date
+    # As the hub measures it: energy_kwh, working_hours, samples and the like.
+    measure: str = ""
+    # None: any machine of the firm.
+    machine_id: int | None = None
+    comparison: Comparison | None = None
+    threshold: str = ""
+    days_min: int = 0
+    coverage_min: str = ""
     # Once it is met.
     met_us: int | None = None
     value: str = ""
     statement_id: str = ""
+    # The newest that the firm has sent: where it is kept, and what it is.
+    document: str = ""
+    document_sha256: str = ""
+    document_sent_us: int | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        return bool(self.measure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +75,16 @@ def checked_milestone(milestone: Milestone) -> Milestone:
             "milestones: an id has 1 to 40 lower case letters, digits, - or _, a letter first.", "MILESTONE_INVALID"
         )
     checked_text("milestones.title", milestone.title, TITLE_CHARACTERS_MAX)
+    if not milestone.is_measured:
+        if milestone != Milestone(id=milestone.id, title=milestone.title, due=milestone.due):
+            raise Refused(
+                f"{milestone.id}: what is shown by a document has no figures; name a measure or leave them out.",
+                "MILESTONE_INVALID",
+            )
+        return milestone
     checked_text("milestones.measure", milestone.measure, 60)
+    if milestone.comparison is None:
+        raise Refused(f"{milestone.id}: comparison is at_least or at_most.", "COMPARISON_MISSING")
     if not _DECIMAL.fullmatch(milestone.threshold):
         raise Refused(f"{milestone.id}: threshold is a decimal number such as 1532.25.", "MILESTONE_INVALID")
     if not 1 <= milestone.days_min <= DAYS_MAX:
@@ -72,6 +92,13 @@ def checked_milestone(milestone: Milestone) -> Milestone:
     if not _DECIMAL.fullmatch(milestone.coverage_min) or not 0 <= Decimal(milestone.coverage_min) <= 1:
         raise Refused(f"{milestone.id}: coverage_min is a decimal number from 0 to 1.", "MILESTONE_INVALID")
     return milestone
+
+
+def checked_document(reference: str, sha256: str) -> tuple[str, str]:
+    """Raises Refused when they cannot be stored or name no file."""
+    if not _SHA256.fullmatch(sha256):
+        raise Refused("sha256 of the document has 64 hexadecimal digits, lower case.", "SHA256_INVALID")
+    return checked_text("reference", reference, REFERENCE_CHARACTERS_MAX), sha256
 
 
 def check_shown(milestone: Milestone, figure: Figure, *, firm_id: int, start: date, end: date) -> None:
@@ -99,7 +126,7 @@ def check_shown(milestone: Milestone, figure: Figure, *, firm_id: int, start: da
     value, threshold = Decimal(figure.value), Decimal(milestone.threshold)
     met = value >= threshold if milestone.comparison is Comparison.AT_LEAST else value <= threshold
     if not met:
-        words = milestone.comparison.replace("_", " ")
+        words = str(milestone.comparison).replace("_", " ")
         refuse(
             f"the figure is {figure.value} {figure.unit}; {words} {milestone.threshold} is needed.", "MILESTONE_NOT_MET"
         )

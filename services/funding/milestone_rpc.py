@@ -38,6 +38,24 @@ class MilestoneRpc(MilestoneServiceServicer):
         )
         return pb.ShowMilestoneResponse(milestones=_messages(there))
 
+    async def SendMilestoneDocument(
+        self, request: pb.SendMilestoneDocumentRequest, context: Any
+    ) -> pb.SendMilestoneDocumentResponse:
+        there = await self._service.send_document(
+            current_caller(),
+            request.award_id,
+            request.milestone_id,
+            reference=request.reference,
+            sha256=request.sha256,
+        )
+        return pb.SendMilestoneDocumentResponse(milestones=_messages(there))
+
+    async def ConfirmMilestone(self, request: pb.ConfirmMilestoneRequest, context: Any) -> pb.ConfirmMilestoneResponse:
+        there = await self._service.confirm(
+            current_caller(), request.award_id, request.milestone_id, sha256=request.sha256, reason=request.reason
+        )
+        return pb.ConfirmMilestoneResponse(milestones=_messages(there))
+
 
 def evidence_of(text: str) -> dict[str, Any]:
     """Evidence as it was given out. Raises Invalid for what is no JSON object; what it says is checked elsewhere."""
@@ -57,10 +75,10 @@ def _wanted(message: pb.Milestone) -> Milestone:
             title=message.title,
             measure=message.measure,
             machine_id=message.machine_id if message.HasField("machine_id") else None,
-            comparison=word_of(Comparison, pb.Comparison, message.comparison),
+            comparison=word_of(Comparison, pb.Comparison, message.comparison) if message.measure else None,
             threshold=message.threshold,
             days_min=message.days_min,
-            coverage_min=message.coverage_min or COVERAGE_MIN,
+            coverage_min=message.coverage_min or (COVERAGE_MIN if message.measure else ""),
             due=checked_date("due", message.due),
         )
 

@@ -21,8 +21,11 @@ class StatementUsed(Conflict):
 async def milestones_of(connection: Connection, award_id: str) -> list[Milestone]:
     """In the order in which they are due."""
     rows = await connection.fetch(
-        "SELECT m.*, e.recorded, e.value, e.statement_id FROM milestone m LEFT JOIN milestone_evidence e "
-        "ON e.award_id = m.award_id AND e.milestone_id = m.id WHERE m.award_id = $1 ORDER BY m.due, m.id",
+        "SELECT m.*, e.recorded, e.value, e.statement_id, d.reference, d.sha256, d.sent FROM milestone m "
+        "LEFT JOIN milestone_evidence e ON e.award_id = m.award_id AND e.milestone_id = m.id "
+        "LEFT JOIN LATERAL (SELECT reference, sha256, sent FROM milestone_document "
+        "  WHERE award_id = m.award_id AND milestone_id = m.id ORDER BY number DESC LIMIT 1) d ON true "
+        "WHERE m.award_id = $1 ORDER BY m.due, m.id",
         award_id,
     )
     return [
@@ -31,14 +34,17 @@ async def milestones_of(connection: Connection, award_id: str) -> list[Milestone
             title=row["title"],
             measure=row["measure"],
             machine_id=row["machine_id"],
-            comparison=Comparison(row["comparison"]),
+            comparison=Comparison(row["comparison"]) if row["comparison"] else None,
             threshold=row["threshold"],
-            days_min=row["days_min"],
+            days_min=row["days_min"] or 0,
             coverage_min=row["coverage_min"],
             due=row["due"],
             met_us=row["recorded"] and to_us(row["recorded"]),
             value=row["value"] or "",
             statement_id=row["statement_id"] or "",
+            document=row["reference"] or "",
+            document_sha256=row["sha256"] or "",
+            document_sent_us=row["sent"] and to_us(row["sent"]),
         )
         for row in rows
     ]
@@ -61,7 +67,7 @@ async def set_milestones(
                 one.machine_id,
                 one.comparison,
                 one.threshold,
-                one.days_min,
+                one.days_min or None,
                 one.coverage_min,
                 one.due,
                 from_us(now_us),
@@ -69,6 +75,36 @@ async def set_milestones(
             )
             for one in milestones
         ],
+    )
+
+
+async def add_document(
+    connection: Connection,
+    award_id: str,
+    milestone_id: str,
+    *,
+    reference: str,
+    sha256: str,
+    credential_id: int,
+    now_us: int,
+    documents_max: int,
+) -> None:
+    """The award must be held. Raises Conflict past `documents_max`."""
+    number = await connection.fetchval(
+        "SELECT count(*) FROM milestone_document WHERE award_id = $1 AND milestone_id = $2", award_id, milestone_id
+    )
+    if number >= documents_max:
+        raise Conflict(f"A milestone takes at most {documents_max} documents.", reason="TOO_MANY_DOCUMENTS")
+    await connection.execute(
+        "INSERT INTO milestone_document (award_id, milestone_id, number, reference, sha256, sent, sent_by) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        award_id,
+        milestone_id,
+        number + 1,
+        reference,
+        sha256,
+        from_us(now_us),
+        credential_id,
     )
 
 

@@ -1,4 +1,4 @@
-"""What people can do with milestones: operators set them, the firm shows them by evidence that the hub signed."""
+"""What people can do with milestones: operators set them, the firm shows them by evidence that the hub signed or by a document."""
 
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -15,8 +15,16 @@ from services.funding import milestone_store
 from services.funding.agreement import Agreement, AgreementState
 from services.funding.agreement_store import agreement_of, lock_award
 from services.funding.award_store import audit
-from services.funding.domain import Refused, is_id
-from services.funding.milestone import MILESTONES_MAX, Figure, Milestone, check_shown, checked_milestone
+from services.funding.domain import Refused, checked_text, is_id
+from services.funding.milestone import (
+    DOCUMENTS_MAX,
+    MILESTONES_MAX,
+    Figure,
+    Milestone,
+    check_shown,
+    checked_document,
+    checked_milestone,
+)
 from services.funding.requests import understood
 
 log = get_logger(__name__)
@@ -55,8 +63,8 @@ class MilestoneService:
                 if one.machine_id is not None and (machine is None or machine.firm_id != agreement.award.firm_id):
                     raise NotFound(f"This firm has no machine {one.machine_id}.", reason="MACHINE_UNKNOWN")
             there = await milestone_store.milestones_of(connection, award_id)
-            if any(one.met_us for one in there):
-                raise Conflict("A milestone is met already; they stay as they are.", reason="MILESTONE_MET")
+            if any(one.met_us or one.document for one in there):
+                raise Conflict("A milestone is met or shown already; they stay as they are.", reason="MILESTONE_MET")
             await milestone_store.set_milestones(
                 connection, award_id, wanted, credential_id=caller.credential_id, now_us=self._clock.now_us()
             )
@@ -73,6 +81,77 @@ class MilestoneService:
             await self.show_within(connection, caller, agreement, milestone_id, evidence)
             return await milestone_store.milestones_of(connection, award_id)
 
+    async def send_document(
+        self, caller: Caller, award_id: str, milestone_id: str, *, reference: str, sha256: str
+    ) -> list[Milestone]:
+        """The firm says where its document is and what it is; another one takes its place until an operator has confirmed. The same
+        again changes nothing."""
+        caller.require(Role.FIRM)
+        with understood():
+            reference, sha256 = checked_document(reference, sha256)
+        async with transaction(self._pool) as connection:
+            agreement = await self._locked(connection, caller, award_id)
+            milestone = await self._of_document(connection, agreement, milestone_id)
+            if (milestone.document, milestone.document_sha256) != (reference, sha256):
+                if milestone.met_us is not None:
+                    raise Conflict("The milestone is met already.", reason="MILESTONE_MET")
+                _check_accepted(agreement)
+                await milestone_store.add_document(
+                    connection,
+                    award_id,
+                    milestone.id,
+                    reference=reference,
+                    sha256=sha256,
+                    credential_id=caller.credential_id,
+                    now_us=self._clock.now_us(),
+                    documents_max=DOCUMENTS_MAX,
+                )
+                detail: dict[str, str | int] = {"milestone_id": milestone.id, "sha256": sha256}
+                await self._audit(connection, caller, "milestone_document_sent", agreement, detail)
+            return await milestone_store.milestones_of(connection, award_id)
+
+    async def confirm(
+        self, caller: Caller, award_id: str, milestone_id: str, *, sha256: str, reason: str
+    ) -> list[Milestone]:
+        """An operator has looked at exactly this document, and the milestone is met. A repeat gets the first answer."""
+        caller.require(Role.OPERATOR)
+        with understood():
+            reason = checked_text("reason", reason)
+        async with transaction(self._pool) as connection:
+            agreement = await self._locked(connection, caller, award_id)
+            milestone = await self._of_document(connection, agreement, milestone_id)
+            if not milestone.document or milestone.document_sha256 != sha256:
+                raise Conflict(
+                    "The newest document of the firm is another one, or there is none; look at it and confirm its sha256.",
+                    reason="DOCUMENT_OTHER",
+                )
+            if milestone.met_us is None:
+                _check_accepted(agreement)
+                await milestone_store.add_evidence(
+                    connection,
+                    award_id,
+                    milestone.id,
+                    # A document may show several milestones, a signed figure one.
+                    statement_id=f"{award_id}:{milestone.id}:{sha256}",
+                    evidence={"reference": milestone.document, "sha256": sha256, "reason": reason},
+                    value="",
+                    credential_id=caller.credential_id,
+                    now_us=self._clock.now_us(),
+                )
+                detail: dict[str, str | int] = {"milestone_id": milestone.id, "sha256": sha256, "reason": reason}
+                await self._audit(connection, caller, "milestone_met", agreement, detail)
+                log.info("milestone met", award_id=award_id, milestone_id=milestone.id)
+            return await milestone_store.milestones_of(connection, award_id)
+
+    async def _of_document(self, connection: Connection, agreement: Agreement, milestone_id: str) -> Milestone:
+        milestone = await _milestone(connection, agreement, milestone_id)
+        if milestone.is_measured:
+            raise Conflict(
+                "This milestone is shown by a signed figure of the firm's machines; send its evidence.",
+                reason="MILESTONE_MEASURED",
+            )
+        return milestone
+
     async def show_within(
         self,
         connection: Connection,
@@ -83,19 +162,14 @@ class MilestoneService:
     ) -> None:
         """The same in the transaction of a claim, which holds the agreement."""
         statement = self._verifier.verify(evidence)
-        found = await milestone_store.milestones_of(connection, agreement.award.id)
-        milestone = next((one for one in found if one.id == milestone_id), None)
-        if milestone is None:
-            raise NotFound("This award has no such milestone.", reason="MILESTONE_UNKNOWN")
+        milestone = await _milestone(connection, agreement, milestone_id)
+        if not milestone.is_measured:
+            raise Conflict("This milestone is shown by a document; send that.", reason="MILESTONE_OF_DOCUMENT")
         if milestone.met_us is not None:
             if milestone.statement_id != statement.id:
                 raise Conflict("The milestone is met already.", reason="MILESTONE_MET")
             return
-        if agreement.state is not AgreementState.ACCEPTED:
-            raise Conflict(
-                f"The award is {agreement.state}; milestones are shown while the project runs.",
-                reason=f"AWARD_{agreement.state.upper()}",
-            )
+        _check_accepted(agreement)
         try:
             figure = Figure(
                 measure=statement.measure,
@@ -166,9 +240,17 @@ async def check_due_are_met(connection: Connection, award_id: str, by: date) -> 
     if late:
         raise Conflict(
             f"Milestone {late[0].id} ({late[0].title}) was due on {late[0].due.isoformat()} and is not shown yet; "
-            "the firm sends the evidence.",
+            "the firm sends the evidence, or an operator confirms its document.",
             reason="MILESTONE_UNMET",
         )
+
+
+async def _milestone(connection: Connection, agreement: Agreement, milestone_id: str) -> Milestone:
+    found = await milestone_store.milestones_of(connection, agreement.award.id)
+    milestone = next((one for one in found if one.id == milestone_id), None)
+    if milestone is None:
+        raise NotFound("This award has no such milestone.", reason="MILESTONE_UNKNOWN")
+    return milestone
 
 
 async def _agreement(connection: Connection, caller: Caller, award_id: str) -> Agreement:
@@ -182,3 +264,11 @@ async def _agreement(connection: Connection, caller: Caller, award_id: str) -> A
 def _check_running(agreement: Agreement) -> None:
     if agreement.state in _ENDED:
         raise Conflict(f"The award is {agreement.state}.", reason=f"AWARD_{agreement.state.upper()}")
+
+
+def _check_accepted(agreement: Agreement) -> None:
+    if agreement.state is not AgreementState.ACCEPTED:
+        raise Conflict(
+            f"The award is {agreement.state}; milestones are shown while the project runs.",
+            reason=f"AWARD_{agreement.state.upper()}",
+        )

@@ -32,15 +32,20 @@ class Listed(Protocol):
     def created_us(self) -> int: ...
 
 
-def page(page_size: int, page_token: str) -> tuple[int, Place | None]:
-    if not 0 <= page_size <= PAGE_SIZE_MAX:
+def page_size_of(asked: int) -> int:
+    if not 0 <= asked <= PAGE_SIZE_MAX:
         raise Invalid(f"page_size is at most {PAGE_SIZE_MAX}; 0 means {PAGE_SIZE}.", reason="PAGE_SIZE_OUT_OF_RANGE")
+    return asked or PAGE_SIZE
+
+
+def page(page_size: int, page_token: str) -> tuple[int, Place | None]:
+    limit = page_size_of(page_size)
     if not page_token:
-        return page_size or PAGE_SIZE, None
+        return limit, None
     found = _TOKEN.fullmatch(page_token)
     if found is None or int(found[1]) > _TIME_US_MAX:
         raise Invalid("page_token is not one that was given here.", reason="PAGE_TOKEN_INVALID")
-    return page_size or PAGE_SIZE, Place(int(found[1]), found[2])
+    return limit, Place(int(found[1]), found[2])
 
 
 def next_token(found: Sequence[Listed], limit: int) -> str:

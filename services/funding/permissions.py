@@ -25,7 +25,8 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class May:
-    """Firms for their own applications only, partners for what their experts were invited to."""
+    """Firms for their own applications only, partners for what their experts were invited to, assessors
+    for what they were invited to themselves."""
 
     roles: tuple[Role, ...]
     states: tuple[ApplicationState, ...]
@@ -41,8 +42,8 @@ TABLE: Mapping[Action, May] = {
     Action.INVITE_ASSESSORS: May((Role.OPERATOR,), (_SUBMITTED,)),
     Action.TAKE_ASSESSOR_BACK: May((Role.OPERATOR,), (_SUBMITTED,)),
     Action.MODERATE: May((Role.OPERATOR,), (_SUBMITTED,)),
-    Action.ACCEPT_REVIEW: May((Role.PARTNER,), (_SUBMITTED,)),
-    Action.SCORE: May((Role.PARTNER,), (_SUBMITTED,)),
+    Action.ACCEPT_REVIEW: May((Role.PARTNER, Role.ASSESSOR), (_SUBMITTED,)),
+    Action.SCORE: May((Role.PARTNER, Role.ASSESSOR), (_SUBMITTED,)),
     Action.WAIVE_RATIO: May((Role.OPERATOR,), (_SUBMITTED,)),
     Action.DECIDE: May((Role.OPERATOR,), (_SUBMITTED,)),
 }

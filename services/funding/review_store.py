@@ -55,18 +55,25 @@ async def reviews_of(connection: Connection, application_ids: Sequence[str]) -> 
     return found
 
 
-async def reviews_of_partner(
-    connection: Connection, partner_id: int, *, state: ReviewState | None, after: Place | None, limit: int
+async def reviews_for(
+    connection: Connection,
+    *,
+    partner_id: int | None,
+    provider_id: str | None,
+    state: ReviewState | None,
+    after: Place | None,
+    limit: int,
 ) -> list[Review]:
-    """Newest first."""
+    """Those of a partner's experts, or of one expert; newest first."""
     rows = await connection.fetch(
-        "SELECT * FROM review WHERE partner_id = $1 AND ($2::text IS NULL OR state = $2) "
+        "SELECT * FROM review WHERE (partner_id = $1 OR provider_id = $6) AND ($2::text IS NULL OR state = $2) "
         "AND ($3::timestamptz IS NULL OR (invited, id) < ($3, $4)) ORDER BY invited DESC, id DESC LIMIT $5",
         partner_id,
         state,
         from_us(after.created_us) if after else None,
         after.id if after else None,
         limit,
+        provider_id,
     )
     return [_review(row) for row in rows]
 

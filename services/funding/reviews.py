@@ -229,12 +229,17 @@ class ReviewService:
     async def list_tasks(
         self, caller: Caller, *, state: ReviewState | None, page_size: int, page_token: str
     ) -> tuple[list[Review], str]:
-        """The invitations of a partner's experts, newest first, and the token of the next page."""
-        caller.require(Role.PARTNER)
+        """The invitations of a partner's experts, or of an assessor, newest first, and the token of the next page."""
+        caller.require(Role.PARTNER, Role.ASSESSOR)
         limit, after = page(page_size, page_token)
         async with transaction(self._pool) as connection:
-            found = await review_store.reviews_of_partner(
-                connection, caller.partner_id, state=state, after=after, limit=limit + 1
+            found = await review_store.reviews_for(
+                connection,
+                partner_id=caller.partner_id if caller.role is Role.PARTNER else None,
+                provider_id=caller.provider_id if caller.role is Role.ASSESSOR else None,
+                state=state,
+                after=after,
+                limit=limit + 1,
             )
         return found[:limit], next_token([_Placed(one.id, one.invited_us) for one in found], limit)
 
@@ -244,7 +249,7 @@ class ReviewService:
 
     async def accept(self, caller: Caller, review_id: str, *, no_conflict: bool, declaration: str) -> Task:
         """The assessor declares to have no part in the application, in words that are kept. A repeat gets the first answer."""
-        caller.require(Role.PARTNER)
+        caller.require(Role.PARTNER, Role.ASSESSOR)
         with understood():
             declaration = checked_text("declaration", declaration)
         if not no_conflict:
@@ -256,14 +261,14 @@ class ReviewService:
 
     async def decline(self, caller: Caller, review_id: str, *, declined_as: DeclinedAs, reason: str) -> Task:
         """Also after accepting, until a score is given. A repeat gets the first answer."""
-        caller.require(Role.PARTNER)
+        caller.require(Role.PARTNER, Role.ASSESSOR)
         with understood():
             reason = checked_text("reason", reason)
         return await self._answer(caller, review_id, ReviewState.DECLINED, declined_as, reason)
 
     async def score(self, caller: Caller, review_id: str, *, percent: str, in_scope: bool, justification: str) -> Task:
         """Once; another score only after the moderation asked for it. A repeat with the same score gets the first answer."""
-        caller.require(Role.PARTNER)
+        caller.require(Role.PARTNER, Role.ASSESSOR)
         with understood():
             percent = checked_percent(percent)
             justification = checked_text("justification", justification)
@@ -335,9 +340,11 @@ class ReviewService:
         )
 
     async def _review(self, connection: Connection, caller: Caller, review_id: str) -> Review:
-        caller.require(Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.PARTNER, Role.ASSESSOR, Role.OPERATOR)
         found = await review_store.review_of(connection, review_id) if is_id(review_id) else None
-        if found is None or (caller.role is Role.PARTNER and found.partner_id != caller.partner_id):
+        if found is None or not (
+            caller.role is Role.OPERATOR or caller.acts_for(provider_id=found.provider_id, partner_id=found.partner_id)
+        ):
             raise NotFound("There is no such review, or this key may not see it.", reason="REVIEW_UNKNOWN")
         return found
 

@@ -11,6 +11,7 @@ from services.funding.agreements import AgreementService
 from services.funding.allocations import AllocationService
 from services.funding.applications import ApplicationService
 from services.funding.assessor_finder import AssessorFinder
+from services.funding.audits import AuditService
 from services.funding.balances import BalanceService
 from services.funding.calls import CallService
 from services.funding.change_requests import ChangeService
@@ -59,4 +60,5 @@ class UseCases:
         )
         self.pools = PoolService(pool, applications=self.applications, judge=judge, table=table, clock=clock)
         self.groups = GroupService(pool, table=table, directory=directory, clock=clock)
+        self.audits = AuditService(pool)
         self.open_data = OpenDataService(pool, directory=directory, clock=clock)

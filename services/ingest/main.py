@@ -7,9 +7,11 @@ import sys
 from pydantic import Field
 
 from services.common import logs, topics, tracing
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool, transaction
 from services.common.directory import Directory
+from services.common.entrance import NotForProduction, open_entrance
 from services.common.evidence import Signer
 from services.common.http import application
 from services.common.http import serve as serve_http
@@ -84,6 +86,13 @@ from smdih.ingest.v1 import (
 )
 
 SCHEMA = "ingest"
+# What other services call here, by the name in their certificate.
+INTERNAL_CALLS = {"anomaly": ("/smdih.ingest.v1.QueryService/History",)}
+# Goes into the message log, not into the change log.
+TELEMETRY = (
+    *("POST /v1/telemetry", "POST /api/v2/write", "POST /write"),
+    "/smdih.ingest.v1.TelemetryService/SendBatches",
+)
 USAGE = "usage: python -m services.ingest.main door|historian|mqtt|operator-key"
 
 HISTORIANS = 2
@@ -95,6 +104,7 @@ HISTORIAN_POLL_BYTES_MAX = 2 * 1024 * 1024
 
 async def start_door(runtime: Runtime, settings: Settings) -> None:
     """Telemetry, registry and queries, by gRPC and HTTP."""
+    entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
     cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
@@ -106,6 +116,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
     runtime.background("sightings", writer.run())
     directory = Directory(cluster, clock=clock, kinds=("firm", "site", "machine", "partner"), key_watch=sightings)
     runtime.background("directory", directory.run())
+    gate, change_log = entrance.gate(directory), entrance.changes(pool, apart=TELEMETRY)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     partitions = await publisher.partitions(topics.SAMPLES)
@@ -143,6 +154,11 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
+            tls=entrance.tls,
+            gate=gate,
+            changes=change_log,
+            internal_port=settings.grpc_internal_port,
+            internal_calls=INTERNAL_CALLS,
             register=[
                 (telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, TelemetryServicer(door)),
                 (registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(registry, credentials)),
@@ -175,6 +191,8 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
         "SMDIH ingest",
         runtime=runtime,
         directory=directory,
+        gate=gate,
+        changes=change_log,
         routers=[
             api.telemetry_router(door),
             api.lines_router(door),
@@ -189,6 +207,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
             quota_router(quotas),
             claim_code_router(claims),
             audit_router(Audit(pool)),
+            change_log_router(change_log),
             rooms_router(room_reads),
             import_router(Imports(pool, relay, directory, clock)),
             proposal_router(proposals),
@@ -196,7 +215,7 @@ async def start_door(runtime: Runtime, settings: Settings) -> None:
         open_routers=[claim_router(claims)],
         on_too_large=functools.partial(api.note_too_large, door=door),
     )
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     # Not the database: telemetry is taken while it is away, and what needs it says so itself.
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("directory", directory.is_caught_up)
@@ -236,7 +255,8 @@ async def start_historian(runtime: Runtime, settings: Settings) -> None:
         on_change=set_aside.forget,
     )
     app = application("SMDIH historian", runtime=runtime, directory=None)
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    entrance = open_entrance(runtime, settings, takes_keys=False)
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     gauges = StoredGauges(historians, pool, clock)
     runtime.background("gauges", keep_measuring(gauges.measure, interval_s=MEASURE_INTERVAL_S))
     enforcer = Enforcer(pool, clock, disk_bytes=settings.database_disk_bytes)
@@ -267,6 +287,10 @@ class MqttSettings(Settings):
 async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
     """From an MQTT broker into the message log."""
     found = MqttSettings()
+    if settings.production and not found.mqtt_tls:
+        raise NotForProduction(
+            "SMDIH_PRODUCTION is on, and the broker would be reached without TLS: set SMDIH_MQTT_TLS."
+        )
     broker = Broker(
         found.mqtt_host, found.mqtt_port, found.mqtt_user, found.mqtt_password, found.mqtt_tls, found.mqtt_ca
     )
@@ -309,7 +333,8 @@ async def start_mqtt(runtime: Runtime, settings: Settings) -> None:
         await bridge.run()
 
     app = application("SMDIH MQTT bridge", runtime=runtime, directory=None)
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    entrance = open_entrance(runtime, settings, takes_keys=False)
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.background("bridge", serve())
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("mqtt", bridge.is_serving)

@@ -8,9 +8,11 @@ from datetime import timedelta
 from pydantic import Field
 
 from services.common import logs, tracing
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock, today
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
+from services.common.entrance import open_entrance
 from services.common.http import application
 from services.common.http import serve as serve_http
 from services.common.kafka import Cluster, Publisher
@@ -31,6 +33,8 @@ from services.matching.text import Embedder
 
 SCHEMA = "matching"
 USAGE = "usage: python -m services.matching.main api"
+# What other services call here, by the name in their certificate.
+INTERNAL_CALLS = {"funding": ("/smdih.matching.v1.MatchingService/ProposeAssessors",)}
 
 
 class MatchingSettings(Settings):
@@ -57,6 +61,7 @@ class MatchingSettings(Settings):
 
 async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     """gRPC, HTTP, alarms into needs, the outbox and the upkeep."""
+    entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
     cluster = Cluster.of(settings)
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
@@ -65,6 +70,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     runtime.on_stop(functools.partial(publisher.__aexit__, None, None, None))
     directory = Directory(cluster, clock=clock, kinds=("firm", "machine", "partner"))
     runtime.background("directory", directory.run())
+    gate, change_log = entrance.gate(directory), entrance.changes(pool)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     # Reading the model's weights takes a moment of pure computing.
@@ -90,12 +96,24 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
             host=settings.grpc_host,
             port=settings.grpc_port,
             directory=directory,
+            tls=entrance.tls,
+            gate=gate,
+            changes=change_log,
+            internal_port=settings.grpc_internal_port,
+            internal_calls=INTERNAL_CALLS,
             register=edges.servicers(matching),
             service_names=edges.SERVICE_NAMES,
         )
     )
-    app = application("SMDIH matching", runtime=runtime, directory=directory, routers=edges.routers(matching))
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port))
+    app = application(
+        "SMDIH matching",
+        runtime=runtime,
+        directory=directory,
+        gate=gate,
+        changes=change_log,
+        routers=[*edges.routers(matching), change_log_router(change_log)],
+    )
+    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.background("providers", index.run())
     runtime.background("gauges", keep_measuring(LifeGauges(pool, clock).measure, interval_s=GAUGES_INTERVAL_S))
 

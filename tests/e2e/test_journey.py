@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+import pytest_asyncio
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -17,7 +19,8 @@ from demo.journey import Journey, Observer
 from demo.story import Source, Story
 from localstack.hub import Hub
 from localstack.prometheus import Prometheus
-from localstack.servers import Servers
+from localstack.secured import SecuredKafka
+from localstack.servers import KAFKA_LIBS, Servers
 from services.common.settings import Settings
 from tests.e2e import watching
 from tests.integration.otlp_receiver import receiving
@@ -51,15 +54,33 @@ async def kill_every_process_once(hub: Hub, story: Story) -> None:
         await asyncio.sleep(0.8)
 
 
+@pytest_asyncio.fixture
+async def secured(settings: Settings, tmp_path: Path) -> AsyncIterator[SecuredKafka | None]:
+    """A broker that refuses what services/common/access.py does not give; None where only a named one is to be had."""
+    if not KAFKA_LIBS.is_dir():
+        yield None
+        return
+    broker = SecuredKafka(tmp_path / "kafka")
+    try:
+        await broker.start()
+        await broker.admit(prefix=settings.kafka_topic_prefix)
+        yield broker
+    finally:
+        broker.remove()
+
+
 async def test_telemetry_becomes_an_award_and_nothing_is_lost_though_every_process_is_killed(
-    servers: Servers, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, secured: SecuredKafka | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = AsyncExitStack()
     traces = await watched.enter_async_context(receiving())
     monkeypatch.setenv("SMDIH_TRACE_ENDPOINT", traces.address)
     monkeypatch.setenv("SMDIH_TRACE_RATIO", "1")
     hub = Hub(
-        Servers(settings.kafka_bootstrap, settings.database_dsn), tmp_path, topic_prefix=settings.kafka_topic_prefix
+        Servers(secured.bootstrap if secured else settings.kafka_bootstrap, settings.database_dsn),
+        tmp_path,
+        topic_prefix=settings.kafka_topic_prefix,
+        identities=secured.identities() if secured else None,
     )
     story = story_of_the_plant()
     tasks: list[asyncio.Task[None]] = []

@@ -17,6 +17,7 @@ from services.common.identity import key_sha256
 from services.common.kafka import Cluster, Publisher
 from services.common.runtime import Runtime
 from services.common.settings import Settings
+from services.common.tls import PeerChannel
 from services.funding import call_store, edges
 from services.funding.assessor_finder import AssessorFinder
 from services.funding.domain import Match
@@ -177,7 +178,7 @@ async def running_world(settings: Settings, publisher: Publisher) -> AsyncIterat
         )
         pool = await create_pool(settings.database_dsn, schema="funding", size_max=6)
         stack.push_async_callback(pool.close)
-        finder = AssessorFinder(f"127.0.0.1:{port}")
+        finder = AssessorFinder(PeerChannel(f"127.0.0.1:{port}"))
         stack.push_async_callback(finder.close)
         signer = Signer(new_key())
         fund = UseCases(

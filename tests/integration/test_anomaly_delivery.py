@@ -27,6 +27,7 @@ from services.anomaly.store import AlarmStore
 from services.common.database import Pool, create_pool, transaction
 from services.common.identity import Role
 from services.common.kafka import Publisher
+from services.common.sealing import Seal, new_key
 from services.common.settings import Settings
 from smdih.anomaly.v1 import notification_pb2 as pb
 from smdih.anomaly.v1 import notification_pb2_grpc as pb_grpc
@@ -172,6 +173,7 @@ async def hub(settings: Settings, publisher: Publisher, tmp_path_factory: pytest
         "SMDIH_ANOMALY_SMTP_HOST": "127.0.0.1",
         "SMDIH_ANOMALY_SMTP_PORT": str(mail.port),
         "SMDIH_ANOMALY_SMTP_TLS": "none",
+        "SMDIH_ANOMALY_SEAL_KEYS": new_key(),
     }
     pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=2)
     async with (
@@ -217,6 +219,25 @@ async def test_contacts_are_told_once_each_signed_and_in_order_of_steps(hub: Hub
     assert abs(int(headers["x-smdih-timestamp"]) - time.time()) < 60
     assert json.loads(body)["delivery_id"] == headers["x-smdih-delivery"]
     assert json.loads(body)["alarm"]["value"] is None
+
+
+async def test_secrets_stand_sealed_also_those_from_before_there_was_a_key(hub: Hub) -> None:
+    made, secret = await hub.webhook()
+    before, _ = await hub.webhook()
+    query = "SELECT secret FROM contact WHERE id = $1"
+    stored = await hub.pool.fetchval(query, made)
+    assert stored.startswith("sealed.")
+    assert secret not in stored
+    await hub.pool.execute("UPDATE contact SET secret = 'readable' WHERE id = $1", before)
+    await hub.notifier()
+
+    async def is_sealed() -> bool:
+        return bool((await hub.pool.fetchval(query, before)).startswith("sealed."))
+
+    await eventually(is_sealed)
+    assert await hub.pool.fetchval(query, made) == stored
+    seal = Seal(hub.environment["SMDIH_ANOMALY_SEAL_KEYS"])
+    assert seal.open(await hub.pool.fetchval(query, before), of=before) == "readable"
 
 
 async def test_a_receiver_that_fails_is_tried_again_given_up_and_sent_again_by_a_person(hub: Hub) -> None:

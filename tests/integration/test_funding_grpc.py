@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
+import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
@@ -20,6 +21,8 @@ from smdih.funding.v1 import (
     agreement_pb2_grpc,
     allocation_pb2,
     allocation_pb2_grpc,
+    audit_pb2,
+    audit_pb2_grpc,
     change_pb2,
     change_pb2_grpc,
     funding_pb2,
@@ -371,6 +374,77 @@ async def test_milestones_by_grpc_shown_alone_or_with_a_claim(world: World) -> N
     assert [each.value for each in after] == ["900.00", "899.00"]
 
 
+async def test_a_milestone_that_no_machine_shows_is_confirmed_by_an_operator_on_a_document(world: World) -> None:
+    milestones, pb = milestone_pb2_grpc.MilestoneServiceStub(world.channel), milestone_pb2
+    award_id = await awarded(world)
+    today = uk_day(from_us(world.clock.now_us()))
+    path = f"/v1/awards/{award_id}/milestones"
+    paper = {"id": "trained", "title": "Ten people are trained", "due": str(today)}
+    figure: dict[str, Any] = {
+        "id": "saves",
+        "title": "x",
+        "due": str(today + timedelta(days=80)),
+        "measure": "energy_kwh",
+    }
+    figure |= {"comparison": "at_most", "threshold": "1", "days_min": 1}
+    for odd, reason in (
+        ({**paper, "threshold": "5"}, "MILESTONE_INVALID"),
+        ({**paper, "machine_id": MACHINE}, "MILESTONE_INVALID"),
+        ({**paper, "comparison": "at_least"}, "MILESTONE_INVALID"),
+        ({**figure, "comparison": None}, "COMPARISON_MISSING"),
+    ):
+        await world.refused(400, reason, "PUT", path, {"milestones": [odd]})
+    stored = (await world.done("PUT", path, {"milestones": [paper, figure]}))["milestones"]
+    assert [(each["id"], each["measure"], each["comparison"], each["coverage_min"]) for each in stored] == [
+        ("trained", "", None, ""),
+        ("saves", "energy_kwh", "at_most", "0.9"),
+    ]
+    first, second = "0" * 64, "a" * 64
+    send = pb.SendMilestoneDocumentRequest(
+        award_id=award_id, milestone_id="trained", reference="file 17/26", sha256=first
+    )
+    for who in ("operator", "partner", "device"):
+        await refused(milestones.SendMilestoneDocument, send, who, "PERMISSION_DENIED", "FORBIDDEN")
+    await refused(milestones.SendMilestoneDocument, send, "other_firm", "NOT_FOUND", "AWARD_UNKNOWN")
+    for _ in range(2):  # the second is a repeat
+        there = (await milestones.SendMilestoneDocument(send, metadata=bearer("firm"))).milestones
+    assert (there[0].document, there[0].document_sha256, there[0].HasField("met_us")) == ("file 17/26", first, False)
+    assert there[0].comparison == pb.COMPARISON_UNSPECIFIED
+    # Another one takes its place; who confirms says which one was looked at.
+    newer = {"reference": "file 18/26", "sha256": second}
+    await world.done("POST", f"{path}/trained/document", newer, who="firm")
+    confirm = pb.ConfirmMilestoneRequest(award_id=award_id, milestone_id="trained", sha256=first, reason="list seen")
+    await refused(milestones.ConfirmMilestone, confirm, "operator", "FAILED_PRECONDITION", "DOCUMENT_OTHER")
+    confirm.sha256 = second
+    await forbidden(milestones.ConfirmMilestone, confirm, "firm", "partner", "device")
+    # Until it is met a claim of its days waits.
+    body: dict[str, Any] = {"request_id": "c", "period_start": str(today), "period_end": str(today), "is_final": False}
+    body |= {"costs": [{"category": "labour", "amount_pence": 1_00, "evidence": "invoice 9"}]}
+    world.clock.shift += timedelta(days=2)
+    claim = (await world.done("POST", f"/v1/awards/{award_id}/claims", body, who="firm"))["claims"][0]["id"]
+    decide, accept = f"/v1/awards/{award_id}/claims/{claim}/decide", {"accept": True, "reason": "papers seen"}
+    await world.refused(409, "MILESTONE_UNMET", "POST", decide, accept)
+    for _ in range(2):  # the second is a repeat
+        met = (await milestones.ConfirmMilestone(confirm, metadata=bearer("operator"))).milestones
+    assert (met[0].HasField("met_us"), met[0].document) == (True, "file 18/26")
+    await world.done("POST", decide, accept)
+    await world.refused(
+        409, "MILESTONE_MET", "POST", f"{path}/trained/document", {**newer, "sha256": first}, who="firm"
+    )
+    await world.refused(409, "MILESTONE_MET", "PUT", path, {"milestones": [paper]})
+    # Each kind is shown in its own way.
+    await world.refused(409, "MILESTONE_MEASURED", "POST", f"{path}/saves/document", newer, who="firm")
+    evidence = {"evidence": json.loads(signed(world, world.clock.now_us()))}
+    await world.refused(409, "MILESTONE_OF_DOCUMENT", "POST", f"{path}/trained/evidence", evidence, who="firm")
+    await world.refused(404, "MILESTONE_UNKNOWN", "POST", f"{path}/none/document", newer, who="firm")
+    bad = {**newer, "sha256": "A" * 64}
+    await world.refused(400, "SHA256_INVALID", "POST", f"{path}/trained/document", bad, who="firm")
+    for who, status, reason in (("other_firm", 404, "AWARD_UNKNOWN"), ("operator", 403, "FORBIDDEN")):
+        await world.refused(status, reason, "POST", f"{path}/trained/document", newer, who=who)
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await world.pool.execute("UPDATE milestone_document SET sha256 = 'x' WHERE award_id = $1", award_id)
+
+
 async def test_changes_by_grpc_take_effect_once_approved(world: World) -> None:
     changes, pb = change_pb2_grpc.ChangeServiceStub(world.channel), change_pb2
     award_id = await awarded(world)
@@ -499,3 +573,41 @@ async def test_an_application_by_grpc_begins_with_what_the_hub_knows_and_says_wh
     assert list(mine.may) == [pb.APPLICATION_ACTION_ADD_PLEDGE, pb.APPLICATION_ACTION_WITHDRAW]
     of_operator = (await fund.GetApplication(get, metadata=bearer("operator"))).application
     assert pb.APPLICATION_ACTION_DECIDE in of_operator.may
+
+
+async def test_an_auditor_reads_who_did_what_newest_first_page_by_page(world: World) -> None:
+    audits, pb = audit_pb2_grpc.AuditServiceStub(world.channel), audit_pb2
+    call_id = await world.call(1_000_00)
+    made = await world.submitted(call_id, FIRM)
+    await world.done("POST", f"/v1/applications/{made}/decide", {"award": False, "reason": "no room, \u00a3 or time"})
+    entries: list[dict[str, Any]] = []
+    token, pages = "", 0
+    while True:
+        page = await world.done("GET", f"/v1/audit?call_id={call_id}&page_size=2&page_token={token}")
+        entries, token, pages = entries + page["entries"], page["next_page_token"], pages + 1
+        if not token:
+            break
+    assert pages == (len(entries) + 1) // 2 >= 2
+    assert [each["id"] for each in entries] == sorted({each["id"] for each in entries}, reverse=True)
+    newest = entries[0]
+    assert (newest["application_id"], newest["detail"]["reason"]) == (made, "no room, \u00a3 or time")
+    operator = next(number for number, name in enumerate(ALL_KEYS, start=1) if name == "operator")
+    assert newest["credential_id"] == operator
+    assert {"call_created", "application_submitted"} <= {each["action"] for each in entries}
+    ask = pb.ListAuditEntriesRequest(application_id=made, page_size=1)
+    by_grpc = await audits.ListAuditEntries(ask, metadata=bearer("operator"))
+    [entry] = by_grpc.entries
+    assert (entry.id, entry.action, entry.at_us, json.loads(entry.detail_json)) == (
+        *(newest[name] for name in ("id", "action", "at_us")),
+        newest["detail"],
+    )
+    assert by_grpc.next_page_token == str(entry.id)
+    for odd in ("none", "\0"):
+        nothing = pb.ListAuditEntriesRequest(application_id=odd)
+        assert not (await audits.ListAuditEntries(nothing, metadata=bearer("operator"))).entries
+    await forbidden(audits.ListAuditEntries, ask, "firm", "partner", "device")
+    for who in ("firm", "partner", "device"):
+        await world.refused(403, "FORBIDDEN", "GET", "/v1/audit", who=who)
+    await world.refused(401, "UNAUTHENTICATED", "GET", "/v1/audit", who="")
+    await world.refused(400, "PAGE_TOKEN_INVALID", "GET", "/v1/audit?page_token=x")
+    await world.refused(400, "PAGE_SIZE_OUT_OF_RANGE", "GET", "/v1/audit?page_size=101")

@@ -9,9 +9,11 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import grpc
 import pytest
 import pytest_asyncio
 
+from localstack.servers import Servers
 from services import migrate as migrating
 from services.common import tenancy
 from services.common.database import READER_ROLE, Connection, Pool, create_pool, migrate, role_of, transaction
@@ -19,6 +21,8 @@ from services.common.errors import Forbidden
 from services.common.identity import Caller, Role
 from services.common.settings import Settings
 from services.migrate import SCHEMAS
+from smdih.ingest.v1 import registry_pb2, registry_pb2_grpc
+from tests.integration.registry_hub import created, running
 
 # Views for dashboards, in no service's schema.
 DASHBOARDS = "shopfloor"
@@ -98,8 +102,9 @@ async def test_policies_look_at_the_firm_and_nothing_widens_them(owner: Connecti
     for policy in policies:
         where = f"{policy['schemaname']}.{policy['tablename']}"
         assert policy["permissive"] == "PERMISSIVE", where
-        if policy["policyname"] == "recorded":  # who may append to the fund's audit record
-            assert (policy["cmd"], where) == ("INSERT", "funding.audit")
+        if policy["policyname"] == "recorded":  # records of deeds, to which everybody's work appends
+            assert policy["cmd"] == "INSERT", where
+            assert where == "funding.audit" or where.endswith(".change_log")
         else:
             assert policy["policyname"] == "firm", where
             assert "sees_all_firms()" in policy["qual"], where
@@ -298,6 +303,40 @@ async def test_a_reader_sees_the_view_of_its_firm_and_no_table(settings: Setting
     finally:
         await reader.close()
         await owner.execute("DROP ROLE smdih_firm_7")
+
+
+async def test_a_request_of_a_firm_is_narrowed_at_both_edges_and_an_operators_is_not(
+    servers: Servers, settings: Settings, owner: Connection, tmp_path: Path
+) -> None:
+    """As the database itself sees it: a trigger writes down for whom each site was made."""
+    await owner.execute(
+        """
+        CREATE TABLE public.made_for (site_id bigint, firm text);
+        GRANT ALL ON public.made_for TO smdih_ingest;
+        CREATE FUNCTION public.note_made_for() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO public.made_for VALUES (NEW.id, current_setting('smdih.firm_id', true));
+            RETURN NULL;
+        END $$;
+        CREATE TRIGGER made_for AFTER INSERT ON ingest.site FOR EACH ROW EXECUTE FUNCTION public.note_made_for();
+        """
+    )
+    try:
+        async with running(servers, settings, tmp_path) as hub:
+            firm = await hub.firm()
+            by_http = await created(firm.admin, "/v1/sites", {"slug": "york", "name": "York"})
+            async with grpc.aio.insecure_channel(hub.grpc) as channel:
+                made = await registry_pb2_grpc.RegistryServiceStub(channel).CreateSite(
+                    registry_pb2.CreateSiteRequest(slug="hull", name="Hull"),
+                    metadata=(("authorization", firm.admin.headers["authorization"]),),
+                )
+        noted = {row["site_id"]: row["firm"] for row in await owner.fetch("SELECT * FROM public.made_for")}
+        assert noted[firm.site_id] == tenancy.ALL
+        assert noted[by_http["id"]] == noted[made.site.id] == str(firm.id)
+    finally:
+        await owner.execute(
+            "DROP TRIGGER made_for ON ingest.site; DROP FUNCTION public.note_made_for; DROP TABLE public.made_for"
+        )
 
 
 async def test_migrating_again_changes_no_right(settings: Settings, owner: Connection) -> None:

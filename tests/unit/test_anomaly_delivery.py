@@ -22,6 +22,7 @@ from services.anomaly.delivery import (
 )
 from services.anomaly.senders import WebhookSender, may_call, subject, text, webhook_body
 from services.common.errors import Invalid
+from services.common.sealing import Seal
 
 CONTACT = Contact(
     id="c" * 32, firm_id=1, name="shift", kind=ContactKind.WEBHOOK, address="https://localhost:9/x", secret="s"
@@ -73,7 +74,7 @@ def test_public_addresses_and_those_that_the_operator_allows_are_called() -> Non
     ],
 )
 async def test_a_webhook_to_a_private_place_is_refused_when_it_is_sent(address: str, why: str) -> None:
-    sender = WebhookSender([])
+    sender = WebhookSender([], Seal())
     with pytest.raises(NotDelivered, match=why):
         await sender.send(Claimed(DELIVERY, replace(CONTACT, address=address), None), now_us=1)
     await sender.close()

@@ -249,6 +249,12 @@ def test_what_may_not_be_shown_comes_from_a_secret(name: str) -> None:
     assert not hidden & {variable for values in config().values() for variable in values}
 
 
+def test_an_upgrade_replaces_every_process_and_the_door_last() -> None:
+    (order,) = re.findall(r"for name in (.*); do", Path("deploy/k8s/deploy.sh").read_text())
+    assert sorted(order.split()) == sorted(PROCESSES)
+    assert order.endswith(" door")
+
+
 def test_a_stop_has_the_time_that_the_processes_take() -> None:
     patch = yaml.safe_load((BASE / "patches/process.yaml").read_text())["spec"]["template"]["spec"]
     before = patch["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -278,6 +284,15 @@ def test_each_process_comes_to_the_brokers_as_its_own_user() -> None:
         assert given["SMDIH_KAFKA_USERNAME"]["value"] == f"smdih-{name}"
         assert given["SMDIH_KAFKA_USERNAME"]["value"] in users
         assert given["SMDIH_KAFKA_PASSWORD"]["valueFrom"]["secretKeyRef"]["name"] == f"smdih-{name}"
+
+
+@pytest.mark.parametrize("component", ["strimzi", "tracing"])
+def test_what_a_component_configures_are_settings_that_there_are(component: str) -> None:
+    kustomization = yaml.safe_load(Path(f"deploy/k8s/components/{component}/kustomization.yaml").read_text())
+    for made in kustomization["configMapGenerator"]:
+        assert made["name"] in config()
+        known = set(fields("mqtt-bridge")) if made["name"] == "mqtt" else set(fields("migrate"))
+        assert {literal.split("=")[0] for literal in made["literals"]} <= known
 
 
 def test_scaling_by_lag_looks_at_groups_and_topics_that_there_are() -> None:

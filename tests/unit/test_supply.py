@@ -54,7 +54,7 @@ def test_the_bill_names_what_is_installed_and_is_made_the_same_again() -> None:
 def test_a_key_in_a_file_is_found_and_its_line_told(tmp_path: Path) -> None:
     leak = tmp_path / "notes.md"
     key = "smdih_" + "operator_" + "Ab3-" * 10 + "xyz"
-    aws = "AKIA" + "QWERTYUIOPASDFGH"
+    aws = "AKIA" + "ZX7Q2M9LKD4TPB3W"
     leak.write_text(f"fine\n{key}\n-----BEGIN RSA " + f"PRIVATE KEY-----\n{aws}\n")
     assert {(line, kind) for _, line, kind in secrets_scan.found([leak])} == {
         (2, "Key of the hub"),

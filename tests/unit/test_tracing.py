@@ -5,7 +5,11 @@ import contextlib
 import subprocess
 import sys
 
-from services.common import logs, tracing
+import httpx
+from fastapi import APIRouter
+
+from services.common import http, logs, tracing
+from services.common.runtime import Runtime
 from tests.integration.otlp_receiver import receiving
 
 CORRELATION_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -27,6 +31,13 @@ def test_a_correlation_id_names_a_trace_and_a_traceparent_a_correlation_id() -> 
     assert tracing.correlation_id_of(f"00-{CORRELATION_ID}-00f067aa0ba902b7-01") == CORRELATION_ID
     for wrong in ("", "00-xyz-1-01", f"00-{'0' * 32}-00f067aa0ba902b7-01", f"01{CORRELATION_ID}"):
         assert tracing.correlation_id_of(wrong) == ""
+
+
+def test_a_share_of_the_correlation_ids_that_the_hub_makes_is_kept() -> None:
+    kept = sum(tracing.is_sampled(tracing.trace_id_of(logs.new_correlation_id()), 0.25) for _ in range(2_000))
+    assert 400 < kept < 600
+    assert tracing.is_sampled(CORRELATION_ID, 1)
+    assert not tracing.is_sampled(CORRELATION_ID, 0)
 
 
 def test_off_it_says_nothing() -> None:
@@ -74,3 +85,32 @@ async def test_only_the_asked_share_is_kept() -> None:
         finally:
             await asyncio.to_thread(tracing.stop)
     assert receiver.spans == []
+
+
+async def test_a_request_goes_on_in_the_callers_trace_and_says_so() -> None:
+    router = APIRouter()
+
+    @router.get("/things/{thing_id}")
+    async def thing(thing_id: int) -> dict[str, str]:
+        return {"seen": tracing.traceparent(CORRELATION_ID)}
+
+    app = http.application("trial", runtime=Runtime(), directory=None, open_routers=[router])
+    sent = f"00-{CORRELATION_ID}-00f067aa0ba902b7-01"
+    async with receiving() as receiver:
+        tracing.start(receiver.address, process="trial", ratio=1)
+        try:
+            async with (
+                http.serve(app, host="127.0.0.1", port=0) as port,
+                httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+            ):
+                answer = await client.get("/things/5", headers={"traceparent": sent})
+                # A correlation id that is said counts, and the caller's trace is linked.
+                other = await client.get("/things/6", headers={"traceparent": sent, "x-correlation-id": "order-5"})
+        finally:
+            await asyncio.to_thread(tracing.stop)
+    assert answer.headers["x-correlation-id"] == CORRELATION_ID
+    (span,) = receiver.of(CORRELATION_ID)
+    assert (span.name, span.parent_id) == ("GET /things/{thing_id}", "00f067aa0ba902b7")
+    assert answer.json()["seen"] == f"00-{CORRELATION_ID}-{span.span_id}-{answer.json()['seen'][-2:]}"
+    assert other.headers["x-correlation-id"] == "order-5"
+    assert len(receiver.of(tracing.trace_id_of("order-5"))) == 1

@@ -28,6 +28,7 @@ BEGIN
             ('claim', 'award_id', 'award', 'id'),
             ('impact_report', 'award_id', 'award', 'id'),
             ('milestone', 'award_id', 'award', 'id'),
+            ('milestone_document', 'award_id', 'award', 'id'),
             ('milestone_evidence', 'award_id', 'award', 'id'),
             ('subsidy_entry', 'award_id', 'award', 'id'),
             ('pledge', 'application_id', 'application', 'id'),

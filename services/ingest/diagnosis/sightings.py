@@ -16,7 +16,7 @@ from prometheus_client import Counter
 from services.common.clock import Clock
 from services.common.database import AWAY, Connection, Pool, transaction, transaction_for_all_firms
 from services.common.errors import HubError
-from services.common.identity import Role, key_prefix, key_sha256
+from services.common.identity import KEY_ROLES, key_prefix, key_sha256
 from services.common.logs import get_logger
 from services.common.metrics import watch_queue
 from services.ingest.diagnosis import proposal_store
@@ -42,7 +42,7 @@ keys_refused_total = Counter("smdih_ingest_keys_refused_total", "Keys refused", 
 # Refusals and proposals that were not noted, because NOTED_MAX kinds waited to be written already.
 unnoted_total = Counter("smdih_ingest_door_unnoted_total", "Refusals and proposals not noted")
 
-_KEY = re.compile(rf"smdih_({'|'.join(Role)})_[A-Za-z0-9_-]{{4,}}")
+_KEY = re.compile(rf"smdih_({'|'.join(KEY_ROLES)})_[A-Za-z0-9_-]{{4,}}")
 _UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 

@@ -167,6 +167,7 @@ class KpiService:
         confirmed_by: str,
     ) -> int:
         """A tariff of a site, or (operators) of a region for sites without one. Raises Invalid, NotFound, Forbidden."""
+        caller.require(Role.FIRM, Role.OPERATOR)
         if bool(site_id) == bool(region):
             raise Invalid("A tariff is either of a site_id or of a region.")
         if region:

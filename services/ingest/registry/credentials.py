@@ -7,7 +7,7 @@ from services.common.clock import Clock, from_us, to_us
 from services.common.database import Pool, transaction
 from services.common.directory import Directory
 from services.common.errors import Conflict, Invalid, TryAgain
-from services.common.identity import Caller, Role, key_prefix, key_sha256, new_key
+from services.common.identity import KEY_ROLES, Caller, Role, key_prefix, key_sha256, new_key
 from services.common.outbox import OutboxRelay
 from services.ingest.asked import PAGE_SIZE_DEFAULT, check_id, checked_time, names, number_in_token, page_size_of
 from services.ingest.diagnosis.sightings import SightingsWriter
@@ -58,6 +58,10 @@ class Credentials:
             if role not in (Role.DEVICE, Role.FIRM):
                 caller.require(Role.OPERATOR)
             firm_id = caller.firm_or(firm_id)
+        if role not in KEY_ROLES:
+            raise Invalid(
+                f"There are no keys of role {role}: they come with tokens. Keys are of {', '.join(KEY_ROLES)}."
+            )
         for number, what in ((firm_id, "firm_id"), (partner_id, "partner_id")):
             if number:
                 check_id(number, what)

@@ -4,7 +4,7 @@ from typing import Any
 
 from services.common.clock import to_us
 from services.common.errors import Invalid
-from services.common.identity import Role
+from services.common.identity import KEY_ROLES
 from services.common.rpc import current_caller
 from services.ingest.domain import NewFirm, NewMachine, NewSignal, NewSite
 from services.ingest.registry.credential_store import ROLE_NUMBERS
@@ -63,7 +63,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     ) -> registry_pb2.IssueCredentialResponse:
         role = _ROLES.get(request.role)
         if role is None:
-            raise Invalid(f"role: one of {', '.join(Role)}.")
+            raise Invalid(f"role: one of {', '.join(KEY_ROLES)}.")
         key, credential = await self._credentials.issue(
             current_caller(),
             role,

@@ -22,7 +22,7 @@ from services.matching.service.checks import (
 )
 from services.matching.service.publishing import publish_match, publish_offers
 from services.matching.service.rooms import end_rooms_of_match
-from services.matching.service.sight import match_seen_by
+from services.matching.service.sight import SUPPLIERS, match_seen_by
 from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
 from services.matching.store import notices as notices_store
@@ -36,7 +36,7 @@ log = get_logger(__name__)
 EXPIRIES_AT_ONCE_MAX = 200
 CLOSINGS_AT_ONCE_MAX = 200
 
-_PARTIES = (Role.FIRM, Role.PARTNER, Role.OPERATOR)
+_PARTIES = (Role.FIRM, *SUPPLIERS, Role.OPERATOR)
 
 
 class Matches:
@@ -60,6 +60,7 @@ class Matches:
                 connection,
                 firm_id=caller.firm_id if caller.role is Role.FIRM else 0,
                 partner_id=caller.partner_id if caller.role is Role.PARTNER else 0,
+                provider_id=caller.provider_id if caller.role is Role.PROVIDER else "",
                 state=state,
                 before=before_token(page_token),
                 limit=limit + 1,
@@ -109,7 +110,7 @@ class Matches:
 
     async def score(self, caller: Caller, match_id: str, points: int, comment: str) -> Match:
         """Give or change the score of the caller's side. That of the firm bears on later rankings of the provider."""
-        caller.require(Role.FIRM, Role.PARTNER)
+        caller.require(Role.FIRM, *SUPPLIERS)
         if not POINTS_MIN <= points <= POINTS_MAX:
             raise Invalid(f"points are {POINTS_MIN} (poor) to {POINTS_MAX} (excellent).", reason="BAD_POINTS")
         check_text("comment", comment, NOTE_CHARACTERS_MAX)

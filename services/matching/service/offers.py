@@ -42,7 +42,7 @@ from services.matching.service.checks import (
 )
 from services.matching.service.notices import tell_of_offers
 from services.matching.service.publishing import publish_match, publish_offers
-from services.matching.service.sight import need_seen_by, offer_as_seen_by, sees_offer
+from services.matching.service.sight import SUPPLIERS, need_seen_by, offer_as_seen_by, sees_offer
 from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
 from services.matching.store import notices as notices_store
@@ -124,14 +124,14 @@ class Offers:
     async def offers_of_need(
         self, caller: Caller, need_id: str, state: OfferState | None, round_id: str = ""
     ) -> list[Offer]:
-        """Best first; for partners those of their own providers. Of a round, where one is named."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        """Best first; for partners those of their own providers, for a provider its own. Of a round, where one is named."""
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         async with transaction(self._pool) as connection:
-            if caller.role is not Role.PARTNER:
+            if caller.role not in SUPPLIERS:
                 await need_seen_by(connection, caller, need_id)
             found = await offers_store.offers_of_need(connection, known_form(need_id))
         seen = [offer_as_seen_by(caller, offer) for offer in found if sees_offer(caller, offer)]
-        if caller.role is Role.PARTNER and not seen:
+        if caller.role in SUPPLIERS and not seen:
             raise NotFound()
         return [offer for offer in seen if state in (None, offer.state) and round_id in ("", offer.round_id)]
 
@@ -140,7 +140,7 @@ class Offers:
     ) -> tuple[list[Offer], str]:
         """A page of all offers that the caller may see, of a round where one is named, newest first, and the token of the next
         ("": there is none)."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         if round_id and not CHOSEN_ID.fullmatch(round_id):
             raise NotFound("There is no such round.")
         limit = page_size_of(page_size)
@@ -149,6 +149,7 @@ class Offers:
                 connection,
                 firm_id=caller.firm_id if caller.role is Role.FIRM else 0,
                 partner_id=caller.partner_id if caller.role is Role.PARTNER else 0,
+                provider_id=caller.provider_id if caller.role is Role.PROVIDER else "",
                 state=state,
                 round_id=round_id,
                 before=before_token(page_token),
@@ -239,7 +240,7 @@ class Offers:
 
     async def decline_offer(self, caller: Caller, offer_id: str, reason: str) -> Offer:
         """By the firm, or by the partner for its provider. A repeat changes nothing. The last one closes the need."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         if not reason.strip():
             raise Invalid("Say why; it makes the next offers better.", reason="REASON_MISSING")
         check_text("reason", reason, NOTE_CHARACTERS_MAX)

@@ -98,7 +98,10 @@ class Providers:
         return stored
 
     async def get_provider(self, caller: Caller, provider_id: str) -> ProviderRecord:
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        """A provider sees itself only."""
+        caller.require(Role.FIRM, Role.PARTNER, Role.PROVIDER, Role.OPERATOR)
+        if caller.role is Role.PROVIDER and caller.provider_id != provider_id:
+            raise NotFound(f"There is no provider {provider_id}.")
         async with transaction(self._pool) as connection:
             found = await self._provider(connection, chosen_id(provider_id))
         if caller.role is Role.FIRM and not found.is_live(today(self._clock)):
@@ -136,7 +139,7 @@ class Providers:
 
 
 def _as_seen_by(caller: Caller, provider: ProviderRecord) -> ProviderRecord:
-    if caller.role is Role.OPERATOR or (caller.role is Role.PARTNER and caller.partner_id == provider.partner_id):
+    if caller.role is Role.OPERATOR or caller.acts_for(provider_id=provider.id, partner_id=provider.partner_id):
         return provider
     return provider.without_conflicts()
 

@@ -11,6 +11,9 @@ from services.matching.service.checks import known_form
 from services.matching.store import matches as matches_store
 from services.matching.store import needs as needs_store
 
+# Who stands on the other side of a firm.
+SUPPLIERS = (Role.PARTNER, Role.PROVIDER)
+
 
 async def need_seen_by(connection: Connection, caller: Caller, need_id: str) -> Need:
     need = await needs_store.need(connection, known_form(need_id))
@@ -26,8 +29,7 @@ async def match_seen_by(connection: Connection, caller: Caller, match_id: str) -
     if found is None or not {
         Role.OPERATOR: True,
         Role.FIRM: found.firm_id == caller.firm_id,
-        Role.PARTNER: found.partner_id == caller.partner_id,
-    }.get(caller.role, False):
+    }.get(caller.role, caller.acts_for(provider_id=found.provider_id, partner_id=found.partner_id)):
         raise NotFound()
     return found
 
@@ -36,12 +38,11 @@ def sees_offer(caller: Caller, offer: Offer) -> bool:
     return {
         Role.OPERATOR: True,
         Role.FIRM: offer.firm_id == caller.firm_id,
-        Role.PARTNER: offer.partner_id == caller.partner_id,
-    }.get(caller.role, False)
+    }.get(caller.role, caller.acts_for(provider_id=offer.provider_id, partner_id=offer.partner_id))
 
 
 def offer_as_seen_by(caller: Caller, offer: Offer) -> Offer:
-    """A partner learns whose need it is once the firm has accepted."""
-    if caller.role is Role.PARTNER and offer.state is not OfferState.ACCEPTED:
+    """A partner or provider learns whose need it is once the firm has accepted."""
+    if caller.role in SUPPLIERS and offer.state is not OfferState.ACCEPTED:
         return replace(offer, firm_id=0, machine_id=0, alarm_id="")
     return offer

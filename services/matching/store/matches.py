@@ -44,14 +44,16 @@ async def list_matches(
     *,
     firm_id: int,
     partner_id: int,
+    provider_id: str = "",
     state: MatchState | None,
     before: tuple[datetime, str] | None,
     limit: int,
 ) -> list[Match]:
-    """Newest first. 0: of all firms, of all partners."""
+    """Newest first. 0 or "": of all."""
     accepted, match_id = before or (None, "")
     rows = await connection.fetch(
         f"{_MATCHES} WHERE ($1::bigint = 0 OR m.firm_id = $1) AND ($2::bigint = 0 OR m.partner_id = $2) "
+        "AND ($7 = '' OR m.provider_id = $7) "
         "AND ($3::text IS NULL OR m.state = $3) AND ($4::timestamptz IS NULL OR (m.accepted, m.id) < ($4, $5)) "
         "ORDER BY m.accepted DESC, m.id DESC LIMIT $6",
         firm_id,
@@ -60,6 +62,7 @@ async def list_matches(
         accepted,
         match_id,
         limit,
+        provider_id,
     )
     return [_match(row) for row in rows]
 

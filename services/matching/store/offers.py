@@ -69,15 +69,17 @@ async def list_offers(
     *,
     firm_id: int,
     partner_id: int,
+    provider_id: str = "",
     state: OfferState | None,
     round_id: str,
     before: tuple[datetime, str] | None,
     limit: int,
 ) -> list[Offer]:
-    """Newest first. 0: of all firms, of all partners; no round: of all rounds and of none."""
+    """Newest first. 0 or "": of all firms, partners, providers, of all rounds and of none."""
     made, offer_id = before or (None, "")
     rows = await connection.fetch(
         f"{_OFFERS} WHERE ($1::bigint = 0 OR o.firm_id = $1) AND ($2::bigint = 0 OR o.partner_id = $2) "
+        "AND ($8 = '' OR o.provider_id = $8) "
         "AND ($3::text IS NULL OR o.state = $3) AND ($4::timestamptz IS NULL OR (o.made, o.id) < ($4, $5)) "
         "AND ($7 = '' OR o.round_id = $7) ORDER BY o.made DESC, o.id DESC LIMIT $6",
         firm_id,
@@ -87,6 +89,7 @@ async def list_offers(
         offer_id,
         limit,
         round_id,
+        provider_id,
     )
     return [_offer(row) for row in rows]
 

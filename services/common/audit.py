@@ -1,0 +1,231 @@
+"""What people and partners change through the doors: an append-only log in the database of each service.
+
+Every request that may change something is noted, also a refused one, with who asked and what came of it. The answer waits for its
+entry, but not for a database that is away: then entries wait here, bounded, and the log of the process has them in any case.
+"""
+
+import asyncio
+import json
+import re
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+from prometheus_client import Counter
+
+from services.common.clock import Clock, from_us
+from services.common.database import AWAY, Pool, transaction
+from services.common.errors import HubError, Invalid
+from services.common.identity import Caller, Role
+from services.common.logs import current_correlation_id, get_logger
+
+log = get_logger(__name__)
+
+WAIT_S = 2.0
+RETRY_DELAY_S = 1.0
+WAITING_MAX = 10_000
+BATCH_MAX = 500
+PAGE_SIZE_MAX = 1_000
+PAGE_SIZE_DEFAULT = 100
+BODY_BYTES_MAX = 256 * 1024
+IDS_MAX = 20
+ADDRESS_CHARACTERS_MAX = 64
+
+_ID_NAME = re.compile(r"[a-z][a-z_]{0,40}_ids?|id")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+# Calls that change nothing, by how their names begin.
+_READS = re.compile(
+    r"Get|List|Check|PreCheck|Preview|ProposeAssessors|Watch|Explain|Diagnose|History|Latest|Plot|Export|TrialBalance"
+)
+
+# Entries by what became of them: kept, or lost because too many waited (the process's own log has those too).
+entries_total = Counter("smdih_change_log_entries_total", "Entries of the change log", ["outcome"])
+
+
+@dataclass(frozen=True)
+class Change:
+    """`shown`: what of the key may be shown, or the token's subject. `ids`: what was named in the request, and what was made."""
+
+    at_us: int
+    caller: Caller
+    shown: str
+    action: str
+    ids: Mapping[str, Any]
+    outcome: str
+    correlation_id: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    id: int
+    at: datetime
+    role: str
+    credential_id: int
+    shown: str
+    firm_id: int
+    partner_id: int
+    provider_id: str
+    action: str
+    ids: Mapping[str, Any]
+    outcome: str
+    correlation_id: str
+    address: str
+
+
+class ChangeLog:
+    """Of one process. Entries are written in groups, in the order in which they came.
+
+    `apart`: actions that are not noted here, such as telemetry, which must not wait for the database.
+    """
+
+    def __init__(self, pool: Pool, *, clock: Clock, apart: Collection[str] = ()) -> None:
+        self._pool = pool
+        self._apart = frozenset(apart)
+        self._clock = clock
+        self._waiting: deque[tuple[Change, asyncio.Future[None]]] = deque()
+        self._came = asyncio.Event()
+
+    async def note(
+        self, caller: Caller, *, shown: str, action: str, ids: Mapping[str, Any], outcome: str, address: str
+    ) -> None:
+        """Return once the entry is kept, or after WAIT_S. Gateways are not noted: what they send is telemetry."""
+        if caller.role is Role.DEVICE or action in self._apart:
+            return
+        change = Change(
+            at_us=self._clock.now_us(),
+            caller=caller,
+            shown=shown,
+            action=action,
+            ids=ids,
+            outcome=outcome,
+            correlation_id=current_correlation_id(),
+            address=address[:ADDRESS_CHARACTERS_MAX],
+        )
+        log.info(
+            "change", role=caller.role, credential=caller.credential_id, action=action, ids=dict(ids), outcome=outcome
+        )
+        if len(self._waiting) >= WAITING_MAX:
+            entries_total.labels("lost").inc()
+            return
+        kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((change, kept))
+        self._came.set()
+        await asyncio.wait([kept], timeout=WAIT_S)
+
+    async def run(self) -> None:
+        while True:
+            await self._came.wait()
+            self._came.clear()
+            while self._waiting:
+                try:
+                    await self._write_some()
+                except (*AWAY, asyncpg.PostgresError, HubError) as error:
+                    log.warning("change log waits", waiting=len(self._waiting), error=repr(error))
+                    await asyncio.sleep(RETRY_DELAY_S)
+
+    async def close(self) -> None:
+        """Write what waits, if the database takes it."""
+        try:
+            while self._waiting:
+                await self._write_some()
+        except (*AWAY, asyncpg.PostgresError, HubError) as error:
+            log.error("change log not written", entries=len(self._waiting), error=repr(error))
+
+    async def _write_some(self) -> None:
+        some = [self._waiting[index] for index in range(min(len(self._waiting), BATCH_MAX))]
+        async with transaction(self._pool) as connection:
+            await connection.executemany(
+                "INSERT INTO change_log (at, role, credential_id, shown, firm_id, partner_id, provider_id, action, ids, "
+                "outcome, correlation_id, address) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+                [
+                    (
+                        from_us(one.at_us),
+                        one.caller.role.value,
+                        one.caller.credential_id,
+                        one.shown,
+                        one.caller.firm_id,
+                        one.caller.partner_id,
+                        one.caller.provider_id,
+                        one.action,
+                        json.dumps(dict(one.ids)),
+                        one.outcome,
+                        one.correlation_id,
+                        one.address,
+                    )
+                    for one, _ in some
+                ],
+            )
+        for _, kept in some:
+            self._waiting.popleft()
+            entries_total.labels("kept").inc()
+            if not kept.done():
+                kept.set_result(None)
+
+    async def page(
+        self, caller: Caller, *, firm_id: int, credential_id: int, page_size: int, page_token: str
+    ) -> tuple[Sequence[Entry], str]:
+        """For operators: newest first, and the token of the next page. 0: of all firms, of all credentials."""
+        caller.require(Role.OPERATOR)
+        if page_size < 0:
+            raise Invalid("page_size: 0 or more.")
+        if not re.fullmatch(r"[0-9]{0,18}", page_token):
+            raise Invalid("page_token: send back exactly what the page before gave.")
+        limit = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+        async with transaction(self._pool) as connection:
+            rows = await connection.fetch(
+                "SELECT * FROM change_log WHERE ($1::bigint = 0 OR firm_id = $1) "
+                "AND ($2::bigint = 0 OR credential_id = $2) AND ($3::bigint = 0 OR id < $3) ORDER BY id DESC LIMIT $4",
+                firm_id,
+                credential_id,
+                int(page_token or 0),
+                limit + 1,
+            )
+        found = [Entry(**dict(row) | {"ids": json.loads(row["ids"])}) for row in rows[:limit]]
+        return found, str(found[-1].id) if len(rows) > limit else ""
+
+
+def changes_by_http(method: str) -> bool:
+    return method in ("POST", "PUT", "PATCH", "DELETE")
+
+
+def changes_by_call(method: str) -> bool:
+    """Of "/package.Service/Method"."""
+    return _READS.match(method.rpartition("/")[2]) is None
+
+
+def ids_in(parts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Of names and values those that are ids, and nothing else: no text that somebody wrote, and never a key."""
+    found: dict[str, Any] = {}
+    for name, value in parts:
+        if len(found) == IDS_MAX:
+            break
+        if not _ID_NAME.fullmatch(name):
+            continue
+        if isinstance(value, list | tuple):
+            several = [one for one in value[:IDS_MAX] if _is_id(one)]
+            if several:
+                found[name] = several
+        elif _is_id(value):
+            found[name] = value
+    return found
+
+
+def ids_in_json(data: bytes) -> dict[str, Any]:
+    """Of the top level of a document; none where it is not one."""
+    if not data or len(data) > BODY_BYTES_MAX:
+        return {}
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return ids_in(document.items()) if isinstance(document, dict) else {}
+
+
+def _is_id(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(_ID.fullmatch(value)) and not value.startswith("smdih_")
+    return type(value) is int and value != 0

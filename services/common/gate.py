@@ -1,0 +1,81 @@
+"""Who comes in: keys and tokens into callers, within the limits, alike for HTTP and gRPC."""
+
+from collections import Counter as Counting
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import Counter
+
+from services.common.directory import Directory
+from services.common.errors import SlowDown, TryAgain, Unauthenticated
+from services.common.identity import Caller, Role
+from services.common.limits import Allowances, Limits
+from services.common.tokens import Tokens, is_token
+
+# Requests over a limit, by its name.
+limited_total = Counter("smdih_limited_requests_total", "Requests over a limit of the doors", ["limit"])
+
+
+class Gate:
+    """One for a process, so that a caller's limits hold over all its doors."""
+
+    def __init__(self, directory: Directory, *, tokens: Tokens | None = None, limits: Limits | None = None) -> None:
+        self._directory = directory
+        self._tokens = tokens
+        self._limits = limits or Limits()
+        self._requests = Allowances()
+        self._failures = Allowances()
+        self._streams: Counting[int] = Counting()
+
+    async def admit(self, bearer: str, address: str) -> Caller:
+        """The caller behind a key or token. Raises Unauthenticated, Forbidden, SlowDown, TryAgain."""
+        if not await self._directory.is_caught_up():
+            detail = "The hub has just started and does not know its keys yet."
+            raise TryAgain(detail, reason="STARTING", retry_after_s=1)
+        try:
+            if self._tokens is not None and is_token(bearer):
+                caller = await self._tokens.caller_of(bearer)
+            else:
+                caller = self._directory.caller_of(bearer)
+        except Unauthenticated:
+            per_minute = self._limits.failures_per_minute
+            wait_s = self._failures.take(address, per_s=per_minute / 60, most=per_minute)
+            if wait_s:
+                raise _slow_down("failures", "Too many requests without a good key come from here.", wait_s) from None
+            raise
+        limits = self._limits
+        per_s = limits.operator_requests_per_s if caller.role is Role.OPERATOR else limits.requests_per_s
+        wait_s = self._requests.take(caller.credential_id, per_s=per_s, most=per_s * limits.burst_s)
+        if wait_s:
+            raise _slow_down("requests", f"This key asks more often than {per_s:g} times a second.", wait_s)
+        return caller
+
+    def check_still_valid(self, caller: Caller) -> None:
+        """For calls that last: raise Unauthenticated once the key is revoked, or key or token are over."""
+        if caller.is_person:
+            assert self._tokens is not None
+            self._tokens.check_still_valid(caller)
+        else:
+            self._directory.check_still_valid(caller.credential_id)
+
+    def shown(self, caller: Caller) -> str:
+        """What may be shown of how the caller came in: the key's first characters, or the token's subject."""
+        return caller.subject if caller.is_person else self._directory.prefix_of(caller.credential_id)
+
+    @contextmanager
+    def stream(self, caller: Caller) -> Iterator[None]:
+        """While something that lasts is being answered. Raises SlowDown past the limit."""
+        if self._streams[caller.credential_id] >= self._limits.streams_max:
+            raise _slow_down("streams", f"This key has {self._limits.streams_max} open streams; close some first.", 5)
+        self._streams[caller.credential_id] += 1
+        try:
+            yield
+        finally:
+            self._streams[caller.credential_id] -= 1
+            if not self._streams[caller.credential_id]:
+                del self._streams[caller.credential_id]
+
+
+def _slow_down(limit: str, detail: str, wait_s: int) -> SlowDown:
+    limited_total.labels(limit).inc()
+    return SlowDown(f"{detail} Send again in {wait_s} s.", reason=f"LIMIT_{limit.upper()}", retry_after_s=wait_s)
