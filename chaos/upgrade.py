@@ -221,7 +221,7 @@ async def _play(stage: Stage, stack: AsyncExitStack, servers: Servers, old: Path
     try:
         outcome.detail["caught_up_s"] = round(await poll("at rest", at_rest, deadline_s=AT_REST_WITHIN_S), 1)
         await telemetry.judge(hub, plant, ledger, start_s, max(ended, time.monotonic()), outcome)
-        await whole.judge(hub, database, world.told, outcome)
+        await whole.judge(hub, database, world.told, outcome, one_release=False)
     finally:
         await database.close()
     if world.told.repeats:

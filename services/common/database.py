@@ -37,6 +37,8 @@ AWAY = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.ReadOnlySQLTransactionError,
+    # A migration came between a connection's first and next use of a statement; the next try makes it anew.
+    asyncpg.InvalidCachedStatementError,
     # A connection whose server was killed amid a query may be handed out once more, and then says that it is still busy.
     asyncpg.InternalClientError,
 )

@@ -150,6 +150,7 @@ async def all_taken_in(works: Works, database: "asyncpg.Connection[asyncpg.Recor
     await eventually(is_so, deadline_s=90)
 
 
+@pytest.mark.timeout(600)  # half a minute on a quiet machine; three hubs are started, one after the other
 async def test_what_was_dumped_comes_back_and_the_rest_from_the_surviving_side(
     servers: Servers, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
