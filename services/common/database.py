@@ -71,11 +71,11 @@ class _Connection(_AnyConnection):
         return await super().execute(query, *args, timeout=timeout)
 
 
-async def create_pool(dsn: str, *, schema: str, size_max: int, service: str = "") -> Pool:
+async def create_pool(dsn: str, *, schema: str, size_max: int) -> Pool:
     """A pool whose connections look into `schema` first. Raises one of AWAY when the server cannot be reached.
 
-    They work in the role of the service (that of the schema's name unless given), whoever the DSN names: the owner, or a login
-    that may do no more than take this role.
+    They work in the role of the schema's service, whoever the DSN names: the owner, or a login that may do no more than take this
+    role.
     """
     pool = await asyncpg.create_pool(
         dsn,
@@ -88,7 +88,7 @@ async def create_pool(dsn: str, *, schema: str, size_max: int, service: str = ""
             "search_path": f"{schema},public",
             "application_name": f"smdih-{schema}",
             "timezone": "UTC",
-            "role": role_of(service or schema),
+            "role": role_of(schema),
             FIRM_SETTING: tenancy.ALL,
         },
     )

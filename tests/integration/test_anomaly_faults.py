@@ -215,9 +215,13 @@ class Firm:
 
 async def undisturbed_alarms(settings: Settings, records: Sequence[tuple[int, bytes]], run: Run) -> list[Any]:
     """What one worker without any fault stores of these records, with tunings from the same records on."""
-    schema = "undisturbed"
-    await migrate(settings.database_dsn, schema=schema, folder=Path(anomaly.__file__).parent / "migrations")
-    own = await create_pool(settings.database_dsn, schema=schema, size_max=1, service="anomaly")
+    # In a database of its own: not all that the migrations make is in the schema.
+    name = f"undisturbed_{uuid.uuid4().hex}"
+    admin = await asyncpg.connect(settings.database_dsn)
+    await admin.execute(f"CREATE DATABASE {name}")
+    dsn = settings.database_dsn.rpartition("/")[0] + f"/{name}"
+    await migrate(dsn, schema="anomaly", folder=Path(anomaly.__file__).parent / "migrations")
+    own = await create_pool(dsn, schema="anomaly", size_max=1)
     tuned = await create_pool(settings.database_dsn, schema="anomaly", size_max=1)
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
     clock = SystemClock()
@@ -239,6 +243,8 @@ async def undisturbed_alarms(settings: Settings, records: Sequence[tuple[int, by
     rows = await own.fetch(ALARMS, run.first_id)
     await own.close()
     await tuned.close()
+    await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await admin.close()
     return [tuple(row) for row in rows]
 
 
