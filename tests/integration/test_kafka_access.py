@@ -32,7 +32,7 @@ ANSWER_TIMEOUT_S = 10
 @pytest_asyncio.fixture(scope="module")
 async def broker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SecuredKafka]:
     if not KAFKA_LIBS.is_dir():
-        pytest.skip("a broker with access rules of its own needs the local servers: run `make setup`")
+        pytest.fail("a broker with access rules of its own needs the local servers: run `make setup`")
     made = SecuredKafka(Path(tmp_path_factory.mktemp("secured")) / "kafka")
     try:
         await made.start()
