@@ -20,7 +20,7 @@ from aiokafka.errors import (
 
 from localstack.hub import ROLES
 from localstack.secured import SecuredKafka
-from localstack.servers import KAFKA_LIBS
+from localstack.servers import KAFKA_LIBS, named_in_environment
 from services.common import topics
 from services.common.access import ACCESSES, Access, access_of
 from services.common.kafka import Cluster, create_topics
@@ -32,7 +32,9 @@ ANSWER_TIMEOUT_S = 10
 @pytest_asyncio.fixture(scope="module")
 async def broker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SecuredKafka]:
     if not KAFKA_LIBS.is_dir():
-        pytest.fail("a broker with access rules of its own needs the local servers: run `make setup`")
+        reason = "a broker with access rules of its own needs the local servers: run `make setup`"
+        # Whoever names servers may have no right to install others; anywhere else a skip would hide a broken set-up.
+        pytest.skip(reason) if named_in_environment() else pytest.fail(reason)
     made = SecuredKafka(Path(tmp_path_factory.mktemp("secured")) / "kafka")
     try:
         await made.start()
