@@ -1,6 +1,8 @@
 """The process that scores every sample and raises alarms."""
 
 import asyncio
+import os
+import shutil
 from collections.abc import Awaitable, Callable
 
 from services.anomaly.raiser import AlarmRaiser
@@ -18,6 +20,14 @@ from services.common.kafka import Cluster, DeadLetters, Publisher
 from services.common.runtime import Runtime
 
 
+def make_kernel_ready(compiled: str) -> None:
+    """Take the kernel from the folder `compiled`, or compile it. Its compiler looks only where it may write."""
+    cache = os.environ.get("NUMBA_CACHE_DIR")
+    if compiled and cache:
+        shutil.copytree(compiled, cache, dirs_exist_ok=True)
+    compile_kernel()
+
+
 def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
     async def start(runtime: Runtime) -> None:
         clock = SystemClock()
@@ -33,7 +43,7 @@ def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
         )
         runtime.on_stop(pool.close)
         runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
-        await asyncio.to_thread(compile_kernel)
+        await asyncio.to_thread(make_kernel_ready, settings.anomaly_kernel)
         await directory.wait_caught_up()
         made = Worker(
             cluster,
