@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 
@@ -16,7 +17,9 @@ from services.common.limits import Limits
 from services.common.runtime import Runtime
 from services.common.settings import Settings
 from services.common.tls import BadCertificate, Files, PeerChannel, Tls
-from services.common.tokens import Issuer, Tokens
+
+if TYPE_CHECKING:
+    from services.common.tokens import Tokens
 
 
 class NotForProduction(Exception):
@@ -26,7 +29,7 @@ class NotForProduction(Exception):
 class Entrance:
     """`tls`: none on a developer's machine. `tokens`: none where people come with keys only."""
 
-    def __init__(self, runtime: Runtime, settings: Settings, *, tls: Tls | None, tokens: Tokens | None) -> None:
+    def __init__(self, runtime: Runtime, settings: Settings, *, tls: Tls | None, tokens: "Tokens | None") -> None:
         self.tls = tls
         self._runtime = runtime
         self._production = settings.production
@@ -127,11 +130,14 @@ def open_entrance(runtime: Runtime, settings: Settings, *, takes_keys: bool) -> 
     return Entrance(runtime, settings, tls=tls, tokens=tokens)
 
 
-def _tokens(settings: Settings) -> Tokens:
+def _tokens(settings: Settings) -> "Tokens":
     if not (settings.oidc_audience and settings.oidc_keys):
         raise NotForProduction("SMDIH_OIDC_ISSUER needs SMDIH_OIDC_AUDIENCE and SMDIH_OIDC_KEYS.")
     if settings.production and settings.oidc_keys.startswith("http://"):
         raise NotForProduction("SMDIH_PRODUCTION is on, and SMDIH_OIDC_KEYS would be read without TLS: use https.")
+    # Loads an HTTP client and cryptography, which a hub without tokens does without.
+    from services.common.tokens import Issuer, Tokens
+
     return Tokens(
         Issuer(
             settings.oidc_issuer,
