@@ -32,15 +32,15 @@ AWAY = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
-    # The server ended the connection just as a query began; or a connection whose server was killed amid a query was handed out
-    # once more, and says that it is still busy.
-    asyncpg.InternalClientError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.ReadOnlySQLTransactionError,
     # A migration came between a connection's first and next use of a statement; the next try makes it anew.
     asyncpg.InvalidCachedStatementError,
+    # The server ended the connection just as a query began (0.31); or it was killed amid a query, and the connection is handed
+    # out once more and says that it is still busy.
+    asyncpg.InternalClientError,
 )
 
 
