@@ -70,6 +70,7 @@ WAITS = """
 import asyncio
 import sys
 from services.common.runtime import Runtime, run
+from services.common.settings import Settings
 
 async def start(runtime: Runtime) -> None:
     async def stopped() -> None:
@@ -79,7 +80,7 @@ async def start(runtime: Runtime) -> None:
     print("waiting", flush=True)
     await asyncio.sleep(60)  # for what does not come
 
-run(start)
+run("test", Settings(kafka_bootstrap="nowhere:1", database_dsn="postgresql://nowhere/x"), start)
 """
 FAILS = """
     async def fails() -> None:

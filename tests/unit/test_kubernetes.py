@@ -21,19 +21,19 @@ from services.common.runtime import STOP_TIMEOUT_S
 from services.common.settings import Settings
 from services.common.tls import HUB_SERVICES
 from services.funding.main import FundingSettings
-from services.ingest.main import MqttSettings
+from services.ingest.settings import MqttSettings
 from services.logins import LOGINS, OWNER
 from services.matching.main import MatchingSettings
 
 BASE = Path("deploy/k8s/base")
 # How each process is wired: the function that is given the settings, and their class.
 ENTRIES: dict[str, tuple[str, str, type[Settings]]] = {
-    "door": ("services.ingest.main", "start_door", Settings),
-    "historian": ("services.ingest.main", "start_historian", Settings),
-    "mqtt-bridge": ("services.ingest.main", "start_mqtt", MqttSettings),
-    "anomaly-worker": ("services.anomaly.worker_process", "process", AnomalySettings),
-    "anomaly": ("services.anomaly.api_process", "process", AnomalySettings),
-    "anomaly-notifier": ("services.anomaly.notifier_process", "process", AnomalySettings),
+    "door": ("services.ingest.door_process", "start", Settings),
+    "historian": ("services.ingest.historian_process", "start", Settings),
+    "mqtt-bridge": ("services.ingest.mqtt_process", "start", MqttSettings),
+    "anomaly-worker": ("services.anomaly.worker_process", "start", AnomalySettings),
+    "anomaly": ("services.anomaly.api_process", "start", AnomalySettings),
+    "anomaly-notifier": ("services.anomaly.notifier_process", "start", AnomalySettings),
     "matching": ("services.matching.main", "start_api", MatchingSettings),
     "funding": ("services.funding.main", "start_api", FundingSettings),
     "migrate": ("services.migrate", "migrate_all", Settings),
@@ -311,17 +311,19 @@ def test_an_upgrade_replaces_every_process_and_the_door_last() -> None:
 
 def test_who_serves_people_stays_in_its_service_while_kafka_or_the_database_is_away() -> None:
     patch = yaml.safe_load((BASE / "patches/serving.yaml").read_text())["spec"]["template"]["spec"]
-    (excluded,) = re.findall(
-        r"exclude=(\w+)&exclude=(\w+)$", patch["containers"][0]["readinessProbe"]["httpGet"]["path"]
-    )
-    assert set(excluded) == {"kafka", "database"}
+    path = patch["containers"][0]["readinessProbe"]["httpGet"]["path"]
+    excluded = re.findall(r"[?&]exclude=(\w+)", path)
+    assert excluded == ["kafka", "database", "feed"]
     kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
     (target,) = (one["target"] for one in kustomization["patches"] if one["path"] == "patches/serving.yaml")
     assert set(re.findall(r"[\w-]+", target["name"])) == {role.name for role in ROLES if role.has_grpc}
-    for role in ROLES:
-        if role.has_grpc:  # these names are the ones that the processes give them
-            wiring = inspect.getsource(importlib.import_module(ENTRIES[role.name][0]))
-            assert 'ready_when("kafka"' in wiring
+    # By the names that the processes give them.
+    named = {one for role in ROLES for one in re.findall(r'ready_when\("(\w+)"', _source(role.name))}
+    assert set(excluded) <= named
+
+
+def _source(process: str) -> str:
+    return inspect.getsource(importlib.import_module(ENTRIES[process][0]))
 
 
 def test_a_stop_has_the_time_that_the_processes_take() -> None:
