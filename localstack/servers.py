@@ -95,7 +95,7 @@ class LocalServers:
         """`host`: an address of this machine that others reach; by default only the machine itself gets through.
 
         `outlives_power`: without it the database leaves writing to the disk to the system: what is committed outlives the
-        database's end, also by SIGKILL, but not the machine's. For tests, which are much quicker so.
+        database's end, also by SIGKILL, but not the machine's. For what is thrown away afterwards; much quicker.
         """
         self.folder = LOCAL / "stacks" / name
         self.host = host

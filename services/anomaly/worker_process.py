@@ -10,7 +10,7 @@ from services.anomaly.settings import SCHEMA, AnomalySettings
 from services.anomaly.store import AlarmStore, StateStore
 from services.anomaly.stream import Worker
 from services.anomaly.tuning_store import HorizonStore
-from services.common import topics
+from services.common import memory, topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -28,6 +28,7 @@ def make_kernel_ready(compiled: str) -> None:
 
 
 async def start(runtime: Runtime, settings: AnomalySettings) -> None:
+    memory.keep_freed()
     clock = SystemClock()
     cluster = Cluster.of(settings)
     publisher = Publisher(cluster)
