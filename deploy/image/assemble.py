@@ -5,7 +5,6 @@ hashes in requirements/.
 """
 
 import compileall
-import ctypes
 import os
 import shutil
 import subprocess
@@ -126,10 +125,9 @@ def compile_kernel(target: Path) -> None:
             "PYTHONDONTWRITEBYTECODE": "1",
             "NUMBA_CACHE_DIR": str(target / "kernel"),
             "NUMBA_CPU_NAME": "generic",
-            # The order in which the compiler goes through things depends on both.
+            # The order in which the compiler goes through things depends on this, and on addresses: build.sh keeps those alike.
             "PYTHONHASHSEED": "0",
         },
-        same_addresses=True,
     )
 
 
@@ -140,16 +138,8 @@ def certificates(folder: Path) -> None:
     (folder / "ca-certificates.crt").write_text("".join(path.read_text() for path in found))
 
 
-ADDR_NO_RANDOMIZE = 0x0040000
-
-
-def run(*command: str | Path, environment: dict[str, str] | None = None, same_addresses: bool = False) -> None:
-    subprocess.run(
-        [str(part) for part in command],
-        check=True,
-        env=os.environ | (environment or {}),
-        preexec_fn=(lambda: ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)) if same_addresses else None,
-    )
+def run(*command: str | Path, environment: dict[str, str] | None = None) -> None:
+    subprocess.run([str(part) for part in command], check=True, env=os.environ | (environment or {}))
 
 
 if __name__ == "__main__":

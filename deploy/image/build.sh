@@ -52,7 +52,8 @@ fi
 
 say "$image"
 [ "$base" = localhost/smdih-python:bookworm ] || buildah pull -q "$base" >/dev/null
-buildah bud -q --isolation chroot --pull-never --timestamp "$SOURCE_DATE_EPOCH" --build-arg BASE="$base" --build-arg POSTGRES=$postgres \
+# The compiler of the detector's kernel goes by addresses, so these are the same each time.
+setarch "$(uname -m)" -R buildah bud -q --isolation chroot --pull-never --timestamp "$SOURCE_DATE_EPOCH" --build-arg BASE="$base" --build-arg POSTGRES=$postgres \
   --label org.opencontainers.image.title="Smart Manufacturing Data Innovation Hub" \
   --label org.opencontainers.image.licenses=Apache-2.0 \
   --label org.opencontainers.image.revision="$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
