@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from services.anomaly import kernel
 
 WIDTH_MAX = 200
-STATE_VERSION = 1
+STATE_VERSION = 2
 OFFSET_MIN, OFFSET_MAX = -1.5, 3.0  # bounds of what people's feedback may do to one signal's threshold
 
 _HEADER = struct.Struct("<4sHHII")  # magic, version, width, series fields, joint fields
 _MAGIC = b"SMDA"
+_FIELDS = {1: 163, STATE_VERSION: kernel.SERIES_FIELDS}  # of a series, by version
 
 Floats = NDArray[np.float64]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -68,6 +69,10 @@ class Config:
     )
     budget_us: float = 7 * 86400e6
     joint_settling: float = 0.2  # the machine's state follows its rows by this share, over about five rows
+    change_rows: float = 400.0  # longest stretch that the change scan compares with the long-run mean
+    change_clip_sd: float = 64.0  # and the furthest value it sees: far enough for spikes to count
+    season_wait: float = 2.0  # periods for which a profile's residual is watched before it counts
+    cycle_likeness: float = 0.5  # autocorrelation asked of a period that is found
 
     def vector(self) -> Floats:
         return np.array(astuple(self), dtype=np.float64)
@@ -77,7 +82,7 @@ class Event(NamedTuple):
     """An alarm that began or ended.  (slot, signal, started_us) is the same for both, also after a replay.
 
     signal is -1 for the joint score of the machine; then lead and next are the two signals with the largest share
-    of the distance.  component indexes `kernel.COMPONENTS`.
+    of the distance.  component indexes `kernel.COMPONENTS`; period_us is that of a periodic one, else 0.
     """
 
     frame: int
@@ -92,6 +97,7 @@ class Event(NamedTuple):
     spread: float
     distance: float
     samples: int
+    period_us: int
     lead: int
     lead_share: float
     next: int
@@ -286,16 +292,16 @@ class Detector:
     def load(self, slot: int, data: bytes) -> None:
         """Replace a machine's state by a dumped one; the slot widens to the dump's width if it has fewer signals.
 
-        Raises StateError, and changes nothing, if the data are damaged, of another version or of a wider machine
-        than the slot may hold.
+        A state of version 1 is read too.  Raises StateError, and changes nothing, if the data are damaged, of a later
+        version or of a wider machine than the slot may hold.
         """
         self._checked(slot)
         if len(data) < _HEADER.size:
             raise StateError("the saved state is cut short")
         magic, version, width, fields, size = _HEADER.unpack_from(data)
-        if magic != _MAGIC or version != STATE_VERSION or fields != kernel.SERIES_FIELDS:
-            raise StateError(f"the saved state has version {version}, this detector reads {STATE_VERSION}")
-        expected = _HEADER.size + 8 * (kernel.MACHINE_FIELDS + width * kernel.SERIES_FIELDS + size)
+        if magic != _MAGIC or fields != _FIELDS.get(version):
+            raise StateError(f"the saved state has version {version}, this detector reads up to {STATE_VERSION}")
+        expected = _HEADER.size + 8 * (kernel.MACHINE_FIELDS + width * fields + size)
         if not 1 <= width <= WIDTH_MAX or size != kernel.joint_size(width) or len(data) != expected:
             raise StateError("the saved state is damaged")
         had = self.width(slot)
@@ -307,7 +313,7 @@ class Detector:
         state = np.frombuffer(data, dtype=np.float64, offset=_HEADER.size)
         machine, series, block = np.split(state, [kernel.MACHINE_FIELDS, len(state) - size])
         self._machines[slot] = machine
-        self._series[row : row + width] = series.reshape(width, kernel.SERIES_FIELDS)
+        self._series[row : row + width] = _as_now(version, series.reshape(width, fields))
         self._joint[joint : joint + size] = block
         if had > width:
             self.widen(slot, had)
@@ -362,12 +368,24 @@ def _widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
         new[kernel.JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
 
 
+def _as_now(version: int, series: Floats) -> Floats:
+    """Rows of an earlier version: levels, ranges and alarms go on, changes and periods are learned from here on."""
+    if version == STATE_VERSION:
+        return series
+    now = np.zeros((len(series), kernel.SERIES_FIELDS))
+    now[:, : kernel.CHANGE_BASE] = series[:, : kernel.CHANGE_BASE]
+    for base, bins in ((kernel.WEEK_BASE, kernel.WEEK_BINS), (kernel.CYCLE_BASE, kernel.CYCLE_BINS)):
+        now[:, base + kernel.SEASON_BIN] = -1.0
+        now[:, base + kernel.SEASON_HEAD : base + kernel.SEASON_HEAD + bins] = np.nan
+    return now
+
+
 def _event(row: list[float]) -> Event:
     frame, signal, raised, component, time_us, started_us, score, value, expected, spread, distance, samples = row[:12]
-    lead, lead_share, second, second_share = row[12:]
+    period_us, lead, lead_share, second, second_share = row[12:]
     return Event(
         int(frame), int(signal), bool(raised), int(component), int(time_us), int(started_us), score, value, expected,
-        spread, distance, int(samples), int(lead), lead_share, int(second), second_share,
+        spread, distance, int(samples), int(period_us), int(lead), lead_share, int(second), second_share,
     )  # fmt: skip
 
 

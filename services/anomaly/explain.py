@@ -71,8 +71,15 @@ def _single(event: Event, signal: Signal) -> str:
                 f"{value}: the mean of about the last {event.samples:,} samples is {times} its usual spread away from "
                 f"the long-run level {expected}"
             )
-        case kernel.SEASON:
-            return f"{value} is {times} the usual spread away from {expected}, what is usual at this time"
+        case kernel.CHANGE if event.samples > 1:
+            return (
+                f"{value}: the mean of the last {event.samples:,} samples is {times} its usual spread away from the "
+                f"long-run level {expected}; no stretch before was so far off"
+            )
+        case kernel.CHANGE:
+            return f"{value} is {times} its usual spread away from the long-run level {expected}, further than before"
+        case kernel.SEASON | kernel.CYCLE:
+            return f"{value} is {times} the usual spread away from {expected}, what is usual {_when(event.period_us)}"
         case kernel.FLAT:
             return f"{value} has not changed for {event.samples:,} samples; until now at most {event.spread:.0f}"
         case kernel.DROPOUT:
@@ -81,6 +88,20 @@ def _single(event: Event, signal: Signal) -> str:
             )
         case _:
             return f"{value} is {times} its usual spread away from the long-run level {expected}"
+
+
+def _when(period_us: int) -> str:
+    """Where in a period, as people would say it."""
+    match period_us:
+        case kernel.US_PER_DAY:
+            return "at this time of the day"
+        case kernel.US_PER_WEEK:
+            return "at this time of the week"
+    length, name = period_us / 1e6, "s"
+    for seconds, longer in ((60, "min"), (3600, "h"), (86_400, "days")):
+        if period_us >= 2e6 * seconds:
+            length, name = period_us / 1e6 / seconds, longer
+    return f"at this point of its cycle of about {length:.{0 if length >= 10 else 1}f} {name}"
 
 
 def _joint(event: Event, signals: Sequence[Signal]) -> str:

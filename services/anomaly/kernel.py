@@ -27,9 +27,12 @@ def compiled(function: Compiled) -> Compiled:
 
 
 # --- components: what fired -------------------------------------------------------------------------------------
-RECORD, SHIFT_SHORT, SHIFT, SHIFT_LONG, LEVEL_LONG, SEASON, UNUSUAL, FLAT, DROPOUT, JOINT = range(10)
+(
+    RECORD, SHIFT_SHORT, SHIFT, SHIFT_LONG, LEVEL_LONG, CHANGE, SEASON, CYCLE, UNUSUAL, FLAT, DROPOUT, JOINT,
+) = range(12)  # fmt: skip
 COMPONENTS = (
-    "record", "shift_short", "shift", "shift_long", "level_long", "season", "unusual", "flat", "dropout", "joint",
+    "record", "shift_short", "shift", "shift_long", "level_long", "change", "season", "cycle", "unusual", "flat",
+    "dropout", "joint",
 )  # fmt: skip
 SCALES = 5  # octave pairs: the value itself and exponential means over 3, 12, 48 and 192 rows
 SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
@@ -39,8 +42,9 @@ SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
     C_RAISE, C_CLEAR, C_CALM_ROWS, C_HORIZON, C_CLIP, C_WARMUP, C_HOLD_US, C_HOLD_ROWS_MIN, C_HOLD_ROWS_MAX,
     C_HOLD_RATIO, C_FORGET, C_FORGET_US, C_RECORD_CAP, C_SHARE_UNIT, C_SCORE_BASE, C_SEASON_RATIO, C_SEASON_STEP,
     C_TAIL_MEMORY, C_JOINT_EW, C_JOINT_WARMUP, C_JOINT_GATE, C_JOINT_SHRINK, C_JOINT_HORIZON, C_JOINT_LEAK,
-    C_JOINT_UNIT, C_JOINT_RAISE, C_YOUNG, C_RAISE_MIN, C_BUDGET_US, C_JOINT_SETTLING,
-) = range(30)  # fmt: skip
+    C_JOINT_UNIT, C_JOINT_RAISE, C_YOUNG, C_RAISE_MIN, C_BUDGET_US, C_JOINT_SETTLING, C_CHANGE_ROWS, C_CHANGE_CLIP,
+    C_SEASON_WAIT, C_CYCLE_LIKENESS,
+) = range(34)  # fmt: skip
 
 # --- state of one machine ---------------------------------------------------------------------------------------
 (
@@ -49,21 +53,36 @@ SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
 MACHINE_FIELDS = 8
 
 # --- state of one series (a row of float64) ---------------------------------------------------------------------
-DAY_BINS, WEEK_BINS = 24, 84
 (
     ROW_N, ROW_LAST, ROW_MEAN, ROW_VAR, ROW_REPEATS, ROW_REPEATS_USUAL, ROW_PRESENT, ROW_ABSENT_RUN, ROW_HELD,
     ROW_HELD_AGE, ROW_OFFSET, ROW_ALARM_US, ROW_CALM, ROW_STATE, ROW_SHORT_TAIL, ROW_SHORT_TAIL_G, ROW_LONG_TAIL,
     ROW_LONG_TAIL_G,
 ) = range(18)  # fmt: skip
 SCALE_BASE = 20  # mean, least, greatest for each scale
-SEASON_BASE = SCALE_BASE + 3 * SCALES  # two profiles: of the day, then of the week
+CHANGE_BASE = SCALE_BASE + 3 * SCALES  # the change scan: where the random walk is, its range, its candidates
+CHANGE_KEPT = 4  # candidates each way; more did not find more
+CHANGE_AT, CHANGE_SUM, CHANGE_LEAST, CHANGE_GREATEST, CHANGE_UP, CHANGE_DOWN = range(6)
+CHANGE_HEAD = 6
+WEEK_BASE = CHANGE_BASE + CHANGE_HEAD + 4 * CHANGE_KEPT  # two profiles: of the week, then of the found period
+WEEK_BINS, CYCLE_BINS = 42, 24
 (
     SEASON_BIN, SEASON_SUM, SEASON_COUNT, SEASON_ERROR, SEASON_TOTAL, SEASON_N, SEASON_MEAN, SEASON_LEAST,
-    SEASON_GREATEST,
-) = range(9)  # fmt: skip
+    SEASON_GREATEST, SEASON_SINCE_US,
+) = range(10)  # fmt: skip
 SEASON_HEAD = 10
-WEEK_BASE = SEASON_BASE + SEASON_HEAD + DAY_BINS
-SERIES_FIELDS = WEEK_BASE + SEASON_HEAD + WEEK_BINS
+CYCLE_BASE = WEEK_BASE + SEASON_HEAD + WEEK_BINS
+RING_BASE = CYCLE_BASE + SEASON_HEAD + CYCLE_BINS  # means of equal slots of time, in which the period is looked for
+(
+    RING_PERIOD_US, RING_SLOT_US, RING_SLOT, RING_SUM, RING_COUNT, RING_FIRST, RING_KEPT, RING_DUE, RING_MISSES,
+    RING_ROUNDS, RING_ANCHOR_US,
+) = range(11)  # fmt: skip
+RING_HEAD = 11
+RING_SLOTS = 64
+RING_LAG_MIN = 6  # slots
+RING_MISSES_MAX = 3
+RING_ROUNDS_MAX = 32.0  # rounds over which a period is averaged
+RING_ROUNDS_SURE = 4.0  # seen so often a period outlasts a standstill
+SERIES_FIELDS = RING_BASE + RING_HEAD + RING_SLOTS
 
 # --- joint state: blocks of at most BLOCK signals ---------------------------------------------------------------
 BLOCK = 32
@@ -74,12 +93,15 @@ JOINT_PER_SIGNAL = 3  # smoothed, mean, values seen
 # --- events -----------------------------------------------------------------------------------------------------
 (
     E_FRAME, E_SIGNAL, E_RAISED, E_COMPONENT, E_TIME_US, E_STARTED_US, E_SCORE, E_VALUE, E_EXPECTED, E_SPREAD,
-    E_DISTANCE, E_SAMPLES, E_LEAD, E_LEAD_SHARE, E_NEXT, E_NEXT_SHARE,
-) = range(16)  # fmt: skip
-EVENT_FIELDS = 16
+    E_DISTANCE, E_SAMPLES, E_PERIOD_US, E_LEAD, E_LEAD_SHARE, E_NEXT, E_NEXT_SHARE,
+) = range(17)  # fmt: skip
+EVENT_FIELDS = 17
 
 LN10 = math.log(10.0)
 US_PER_DAY = 86_400_000_000
+US_PER_WEEK = 7 * US_PER_DAY
+PRIOR_NEAR = 0.03  # a found period so near to the day or the week is the day or the week
+RING_US_MAX = 16 * US_PER_DAY  # longest stretch that is looked at, so that periods are found up to 8 days
 
 
 def joint_size(width: int) -> int:
@@ -122,10 +144,16 @@ def start_row(row: Floats, x: float) -> None:
     row[ROW_SHORT_TAIL_G] = row[ROW_LONG_TAIL_G] = 0.25
     for scale in range(3 * SCALES):
         row[SCALE_BASE + scale] = x
-    for base, bins in ((SEASON_BASE, DAY_BINS), (WEEK_BASE, WEEK_BINS)):
-        row[base + SEASON_BIN] = -1.0
-        for at in range(bins):
-            row[base + SEASON_HEAD + at] = math.nan
+    start_profile(row, WEEK_BASE, WEEK_BINS)
+    start_profile(row, CYCLE_BASE, CYCLE_BINS)
+
+
+@compiled
+def start_profile(row: Floats, base: int, bins: int) -> None:
+    """Nothing is known yet of any part of the period."""
+    row[base : base + SEASON_HEAD] = 0.0
+    row[base + SEASON_BIN] = -1.0
+    row[base + SEASON_HEAD : base + SEASON_HEAD + bins] = math.nan
 
 
 @compiled
@@ -165,14 +193,14 @@ def predict(row: Floats, base: int, bins: int, phase: float) -> float:
 
 @compiled
 def season_step(
-    cfg: Floats, row: Floats, base: int, bins: int, period_us: int, x: float, t_us: int, deviation: float, limit: float,
-    forget: float, figures: Floats,
+    cfg: Floats, row: Floats, base: int, bins: int, period_us: float, phase: float, x: float, t_us: int,
+    deviation: float, limit: float, forget: float, figures: Floats,
 ) -> float:  # fmt: skip
     """Share by which the residual to a periodic profile breaks its own record; 0 unless the profile explains a lot.
 
+    A profile speaks once its residual was watched for some whole periods: before, every part of it is news.
     figures[4:7]: what the profile expected, the residual's usual spread, its distance in spreads.
     """
-    phase = (t_us % period_us) / period_us
     at = int(phase * bins)
     current = int(row[base + SEASON_BIN])
     if at != current:
@@ -192,13 +220,16 @@ def season_step(
         return 0.0
     n = row[base + SEASON_N]
     total = row[base + SEASON_TOTAL]
-    useful = n > 20.0 and total > 0.0 and row[base + SEASON_ERROR] < cfg[C_SEASON_RATIO] * total
+    if n == 0.0:
+        row[base + SEASON_SINCE_US] = t_us
+    watched = n >= cfg[C_YOUNG] and t_us - row[base + SEASON_SINCE_US] >= cfg[C_SEASON_WAIT] * period_us
+    useful = watched and total > 0.0 and row[base + SEASON_ERROR] < cfg[C_SEASON_RATIO] * total
     residual = x - expected
     row[base + SEASON_MEAN] += max(1.0 / (n + 1.0), 0.25) * (residual - row[base + SEASON_MEAN])
     mean = row[base + SEASON_MEAN]
     if n == 0.0:
         row[base + SEASON_LEAST] = row[base + SEASON_GREATEST] = mean
-    share = record(cfg, row, base + SEASON_LEAST, mean, n >= 60.0, forget)
+    share = record(cfg, row, base + SEASON_LEAST, mean, watched, forget)
     figures[4] = expected
     figures[5] = math.sqrt(row[base + SEASON_ERROR])
     figures[6] = abs(residual) / (figures[5] + 1e-12)
@@ -208,6 +239,241 @@ def season_step(
     row[base + SEASON_TOTAL] += rate * (deviation * deviation - total)
     row[base + SEASON_N] = n + 1.0
     return share if useful else 0.0
+
+
+@compiled
+def change_step(cfg: Floats, row: Floats, z: float, forget: float, figures: Floats) -> float:
+    """Share by which a change of the mean, looked for over every length at once, breaks its own record.
+
+    The scan of Romano et al. (2023, FOCuS): where the mean of the last rows differs most from the long-run mean, the
+    change began at a corner of the convex hull of the random walk that sums z, the standardised values; all other
+    beginnings are pruned.  The few latest corners are kept each way.  The statistic is the sum since then over the root
+    of its rows, negative for a change downward.
+    figures[4:6]: how far the mean of z went since the change began, and how many rows ago that was.
+    """
+    z = min(max(z, -cfg[C_CHANGE_CLIP]), cfg[C_CHANGE_CLIP])
+    at = row[CHANGE_BASE + CHANGE_AT]
+    walk = row[CHANGE_BASE + CHANGE_SUM]
+    greatest = 0.0
+    upward = True
+    for way in range(2):
+        sign = 1.0 if way == 0 else -1.0
+        begin = CHANGE_BASE + CHANGE_HEAD + 2 * CHANGE_KEPT * way
+        kept = change_corner(row, begin, int(row[CHANGE_BASE + CHANGE_UP + way]), at, sign * walk, cfg[C_CHANGE_ROWS])
+        row[CHANGE_BASE + CHANGE_UP + way] = kept
+        for i in range(kept):
+            rows = at + 1.0 - row[begin + 2 * i]
+            total = sign * (walk + z) - row[begin + 2 * i + 1]
+            if total > 0.0 and total * total > greatest * rows:
+                greatest = total * total / rows
+                upward = way == 0
+                figures[4] = total / rows
+                figures[5] = rows
+    row[CHANGE_BASE + CHANGE_AT] = at + 1.0
+    row[CHANGE_BASE + CHANGE_SUM] = walk + z
+    statistic = math.sqrt(greatest) if upward else -math.sqrt(greatest)
+    return record(cfg, row, CHANGE_BASE + CHANGE_LEAST, statistic, at >= 60.0, forget)
+
+
+@compiled
+def change_corner(row: Floats, begin: int, kept: int, at: float, height: float, rows_max: float) -> int:
+    """Add the present place of the walk to a hull of pairs (at, height) that turn upward; returns how many are kept."""
+    while kept >= 2:
+        one, two = begin + 2 * kept - 4, begin + 2 * kept - 2
+        if (row[two + 1] - row[one + 1]) * (at - row[one]) < (height - row[one + 1]) * (row[two] - row[one]):
+            break
+        kept -= 1
+    while kept >= 1 and row[begin + 2 * kept - 1] >= height:
+        kept -= 1
+    drop = 1 if kept == CHANGE_KEPT else 0
+    while drop < kept and at - row[begin + 2 * drop] > rows_max:
+        drop += 1
+    if drop > 0:
+        kept -= drop
+        for i in range(2 * kept):
+            row[begin + i] = row[begin + i + 2 * drop]
+    row[begin + 2 * kept] = at
+    row[begin + 2 * kept + 1] = height
+    return kept + 1
+
+
+@compiled
+def ring_step(cfg: Floats, row: Floats, x: float, t_us: int, interval_us: float) -> None:
+    """Look for a period of the series: means of equal slots of time go round in a ring, which is examined when full.
+
+    Where nothing repeats in it the slots become twice as long, up to hours, and then short again.  A period that was
+    found is looked for again each time the ring has gone round; after some rounds without it others are looked for.
+    One that was sure stays until another is found or none is at any length: a machine that stood still goes on with it.
+    """
+    slot_us = row[RING_BASE + RING_SLOT_US]
+    if slot_us == 0.0:
+        if row[ROW_N] >= 16.0 and interval_us >= 1.0:
+            restart_ring(row, x, t_us, math.floor(interval_us))
+        return
+    slot = float(t_us // int(slot_us))
+    passed = slot - row[RING_BASE + RING_SLOT]
+    if passed == 0.0:
+        row[RING_BASE + RING_SUM] += x
+        row[RING_BASE + RING_COUNT] += 1.0
+        return
+    if passed > RING_SLOTS // 2:
+        restart_ring(row, x, t_us, max(slot_us, math.floor(interval_us)))
+        return
+    mean = row[RING_BASE + RING_SUM] / row[RING_BASE + RING_COUNT]
+    first, kept = int(row[RING_BASE + RING_FIRST]), int(row[RING_BASE + RING_KEPT])
+    for _ in range(int(passed)):  # a slot without a value is like the one before
+        row[RING_BASE + RING_HEAD + (first + kept) % RING_SLOTS] = mean
+        if kept < RING_SLOTS:
+            kept += 1
+        else:
+            first = (first + 1) % RING_SLOTS
+    row[RING_BASE + RING_FIRST] = first
+    row[RING_BASE + RING_KEPT] = kept
+    row[RING_BASE + RING_DUE] -= passed
+    row[RING_BASE + RING_SLOT] = slot
+    row[RING_BASE + RING_SUM] = x
+    row[RING_BASE + RING_COUNT] = 1.0
+    if kept == RING_SLOTS and row[RING_BASE + RING_DUE] <= 0.0:
+        examine_ring(cfg, row, t_us, interval_us)
+
+
+@compiled
+def restart_ring(row: Floats, x: float, t_us: int, slot_us: float) -> None:
+    row[RING_BASE + RING_SLOT_US] = slot_us
+    row[RING_BASE + RING_SLOT] = float(t_us // int(slot_us))
+    row[RING_BASE + RING_SUM] = x
+    row[RING_BASE + RING_COUNT] = 1.0
+    row[RING_BASE + RING_FIRST] = row[RING_BASE + RING_KEPT] = 0.0
+    row[RING_BASE + RING_DUE] = RING_SLOTS
+
+
+@compiled
+def examine_ring(cfg: Floats, row: Floats, t_us: int, interval_us: float) -> None:
+    """Keep, find or give up the period; where none is seen make the slots longer."""
+    slot_us = row[RING_BASE + RING_SLOT_US]
+    known_us = row[RING_BASE + RING_PERIOD_US]
+    lag = ring_lag(row, known_us / slot_us, cfg[C_CYCLE_LIKENESS])
+    row[RING_BASE + RING_DUE] = RING_SLOTS
+    if lag > 0.0:
+        period_us = lag * slot_us
+        if abs(period_us - known_us) > 0.1 * known_us:
+            row[RING_BASE + RING_PERIOD_US] = near_prior(period_us)
+            row[RING_BASE + RING_ROUNDS] = 1.0
+            row[RING_BASE + RING_ANCHOR_US] = t_us
+            start_profile(row, CYCLE_BASE, CYCLE_BINS)
+        else:
+            row[RING_BASE + RING_ROUNDS] += 1.0
+            phase = ((t_us - row[RING_BASE + RING_ANCHOR_US]) / known_us) % 1.0
+            finer_us = near_prior(
+                known_us + (period_us - known_us) / min(row[RING_BASE + RING_ROUNDS], RING_ROUNDS_MAX)
+            )
+            row[RING_BASE + RING_PERIOD_US] = finer_us
+            row[RING_BASE + RING_ANCHOR_US] = t_us - phase * finer_us
+        row[RING_BASE + RING_MISSES] = 0.0
+        return
+    row[RING_BASE + RING_MISSES] += 1.0
+    if known_us > 0.0 and row[RING_BASE + RING_MISSES] < RING_MISSES_MAX:
+        return
+    if row[RING_BASE + RING_ROUNDS] < RING_ROUNDS_SURE:
+        row[RING_BASE + RING_PERIOD_US] = 0.0
+    x = row[RING_BASE + RING_SUM]
+    if 2.0 * slot_us * RING_SLOTS > RING_US_MAX:
+        row[RING_BASE + RING_PERIOD_US] = 0.0
+        row[RING_BASE + RING_MISSES] = 0.0
+        restart_ring(row, x, t_us, max(1.0, math.floor(interval_us)))
+        return
+    first = int(row[RING_BASE + RING_FIRST])
+    ring = np.empty(RING_SLOTS)
+    for i in range(RING_SLOTS):
+        ring[i] = row[RING_BASE + RING_HEAD + (first + i) % RING_SLOTS]
+    restart_ring(row, x, t_us, 2.0 * slot_us)
+    for i in range(RING_SLOTS // 2):
+        row[RING_BASE + RING_HEAD + i] = 0.5 * (ring[2 * i] + ring[2 * i + 1])
+    row[RING_BASE + RING_KEPT] = row[RING_BASE + RING_DUE] = RING_SLOTS // 2
+
+
+@compiled
+def near_prior(period_us: float) -> float:
+    """The day or the week, where the period is nearly that."""
+    for prior_us in (US_PER_DAY, US_PER_WEEK):
+        if abs(period_us - prior_us) < PRIOR_NEAR * prior_us:
+            return float(prior_us)
+    return period_us
+
+
+@compiled
+def ring_lag(row: Floats, known: float, likeness: float) -> float:
+    """The period of what is in the ring, in slots, from its autocorrelation without trend; 0: it has none.
+
+    The likeness asked of a period later is four times that of chance among 64 values, and more than half of it is asked
+    of two periods later where the ring is long enough to tell.
+    """
+    first = int(row[RING_BASE + RING_FIRST])
+    middle = (RING_SLOTS - 1) / 2.0
+    ring = np.empty(RING_SLOTS)
+    mean = slope = 0.0
+    for i in range(RING_SLOTS):
+        ring[i] = row[RING_BASE + RING_HEAD + (first + i) % RING_SLOTS]
+        mean += ring[i] / RING_SLOTS
+        slope += (i - middle) * ring[i]
+    slope /= RING_SLOTS * (RING_SLOTS * RING_SLOTS - 1) / 12.0
+    power = 0.0
+    for i in range(RING_SLOTS):
+        ring[i] -= mean + slope * (i - middle)
+        power += ring[i] * ring[i]
+    if not power > 0.0:
+        return 0.0
+    half = RING_SLOTS // 2
+    like = np.empty(half + 1)
+    for lag in range(1, half + 1):
+        total = 0.0
+        for i in range(RING_SLOTS - lag):
+            total += ring[i] * ring[i + lag]
+        like[lag] = total / power * RING_SLOTS / (RING_SLOTS - lag)
+    best = 0
+    crossed = False  # before it first falls below 0 a lag is near for being short
+    for lag in range(2, half):
+        crossed = crossed or like[lag] < 0.0
+        if not crossed or lag < RING_LAG_MIN or like[lag] < max(like[lag - 1], like[lag + 1]):
+            continue
+        if like[lag] > (like[best] * 1.1 + 0.02 if best > 0 else 0.0):  # a multiple has to be clearly better
+            best = lag
+    if RING_LAG_MIN <= known < half - 1:  # what is known stays while it holds, though another may fit better for once
+        top = round(known)
+        for lag in (top - 1, top + 1):
+            if lag < half and like[lag] > like[top]:
+                top = lag
+        if like[top] > likeness:
+            best = top
+    if best == 0 or not like[best] > likeness:
+        return 0.0
+    if 2 * best <= half:
+        twice = max(like[2 * best - 1], like[2 * best])
+        if 2 * best < half:
+            twice = max(twice, like[2 * best + 1])
+        if not twice > 0.6 * likeness:
+            return 0.0
+    lag_found = best + top_offset(like, best)
+    for times in range(2, half // RING_LAG_MIN + 1):  # the further the multiple, the finer the period
+        near = round(lag_found * times)
+        if near >= half - 1:
+            break
+        top = near
+        for lag in range(near - 1, near + 2):
+            if like[lag] > like[top]:
+                top = lag
+        lag_found = (top + top_offset(like, top)) / times
+    return lag_found
+
+
+@compiled
+def top_offset(like: Floats, top: int) -> float:
+    """Where between the neighbours a parabola through three values has its top: from -0.5 to 0.5."""
+    bend = like[top - 1] - 2.0 * like[top] + like[top + 1]
+    if not bend < 0.0:
+        return 0.0
+    offset: float = min(max(0.5 * (like[top - 1] - like[top + 1]) / bend, -0.5), 0.5)
+    return offset
 
 
 @compiled
@@ -246,7 +512,7 @@ def series_step(
     Onset is the sum over scales of how far each mean breaks its own slowly forgotten record: a share of a range has
     no unit and needs no scale, so it carries over between series.  State is how unusual the level still is, by the
     tail of its own distance from the long-run mean.
-    figures: float64[8], the first four filled with what the explanation needs: expected, spread, distance, samples.
+    figures: float64[8], filled with what the explanation needs: expected, spread, distance, samples, and at 7 the period.
     """
     n = row[ROW_N]
     if n == 0.0:
@@ -281,20 +547,33 @@ def series_step(
                 figures[1] = sd
                 figures[2] = abs(row[at] - row[ROW_MEAN]) / sd
                 figures[3] = rows
-    seasonal = 0.0
-    for which in range(2):
-        base = SEASON_BASE if which == 0 else WEEK_BASE
-        bins = DAY_BINS if which == 0 else WEEK_BINS
-        period_us = US_PER_DAY if which == 0 else 7 * US_PER_DAY
-        beyond = season_step(cfg, row, base, bins, period_us, x, t_us, deviation, limit, forget, figures)
-        if beyond > max(seasonal, best):
-            component = SEASON
+    if n >= 8.0:
+        beyond = change_step(cfg, row, (x - row[ROW_MEAN]) / sd, forget, figures)
+        if beyond > share:
+            share = beyond
+            component = CHANGE
+            figures[0] = row[ROW_MEAN]
+            figures[1] = sd
+            figures[2] = figures[4]
+            figures[3] = figures[5]
+    cycle_us = row[RING_BASE + RING_PERIOD_US]
+    for which in range(2 if cycle_us > 0.0 else 1):
+        if which == 0:
+            base, bins, period_us = WEEK_BASE, WEEK_BINS, float(US_PER_WEEK)
+            phase = (t_us % US_PER_WEEK) / US_PER_WEEK
+        else:
+            base, bins, period_us = CYCLE_BASE, CYCLE_BINS, cycle_us
+            phase = ((t_us - row[RING_BASE + RING_ANCHOR_US]) / cycle_us) % 1.0
+        beyond = season_step(cfg, row, base, bins, period_us, phase, x, t_us, deviation, limit, forget, figures)
+        if beyond > share:
+            share = beyond
+            component = SEASON if period_us in (US_PER_DAY, US_PER_WEEK) else CYCLE
             figures[0] = figures[4]
             figures[1] = figures[5]
             figures[2] = figures[6]
             figures[3] = n
-        seasonal = max(seasonal, beyond)
-    share += seasonal
+            figures[7] = period_us
+    ring_step(cfg, row, row[ROW_MEAN] + deviation, t_us, interval_us)
 
     learn = n >= 30.0
     memory = cfg[C_TAIL_MEMORY]
@@ -595,6 +874,7 @@ def score_frames(
                 event[E_SPREAD] = figures[1]
                 event[E_DISTANCE] = figures[2]
                 event[E_SAMPLES] = figures[3]
+                event[E_PERIOD_US] = figures[7] if c in (SEASON, CYCLE) else 0.0
                 n_events += 1
                 if what == 2:
                     row[ROW_ALARM_US] = 0.0

@@ -340,8 +340,8 @@ def _end(signal: int, started_us: int, time_us: int) -> Event:
     """The detector forgets the alarm, so it ends here."""
     nothing = dict.fromkeys(("score", "value", "expected", "spread", "distance", "lead_share", "next_share"), 0.0)
     return Event(
-        frame=0, signal=signal, raised=False, component=kernel.RECORD, time_us=time_us, started_us=started_us, samples=0, lead=-1,
-        next=-1, **nothing,
+        frame=0, signal=signal, raised=False, component=kernel.RECORD, time_us=time_us, started_us=started_us, samples=0,
+        period_us=0, lead=-1, next=-1, **nothing,
     )  # fmt: skip
 
 
