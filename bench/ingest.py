@@ -5,7 +5,9 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,11 +16,13 @@ import httpx
 import numpy as np
 import orjson
 import psutil
+from aiokafka import AIOKafkaConsumer
 
 from bench.plant import SIGNALS, Plant, frames, register, seconds
 from bench.report import tell
 from localstack.hub import Hub
 from localstack.servers import LOCAL, Servers
+from services.common import topics
 from services.common.database import Connection
 from services.common.kafka import Cluster
 from services.ingest.historian.binarycopy import HEADER, POSTGRES_EPOCH_US, TRAILER, keyed_rows
@@ -31,8 +35,10 @@ PROBES, PROBE_EVERY_S = 100, 0.02
 TEXT_MACHINES, TEXT_REQUESTS = 10, 101
 JSON_ROWS, LINES_ROWS = 25, 100
 REGISTERED_SIGNALS = 1_000_000
+FRESH_S, LATE_S = 60, 2 * 86_400
 REPEATS = 3
 STORED_DEADLINE_S = 180
+POLL_S = 0.01
 
 
 async def copy_frames(database: Connection) -> float:
@@ -93,21 +99,58 @@ async def stored_samples(database: Connection, plant: Plant) -> int:
     return int(found) * SIGNALS
 
 
-async def wait_stored(database: Connection, plant: Plant, samples: int) -> None:
-    until = time.monotonic() + STORED_DEADLINE_S
-    while await stored_samples(database, plant) < samples:
-        if time.monotonic() > until:
-            raise TimeoutError(f"{await stored_samples(database, plant)} of {samples} samples stored")
-        await asyncio.sleep(0.05)
+@dataclass
+class Progress:
+    """How far the historian has come in the topic, asked of its positions: counting rows would take its time."""
+
+    database: Connection
+    consumer: AIOKafkaConsumer
+    topic: str
+
+    @classmethod
+    @asynccontextmanager
+    async def of(cls, hub: Hub, database: Connection) -> AsyncIterator["Progress"]:
+        topic = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix).name(topics.SAMPLES)
+        consumer = AIOKafkaConsumer(topic, bootstrap_servers=hub.settings.kafka_bootstrap, enable_auto_commit=False)
+        await consumer.start()
+        try:
+            yield cls(database, consumer, topic)
+        finally:
+            await consumer.stop()
+
+    async def position(self) -> int:
+        """Records taken in, of all partitions."""
+        return int(
+            await self.database.fetchval(
+                "SELECT coalesce(sum(next_offset), 0)::bigint FROM ingest.position WHERE topic = $1", self.topic
+            )
+        )
+
+    async def end(self) -> int:
+        """Records in the topic, of all partitions."""
+        return sum((await self.consumer.end_offsets(list(self.consumer.assignment()))).values())
+
+    async def wait_stored(self, plant: Plant, samples: int) -> float:
+        """When all of the topic is stored (monotonic time). Raises TimeoutError, and RuntimeError if samples are missing."""
+        until, end = time.monotonic() + STORED_DEADLINE_S, await self.end()
+        while await self.position() < end:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{await stored_samples(self.database, plant)} of {samples} samples stored")
+            await asyncio.sleep(POLL_S)
+        at = time.monotonic()
+        stored = await stored_samples(self.database, plant)
+        if stored != samples:
+            raise RuntimeError(f"{stored} of {samples} samples stored")
+        return at
 
 
 async def send(
-    hub: Hub, plant: Plant, connections: int, rows: int, rows_a_batch: int, rate: float = 0.0
+    hub: Hub, plant: Plant, connections: int, rows: int, rows_a_batch: int, *, age_s: int = FRESH_S, rate: float = 0.0
 ) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "bench.sender", hub.processes["door"].grpc, plant.key, str(connections)),
-        *(f"{plant.machine_ids[0]}:{plant.machine_ids[-1]}", str(rows), str(rows_a_batch), str(rate)),
+        *(f"{plant.machine_ids[0]}:{plant.machine_ids[-1]}", str(rows), str(rows_a_batch), str(age_s), str(rate)),
         stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await process.communicate()
@@ -117,7 +160,7 @@ async def send(
     return found
 
 
-async def door_to_stored(hub: Hub, database: Connection, limits: dict[str, float]) -> None:
+async def door_to_stored(hub: Hub, database: Connection, progress: Progress, limits: dict[str, float]) -> None:
     """500-sample batches from the gRPC door to rows and rollups, sender included, on the cores that all of it shares."""
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     rates = []
@@ -126,8 +169,7 @@ async def door_to_stored(hub: Hub, database: Connection, limits: dict[str, float
         plant = await register(hub.settings.database_dsn, cluster, DOOR_MACHINES)
         await known(hub, plant)
         sent = await send(hub, plant, DOOR_CONNECTIONS, DOOR_ROWS, DOOR_ROWS_A_BATCH)
-        await wait_stored(database, plant, sent["samples"])
-        rates.append(sent["samples"] / (time.monotonic() - sent["began"]))
+        rates.append(sent["samples"] / (await progress.wait_stored(plant, sent["samples"]) - sent["began"]))
     best = max(rates)
     detail = {"samples": sent["samples"], "runs": [round(rate) for rate in rates]}
     tell(
@@ -148,16 +190,16 @@ SELECT (hypertable_size('ingest.frame') + hypertable_size('ingest.rollup_1m') + 
 """
 
 
-async def door_to_stored_small(hub: Hub, database: Connection) -> None:
+async def door_to_stored_small(hub: Hub, progress: Progress) -> None:
     """10,000 machines with one frame of 20 signals a message, from 50 connections, as fast as it is acknowledged."""
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     plant = await register(hub.settings.database_dsn, cluster, SMALL_MACHINES)
     await known(hub, plant)
     sent = await send(hub, plant, SMALL_CONNECTIONS, SMALL_ROUNDS, 1)
-    await wait_stored(database, plant, sent["samples"])
+    stored = await progress.wait_stored(plant, sent["samples"])
     tell(
         "door_to_stored_small",
-        sent["samples"] / (time.monotonic() - sent["began"]),
+        sent["samples"] / (stored - sent["began"]),
         "samples/s",
         samples=sent["samples"],
     )
@@ -274,20 +316,40 @@ async def memory(servers: Servers) -> None:
         await hub.stop()
 
 
-async def historian(hub: Hub, database: Connection, limits: dict[str, float]) -> None:
+async def historian(hub: Hub, progress: Progress, limits: dict[str, float]) -> None:
     """The historian alone, from a topic that was filled while it was stopped."""
+    plant = await _registered(hub)
+    await _from_a_full_topic("historian", hub, progress, plant, limits, age_s=FRESH_S)
+
+
+async def historian_late(hub: Hub, progress: Progress, limits: dict[str, float]) -> None:
+    """The same with the history of machines that have newer samples: merged, and the buckets made anew."""
+    plant = await _registered(hub)
+    sent = await send(hub, plant, DOOR_CONNECTIONS, 1, 1)
+    await progress.wait_stored(plant, sent["samples"])
+    await _from_a_full_topic("historian_late", hub, progress, plant, limits, age_s=LATE_S)
+
+
+async def _registered(hub: Hub) -> Plant:
     cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
     plant = await register(hub.settings.database_dsn, cluster, DOOR_MACHINES)
     await known(hub, plant)
+    return plant
+
+
+async def _from_a_full_topic(
+    measure: str, hub: Hub, progress: Progress, plant: Plant, limits: dict[str, float], *, age_s: int
+) -> None:
     await hub.pause("historian")
-    sent = await send(hub, plant, DOOR_CONNECTIONS, DOOR_ROWS, DOOR_ROWS_A_BATCH)
+    before, stored = await progress.position(), await stored_samples(progress.database, plant)
+    sent = await send(hub, plant, DOOR_CONNECTIONS, DOOR_ROWS, DOOR_ROWS_A_BATCH, age_s=age_s)
     hub.resume("historian")
-    while not await stored_samples(database, plant):
-        await asyncio.sleep(0.01)
-    already, began = await stored_samples(database, plant), time.monotonic()
-    await wait_stored(database, plant, sent["samples"])
-    rate = (sent["samples"] - already) / (time.monotonic() - began)
-    tell("historian", rate, "samples/s", limits["copy_frames"], samples=sent["samples"])
+    while await progress.position() == before:
+        await asyncio.sleep(POLL_S)
+    already, began = await stored_samples(progress.database, plant), time.monotonic()
+    stored += sent["samples"]
+    rate = (stored - already) / (await progress.wait_stored(plant, stored) - began)
+    tell(measure, rate, "samples/s", limits["copy_frames"], samples=sent["samples"])
 
 
 async def known(hub: Hub, plant: Plant) -> None:
@@ -307,9 +369,11 @@ async def run(servers: Servers) -> None:
         limits = {"copy_frames": await copy_frames(database), "copy_narrow": await copy_narrow(database)}
         for name, value in limits.items():
             tell(name, value, "samples/s")
-        await door_to_stored(hub, database, limits)
-        await historian(hub, database, limits)
-        await door_to_stored_small(hub, database)
+        async with Progress.of(hub, database) as progress:
+            await door_to_stored(hub, database, progress, limits)
+            await historian(hub, progress, limits)
+            await historian_late(hub, progress, limits)
+            await door_to_stored_small(hub, progress)
         await door_to_stored_p99(hub, database)
         await json_door(hub)
         await line_protocol_door(hub)

@@ -1,8 +1,11 @@
-"""A sender in a process of its own: python -m bench.sender TARGET KEY CONNECTIONS MACHINES(first:last) ROWS FRAMES_A_BATCH [RATE].
+"""A sender in a process of its own:
 
-Streams ROWS frames of every machine and prints one JSON line: samples, `began` (the first send, on the machine's monotonic
-clock) and the seconds until all were acknowledged. With a RATE every machine sends so many batches a second, the connections one
-after the other, and a frame's time is the time at which it was to be sent: what waits in the sender counts as late too.
+    python -m bench.sender TARGET KEY CONNECTIONS MACHINES(first:last) ROWS FRAMES_A_BATCH AGE_S RATE
+
+Streams ROWS frames of every machine, the last one AGE_S old, and prints one JSON line: samples, `began` (the first send, on the
+machine's monotonic clock) and the seconds until all were acknowledged. With a RATE above 0 every machine sends so many batches a
+second, the connections one after the other, and a frame's time is the time at which it was to be sent: what waits in the sender
+counts as late too.
 """
 
 import asyncio
@@ -21,9 +24,9 @@ IN_FLIGHT_MAX = 400  # batches a connection
 
 
 async def main(
-    target: str, key: str, connections: int, machines: range, rows: int, rows_a_batch: int, rate: float
+    target: str, key: str, connections: int, machines: range, rows: int, rows_a_batch: int, age_s: int, rate: float
 ) -> None:
-    start_us = (time.time_ns() // 1000 // 1_000_000 - rows - 60) * 1_000_000
+    start_us = (time.time_ns() // 1000 // 1_000_000 - rows - age_s) * 1_000_000
     values, times = frames(rows), seconds(rows, start_us)
     rounds = range(0, rows, rows_a_batch)
     # Encoded once: what is measured is the hub, not this sender's protobuf.
@@ -112,7 +115,7 @@ def _varint(number: int) -> bytes:
 
 
 if __name__ == "__main__":
-    target, key, connections, span, rows, rows_a_batch, *rate = sys.argv[1:]
+    target, key, connections, span, rows, rows_a_batch, age_s, rate = sys.argv[1:]
     first, last = (int(part) for part in span.split(":"))
     asyncio.run(
         main(
@@ -122,6 +125,7 @@ if __name__ == "__main__":
             range(first, last + 1),
             int(rows),
             int(rows_a_batch),
-            float(rate[0]) if rate else 0.0,
+            int(age_s),
+            float(rate),
         )
     )

@@ -48,6 +48,7 @@ class Answers:
 
     posted: dict[int, tuple[int, str]] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
+    refused_once: set[int] = field(default_factory=set)
     repeats: int = 0
     count: int = 0
     broken: list[str] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Answers:
         self.count += 1
         if word == "refused":
             self.refused[rest[0]] += 1
+            self.refused_once.add(number)
             return number
         place = (int(rest[0]), rest[1])
         if self.posted.setdefault(number, place) != place:
@@ -295,8 +297,10 @@ async def _judge(pool: Pool, seed: int, answers: Answers, outcome: Outcome) -> N
     outcome.acknowledged = len(answers.posted)
     outcome.lost = sum(places.get(number) != place for number, place in answers.posted.items())
     outcome.duplicated = sum(times - 1 for times in stored.values())
-    if len(answers.posted) != len(stored):
-        outcome.broken.append(f"{len(stored)} operations are stored and {len(answers.posted)} were acknowledged")
+    # A client that was refused and asks again when there is money may be killed before it hears that it was posted.
+    unasked = stored.keys() - answers.posted.keys() - answers.refused_once
+    if unasked:
+        outcome.broken.append(f"{len(unasked)} operations are stored that were never acknowledged")
     if differing or overspent or trial.total_pence or not trial.in_order:
         outcome.broken.append(
             f"{differing} pence differ, {overspent} are overspent, the trial balance is {trial.total_pence}"

@@ -91,10 +91,15 @@ def free_port() -> int:
 class LocalServers:
     """One Kafka and one PostgreSQL with TimescaleDB, with their data below .local; several sets may run side by side by name."""
 
-    def __init__(self, name: str, *, host: str = "127.0.0.1") -> None:
-        """`host`: an address of this machine that others reach; by default only the machine itself gets through."""
+    def __init__(self, name: str, *, host: str = "127.0.0.1", outlives_power: bool = True) -> None:
+        """`host`: an address of this machine that others reach; by default only the machine itself gets through.
+
+        `outlives_power`: without it the database leaves writing to the disk to the system: what is committed outlives the
+        database's end, also by SIGKILL, but not the machine's. For tests, which are much quicker so.
+        """
         self.folder = LOCAL / "stacks" / name
         self.host = host
+        self._outlives_power = outlives_power
         self._state_file = self.folder / "servers.json"
         # PostgreSQL runs in a root folder of its own: paths are as seen from inside.
         self._pg_data = f"/var/lib/postgresql/{name}"
@@ -259,6 +264,7 @@ class LocalServers:
                     *("-c", f"listen_addresses={self.host}", "-c", "unix_socket_directories=/tmp"),
                     *("-c", f"cluster_name={postgres['cluster_name']}", "-c", "max_connections=200"),
                     *("-c", "max_wal_size=4GB", "-c", "shared_buffers=512MB"),
+                    *(() if self._outlives_power else ("--no-sync", "-c", "fsync=off", "-c", "full_page_writes=off")),
                 )
             finally:
                 password_file.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from deploy.grafana import hub, shopfloor
+from deploy.grafana import anomaly, fund, ingest, matching, operator, shopfloor
 
 FOLDER = Path(__file__).parent / "dashboards"
 
@@ -14,11 +14,11 @@ FOLDER = Path(__file__).parent / "dashboards"
 def dashboards() -> dict[str, Dashboard]:
     """By the name of their file."""
     return {
-        "operator": hub.operator(),
-        "ingest": hub.ingest(),
-        "anomaly": hub.anomaly(),
-        "matching": hub.matching(),
-        "fund": hub.fund(),
+        "operator": operator.operator(),
+        "ingest": ingest.ingest(),
+        "anomaly": anomaly.anomaly(),
+        "matching": matching.matching(),
+        "fund": fund.fund(),
         "shopfloor": shopfloor.shopfloor(),
     }
 

@@ -1,7 +1,5 @@
 """The process that serves alarms to people and programs."""
 
-from collections.abc import Awaitable, Callable
-
 from services.anomaly import api, contact_api, contact_rpc, rpc, rule_api, rule_rpc, tuning_api
 from services.anomaly.contact_store import ContactStore
 from services.anomaly.contacts import ContactService
@@ -17,9 +15,6 @@ from services.anomaly.suppression import SuppressionClock, SuppressionService
 from services.anomaly.suppression_store import SuppressionStore
 from services.anomaly.tuning import TuningService
 from services.anomaly.tuning_store import TuningStore
-from services.common import http
-from services.common import rpc as common_rpc
-from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -29,98 +24,65 @@ from services.common.metrics import keep_measuring
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime
 from services.common.sealing import Seal
-from smdih.anomaly.v1 import (
-    anomaly_pb2,
-    anomaly_pb2_grpc,
-    notification_pb2,
-    notification_pb2_grpc,
-    rules_pb2,
-    rules_pb2_grpc,
-)
+from smdih.anomaly.v1 import anomaly_pb2_grpc, notification_pb2_grpc, rules_pb2_grpc
 
 
-def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
-    async def start(runtime: Runtime) -> None:
-        entrance = open_entrance(runtime, settings, takes_keys=True)
-        clock = SystemClock()
-        cluster = Cluster.of(settings)
-        publisher = Publisher(cluster)
-        directory = Directory(cluster, clock=clock, kinds=("machine",))
-        pool = await create_pool_when_it_answers(
-            settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
-        )
-        runtime.on_stop(pool.close)
-        runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
-        alarms = AlarmStore()
-        suppressions = SuppressionStore(alarms)
-        service = AlarmService(alarms, pool, clock)
-        suppression = SuppressionService(service, alarms, suppressions, pool, directory, clock)
-        measuring = MeasureService(pool, clock)
-        samples = Samples(entrance.peer(settings.ingest_grpc))
-        runtime.on_stop(samples.close)
-        tuning = TuningService(service, TuningStore(), pool, directory, clock)
-        rules = RuleService(TuningStore(), pool, directory, samples, clock)
-        evidence = EvidenceService(service, directory, samples, clock)
-        contacts = ContactService(
-            ContactStore(),
-            pool,
-            clock,
-            mail=bool(settings.anomaly_smtp_host),
-            seal=Seal(settings.anomaly_seal_keys),
-        )
-        feed = AlarmFeed(AlarmRecall(cluster))
-        feed_consumer = AlarmFeedConsumer(cluster, feed)
-        runtime.background("directory", directory.run())
-        gate, change_log = entrance.gate(directory), entrance.changes(pool)
-        runtime.background("feed", feed_consumer.run())
-        runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
-        runtime.background("measures", keep_measuring(FloodGauge(pool, clock).measure, interval_s=GAUGE_INTERVAL_S))
-        runtime.background("outbox", OutboxRelay(pool, publisher, schema=SCHEMA).run())
-        runtime.ready_when("kafka", publisher.answers)
-        runtime.ready_when("database", lambda: can_write(pool))
-        runtime.ready_when("directory", directory.is_caught_up)
-        runtime.ready_when("feed", feed_consumer.is_reading)
-        await runtime.enter(
-            common_rpc.serve(
-                host=settings.grpc_host,
-                port=settings.grpc_port,
-                directory=directory,
-                tls=entrance.tls,
-                gate=gate,
-                changes=change_log,
-                internal_port=settings.grpc_internal_port,
-                register=[
-                    (
-                        anomaly_pb2_grpc.add_AlarmServiceServicer_to_server,
-                        rpc.AlarmServicer(service, suppression, tuning, evidence, measuring, feed, directory),
-                    ),
-                    (rules_pb2_grpc.add_RuleServiceServicer_to_server, rule_rpc.RuleServicer(rules, directory)),
-                    (
-                        notification_pb2_grpc.add_NotificationServiceServicer_to_server,
-                        contact_rpc.NotificationServicer(contacts),
-                    ),
-                ],
-                service_names=[
-                    anomaly_pb2.DESCRIPTOR.services_by_name["AlarmService"].full_name,
-                    rules_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
-                    notification_pb2.DESCRIPTOR.services_by_name["NotificationService"].full_name,
-                ],
-            )
-        )
-        app = http.application(
-            "SMDIH alarms",
-            runtime=runtime,
-            directory=directory,
-            gate=gate,
-            changes=change_log,
-            routers=[
-                tuning_api.router(tuning, evidence, directory),
-                api.router(service, suppression, measuring, feed),
-                rule_api.router(rules, directory),
-                contact_api.router(contacts),
-                change_log_router(change_log),
-            ],
-        )
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
-
-    return start
+async def start(runtime: Runtime, settings: AnomalySettings) -> None:
+    entrance = open_entrance(runtime, settings, takes_keys=True)
+    clock = SystemClock()
+    cluster = Cluster.of(settings)
+    publisher = Publisher(cluster)
+    directory = Directory(cluster, clock=clock, kinds=("machine",))
+    pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    runtime.on_stop(pool.close)
+    runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
+    alarms = AlarmStore()
+    suppressions = SuppressionStore(alarms)
+    service = AlarmService(alarms, pool, clock)
+    suppression = SuppressionService(service, alarms, suppressions, pool, directory, clock)
+    measuring = MeasureService(pool, clock)
+    samples = Samples(entrance.peer(settings.ingest_grpc))
+    runtime.on_stop(samples.close)
+    tuning = TuningService(service, TuningStore(), pool, directory, clock)
+    rules = RuleService(TuningStore(), pool, directory, samples, clock)
+    evidence = EvidenceService(service, directory, samples, clock)
+    contacts = ContactService(
+        ContactStore(),
+        pool,
+        clock,
+        mail=bool(settings.anomaly_smtp_host),
+        seal=Seal(settings.anomaly_seal_keys),
+    )
+    feed = AlarmFeed(AlarmRecall(cluster))
+    feed_consumer = AlarmFeedConsumer(cluster, feed)
+    runtime.background("directory", directory.run())
+    runtime.background("feed", feed_consumer.run())
+    runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
+    runtime.background("measures", keep_measuring(FloodGauge(pool, clock).measure, interval_s=GAUGE_INTERVAL_S))
+    runtime.background("outbox", OutboxRelay(pool, publisher, schema=SCHEMA).run())
+    runtime.ready_when("kafka", publisher.answers)
+    runtime.ready_when("database", lambda: can_write(pool))
+    runtime.ready_when("directory", directory.is_caught_up)
+    runtime.ready_when("feed", feed_consumer.is_reading)
+    await entrance.serve(
+        "SMDIH alarms",
+        directory=directory,
+        pool=pool,
+        servicers=[
+            (
+                anomaly_pb2_grpc.add_AlarmServiceServicer_to_server,
+                rpc.AlarmServicer(service, suppression, tuning, evidence, measuring, feed, directory),
+            ),
+            (rules_pb2_grpc.add_RuleServiceServicer_to_server, rule_rpc.RuleServicer(rules, directory)),
+            (
+                notification_pb2_grpc.add_NotificationServiceServicer_to_server,
+                contact_rpc.NotificationServicer(contacts),
+            ),
+        ],
+        routers=[
+            tuning_api.router(tuning, evidence, directory),
+            api.router(service, suppression, measuring, feed),
+            rule_api.router(rules, directory),
+            contact_api.router(contacts),
+        ],
+    )

@@ -17,11 +17,20 @@ from services.anomaly.delivery import (
     Step,
 )
 from services.anomaly.domain import MICROSECONDS, Alarm, Severity
-from services.anomaly.store import Actor, alarm_of
+from services.anomaly.store import ALARM_ROWS, Actor, alarm_of
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.logs import current_correlation_id
 
+_CONTACT_ROWS = "SELECT id, firm_id, name, kind, address, secret, removed, made, actor, credential_id FROM contact "
+_ESCALATION_ROWS = (
+    "SELECT id, firm_id, name, site, severity_min, tell_changes, removed, made, actor, credential_id FROM escalation "
+)
+_DELIVERY_COLUMNS = (
+    "d.id, d.firm_id, d.alarm_id, d.transition, d.contact_id, d.tell_changes, d.correlation_id, d.state, d.attempts, d.due, "
+    "d.made, d.finished, d.last_error"
+)
+_DELIVERY_ROWS = f"SELECT {_DELIVERY_COLUMNS} FROM delivery d "  # noqa: S608  # fixed texts
 PLAN_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('smdih-anomaly-delivery-plan'))"
 # What is planned looks back a little over what was planned before: changes become visible only with their commit.
 OVERLAP_S = 60
@@ -30,7 +39,7 @@ SENT_KEPT_DAYS = 400
 # The id is derived, so that it is the same whoever plans it.
 _PLANNED = (
     "WITH span AS (SELECT $1::timestamptz AS since, $2::timestamptz AS until) "
-    "INSERT INTO delivery (id, firm_id, alarm_id, transition, contact_id, tell_changes, correlation_id, state, due, made) "
+    "INSERT INTO delivery AS d (id, firm_id, alarm_id, transition, contact_id, tell_changes, correlation_id, state, due, made) "
     "SELECT DISTINCT ON (alarm_id, transition, contact_id) md5(alarm_id || '/' || transition || '/' || contact_id), firm_id, "
     "alarm_id, transition, contact_id, tell_changes, correlation_id, 'pending', until, until FROM ({}) AS wanted "
     "ORDER BY alarm_id, transition, contact_id, tell_changes DESC ON CONFLICT DO NOTHING"
@@ -96,7 +105,7 @@ class ContactStore:
 
     async def contacts(self, connection: Connection, firm_id: int, *, limit: int) -> Sequence[Contact]:
         rows = await connection.fetch(
-            "SELECT * FROM contact WHERE firm_id = $1 AND NOT removed ORDER BY made DESC, id DESC LIMIT $2",
+            _CONTACT_ROWS + "WHERE firm_id = $1 AND NOT removed ORDER BY made DESC, id DESC LIMIT $2",
             firm_id,
             limit,
         )
@@ -104,9 +113,7 @@ class ContactStore:
 
     async def contact(self, connection: Connection, contact_id: str, *, removed: bool) -> Contact | None:
         """`removed`: also one that was removed."""
-        row = await connection.fetchrow(
-            "SELECT * FROM contact WHERE id = $1 AND ($2 OR NOT removed)", contact_id, removed
-        )
+        row = await connection.fetchrow(_CONTACT_ROWS + "WHERE id = $1 AND ($2 OR NOT removed)", contact_id, removed)
         return None if row is None else _contact(row)
 
     async def secrets(self, connection: Connection, *, after_id: str, limit: int) -> Sequence[tuple[str, str]]:
@@ -139,9 +146,9 @@ class ContactStore:
 
     async def add_trial(self, connection: Connection, contact: Contact, *, now_us: int) -> Delivery:
         row = await connection.fetchrow(
-            "INSERT INTO delivery (id, firm_id, transition, contact_id, tell_changes, correlation_id, state, due, made) "
+            "INSERT INTO delivery AS d (id, firm_id, transition, contact_id, tell_changes, correlation_id, state, due, made) "  # noqa: S608
             "SELECT md5(t), $1, t, $2, false, $3, 'pending', $4, $4 FROM (SELECT 'trial_' || gen_random_uuid() AS t) AS one "
-            "RETURNING *",
+            f"RETURNING {_DELIVERY_COLUMNS}",
             contact.firm_id,
             contact.id,
             current_correlation_id(),
@@ -177,7 +184,7 @@ class ContactStore:
 
     async def escalations(self, connection: Connection, firm_id: int, *, limit: int) -> Sequence[Escalation]:
         rows = await connection.fetch(
-            "SELECT * FROM escalation WHERE firm_id = $1 AND NOT removed ORDER BY made DESC, id DESC LIMIT $2",
+            _ESCALATION_ROWS + "WHERE firm_id = $1 AND NOT removed ORDER BY made DESC, id DESC LIMIT $2",
             firm_id,
             limit,
         )
@@ -226,11 +233,11 @@ class ContactStore:
     async def claim(self, connection: Connection, *, now_us: int, limit: int) -> Sequence[Claimed]:
         """Take deliveries that are due; nobody else takes them for CLAIM_S."""
         rows = await connection.fetch(
-            "UPDATE delivery SET attempts = attempts + 1, due = $1::timestamptz + make_interval(secs => $2) WHERE id IN ("
+            "UPDATE delivery d SET attempts = attempts + 1, due = $1::timestamptz + make_interval(secs => $2) WHERE id IN ("  # noqa: S608
             "SELECT id FROM delivery WHERE state = 'pending' AND due <= $1::timestamptz "
             "AND contact_id NOT IN (SELECT contact_id FROM delivery "
             "WHERE state = 'sent' AND finished > $1::timestamptz - interval '1 minute' GROUP BY contact_id HAVING count(*) >= $3) "
-            "ORDER BY due LIMIT $4 FOR UPDATE SKIP LOCKED) RETURNING *",
+            f"ORDER BY due LIMIT $4 FOR UPDATE SKIP LOCKED) RETURNING {_DELIVERY_COLUMNS}",
             from_us(now_us),
             CLAIM_S,
             MESSAGES_A_MINUTE_MAX,
@@ -239,13 +246,13 @@ class ContactStore:
         contacts = {
             row["id"]: _contact(row)
             for row in await connection.fetch(
-                "SELECT * FROM contact WHERE id = ANY($1::text[])", [row["contact_id"] for row in rows]
+                _CONTACT_ROWS + "WHERE id = ANY($1::text[])", [row["contact_id"] for row in rows]
             )
         }
         alarms = {
             row["id"]: alarm_of(row)
             for row in await connection.fetch(
-                "SELECT * FROM alarm WHERE id = ANY($1::text[])", [row["alarm_id"] for row in rows if row["alarm_id"]]
+                ALARM_ROWS + "WHERE id = ANY($1::text[])", [row["alarm_id"] for row in rows if row["alarm_id"]]
             )
         }
         return [Claimed(_delivery(row), contacts[row["contact_id"]], alarms.get(row["alarm_id"])) for row in rows]
@@ -277,7 +284,7 @@ class ContactStore:
         self, connection: Connection, *, firm_id: int, state: str | None, alarm_id: str | None, limit: int
     ) -> Sequence[Delivery]:
         rows = await connection.fetch(
-            "SELECT * FROM delivery WHERE firm_id = $1 AND ($2::text IS NULL OR state = $2) "
+            _DELIVERY_ROWS + "WHERE firm_id = $1 AND ($2::text IS NULL OR state = $2) "
             "AND ($3::text IS NULL OR alarm_id = $3) ORDER BY made DESC, id DESC LIMIT $4",
             firm_id,
             state,
@@ -287,14 +294,14 @@ class ContactStore:
         return [_delivery(row) for row in rows]
 
     async def delivery(self, connection: Connection, delivery_id: str) -> Delivery | None:
-        row = await connection.fetchrow("SELECT * FROM delivery WHERE id = $1", delivery_id)
+        row = await connection.fetchrow(_DELIVERY_ROWS + "WHERE id = $1", delivery_id)
         return None if row is None else _delivery(row)
 
     async def revive(self, connection: Connection, delivery_id: str, *, now_us: int) -> Delivery | None:
         """Make a dead one pending again; None where its contact was removed."""
         row = await connection.fetchrow(
-            "UPDATE delivery d SET state = 'pending', attempts = 0, due = $2, finished = NULL FROM contact c "
-            "WHERE d.id = $1 AND c.id = d.contact_id AND NOT c.removed RETURNING d.*",
+            "UPDATE delivery d SET state = 'pending', attempts = 0, due = $2, finished = NULL FROM contact c "  # noqa: S608
+            f"WHERE d.id = $1 AND c.id = d.contact_id AND NOT c.removed RETURNING {_DELIVERY_COLUMNS}",
             delivery_id,
             from_us(now_us),
         )

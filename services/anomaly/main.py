@@ -1,11 +1,10 @@
 """The processes of the anomaly service: `python -m services.anomaly.main worker|api|notifier`."""
 
+import functools
 import sys
 from importlib import import_module
 
 from services.anomaly.settings import AnomalySettings
-from services.common import logs, tracing
-from services.common.metrics import name_process
 from services.common.runtime import run
 
 # Each is wired in a module of its own, so that no process loads what only another needs (the compiler, Faust).
@@ -21,10 +20,8 @@ def main() -> None:
         print("usage: python -m services.anomaly.main worker|api|notifier", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     settings = AnomalySettings()
-    logs.configure(f"anomaly-{sys.argv[1]}", settings.log_level)
-    name_process(f"anomaly-{sys.argv[1]}")
-    tracing.start(settings.trace_endpoint, process=f"anomaly-{sys.argv[1]}", ratio=settings.trace_ratio)
-    run(import_module(ROLES[sys.argv[1]]).process(settings), drain_s=settings.drain_s)
+    start = import_module(ROLES[sys.argv[1]]).start
+    run(f"anomaly-{sys.argv[1]}", settings, functools.partial(start, settings=settings))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ from services.common.database import CONNECT_TIMEOUT_S, Connection, Pool
 from services.common.kafka import Fenced
 from services.common.logs import correlated
 
+ALARM_COLUMNS = (
+    "a.id, a.firm_id, a.machine_id, a.position, a.signal_id, a.machine_path, a.machine_kind, a.signal_name, a.unit, "
+    "a.started, a.ended, a.severity, a.component, a.explanation, a.value, a.score, a.shares, a.correlation_id, "
+    "a.episode_id, a.acknowledged, a.cleared, a.raised, a.suppression, a.assignee, a.rule_id, a.rule_version, a.figures"
+)
+ALARM_ROWS = f"SELECT {ALARM_COLUMNS} FROM alarm a "  # noqa: S608  # fixed texts
+
 DETECTOR = "detector"
 STATES_PAGE = 200
 # Changes that happen to an alarm at most once.
@@ -140,9 +147,7 @@ class AlarmStore:
 
     async def end_alarm(self, connection: Connection, returned: Return, *, now_us: int) -> Alarm | None:
         """Store that the condition has returned to normal; None when that is known already."""
-        row = await connection.fetchrow(
-            "SELECT * FROM alarm WHERE id = $1 AND ended IS NULL FOR UPDATE", returned.alarm_id
-        )
+        row = await connection.fetchrow(ALARM_ROWS + "WHERE id = $1 AND ended IS NULL FOR UPDATE", returned.alarm_id)
         if row is None:
             return None
         alarm = alarm_of(row).returned(returned.ended_us)
@@ -181,9 +186,7 @@ class AlarmStore:
 
     async def locked(self, connection: Connection, alarm_ids: Sequence[str]) -> Sequence[Alarm]:
         """Those of them that exist, nobody else's to change until the transaction ends; always locked in the same order."""
-        rows = await connection.fetch(
-            "SELECT * FROM alarm WHERE id = ANY($1::text[]) ORDER BY id FOR UPDATE", list(alarm_ids)
-        )
+        rows = await connection.fetch(ALARM_ROWS + "WHERE id = ANY($1::text[]) ORDER BY id FOR UPDATE", list(alarm_ids))
         return [alarm_of(row) for row in rows]
 
     async def change(
@@ -262,7 +265,7 @@ class AlarmStore:
             )
 
     async def get(self, connection: Connection, alarm_id: str) -> Alarm | None:
-        row = await connection.fetchrow("SELECT * FROM alarm WHERE id = $1", alarm_id)
+        row = await connection.fetchrow(ALARM_ROWS + "WHERE id = $1", alarm_id)
         return None if row is None else alarm_of(row)
 
     async def history(self, connection: Connection, alarm_id: str) -> Sequence[HistoryEntry]:
@@ -310,7 +313,7 @@ class AlarmStore:
             condition("(started, id) < ({}, {})", from_us(after[0]), after[1])
         where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
         rows = await connection.fetch(
-            f"SELECT * FROM alarm {where}ORDER BY started DESC, id DESC LIMIT {int(limit)}",  # noqa: S608  # fixed texts
+            f"{ALARM_ROWS}{where}ORDER BY started DESC, id DESC LIMIT {int(limit)}",  # fixed texts
             *arguments,
         )
         return [alarm_of(row) for row in rows]

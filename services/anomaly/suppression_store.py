@@ -6,10 +6,14 @@ from dataclasses import replace
 import asyncpg
 
 from services.anomaly.domain import BEGINS, ENDS, Alarm, MaintenanceWindow, Source, Suppression
-from services.anomaly.store import WANTED_SUPPRESSION, Actor, AlarmStore, alarm_of
+from services.anomaly.store import ALARM_COLUMNS, WANTED_SUPPRESSION, Actor, AlarmStore, alarm_of
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
 
+_MAINTENANCE_WINDOW_ROWS = (
+    "SELECT id, firm_id, machine_id, starts, ends, reason, actor, credential_id, made, ended, ended_actor, "
+    "ended_credential_id, ended_reason FROM maintenance_window "
+)
 _KINDS = {Suppression.SHELVED: "shelved", Suppression.OUT_OF_SERVICE: "out_of_service"}
 _REASONS = {kind: reason for reason, kind in _KINDS.items()}
 
@@ -55,7 +59,8 @@ class SuppressionStore:
 
     async def of_alarm(self, connection: Connection, alarm: Alarm, kind: Suppression) -> Source | None:
         row = await connection.fetchrow(
-            "SELECT s.*, a.machine_path, a.signal_name FROM suppression s JOIN alarm a ON a.id = s.alarm_id "
+            "SELECT s.machine_id, s.position, s.kind, s.firm_id, s.alarm_id, s.one_shot, s.began, s.ends, s.reason, "
+            "s.actor, s.credential_id, a.machine_path, a.signal_name FROM suppression s JOIN alarm a ON a.id = s.alarm_id "
             "WHERE s.machine_id = $1 AND s.position = $2 AND s.kind = $3",
             alarm.machine_id,
             alarm.position,
@@ -65,7 +70,8 @@ class SuppressionStore:
 
     async def list(self, connection: Connection, *, firm_id: int | None, limit: int) -> Sequence[Source]:
         rows = await connection.fetch(
-            "SELECT s.*, a.machine_path, a.signal_name FROM suppression s JOIN alarm a ON a.id = s.alarm_id "
+            "SELECT s.machine_id, s.position, s.kind, s.firm_id, s.alarm_id, s.one_shot, s.began, s.ends, s.reason, "
+            "s.actor, s.credential_id, a.machine_path, a.signal_name FROM suppression s JOIN alarm a ON a.id = s.alarm_id "
             "WHERE $1::bigint IS NULL OR s.firm_id = $1 ORDER BY s.began, s.machine_id, s.position LIMIT $2",
             firm_id,
             limit,
@@ -88,7 +94,7 @@ class SuppressionStore:
         """Bring active alarms (of one machine, or all) in line; returns how many changed. `actor` and `comment` say who ended a
         reason; who began one stands with it."""
         rows = await connection.fetch(
-            f"SELECT a.*, w.wanted FROM alarm a CROSS JOIN LATERAL (SELECT {WANTED_SUPPRESSION} AS wanted) AS w "  # noqa: S608
+            f"SELECT {ALARM_COLUMNS}, w.wanted FROM alarm a CROSS JOIN LATERAL (SELECT {WANTED_SUPPRESSION} AS wanted) AS w "  # noqa: S608
             "WHERE a.ended IS NULL AND ($2::bigint IS NULL OR a.machine_id = $2) AND a.suppression <> w.wanted "
             # Those that cannot differ are left out first: the loop asks this every second.
             "AND (a.suppression <> 0 OR a.machine_id IN (SELECT machine_id FROM suppression UNION ALL "
@@ -138,7 +144,9 @@ class SuppressionStore:
         row = await connection.fetchrow(
             "INSERT INTO maintenance_window (id, firm_id, machine_id, starts, ends, reason, actor, credential_id, made) "
             "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) "
-            "ON CONFLICT (machine_id, starts, ends) WHERE ended IS NULL DO UPDATE SET id = maintenance_window.id RETURNING *",
+            "ON CONFLICT (machine_id, starts, ends) WHERE ended IS NULL DO UPDATE SET id = maintenance_window.id "
+            "RETURNING id, firm_id, machine_id, starts, ends, reason, actor, credential_id, made, ended, ended_actor, "
+            "ended_credential_id, ended_reason",
             window.id,
             window.firm_id,
             window.machine_id,
@@ -161,14 +169,14 @@ class SuppressionStore:
         return count
 
     async def window(self, connection: Connection, window_id: str) -> MaintenanceWindow | None:
-        row = await connection.fetchrow("SELECT * FROM maintenance_window WHERE id = $1 FOR UPDATE", window_id)
+        row = await connection.fetchrow(_MAINTENANCE_WINDOW_ROWS + "WHERE id = $1 FOR UPDATE", window_id)
         return None if row is None else _window(row)
 
     async def windows(
         self, connection: Connection, *, firm_id: int | None, machine_id: int | None, now_us: int, limit: int
     ) -> Sequence[MaintenanceWindow]:
         rows = await connection.fetch(
-            "SELECT * FROM maintenance_window WHERE ends > $1 AND ended IS NULL AND ($2::bigint IS NULL OR firm_id = $2) "
+            _MAINTENANCE_WINDOW_ROWS + "WHERE ends > $1 AND ended IS NULL AND ($2::bigint IS NULL OR firm_id = $2) "
             "AND ($3::bigint IS NULL OR machine_id = $3) ORDER BY starts, id LIMIT $4",
             from_us(now_us),
             firm_id,

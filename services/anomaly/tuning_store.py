@@ -12,6 +12,11 @@ from services.anomaly.tunings import Rule, RuleKind, Tuning, TuningKind
 from services.common.clock import from_us, to_us
 from services.common.database import CONNECT_TIMEOUT_S, Connection, Pool
 
+_TUNING_ROWS = (
+    "SELECT id, kind, firm_id, machine_id, position, threshold_offset, rule_id, rule, cause, alarm_id, reason, made, actor, "
+    "credential_id FROM tuning "
+)
+_RULE_ROWS = "SELECT id, firm_id, machine_id, version, enabled, rule, made, changed FROM rule "
 # Held while a tuning is added or a partition's horizon is made: tunings are then committed in the order of their ids.
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('smdih-anomaly-tuning'))"
 _COLUMNS = "t.id, t.kind, t.machine_id, t.position, t.threshold_offset, t.rule_id, t.rule, t.made"
@@ -261,7 +266,7 @@ class TuningStore:
     ) -> Sequence[TuningEntry]:
         """Of a series (with what was said of its whole machine) or of a rule, newest first."""
         rows = await connection.fetch(
-            "SELECT * FROM tuning WHERE machine_id = $1 AND rule_id = $3 AND ($3 <> '' OR position = $2 OR position IS NULL) "
+            _TUNING_ROWS + "WHERE machine_id = $1 AND rule_id = $3 AND ($3 <> '' OR position = $2 OR position IS NULL) "
             "ORDER BY id DESC LIMIT $4",
             machine_id,
             position,
@@ -286,7 +291,8 @@ class TuningStore:
         row = await connection.fetchrow(
             "INSERT INTO rule (id, firm_id, machine_id, version, enabled, rule, made, changed) "
             "VALUES ($1, $2, $3, $4, $5, $6, $7, $7) ON CONFLICT (id) DO UPDATE SET machine_id = excluded.machine_id, "
-            "version = excluded.version, enabled = excluded.enabled, rule = excluded.rule, changed = excluded.changed RETURNING *",
+            "version = excluded.version, enabled = excluded.enabled, rule = excluded.rule, changed = excluded.changed "
+            "RETURNING id, firm_id, machine_id, version, enabled, rule, made, changed",
             rule.id,
             rule.firm_id,
             rule.machine_id,
@@ -299,14 +305,14 @@ class TuningStore:
         return _stored_rule(row)
 
     async def rule(self, connection: Connection, rule_id: str) -> StoredRule | None:
-        row = await connection.fetchrow("SELECT * FROM rule WHERE id = $1 FOR UPDATE", rule_id)
+        row = await connection.fetchrow(_RULE_ROWS + "WHERE id = $1 FOR UPDATE", rule_id)
         return None if row is None else _stored_rule(row)
 
     async def rules(
         self, connection: Connection, *, firm_id: int | None, machine_id: int | None, limit: int
     ) -> Sequence[StoredRule]:
         rows = await connection.fetch(
-            "SELECT * FROM rule WHERE ($1::bigint IS NULL OR firm_id = $1) AND ($2::bigint IS NULL OR machine_id = $2) "
+            _RULE_ROWS + "WHERE ($1::bigint IS NULL OR firm_id = $1) AND ($2::bigint IS NULL OR machine_id = $2) "
             "ORDER BY made DESC, id DESC LIMIT $3",
             firm_id,
             machine_id,

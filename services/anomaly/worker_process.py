@@ -1,7 +1,6 @@
 """The process that scores every sample and raises alarms."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import compile_kernel
@@ -9,7 +8,7 @@ from services.anomaly.settings import SCHEMA, AnomalySettings
 from services.anomaly.store import AlarmStore, StateStore
 from services.anomaly.stream import Worker
 from services.anomaly.tuning_store import HorizonStore
-from services.common import http, topics
+from services.common import topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -18,38 +17,32 @@ from services.common.kafka import Cluster, DeadLetters, Publisher
 from services.common.runtime import Runtime
 
 
-def process(settings: AnomalySettings) -> Callable[[Runtime], Awaitable[None]]:
-    async def start(runtime: Runtime) -> None:
-        clock = SystemClock()
-        cluster = Cluster.of(settings)
-        publisher = Publisher(cluster)
-        directory = Directory(cluster, clock=clock, kinds=("machine",))
-        app = http.application("SMDIH anomaly worker", runtime=runtime, directory=None)
-        entrance = open_entrance(runtime, settings, takes_keys=False)
-        await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
-        runtime.background("directory", directory.run())
-        pool = await create_pool_when_it_answers(
-            settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max
-        )
-        runtime.on_stop(pool.close)
-        runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
-        await asyncio.to_thread(compile_kernel)
-        await directory.wait_caught_up()
-        made = Worker(
-            cluster,
-            states=StateStore(pool, topic=cluster.name(topics.SAMPLES)),
-            horizons=HorizonStore(pool),
-            raiser=AlarmRaiser(AlarmStore(), pool, directory, clock),
-            dead_letters=DeadLetters(publisher),
-            clock=clock,
-            instance=settings.anomaly_instance,
-            checkpoint_interval_s=settings.anomaly_checkpoint_interval_s,
-        )
-        runtime.ready_when("kafka", publisher.answers)
-        runtime.ready_when("database", lambda: can_write(pool))
-        runtime.ready_when("partitions", made.is_assigned)
-        runtime.alive_when("scoring", made.is_turning)
-        await runtime.enter(made.consuming())
-        runtime.background("worker", made.run())
-
-    return start
+async def start(runtime: Runtime, settings: AnomalySettings) -> None:
+    clock = SystemClock()
+    cluster = Cluster.of(settings)
+    publisher = Publisher(cluster)
+    directory = Directory(cluster, clock=clock, kinds=("machine",))
+    entrance = open_entrance(runtime, settings, takes_keys=False)
+    await entrance.serve_probes("SMDIH anomaly worker")
+    runtime.background("directory", directory.run())
+    pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    runtime.on_stop(pool.close)
+    runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
+    await asyncio.to_thread(compile_kernel)
+    await directory.wait_caught_up()
+    made = Worker(
+        cluster,
+        states=StateStore(pool, topic=cluster.name(topics.SAMPLES)),
+        horizons=HorizonStore(pool),
+        raiser=AlarmRaiser(AlarmStore(), pool, directory, clock),
+        dead_letters=DeadLetters(publisher),
+        clock=clock,
+        instance=settings.anomaly_instance,
+        checkpoint_interval_s=settings.anomaly_checkpoint_interval_s,
+    )
+    runtime.ready_when("kafka", publisher.answers)
+    runtime.ready_when("database", lambda: can_write(pool))
+    runtime.ready_when("partitions", made.is_assigned)
+    runtime.alive_when("scoring", made.is_turning)
+    await runtime.enter(made.consuming())
+    runtime.background("worker", made.run())

@@ -177,7 +177,8 @@ class ChangeLog:
         limit = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         async with transaction(self._pool) as connection:
             rows = await connection.fetch(
-                "SELECT * FROM change_log WHERE ($1::bigint = 0 OR firm_id = $1) "
+                "SELECT id, at, role, credential_id, shown, firm_id, partner_id, provider_id, action, ids, outcome, "
+                "correlation_id, address FROM change_log WHERE ($1::bigint = 0 OR firm_id = $1) "
                 "AND ($2::bigint = 0 OR credential_id = $2) AND ($3::bigint = 0 OR id < $3) ORDER BY id DESC LIMIT $4",
                 firm_id,
                 credential_id,

@@ -32,14 +32,14 @@ AWAY = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # the server ended the connection just as a query began (0.31)
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.ReadOnlySQLTransactionError,
     # A migration came between a connection's first and next use of a statement; the next try makes it anew.
     asyncpg.InvalidCachedStatementError,
-    # A connection whose server was killed amid a query may be handed out once more, and then says that it is still busy.
+    # The server ended the connection just as a query began (0.31); or it was killed amid a query, and the connection is handed
+    # out once more and says that it is still busy.
     asyncpg.InternalClientError,
 )
 

@@ -1,9 +1,14 @@
 """What the doors of a process have in common, wired once from the settings."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
+from fastapi import APIRouter, FastAPI
+
+from services.common import http, rpc
 from services.common.audit import ChangeLog
+from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock
 from services.common.database import Pool
 from services.common.directory import Directory
@@ -12,41 +17,94 @@ from services.common.limits import Limits
 from services.common.runtime import Runtime
 from services.common.settings import Settings
 from services.common.tls import BadCertificate, Files, PeerChannel, Tls
-from services.common.tokens import Issuer, Tokens
+
+if TYPE_CHECKING:
+    from services.common.tokens import Tokens
 
 
 class NotForProduction(Exception):
     """A setting that is fine on a developer's machine only; the message names it."""
 
 
-@dataclass(frozen=True)
 class Entrance:
     """`tls`: none on a developer's machine. `tokens`: none where people come with keys only."""
 
-    runtime: Runtime
-    production: bool
-    tls: Tls | None
-    tokens: Tokens | None
-    limits: Limits
-
-    def changes(self, pool: Pool, *, apart: Collection[str] = ()) -> ChangeLog:
-        """Where what people change is noted; started and stopped with the process."""
-        made = ChangeLog(pool, clock=SystemClock(), apart=apart)
-        self.runtime.on_stop(made.close)
-        self.runtime.background("change log", made.run())
-        return made
-
-    def gate(self, directory: Directory) -> Gate:
-        """One for all doors of the process."""
-        return Gate(directory, tokens=self.tokens, limits=self.limits)
+    def __init__(self, runtime: Runtime, settings: Settings, *, tls: Tls | None, tokens: "Tokens | None") -> None:
+        self.tls = tls
+        self._runtime = runtime
+        self._production = settings.production
+        self._tokens = tokens
+        self._limits = _limits(settings)
+        self._http = settings.http_host, settings.http_port
+        self._grpc = settings.grpc_host, settings.grpc_port
+        self._grpc_internal_port = settings.grpc_internal_port
 
     def peer(self, target: str) -> PeerChannel:
         """Another service at host:port ("": it is not told where). Raises NotForProduction."""
-        if target and self.production and (self.tls is None or not self.tls.calls):
+        if target and self._production and (self.tls is None or not self.tls.calls):
             raise NotForProduction(
                 f"SMDIH_PRODUCTION is on, and {target} would be called without TLS: set SMDIH_TLS_CA to its authority."
             )
         return PeerChannel(target, self.tls)
+
+    async def serve(
+        self,
+        title: str,
+        *,
+        directory: Directory,
+        pool: Pool,
+        servicers: Sequence[rpc.Registered],
+        routers: Sequence[APIRouter],
+        open_routers: Sequence[APIRouter] = (),
+        open_methods: Sequence[str] = (),
+        internal_calls: Mapping[str, Collection[str]] = MappingProxyType({}),
+        apart: Collection[str] = (),
+        on_malformed: rpc.OnMalformed | None = None,
+        on_too_large: http.OnTooLarge | None = None,
+    ) -> None:
+        """Answer by gRPC and HTTP until the process stops: behind one gate, and what people change is noted in the pool's schema.
+
+        `apart`: routes and methods that are not noted. The others: see rpc.serve and http.application.
+        """
+        gate = Gate(directory, tokens=self._tokens, limits=self._limits)
+        changes = ChangeLog(pool, clock=SystemClock(), apart=apart)
+        self._runtime.on_stop(changes.close)
+        self._runtime.background("change log", changes.run())
+        host, port = self._grpc
+        by_grpc = rpc.serve(
+            host=host,
+            port=port,
+            directory=directory,
+            register=servicers,
+            on_malformed=on_malformed,
+            open_methods=open_methods,
+            tls=self.tls,
+            internal_port=self._grpc_internal_port,
+            internal_calls=internal_calls,
+            gate=gate,
+            changes=changes,
+        )
+        await self._runtime.enter(by_grpc)
+        app = http.application(
+            title,
+            runtime=self._runtime,
+            directory=directory,
+            routers=[*routers, change_log_router(changes)],
+            open_routers=open_routers,
+            on_too_large=on_too_large,
+            gate=gate,
+            changes=changes,
+        )
+        await self._answer(app)
+
+    async def serve_probes(self, title: str) -> None:
+        """For a process that nobody calls: whether it lives, is ready, and its metrics."""
+        app = http.application(title, runtime=self._runtime, directory=None)
+        await self._answer(app)
+
+    async def _answer(self, app: FastAPI) -> None:
+        host, port = self._http
+        await self._runtime.enter(http.serve(app, host=host, port=port, tls=self.tls))
 
 
 def open_entrance(runtime: Runtime, settings: Settings, *, takes_keys: bool) -> Entrance:
@@ -69,14 +127,17 @@ def open_entrance(runtime: Runtime, settings: Settings, *, takes_keys: bool) -> 
     tokens = _tokens(settings) if settings.oidc_issuer and takes_keys else None
     if tokens is not None:
         runtime.background("token keys", tokens.run())
-    return Entrance(runtime, settings.production, tls, tokens, _limits(settings))
+    return Entrance(runtime, settings, tls=tls, tokens=tokens)
 
 
-def _tokens(settings: Settings) -> Tokens:
+def _tokens(settings: Settings) -> "Tokens":
     if not (settings.oidc_audience and settings.oidc_keys):
         raise NotForProduction("SMDIH_OIDC_ISSUER needs SMDIH_OIDC_AUDIENCE and SMDIH_OIDC_KEYS.")
     if settings.production and settings.oidc_keys.startswith("http://"):
         raise NotForProduction("SMDIH_PRODUCTION is on, and SMDIH_OIDC_KEYS would be read without TLS: use https.")
+    # Loads an HTTP client and cryptography, which a hub without tokens does without.
+    from services.common.tokens import Issuer, Tokens
+
     return Tokens(
         Issuer(
             settings.oidc_issuer,

@@ -3,6 +3,7 @@
 from collections import Counter as Counting
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 
@@ -10,7 +11,9 @@ from services.common.directory import Directory
 from services.common.errors import SlowDown, TryAgain, Unauthenticated
 from services.common.identity import Caller, Role
 from services.common.limits import Allowances, Limits
-from services.common.tokens import Tokens, is_token
+
+if TYPE_CHECKING:  # loads an HTTP client and cryptography, which a hub without tokens does without
+    from services.common.tokens import Tokens
 
 # Requests over a limit, by its name.
 limited_total = Counter("smdih_limited_requests_total", "Requests over a limit of the doors", ["limit"])
@@ -19,7 +22,7 @@ limited_total = Counter("smdih_limited_requests_total", "Requests over a limit o
 class Gate:
     """One for a process, so that a caller's limits hold over all its doors."""
 
-    def __init__(self, directory: Directory, *, tokens: Tokens | None = None, limits: Limits | None = None) -> None:
+    def __init__(self, directory: Directory, *, tokens: "Tokens | None" = None, limits: Limits | None = None) -> None:
         self._directory = directory
         self._tokens = tokens
         self._limits = limits or Limits()
@@ -33,7 +36,7 @@ class Gate:
             detail = "The hub has just started and does not know its keys yet."
             raise TryAgain(detail, reason="STARTING", retry_after_s=1)
         try:
-            if self._tokens is not None and is_token(bearer):
+            if self._tokens is not None and _is_token(bearer):
                 caller = await self._tokens.caller_of(bearer)
             else:
                 caller = self._directory.caller_of(bearer)
@@ -79,3 +82,8 @@ class Gate:
 def _slow_down(limit: str, detail: str, wait_s: int) -> SlowDown:
     limited_total.labels(limit).inc()
     return SlowDown(f"{detail} Send again in {wait_s} s.", reason=f"LIMIT_{limit.upper()}", retry_after_s=wait_s)
+
+
+def _is_token(bearer: str) -> bool:
+    """Keys of the hub have no dots."""
+    return bearer.count(".") == 2

@@ -57,6 +57,9 @@ async def authenticated(request: Request) -> Caller:
     return caller
 
 
+# Told of a body over the limit, and of its bytes, before it is refused.
+OnTooLarge = Callable[[Request, int], Awaitable[None]]
+
 Authenticated = Annotated[Caller, Depends(authenticated)]
 
 
@@ -78,15 +81,14 @@ def application(
     routers: Sequence[APIRouter] = (),
     open_routers: Sequence[APIRouter] = (),
     body_bytes_max: int = BODY_BYTES_MAX,
-    on_too_large: Callable[[Request, int], Awaitable[None]] | None = None,
+    on_too_large: OnTooLarge | None = None,
     gate: Gate | None = None,
     changes: ChangeLog | None = None,
 ) -> FastAPI:
     """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes. Those of
     `open_routers` need none and guard themselves.
 
-    `on_too_large(request, bytes)` is told of a body over the limit, before it is refused. `gate`: without one, that of the
-    directory's keys with the usual limits. `changes`: where to note what people change.
+    `gate`: without one, that of the directory's keys with the usual limits. `changes`: where to note what people change.
     """
     app = FastAPI(title=title, version="1", docs_url="/docs", redoc_url=None)
     if directory is not None:
@@ -149,7 +151,7 @@ class _Entry:
         app: ASGIApp,
         runtime: Runtime,
         body_bytes_max: int,
-        on_too_large: Callable[[Request, int], Awaitable[None]] | None,
+        on_too_large: OnTooLarge | None,
     ) -> None:
         self._app = app
         self._runtime = runtime

@@ -130,22 +130,15 @@ async def create_topics(cluster: Cluster, *, partitions: int, replication: int, 
         try:
             await admin.start()
             existing = set(await admin.list_topics())
-            for topic in topics.TOPICS:
-                if cluster.name(topic.name) in existing:
-                    continue
-                config = (
-                    {"cleanup.policy": "compact"}
-                    if topic.retention_ms is None
-                    else {"retention.ms": str(topic.retention_ms)}
-                )
-                config["max.message.bytes"] = str(REQUEST_BYTES_MAX)
-                new = NewTopic(
-                    cluster.name(topic.name), topic.partitions or partitions, replication, topic_configs=config
-                )
-                response = await admin.create_topics([new])
-                for name, code, *rest in response.topic_errors:
-                    if code not in (0, TopicAlreadyExistsError.errno):
-                        raise TryAgain(f"Topic {name} could not be created: error {code} {rest}")
+            missing = [
+                _new_topic(cluster, topic, partitions=partitions, replication=replication)
+                for topic in topics.TOPICS
+                if cluster.name(topic.name) not in existing
+            ]
+            response = await admin.create_topics(missing)
+            for name, code, *rest in response.topic_errors:
+                if code not in (0, TopicAlreadyExistsError.errno):
+                    raise TryAgain(f"Topic {name} could not be created: error {code} {rest}")
             return
         except (KafkaError, OSError) as error:
             if time.monotonic() > until:
@@ -153,6 +146,12 @@ async def create_topics(cluster: Cluster, *, partitions: int, replication: int, 
             await asyncio.sleep(0.2)
         finally:
             await admin.close()
+
+
+def _new_topic(cluster: Cluster, topic: topics.Topic, *, partitions: int, replication: int) -> NewTopic:
+    config = {"cleanup.policy": "compact"} if topic.retention_ms is None else {"retention.ms": str(topic.retention_ms)}
+    config["max.message.bytes"] = str(REQUEST_BYTES_MAX)
+    return NewTopic(cluster.name(topic.name), topic.partitions or partitions, replication, topic_configs=config)
 
 
 @dataclass(frozen=True)

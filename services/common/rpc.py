@@ -243,14 +243,32 @@ async def _abort(context: Any, error: HubError) -> NoReturn:
     raise AssertionError("abort raises")
 
 
+# A generated add_..._to_server function, and the servicer.
+Registered = tuple[Callable[[Any, Any], None], Any]
+
+
+class _Named:
+    """Stands for the server while services are added to it, and remembers what they are called."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+        self.names: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.ServiceRpcHandler]) -> None:
+        self._server.add_generic_rpc_handlers(handlers)
+        self.names += [str(handler.service_name()) for handler in handlers]
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        self._server.add_registered_method_handlers(service, handlers)
+
+
 @asynccontextmanager
 async def serve(
     *,
     host: str,
     port: int,
     directory: Directory,
-    register: Sequence[tuple[Callable[[Any, Any], None], Any]],
-    service_names: Sequence[str],
+    register: Sequence[Registered],
     message_bytes_max: int = MESSAGE_BYTES_MAX,
     on_malformed: OnMalformed | None = None,
     open_methods: Sequence[str] = (),
@@ -260,7 +278,7 @@ async def serve(
     gate: Gate | None = None,
     changes: ChangeLog | None = None,
 ) -> AsyncIterator[int]:
-    """Serve until the context ends; yields the port. `register` pairs generated add_..._to_server functions with servicers.
+    """Serve until the context ends; yields the port.
 
     `open_methods` ("/package.Service/Method") need no key and guard themselves. Where `tls` has an authority of clients, these need
     a certificate of it: on `internal_port` if that is given, which is then for the hub's own services only, else on `port`.
@@ -277,11 +295,12 @@ async def serve(
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ],
     )
+    services = _Named(server)
     for add, servicer in register:
-        add(servicer, server)
+        add(servicer, services)
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((*services.names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     if tls is None or not tls.serves:
         bound = server.add_insecure_port(f"{host}:{port}")
     else:
@@ -290,7 +309,7 @@ async def serve(
         if internal_port:
             server.add_secure_port(f"{host}:{internal_port}", tls.server_credentials(mutual=True))
     await server.start()
-    for name in ("", *service_names):
+    for name in ("", *services.names):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
     log.info("gRPC serves", host=host, port=bound, tls=tls is not None and tls.serves)
     try:

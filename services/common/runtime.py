@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
-from services.common import tracing
-from services.common.logs import get_logger
-from services.common.metrics import watch_loop
+from services.common import logs, tracing
+from services.common.metrics import name_process, watch_loop
+from services.common.settings import Settings
 
-log = get_logger(__name__)
+log = logs.get_logger(__name__)
 
 T = TypeVar("T")
 STOP_TIMEOUT_S = 20
@@ -110,13 +110,17 @@ async def _main(start: Callable[[Runtime], Awaitable[None]], drain_s: float) -> 
     return 1 if runtime._failure else 0
 
 
-def run(start: Callable[[Runtime], Awaitable[None]], *, drain_s: float = 0) -> None:
-    """Run a process: `start` brings its parts up through the runtime and returns; SIGTERM or SIGINT ends it. Never returns.
+def run(name: str, settings: Settings, start: Callable[[Runtime], Awaitable[None]]) -> None:
+    """Run the process of this name: `start` brings its parts up through the runtime and returns; SIGTERM or SIGINT ends it.
 
-    `drain_s`: for so long after the signal it is not ready, but still answers, and closes each kept connection behind an answer.
+    Never returns. For `drain_s` of the settings after the signal it is not ready, but still answers, and closes each kept
+    connection behind an answer.
     """
+    logs.configure(name, settings.log_level)
+    name_process(name)
+    tracing.start(settings.trace_endpoint, process=name, ratio=settings.trace_ratio)
     try:
-        code = asyncio.run(_main(start, drain_s))
+        code = asyncio.run(_main(start, settings.drain_s))
     except Exception:
         log.exception("process failed")
         code = 1

@@ -240,11 +240,6 @@ class Tokens:
         return caller
 
 
-def is_token(bearer: str) -> bool:
-    """Keys of the hub have no dots."""
-    return bearer.count(".") == 2
-
-
 def _keys_in(data: bytes) -> dict[str, _Key]:
     """Keys for signatures of the kinds that are taken, by their ids. Raises ValueError."""
     document = json.loads(data)

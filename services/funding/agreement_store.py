@@ -13,6 +13,12 @@ from services.common.errors import Conflict
 from services.funding.agreement import Agreement, AgreementState, Claim, ClaimState, CostLine, Decision
 from services.funding.domain import Award, Content, Cost, Finding
 
+_CLAIM_ROWS = (
+    "SELECT id, request_id, content_sha256, award_id, number, period_start, period_end, costs, is_final, state, submitted, "
+    "submitted_on, decided, decided_by, decision, decision_reason, parameters_version, paid, paid_by FROM claim "
+)
+
+
 _award_costs = TypeAdapter(tuple[Cost, ...])
 _content = TypeAdapter(Content)
 _findings = TypeAdapter(tuple[Finding, ...])
@@ -35,7 +41,9 @@ class PeriodOverlaps(Conflict):
 async def agreement_of(connection: Connection, award_id: str) -> Agreement | None:
     """The whole agreement; None when there is no such award."""
     row = await connection.fetchrow(
-        "SELECT w.*, p.costs, p.content, g.costs AS changed_costs, g.award_id, g.state, g.retention_rate, g.project_start, "
+        "SELECT w.id, w.application_id, w.call_id, w.firm_id, w.match_id, w.grant_pence, w.co_investment_pence, "
+        "w.awarded, w.awarded_on, w.parameters_version, w.database_entry_due, w.findings, w.correlation_id, p.costs, "
+        "p.content, g.costs AS changed_costs, g.award_id, g.state, g.retention_rate, g.project_start, "
         "g.project_end, g.accepted, g.assistance_confirmed, g.assistance_elsewhere_pence, g.final_report, "
         "g.accountant_report, g.ended, g.end_reason, "
         "g.paid_pence, g.held_pence, g.restored_pence, g.recovered_pence, g.business_paid_pence "
@@ -45,7 +53,7 @@ async def agreement_of(connection: Connection, award_id: str) -> Agreement | Non
     )
     if row is None:
         return None
-    claims = await connection.fetch("SELECT * FROM claim WHERE award_id = $1 ORDER BY number", award_id)
+    claims = await connection.fetch(_CLAIM_ROWS + "WHERE award_id = $1 ORDER BY number", award_id)
     return Agreement(
         award=_award(row),
         costs=_project_costs(row),

@@ -9,6 +9,12 @@ from pydantic import TypeAdapter
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
 
+_ALLOCATION_ROWS = (
+    "SELECT id, call_id, state, input, certificate, certificate_sha256, left_out, problems, proof, created, created_by, "
+    "confirmed, confirmed_by, confirmed_reason FROM allocation "
+)
+
+
 _left_out = TypeAdapter(dict[str, dict[str, str]])
 _problems = TypeAdapter(tuple[str, ...])
 
@@ -51,8 +57,8 @@ async def add_allocation(connection: Connection, allocation: StoredAllocation) -
     )
 
 
-_ALLOCATION = "SELECT * FROM allocation WHERE id = $1"
-_ALLOCATION_LOCKED = "SELECT * FROM allocation WHERE id = $1 FOR NO KEY UPDATE"
+_ALLOCATION = _ALLOCATION_ROWS + "WHERE id = $1"
+_ALLOCATION_LOCKED = _ALLOCATION_ROWS + "WHERE id = $1 FOR NO KEY UPDATE"
 
 
 async def allocation_of(connection: Connection, allocation_id: str, *, lock: bool = False) -> StoredAllocation | None:

@@ -14,6 +14,20 @@ from services.funding.domain import Application, ApplicationState, Award, Conten
 from services.funding.paging import Place
 from services.funding.rules.match import PledgeKind
 
+_APPLICATION_ROWS = (
+    "SELECT id, request_id, content_sha256, call_id, match_id, firm_id, state, costs, declaration, sic, requested_pence, "
+    "other_public_pence, grant_pence, created, submitted, decided, decision_reason, correlation_id, content FROM "
+    "application "
+)
+_PLEDGE_ROWS = (
+    "SELECT id, request_id, content_sha256, application_id, co_investor, kind, public_body, amount_pence, added, confirmed, "
+    "evidence FROM pledge "
+)
+_AWARD_ROWS = (
+    "SELECT id, application_id, call_id, firm_id, match_id, grant_pence, co_investment_pence, awarded, awarded_on, "
+    "parameters_version, database_entry_due, findings, correlation_id FROM award "
+)
+
 _costs = TypeAdapter(tuple[Cost, ...])
 _declaration = TypeAdapter(Declaration)
 _content = TypeAdapter(Content)
@@ -69,8 +83,8 @@ async def application_by_request(connection: Connection, firm_id: int, request_i
     return None if row is None else (row["content_sha256"], row["id"])
 
 
-_APPLICATION = "SELECT * FROM application WHERE id = $1"
-_APPLICATION_LOCKED = "SELECT * FROM application WHERE id = $1 FOR NO KEY UPDATE"
+_APPLICATION = _APPLICATION_ROWS + "WHERE id = $1"
+_APPLICATION_LOCKED = _APPLICATION_ROWS + "WHERE id = $1 FOR NO KEY UPDATE"
 
 
 async def application_of(connection: Connection, application_id: str, *, lock: bool = False) -> Application | None:
@@ -78,10 +92,8 @@ async def application_of(connection: Connection, application_id: str, *, lock: b
     row = await connection.fetchrow(_APPLICATION_LOCKED if lock else _APPLICATION, application_id)
     if row is None:
         return None
-    pledges = await connection.fetch(
-        "SELECT * FROM pledge WHERE application_id = $1 ORDER BY added, id", application_id
-    )
-    award = await connection.fetchrow("SELECT * FROM award WHERE application_id = $1", application_id)
+    pledges = await connection.fetch(_PLEDGE_ROWS + "WHERE application_id = $1 ORDER BY added, id", application_id)
+    award = await connection.fetchrow(_AWARD_ROWS + "WHERE application_id = $1", application_id)
     waivers = await connection.fetchval("SELECT count(*) FROM ratio_waiver WHERE application_id = $1", application_id)
     return _application(
         row,
@@ -102,7 +114,7 @@ async def applications(
 ) -> list[Application]:
     """Newest first, without pledges."""
     rows = await connection.fetch(
-        "SELECT * FROM application WHERE ($1::bigint IS NULL OR firm_id = $1) AND ($2::text IS NULL OR call_id = $2) "
+        _APPLICATION_ROWS + "WHERE ($1::bigint IS NULL OR firm_id = $1) AND ($2::text IS NULL OR call_id = $2) "
         "AND ($3::text IS NULL OR state = $3) AND ($4::timestamptz IS NULL OR (created, id) < ($4, $5)) "
         "ORDER BY created DESC, id DESC LIMIT $6",
         firm_id,
@@ -118,7 +130,7 @@ async def applications(
 async def newest_of(connection: Connection, firm_id: int) -> Application | None:
     """The firm's newest application, without pledges."""
     row = await connection.fetchrow(
-        "SELECT * FROM application WHERE firm_id = $1 ORDER BY created DESC, id DESC LIMIT 1", firm_id
+        _APPLICATION_ROWS + "WHERE firm_id = $1 ORDER BY created DESC, id DESC LIMIT 1", firm_id
     )
     return None if row is None else _application(row, pledges=(), award=None, ratio_waivers=0)
 
@@ -126,7 +138,7 @@ async def newest_of(connection: Connection, firm_id: int) -> Application | None:
 async def submitted_of(connection: Connection, call_id: str, *, limit: int) -> list[Application]:
     """All of a call that were submitted and not withdrawn, in order of submission, without pledges."""
     rows = await connection.fetch(
-        "SELECT * FROM application WHERE call_id = $1 AND state IN ('submitted', 'awarded', 'rejected') "
+        _APPLICATION_ROWS + "WHERE call_id = $1 AND state IN ('submitted', 'awarded', 'rejected') "
         "ORDER BY submitted, id LIMIT $2",
         call_id,
         limit,
@@ -209,7 +221,7 @@ async def pledge_by_request(
     connection: Connection, application_id: str, request_id: str
 ) -> tuple[bytes, Pledge] | None:
     row = await connection.fetchrow(
-        "SELECT * FROM pledge WHERE application_id = $1 AND request_id = $2", application_id, request_id
+        _PLEDGE_ROWS + "WHERE application_id = $1 AND request_id = $2", application_id, request_id
     )
     return None if row is None else (row["content_sha256"], _pledge(row))
 

@@ -10,6 +10,10 @@ from services.funding.paging import Place
 from services.funding.rules.intensity import Category
 from services.funding.rules.size import Definition
 
+_MATCH_ROWS = (
+    "SELECT id, event_id, firm_id, need_id, offer_id, provider_id, provider_title, accepted, correlation_id FROM match "
+)
+
 _terms = TypeAdapter(Terms)
 
 # Matches
@@ -34,7 +38,7 @@ async def add_match(connection: Connection, match: Match) -> bool:
 
 
 async def match_of(connection: Connection, match_id: str) -> Match | None:
-    row = await connection.fetchrow("SELECT * FROM match WHERE id = $1", match_id)
+    row = await connection.fetchrow(_MATCH_ROWS + "WHERE id = $1", match_id)
     if row is None:
         return None
     fields = dict(row)
@@ -45,7 +49,9 @@ async def match_of(connection: Connection, match_id: str) -> Match | None:
 
 # The budget is what the ledger has of it: what the call was given, with what was moved in or out since.
 _CALL = (
-    "SELECT c.*, a.committed_pence, a.left_pence FROM call c CROSS JOIN LATERAL ("
+    "SELECT c.id, c.request_id, c.content_sha256, c.title, c.budget_pence, c.opens, c.closes, c.category, "
+    "c.size_definition, c.rate_max, c.in_kind_allowed, c.created, c.terms, a.committed_pence, a.left_pence FROM call c "
+    "CROSS JOIN LATERAL ("
     "  SELECT coalesce(sum(balance_pence) FILTER (WHERE kind <> 'public_budget'), 0)::bigint AS committed_pence, "
     "    coalesce(sum(balance_pence) FILTER (WHERE kind = 'public_budget'), 0)::bigint AS left_pence "
     "  FROM ledger_account WHERE call_id = c.id AND kind IN "

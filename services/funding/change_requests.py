@@ -33,6 +33,10 @@ from services.funding.rules.exact import gbp
 
 log = get_logger(__name__)
 
+_CHANGE_REQUEST_ROWS = (
+    "SELECT id, request_id, content_sha256, award_id, kind, project_end, costs, reduction_pence, reason, state, requested, "
+    "requested_by, decided, decided_by, decision_reason FROM change_request "
+)
 CHANGES_MAX = 50
 PROJECT_YEARS_MAX = 10
 
@@ -271,7 +275,7 @@ async def _locked(connection: Connection, caller: Caller, award_id: str) -> Agre
 
 
 async def _changes(connection: Connection, award_id: str) -> list[Change]:
-    rows = await connection.fetch("SELECT * FROM change_request WHERE award_id = $1 ORDER BY requested, id", award_id)
+    rows = await connection.fetch(_CHANGE_REQUEST_ROWS + "WHERE award_id = $1 ORDER BY requested, id", award_id)
     return [_change(row) for row in rows]
 
 

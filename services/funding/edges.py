@@ -1,10 +1,10 @@
 """What the fund serves: its routers and gRPC services, in one list for the process and for tests."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fastapi import APIRouter
 
+from services.common.rpc import Registered
 from services.funding import (
     agreement_api,
     allocation_api,
@@ -41,19 +41,6 @@ from smdih.funding.v1 import (
     review_pb2_grpc,
 )
 
-SERVICE_NAMES = (
-    "smdih.funding.v1.FundingService",
-    "smdih.funding.v1.ReviewService",
-    "smdih.funding.v1.AllocationService",
-    "smdih.funding.v1.PoolService",
-    "smdih.funding.v1.AgreementService",
-    "smdih.funding.v1.MilestoneService",
-    "smdih.funding.v1.ChangeService",
-    "smdih.funding.v1.ImpactService",
-    "smdih.funding.v1.GroupService",
-    "smdih.funding.v1.AuditService",
-)
-
 
 def routers(fund: UseCases) -> Sequence[APIRouter]:
     return [
@@ -76,7 +63,7 @@ def open_routers(fund: UseCases) -> Sequence[APIRouter]:
     return [open_data_api.public_router(fund.open_data)]
 
 
-def servicers(fund: UseCases) -> Sequence[tuple[Callable[[Any, Any], None], Any]]:
+def servicers(fund: UseCases) -> Sequence[Registered]:
     return [
         (
             funding_pb2_grpc.add_FundingServiceServicer_to_server,

@@ -10,6 +10,11 @@ from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.funding.impact import Figures, ImpactKind, Report
 
+_IMPACT_REPORT_ROWS = (
+    "SELECT award_id, kind, version, year_ending, figures, uncertainty_percent, method, reported, reported_by FROM "
+    "impact_report "
+)
+
 _figures = TypeAdapter(Figures)
 
 
@@ -44,7 +49,7 @@ async def add_report(connection: Connection, award_id: str, report: Report, *, c
 async def reports_of(connection: Connection, award_id: str) -> list[Report]:
     """Oldest first."""
     rows = await connection.fetch(
-        "SELECT * FROM impact_report WHERE award_id = $1 ORDER BY reported, kind, version", award_id
+        _IMPACT_REPORT_ROWS + "WHERE award_id = $1 ORDER BY reported, kind, version", award_id
     )
     return [_report(row) for row in rows]
 

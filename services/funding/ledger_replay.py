@@ -10,6 +10,10 @@ from services.common.clock import to_us
 from services.common.database import Connection
 from services.funding.ledger import Account, AccountKind, Event, Transfer, event_hash
 
+_LEDGER_EVENT_ROWS = (
+    "SELECT sequence, request_id, content_sha256, kind, recorded, credential_id, correlation_id, previous_hash, hash FROM "
+    "ledger_event "
+)
 REPLAY_PAGE = 2_000
 
 
@@ -32,13 +36,14 @@ async def replay(connection: Connection) -> Replay:
     after = -1
     while True:
         events = await connection.fetch(
-            "SELECT * FROM ledger_event WHERE sequence > $1 ORDER BY sequence LIMIT $2", after, REPLAY_PAGE
+            _LEDGER_EVENT_ROWS + "WHERE sequence > $1 ORDER BY sequence LIMIT $2", after, REPLAY_PAGE
         )
         if not events:
             break
         last = events[-1]["sequence"]
         transfers = await connection.fetch(
-            "SELECT t.*, d.call_id AS debit_call, d.kind AS debit_kind, c.call_id AS credit_call, c.kind AS credit_kind "
+            "SELECT t.event_sequence, t.position, t.debit_account, t.credit_account, t.amount_pence, t.purpose, "
+            "t.subject_id, d.call_id AS debit_call, d.kind AS debit_kind, c.call_id AS credit_call, c.kind AS credit_kind "
             "FROM ledger_transfer t JOIN ledger_account d ON d.id = t.debit_account "
             "JOIN ledger_account c ON c.id = t.credit_account "
             "WHERE event_sequence > $1 AND event_sequence <= $2 ORDER BY event_sequence, position",

@@ -6,15 +6,14 @@ import sys
 
 from pydantic import Field
 
-from services.common import http, logs, rpc, topics, tracing
-from services.common.audit_api import change_log_router
+from services.common import logs, topics
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
 from services.common.directory import Directory
 from services.common.entrance import open_entrance
 from services.common.evidence import Verifier
 from services.common.kafka import Cluster, PositionedConsumer, Publisher
-from services.common.metrics import keep_measuring, name_process
+from services.common.metrics import keep_measuring
 from services.common.outbox import OutboxRelay
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
@@ -52,7 +51,6 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     publisher = await runtime.enter(Publisher(cluster))
     directory = Directory(cluster, clock=clock, kinds=("firm", "partner", "machine"))
     runtime.background("directory", directory.run())
-    gate, change_log = entrance.gate(directory), entrance.changes(pool)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     journal = Journal(pool, clock)
@@ -76,29 +74,14 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     runtime.background("matches", matches.run())
     runtime.background("watch", watch(fund.balances))
     runtime.background("gauges", keep_measuring(ProgressGauges(pool).measure, interval_s=GAUGES_INTERVAL_S))
-    await runtime.enter(
-        rpc.serve(
-            host=settings.grpc_host,
-            port=settings.grpc_port,
-            directory=directory,
-            tls=entrance.tls,
-            gate=gate,
-            changes=change_log,
-            internal_port=settings.grpc_internal_port,
-            register=edges.servicers(fund),
-            service_names=edges.SERVICE_NAMES,
-        )
-    )
-    app = http.application(
+    await entrance.serve(
         "SMDIH fund",
-        runtime=runtime,
         directory=directory,
-        gate=gate,
-        changes=change_log,
-        routers=[*edges.routers(fund), change_log_router(change_log)],
+        pool=pool,
+        servicers=edges.servicers(fund),
+        routers=edges.routers(fund),
         open_routers=edges.open_routers(fund),
     )
-    await runtime.enter(http.serve(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.ready_when("kafka", publisher.answers)
     runtime.ready_when("database", functools.partial(can_write, pool))
     runtime.ready_when("directory", directory.is_caught_up)
@@ -146,12 +129,10 @@ def main(arguments: list[str]) -> None:
         print(USAGE, file=sys.stderr)  # noqa: T201  a command line
         sys.exit(2)
     settings = FundingSettings()
-    logs.configure(f"funding-{arguments[0]}", settings.log_level)
-    name_process(f"funding-{arguments[0]}")
     if arguments[0] in CHECKS:
+        logs.configure(f"funding-{arguments[0]}", settings.log_level)
         sys.exit(asyncio.run(check(arguments[0], settings)))
-    tracing.start(settings.trace_endpoint, process=f"funding-{arguments[0]}", ratio=settings.trace_ratio)
-    run(functools.partial(start_api, settings=settings), drain_s=settings.drain_s)
+    run("funding-api", settings, functools.partial(start_api, settings=settings))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ class StatementUsed(Conflict):
 async def milestones_of(connection: Connection, award_id: str) -> list[Milestone]:
     """In the order in which they are due."""
     rows = await connection.fetch(
-        "SELECT m.*, e.recorded, e.value, e.statement_id, d.reference, d.sha256, d.sent FROM milestone m "
+        "SELECT m.award_id, m.id, m.title, m.measure, m.machine_id, m.comparison, m.threshold, m.days_min, "
+        "m.coverage_min, m.due, m.set_at, m.set_by, e.recorded, e.value, e.statement_id, d.reference, d.sha256, d.sent "
+        "FROM milestone m "
         "LEFT JOIN milestone_evidence e ON e.award_id = m.award_id AND e.milestone_id = m.id "
         "LEFT JOIN LATERAL (SELECT reference, sha256, sent FROM milestone_document "
         "  WHERE award_id = m.award_id AND milestone_id = m.id ORDER BY number DESC LIMIT 1) d ON true "

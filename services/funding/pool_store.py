@@ -9,6 +9,15 @@ from pydantic import TypeAdapter
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
 
+_POOL_PLEDGE_ROWS = (
+    "SELECT id, request_id, content_sha256, call_id, co_investor, amount_pence, supports, evidence, added, added_by FROM "
+    "pool_pledge "
+)
+_POOL_SPREAD_ROWS = (
+    "SELECT id, call_id, state, input, certificate, problems, created, created_by, confirmed, confirmed_by, "
+    "confirmed_reason FROM pool_spread "
+)
+
 _problems = TypeAdapter(tuple[str, ...])
 
 
@@ -69,7 +78,7 @@ async def content_of(connection: Connection, call_id: str, request_id: str) -> b
 
 async def pledges_of(connection: Connection, call_id: str) -> list[PoolPledge]:
     """Oldest first."""
-    rows = await connection.fetch("SELECT * FROM pool_pledge WHERE call_id = $1 ORDER BY added, id", call_id)
+    rows = await connection.fetch(_POOL_PLEDGE_ROWS + "WHERE call_id = $1 ORDER BY added, id", call_id)
     return [
         PoolPledge(
             id=row["id"],
@@ -120,7 +129,7 @@ async def is_spread(connection: Connection, call_id: str) -> bool:
 
 
 async def spread_of(connection: Connection, spread_id: str) -> Spread | None:
-    row = await connection.fetchrow("SELECT * FROM pool_spread WHERE id = $1", spread_id)
+    row = await connection.fetchrow(_POOL_SPREAD_ROWS + "WHERE id = $1", spread_id)
     return None if row is None else _spread(row)
 
 

@@ -11,6 +11,12 @@ from services.common.database import Connection
 from services.funding.paging import Place
 from services.funding.reviewing import DeclinedAs, Moderation, ModerationOutcome, Review, ReviewState
 
+_REVIEW_ROWS = (
+    "SELECT id, application_id, provider_id, partner_id, name, reasons, ranker_version, state, invited, invited_by, "
+    "answered, answered_by, declined_as, answer, percent, in_scope, justification, scored FROM review "
+)
+_MODERATION_ROWS = "SELECT id, application_id, at, credential_id, outcome, reason, scores FROM moderation "
+
 _reasons = TypeAdapter(tuple[str, ...])
 _scores = TypeAdapter(dict[str, str])
 
@@ -35,8 +41,8 @@ async def add_review(connection: Connection, review: Review, *, credential_id: i
     return done == "INSERT 0 1"
 
 
-_REVIEW = "SELECT * FROM review WHERE id = $1"
-_REVIEW_LOCKED = "SELECT * FROM review WHERE id = $1 FOR NO KEY UPDATE"
+_REVIEW = _REVIEW_ROWS + "WHERE id = $1"
+_REVIEW_LOCKED = _REVIEW_ROWS + "WHERE id = $1 FOR NO KEY UPDATE"
 
 
 async def review_of(connection: Connection, review_id: str, *, lock: bool = False) -> Review | None:
@@ -47,7 +53,7 @@ async def review_of(connection: Connection, review_id: str, *, lock: bool = Fals
 async def reviews_of(connection: Connection, application_ids: Sequence[str]) -> dict[str, list[Review]]:
     """By application, in the order of invitation."""
     rows = await connection.fetch(
-        "SELECT * FROM review WHERE application_id = ANY($1::text[]) ORDER BY invited, id", application_ids
+        _REVIEW_ROWS + "WHERE application_id = ANY($1::text[]) ORDER BY invited, id", application_ids
     )
     found: dict[str, list[Review]] = defaultdict(list)
     for row in rows:
@@ -66,7 +72,7 @@ async def reviews_for(
 ) -> list[Review]:
     """Those of a partner's experts, or of one expert; newest first."""
     rows = await connection.fetch(
-        "SELECT * FROM review WHERE (partner_id = $1 OR provider_id = $6) AND ($2::text IS NULL OR state = $2) "
+        _REVIEW_ROWS + "WHERE (partner_id = $1 OR provider_id = $6) AND ($2::text IS NULL OR state = $2) "
         "AND ($3::timestamptz IS NULL OR (invited, id) < ($3, $4)) ORDER BY invited DESC, id DESC LIMIT $5",
         partner_id,
         state,
@@ -146,7 +152,7 @@ async def add_moderation(
 async def moderations_of(connection: Connection, application_ids: Sequence[str]) -> dict[str, list[Moderation]]:
     """By application, oldest first."""
     rows = await connection.fetch(
-        "SELECT * FROM moderation WHERE application_id = ANY($1::text[]) ORDER BY id", application_ids
+        _MODERATION_ROWS + "WHERE application_id = ANY($1::text[]) ORDER BY id", application_ids
     )
     found: dict[str, list[Moderation]] = defaultdict(list)
     for row in rows:

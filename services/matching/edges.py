@@ -1,10 +1,10 @@
 """What this service serves: its routers and gRPC services, in one list for the process and for tests."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fastapi import APIRouter
 
+from services.common.rpc import Registered
 from services.matching import (
     consent_api,
     match_api,
@@ -33,16 +33,6 @@ from smdih.matching.v1 import (
     sessions_pb2_grpc,
 )
 
-SERVICE_NAMES = (
-    "smdih.matching.v1.MatchingService",
-    "smdih.matching.v1.SessionService",
-    "smdih.matching.v1.RoomService",
-    "smdih.matching.v1.RoundService",
-    "smdih.matching.v1.NoticeService",
-    "smdih.matching.v1.MaturityService",
-    "smdih.matching.v1.ReportService",
-)
-
 
 def routers(matching: Matching) -> Sequence[APIRouter]:
     return [
@@ -58,7 +48,7 @@ def routers(matching: Matching) -> Sequence[APIRouter]:
     ]
 
 
-def servicers(matching: Matching) -> Sequence[tuple[Callable[[Any, Any], None], Any]]:
+def servicers(matching: Matching) -> Sequence[Registered]:
     return [
         (matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching)),
         (sessions_pb2_grpc.add_SessionServiceServicer_to_server, SessionServicer(matching)),

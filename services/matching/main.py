@@ -7,18 +7,13 @@ from datetime import timedelta
 
 from pydantic import Field
 
-from services.common import logs, tracing
-from services.common.audit_api import change_log_router
 from services.common.clock import SystemClock, today
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
 from services.common.entrance import open_entrance
-from services.common.http import application
-from services.common.http import serve as serve_http
 from services.common.kafka import Cluster, Publisher
-from services.common.metrics import keep_measuring, name_process
+from services.common.metrics import keep_measuring
 from services.common.outbox import OutboxRelay
-from services.common.rpc import serve as serve_rpc
 from services.common.runtime import Runtime, run
 from services.common.settings import Settings
 from services.matching import edges, upkeep
@@ -70,7 +65,6 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     runtime.on_stop(functools.partial(publisher.__aexit__, None, None, None))
     directory = Directory(cluster, clock=clock, kinds=("firm", "machine", "partner"))
     runtime.background("directory", directory.run())
-    gate, change_log = entrance.gate(directory), entrance.changes(pool)
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)
     runtime.background("outbox", relay.run())
     # Reading the model's weights takes a moment of pure computing.
@@ -91,29 +85,14 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     runtime.ready_when("database", functools.partial(can_write, pool))
     runtime.ready_when("directory", directory.is_caught_up)
     runtime.ready_when("providers", index.is_loaded)
-    await runtime.enter(
-        serve_rpc(
-            host=settings.grpc_host,
-            port=settings.grpc_port,
-            directory=directory,
-            tls=entrance.tls,
-            gate=gate,
-            changes=change_log,
-            internal_port=settings.grpc_internal_port,
-            internal_calls=INTERNAL_CALLS,
-            register=edges.servicers(matching),
-            service_names=edges.SERVICE_NAMES,
-        )
-    )
-    app = application(
+    await entrance.serve(
         "SMDIH matching",
-        runtime=runtime,
         directory=directory,
-        gate=gate,
-        changes=change_log,
-        routers=[*edges.routers(matching), change_log_router(change_log)],
+        pool=pool,
+        servicers=edges.servicers(matching),
+        routers=edges.routers(matching),
+        internal_calls=INTERNAL_CALLS,
     )
-    await runtime.enter(serve_http(app, host=settings.http_host, port=settings.http_port, tls=entrance.tls))
     runtime.background("providers", index.run())
     runtime.background("gauges", keep_measuring(LifeGauges(pool, clock).measure, interval_s=GAUGES_INTERVAL_S))
 
@@ -146,10 +125,7 @@ def main(arguments: list[str]) -> None:
         print(USAGE, file=sys.stderr)  # noqa: T201  a command line
         sys.exit(2)
     settings = MatchingSettings()
-    logs.configure(f"matching-{arguments[0]}", settings.log_level)
-    name_process(f"matching-{arguments[0]}")
-    tracing.start(settings.trace_endpoint, process=f"matching-{arguments[0]}", ratio=settings.trace_ratio)
-    run(functools.partial(ROLES[arguments[0]], settings=settings), drain_s=settings.drain_s)
+    run(f"matching-{arguments[0]}", settings, functools.partial(ROLES[arguments[0]], settings=settings))
 
 
 if __name__ == "__main__":

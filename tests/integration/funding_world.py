@@ -173,7 +173,6 @@ async def running_world(settings: Settings, publisher: Publisher) -> AsyncIterat
                 register=[
                     (matching_pb2_grpc.add_MatchingServiceServicer_to_server, MatchingServicer(matching.matching))
                 ],
-                service_names=[],
             )
         )
         pool = await create_pool(settings.database_dsn, schema="funding", size_max=6)
@@ -201,7 +200,6 @@ async def running_world(settings: Settings, publisher: Publisher) -> AsyncIterat
                 port=0,
                 directory=directory,
                 register=edges.servicers(fund),
-                service_names=edges.SERVICE_NAMES,
             )
         )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{by_grpc}"))

@@ -264,7 +264,6 @@ async def running_hub(
                 port=0,
                 directory=directory,
                 register=edges.servicers(matching),
-                service_names=edges.SERVICE_NAMES,
             )
         )
         client = await stack.enter_async_context(

@@ -53,6 +53,7 @@ ASKERS = {
 # How a bearer becomes a caller is the same for all routes, so these try only some of them.
 SAMPLED = {"wrong key", "wrong token", "nobody's token", "firm by token", "partner by token", "operator by token"}
 SAMPLED_EVERY = 8
+STREAM_PAUSE_S = 0.2
 STREAM_TIMEOUT_S = 5
 STREAM_TRIES = 3
 # Writes what is answered to this file instead of judging it: how the table is made for new routes.
@@ -279,15 +280,22 @@ async def _call(
             return grpc.StatusCode.OK, str(await stub(request, metadata=metadata, timeout=20))
     except grpc.aio.AioRpcError as error:
         return error.code(), error.details() or ""
-    for _ in range(STREAM_TRIES):
+
+    async def asking(after_s: float) -> AsyncIterator[Message]:
+        await asyncio.sleep(after_s)
+        yield request
+
+    for number in range(STREAM_TRIES):
         try:
-            asked = iter([request]) if method.client_streaming else request
+            asked = asking(number * STREAM_PAUSE_S) if method.client_streaming else request
             call = stub(asked, metadata=metadata, timeout=STREAM_TIMEOUT_S)
             first = await call.read()
             call.cancel()
         except grpc.aio.AioRpcError as error:
             code, detail = error.code(), error.details() or ""
-            if "from Core" not in detail:  # else the refusal came while the client still wrote
+            if (
+                "from Core" not in detail
+            ):  # else the refusal came while the client wrote; the next try lets it come first
                 break
         else:
             return grpc.StatusCode.OK, str(first)

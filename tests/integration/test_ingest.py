@@ -173,6 +173,69 @@ async def test_late_and_corrected_frames_are_merged_and_rollups_made_anew(plant:
     assert buckets[0]["max"] == 5.0
 
 
+async def test_history_behind_the_newest_frame_is_merged_in_the_order_of_delivery(plant: Plant) -> None:
+    machine = await plant.new_machine("late-2")
+    start = _now_s() - 5 * 3600
+    rng = np.random.default_rng(3)
+    seconds = np.arange(0, 3 * 3600, 20)
+    expected = np.full((len(seconds), 3), np.nan)
+    batches = [
+        telemetry_pb2.Batch(sequence=1, machine_id=machine["id"], times_us=[_now_s() * 1_000_000], values=[1, 1, 1])
+    ]
+    for sequence in range(2, 62):
+        # Some of its frames have come before, and one comes twice in the same batch: the later one corrects, where it has a value.
+        rows = rng.choice(len(seconds), 20, replace=False)
+        rows[-1] = rows[0]
+        values = rng.normal(20, 5, (20, 3))
+        values[rng.random(values.shape) < 0.3] = np.nan
+        for row, cells in zip(rows, values, strict=True):
+            expected[row] = np.where(np.isnan(cells), expected[row], cells)
+        batch = telemetry_pb2.Batch(sequence=sequence, machine_id=machine["id"])
+        batch.times_us.extend(((start + seconds[rows]) * 1_000_000).tolist())
+        batch.values.extend(values.ravel().tolist())
+        batches.append(batch)
+    # Sent again, after other batches have corrected some of the same frames: nothing changes.
+    batches += batches[1:10]
+    async with grpc.aio.insecure_channel(plant.hub.processes["door"].grpc) as channel:
+        stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
+        for some in (
+            batches[:1],
+            batches[1:],
+            [
+                telemetry_pb2.Batch(
+                    sequence=99, machine_id=machine["id"], times_us=[(_now_s() + 1) * 1_000_000], values=[1, 1, 1]
+                )
+            ],
+        ):
+            await stub.SendBatches(
+                telemetry_pb2.SendBatchesRequest(source="late-2", batches=some),
+                metadata=(("authorization", f"Bearer {plant.device_key}"),),
+            )
+    known = ~np.isnan(expected).all(axis=1)
+
+    async def stored() -> bool:
+        frames = await plant.frames(machine["id"])
+        return len(frames) == int(known.sum()) + 2
+
+    await eventually(stored)
+    frames = (await plant.frames(machine["id"]))[:-2]
+    np.testing.assert_array_equal(np.array([row for _, row in frames], dtype=float), expected[known])
+    for number, signal in enumerate(machine["signals"]):
+        window = {"from_us": start * 1_000_000, "to_us": (start + 3 * 3600) * 1_000_000, "page_size": 10_000}
+        for resolution, width_s in (("minute", 60), ("hour", 3600)):
+            answer = await plant.http.get(
+                f"/v1/signals/{signal['id']}/history", params=window | {"resolution": resolution}
+            )
+            buckets = answer.json()["buckets"]
+            column = expected[:, number]
+            cells = [column[(seconds // width_s == b) & ~np.isnan(column)] for b in np.unique(seconds // width_s)]
+            cells = [found for found in cells if len(found)]
+            assert [b["count"] for b in buckets] == [len(found) for found in cells]
+            np.testing.assert_allclose([b["sum"] for b in buckets], [found.sum() for found in cells])
+            for name, of in (("min", np.min), ("max", np.max), ("last", lambda found: found[-1])):
+                assert [b[name] for b in buckets] == [of(found) for found in cells]
+
+
 async def test_values_whose_sum_no_number_holds_do_not_stop_the_historian(plant: Plant) -> None:
     machine = await plant.new_machine("huge-1", [{"name": "n"}])
     start, huge = _now_s(), 1.7e308

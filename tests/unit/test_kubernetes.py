@@ -20,18 +20,18 @@ from services.common.runtime import STOP_TIMEOUT_S
 from services.common.settings import Settings
 from services.common.tls import HUB_SERVICES
 from services.funding.main import FundingSettings
-from services.ingest.main import MqttSettings
+from services.ingest.settings import MqttSettings
 from services.matching.main import MatchingSettings
 
 BASE = Path("deploy/k8s/base")
 # How each process is wired: the function that is given the settings, and their class.
 ENTRIES: dict[str, tuple[str, str, type[Settings]]] = {
-    "door": ("services.ingest.main", "start_door", Settings),
-    "historian": ("services.ingest.main", "start_historian", Settings),
-    "mqtt-bridge": ("services.ingest.main", "start_mqtt", MqttSettings),
-    "anomaly-worker": ("services.anomaly.worker_process", "process", AnomalySettings),
-    "anomaly": ("services.anomaly.api_process", "process", AnomalySettings),
-    "anomaly-notifier": ("services.anomaly.notifier_process", "process", AnomalySettings),
+    "door": ("services.ingest.door_process", "start", Settings),
+    "historian": ("services.ingest.historian_process", "start", Settings),
+    "mqtt-bridge": ("services.ingest.mqtt_process", "start", MqttSettings),
+    "anomaly-worker": ("services.anomaly.worker_process", "start", AnomalySettings),
+    "anomaly": ("services.anomaly.api_process", "start", AnomalySettings),
+    "anomaly-notifier": ("services.anomaly.notifier_process", "start", AnomalySettings),
     "matching": ("services.matching.main", "start_api", MatchingSettings),
     "funding": ("services.funding.main", "start_api", FundingSettings),
     "migrate": ("services.migrate", "migrate_all", Settings),

@@ -58,7 +58,6 @@ async def serving(served: Tls | None, **settings: Any) -> AsyncIterator[str]:
         port=0,
         directory=nowhere,
         register=[(claim_pb2_grpc.add_ClaimServiceServicer_to_server, Echo())],
-        service_names=["smdih.ingest.v1.ClaimService"],
         open_methods=[METHOD],
         tls=served,
         **settings,

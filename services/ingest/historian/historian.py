@@ -1,7 +1,7 @@
 """The historian: frames from the message log into the database, with their rollups, in one transaction with the position.
 
 Frames newer than everything stored for their machine (one writer a partition knows it) go in by COPY and cannot collide. The
-rest, late, repeated or corrected, are merged value by value, and the closed buckets that they touch are made anew.
+rest, late, repeated or corrected, are merged value by value, many at a time, and the closed buckets that they touch are made anew.
 """
 
 import io
@@ -67,17 +67,21 @@ MEASURE_INTERVAL_S = 5.0
 _KEY_COLUMNS = ("machine_id", "first_position", "ts")
 _BUCKET_COLUMNS = (*_KEY_COLUMNS, "counts", "sums", "mins", "maxs", "lasts")
 
+# Late frames on their way into the table of frames; a connection keeps it, empty between transactions.
+_LATE_TABLE = "CREATE TEMPORARY TABLE IF NOT EXISTS late_frame (LIKE frame) ON COMMIT DELETE ROWS"
 _MERGE = """
-INSERT INTO frame AS f (machine_id, first_position, ts, values) VALUES ($1, $2, $3, $4)
-ON CONFLICT (machine_id, first_position, ts) DO UPDATE
-SET values = CASE WHEN $5 THEN merged(f.values, excluded.values) ELSE merged(excluded.values, f.values) END
+INSERT INTO frame AS f (machine_id, first_position, ts, values) SELECT machine_id, first_position, ts, values FROM late_frame
+ON CONFLICT (machine_id, first_position, ts) DO UPDATE SET values = {merged}
 """
+# What was sent again fills what is missing; everything else corrects what is there.
+_MERGE_REPEATED = _MERGE.format(merged="merged(f.values, excluded.values)")
+_MERGE_CORRECTING = _MERGE.format(merged="merged(excluded.values, f.values)")
 
 _REMAKE = """
 INSERT INTO {table} (machine_id, first_position, ts, counts, sums, mins, maxs, lasts)
 SELECT touched.machine_id, touched.first_position, b.ts, b.counts, b.sums, b.mins, b.maxs, b.lasts
 FROM unnest($1::bigint[], $2::int[], $3::timestamptz[]) AS touched (machine_id, first_position, ts),
-     LATERAL buckets_from_frames(touched.machine_id, touched.first_position, touched.ts, touched.ts + {width}, {width}) AS b
+     LATERAL {source} AS b
 ON CONFLICT (machine_id, first_position, ts) DO UPDATE SET
     counts = excluded.counts, sums = excluded.sums, mins = excluded.mins, maxs = excluded.maxs, lasts = excluded.lasts
 -- Fewer samples than before: retention has removed frames, and the bucket knows more than what is left of them.
@@ -103,11 +107,23 @@ class _Resolution:
     name: str
     table: str
     width_us: int
-    width: str
+    # What a bucket is made anew from: the minute from frames, the hour from its minutes, which are closed and written before it.
+    source: str
 
 
-_MINUTE = _Resolution("minute", "rollup_1m", MINUTE_US, "INTERVAL '1 minute'")
-_HOUR = _Resolution("hour", "rollup_1h", MINUTE_US * MINUTES_AN_HOUR, "INTERVAL '1 hour'")
+_MINUTE = _Resolution(
+    "minute",
+    "rollup_1m",
+    MINUTE_US,
+    "buckets_from_frames(touched.machine_id, touched.first_position, touched.ts, touched.ts + INTERVAL '1 minute', "
+    "INTERVAL '1 minute')",
+)
+_HOUR = _Resolution(
+    "hour",
+    "rollup_1h",
+    MINUTE_US * MINUTES_AN_HOUR,
+    "hours_from_minutes(touched.machine_id, touched.first_position, touched.ts, touched.ts + INTERVAL '1 hour')",
+)
 
 
 class _Lane:
@@ -300,8 +316,10 @@ class Historian:
         parts = []
         for partition, batch in read:
             key = (partition, batch.firm_id, batch.source)
-            is_repeat = 0 < batch.sequence <= before.get(key, 0)
+            is_repeat = False
             if batch.sequence:
+                # Of this poll's own batches those behind their head: a batch of several channel groups is not behind itself.
+                is_repeat = batch.sequence <= before[key] or batch.sequence < self._heads[key]
                 self._heads[key] = max(self._heads[key], batch.sequence)
             parts.append(_Part(batch, is_repeat))
         moved = [(*key, str(self._heads[key])) for key, was in before.items() if self._heads[key] > was]
@@ -366,17 +384,22 @@ class Historian:
     async def _merge(
         self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats, repeats: Bools
     ) -> None:
-        rows = [
-            (
-                int(lane.machine_ids[slot]),
-                int(lane.first_positions[slot]),
-                from_us(int(at)),
-                _nullable(cells),
-                bool(repeat),
-            )
-            for slot, at, cells, repeat in zip(slots, times, values, repeats, strict=True)
-        ]
-        await connection.executemany(_MERGE, rows)
+        await connection.execute(_LATE_TABLE)
+        # A statement takes each frame once, so what was delivered several times goes in in turns.
+        row = np.arange(len(slots))
+        is_first = np.concatenate([[True], (np.diff(slots) != 0) | (np.diff(times) != 0)])
+        turns = row - np.maximum.accumulate(np.where(is_first, row, 0))
+        for turn in range(int(turns.max()) + 1):
+            for merge, chosen in ((_MERGE_CORRECTING, ~repeats), (_MERGE_REPEATED, repeats)):
+                some = np.flatnonzero((turns == turn) & chosen)
+                if not len(some):
+                    continue
+                rows = keyed_rows(
+                    lane.machine_ids[slots[some]], lane.first_positions[slots[some]], times[some], [values[some]]
+                )
+                await _copy(connection, "late_frame", (*_KEY_COLUMNS, "values"), rows)
+                await connection.execute(merge)
+                await connection.execute("DELETE FROM late_frame")
         samples_total.labels("merged").inc(int(np.count_nonzero(~np.isnan(values))))
         for resolution, opened in ((_MINUTE, lane.minutes), (_HOUR, lane.hours)):
             touched = np.unique(np.stack([slots, times // resolution.width_us]), axis=1)
@@ -420,7 +443,7 @@ async def _remake(connection: Connection, lane: _Lane, resolution: _Resolution, 
     if not len(slots):
         return
     await connection.execute(
-        _REMAKE.format(table=resolution.table, width=resolution.width),
+        _REMAKE.format(table=resolution.table, source=resolution.source),
         lane.machine_ids[slots].tolist(),
         lane.first_positions[slots].tolist(),
         [from_us(int(bucket) * resolution.width_us) for bucket in buckets],
@@ -461,7 +484,3 @@ def _rows(
         values[row : row + count, : part.batch.width] = narrow
         row += count
     return slots, times, values, repeats
-
-
-def _nullable(cells: Floats) -> list[float | None]:
-    return [None if value != value else value for value in cells.tolist()]

@@ -19,6 +19,10 @@ from services.ingest.registry.credential_store import ROLE_NUMBERS
 from services.ingest.registry.store import FIRMS, firm_of, machines_by_id
 from smdih.directory.v1 import directory_pb2 as pb
 
+_CREDENTIAL_ROWS = (
+    "SELECT id, prefix, sha256, role, firm_id, partner_id, label, valid_from, valid_to, revoked, created, replaces FROM "
+    "credential "
+)
 MACHINES_PAGE = 2_000
 # Ids of these come from sequences; a table is named like its kind.
 KINDS = ("firm", "partner", "site", "machine", "credential")
@@ -118,7 +122,7 @@ async def _stored(connection: Connection) -> dict[str, pb.DirectoryEntry]:
     ]
     entries += [
         ("credential", row["id"], pb.DirectoryEntry(credential=_credential(row)))
-        for row in await connection.fetch("SELECT * FROM credential WHERE revoked IS NULL ORDER BY id")
+        for row in await connection.fetch(_CREDENTIAL_ROWS + "WHERE revoked IS NULL ORDER BY id")
     ]
     ids = [row["id"] for row in await connection.fetch("SELECT id FROM machine ORDER BY id")]
     for start in range(0, len(ids), MACHINES_PAGE):

@@ -9,6 +9,11 @@ from services.matching.consents import Consent, Severity, SharedItem
 
 Row = asyncpg.Record
 
+_CONSENT_ROWS = (
+    "SELECT id, firm_id, shared, machine_ids, severity_min, valid_from, valid_until, note, given, given_by, ended, "
+    "ended_by, replaced, request_id, request_sha256, correlation_id FROM consent "
+)
+
 
 async def lock_firm_consents(connection: Connection, firm_id: int) -> None:
     """Changes of one firm's consent come one after the other."""
@@ -19,7 +24,7 @@ async def lock_firm_consents(connection: Connection, firm_id: int) -> None:
 
 async def current_consent(connection: Connection, firm_id: int, *, hold: bool = False) -> Consent | None:
     """`hold`: it cannot be ended before this transaction is."""
-    query = "SELECT * FROM consent WHERE firm_id = $1 AND ended IS NULL"
+    query = _CONSENT_ROWS + "WHERE firm_id = $1 AND ended IS NULL"
     row = await connection.fetchrow(query + " FOR SHARE" if hold else query, firm_id)
     return None if row is None else _consent(row)
 
@@ -27,7 +32,7 @@ async def current_consent(connection: Connection, firm_id: int, *, hold: bool = 
 async def ended_consents(connection: Connection, firm_id: int, *, limit: int) -> list[Consent]:
     """Newest first."""
     rows = await connection.fetch(
-        "SELECT * FROM consent WHERE firm_id = $1 AND ended IS NOT NULL ORDER BY ended DESC, id LIMIT $2",
+        _CONSENT_ROWS + "WHERE firm_id = $1 AND ended IS NOT NULL ORDER BY ended DESC, id LIMIT $2",
         firm_id,
         limit,
     )
@@ -73,7 +78,7 @@ async def add_consent(
 
 async def consent_by_request(connection: Connection, firm_id: int, request_id: str) -> tuple[Consent, bytes] | None:
     """The consent that was given with this request, and the digest of the request's content."""
-    row = await connection.fetchrow("SELECT * FROM consent WHERE firm_id = $1 AND request_id = $2", firm_id, request_id)
+    row = await connection.fetchrow(_CONSENT_ROWS + "WHERE firm_id = $1 AND request_id = $2", firm_id, request_id)
     return None if row is None else (_consent(row), row["request_sha256"])
 
 

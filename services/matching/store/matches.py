@@ -119,7 +119,9 @@ async def providers_of_firms(connection: Connection, firm_ids: Sequence[int]) ->
 
 
 _MATCHES = (
-    "SELECT m.*, f.points AS firm_points, f.comment AS firm_comment, f.scored AS firm_scored, "
+    "SELECT m.id, m.need_id, m.offer_id, m.firm_id, m.provider_id, m.partner_id, m.quarter, m.accepted, m.accepted_by, "
+    "m.correlation_id, m.state, m.engage_by, m.engaged, m.finished, m.result, m.result_note, m.scores_until, m.ended, "
+    "m.ended_by, m.end_reason, f.points AS firm_points, f.comment AS firm_comment, f.scored AS firm_scored, "
     "p.points AS partner_points, p.comment AS partner_comment, p.scored AS partner_scored FROM match m "
     "LEFT JOIN match_score f ON f.match_id = m.id AND f.side = 'firm' "
     "LEFT JOIN match_score p ON p.match_id = m.id AND p.side = 'partner'"

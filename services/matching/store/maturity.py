@@ -9,6 +9,11 @@ from services.matching.maturity import Assessment, Scoring, Topic
 
 Row = asyncpg.Record
 
+_MATURITY_ASSESSMENT_ROWS = (
+    "SELECT id, firm_id, version, answers, share, level, topics, need_draft, taken, taken_by, need_id, request_id, "
+    "request_sha256, correlation_id FROM maturity_assessment "
+)
+
 
 async def add_assessment(
     connection: Connection,
@@ -40,7 +45,7 @@ async def add_assessment(
 
 async def assessment(connection: Connection, assessment_id: str, *, hold: bool = False) -> Assessment | None:
     """`hold`: nobody else opens a need from it until the transaction ends."""
-    query = "SELECT * FROM maturity_assessment WHERE id = $1"
+    query = _MATURITY_ASSESSMENT_ROWS + "WHERE id = $1"
     row = await connection.fetchrow(query + " FOR NO KEY UPDATE" if hold else query, assessment_id)
     return None if row is None else _assessment(row)
 
@@ -49,7 +54,7 @@ async def assessment_by_request(
     connection: Connection, firm_id: int, request_id: str
 ) -> tuple[Assessment, bytes] | None:
     row = await connection.fetchrow(
-        "SELECT * FROM maturity_assessment WHERE firm_id = $1 AND request_id = $2", firm_id, request_id
+        _MATURITY_ASSESSMENT_ROWS + "WHERE firm_id = $1 AND request_id = $2", firm_id, request_id
     )
     return None if row is None else (_assessment(row), row["request_sha256"])
 
@@ -57,7 +62,7 @@ async def assessment_by_request(
 async def assessments_of_firm(connection: Connection, firm_id: int, *, limit: int) -> list[Assessment]:
     """Newest first."""
     rows = await connection.fetch(
-        "SELECT * FROM maturity_assessment WHERE firm_id = $1 ORDER BY taken DESC, id DESC LIMIT $2", firm_id, limit
+        _MATURITY_ASSESSMENT_ROWS + "WHERE firm_id = $1 ORDER BY taken DESC, id DESC LIMIT $2", firm_id, limit
     )
     return [_assessment(row) for row in rows]
 

@@ -213,7 +213,9 @@ async def attach_alarm(connection: Connection, need_id: str, alarm_id: str, *, r
 
 
 NEEDS = (
-    "SELECT n.*, m.id AS match_id, "
+    "SELECT n.id, n.firm_id, n.source, n.state, n.text, n.urgency, n.sic, n.region, n.size, n.machine_id, n.consent_id, "
+    "n.offers, n.no_offer_reason, n.opened, n.opened_by, n.ended, n.request_id, n.request_sha256, n.correlation_id, "
+    "n.attempt, n.waits, n.shown, n.esco_skills, m.id AS match_id, "
     "ARRAY(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number) AS alarm_ids "
     "FROM need n LEFT JOIN match m ON m.need_id = n.id AND m.state NOT IN ('cancelled', 'expired')"
 )

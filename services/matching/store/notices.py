@@ -10,6 +10,10 @@ from services.matching.notices import Notice, NoticeKind
 
 Row = asyncpg.Record
 
+_NOTICE_ROWS = (
+    "SELECT id, firm_id, partner_id, kind, subject_id, text, act_by, made, read, read_by, correlation_id FROM notice "
+)
+
 
 async def add_notices(connection: Connection, notices: Sequence[Notice]) -> None:
     """What was told already is not told again."""
@@ -46,7 +50,7 @@ async def list_notices(
     """Newest first, of the one side whose id is given."""
     made, notice_id = before or (None, "")
     rows = await connection.fetch(
-        "SELECT * FROM notice WHERE firm_id = $1 AND partner_id = $2 AND (NOT $3 OR read IS NULL) "
+        _NOTICE_ROWS + "WHERE firm_id = $1 AND partner_id = $2 AND (NOT $3 OR read IS NULL) "
         "AND ($4::timestamptz IS NULL OR (made, id) < ($4, $5)) ORDER BY made DESC, id DESC LIMIT $6",
         firm_id,
         partner_id,
@@ -64,7 +68,8 @@ async def mark_read(
     """None where that side has no such notice. The first time it was read stays."""
     row = await connection.fetchrow(
         "UPDATE notice SET read = coalesce(read, $4), read_by = coalesce(read_by, $5) "
-        "WHERE id = $1 AND firm_id = $2 AND partner_id = $3 RETURNING *",
+        "WHERE id = $1 AND firm_id = $2 AND partner_id = $3 RETURNING id, firm_id, partner_id, kind, subject_id, text, "
+        "act_by, made, read, read_by, correlation_id",
         notice_id,
         firm_id,
         partner_id,

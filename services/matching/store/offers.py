@@ -140,7 +140,10 @@ async def providers_refused(connection: Connection, need_id: str) -> set[str]:
 
 
 _OFFERS = (
-    "SELECT o.*, n.text AS need_text, n.machine_id, n.correlation_id, m.id AS match_id, "
+    "SELECT o.id, o.need_id, o.firm_id, o.provider_id, o.partner_id, o.provider_title, o.provider_kind, o.rank, o.score, "
+    "o.parts, o.reasons, o.ranker_version, o.state, o.made, o.expires, o.decided, o.decided_by, o.decision_reason, "
+    "o.attempt, o.origin, o.round_id, o.holds_place, o.message, n.text AS need_text, n.machine_id, n.correlation_id, m.id "
+    "AS match_id, "
     "(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number LIMIT 1) AS alarm_id "
     "FROM offer o JOIN need n ON n.id = o.need_id LEFT JOIN match m ON m.offer_id = o.id"
 )

@@ -29,7 +29,7 @@ async def next_provider_change(connection: Connection, providers: int = 1) -> in
 
 
 async def lock_provider(connection: Connection, provider_id: str) -> ProviderRecord | None:
-    row = await connection.fetchrow("SELECT *, 0 AS taken FROM provider WHERE id = $1 FOR NO KEY UPDATE", provider_id)
+    row = await connection.fetchrow(_OUTSIDE_A_QUARTER + "WHERE id = $1 FOR NO KEY UPDATE", provider_id)
     return None if row is None else _provider(row)
 
 
@@ -136,7 +136,7 @@ async def live_providers(connection: Connection, *, quarter: date, today: date) 
 
 async def providers_by_id(connection: Connection, provider_ids: Sequence[str]) -> dict[str, ProviderRecord]:
     """Withdrawn ones too; places taken are not looked up."""
-    rows = await connection.fetch("SELECT *, 0 AS taken FROM provider WHERE id = ANY($1::text[])", list(provider_ids))
+    rows = await connection.fetch(_OUTSIDE_A_QUARTER + "WHERE id = ANY($1::text[])", list(provider_ids))
     return {row["id"]: _provider(row) for row in rows}
 
 
@@ -152,7 +152,11 @@ async def changed_providers(
 ) -> list[ChangedProvider]:
     """Those whose last change has a number above `after`, in order of change; `taken` is that of the quarter."""
     rows = await connection.fetch(
-        "SELECT p.*, coalesce(q.taken, 0) AS taken, CASE WHEN p.vector_model = $2 THEN p.vector END AS usable_vector "
+        "SELECT p.id, p.kind, p.partner_id, p.title, p.text, p.region, p.region_bound, p.regions_served, p.sic_divisions, "
+        "p.sic_excluded, p.sizes_served, p.skills, p.capacity_per_quarter, p.lead_days, p.conflict_firm_ids, "
+        "p.expires_on, p.active, p.change, p.changed, p.assesses, p.conflict_organisations, "
+        "p.outcome_firms, p.outcome_points, p.esco_skills, p.evidence, p.review_on, p.offered_until, coalesce(q.taken, 0) "
+        "AS taken, CASE WHEN p.vector_model = $2 THEN p.vector END AS usable_vector "
         "FROM provider p LEFT JOIN provider_quarter q ON q.provider_id = p.id AND q.quarter = $4 "
         "WHERE p.change > $1 ORDER BY p.change LIMIT $3",
         after,
@@ -204,8 +208,18 @@ async def set_outcomes(connection: Connection, provider_id: str, *, change: int)
         )
 
 
+_OUTSIDE_A_QUARTER = (
+    "SELECT id, kind, partner_id, title, text, region, region_bound, regions_served, sic_divisions, sic_excluded, "
+    "sizes_served, skills, capacity_per_quarter, lead_days, conflict_firm_ids, expires_on, active, change, changed, "
+    "assesses, conflict_organisations, outcome_firms, outcome_points, esco_skills, evidence, review_on, offered_until, "
+    "0 AS taken FROM provider "
+)
 _PROVIDERS = (
-    "SELECT p.*, coalesce(q.taken, 0) AS taken FROM provider p "
+    "SELECT p.id, p.kind, p.partner_id, p.title, p.text, p.region, p.region_bound, p.regions_served, p.sic_divisions, "
+    "p.sic_excluded, p.sizes_served, p.skills, p.capacity_per_quarter, p.lead_days, p.conflict_firm_ids, p.expires_on, "
+    "p.active, p.change, p.changed, p.assesses, p.conflict_organisations, p.outcome_firms, "
+    "p.outcome_points, p.esco_skills, p.evidence, p.review_on, p.offered_until, "
+    "coalesce(q.taken, 0) AS taken FROM provider p "
     "LEFT JOIN provider_quarter q ON q.provider_id = p.id AND q.quarter = $1"
 )
 

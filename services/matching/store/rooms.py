@@ -9,6 +9,11 @@ from services.matching.rooms import Room, RoomState
 
 Row = asyncpg.Record
 
+_ROOM_ROWS = (
+    "SELECT id, match_id, firm_id, partner_id, provider_id, machine_ids, signal_ids, purpose, data_from, data_until, opens, "
+    "closes, state, opened_by, ended, ended_by, end_reason, request_id, request_sha256, correlation_id FROM room "
+)
+
 
 async def add_room(connection: Connection, room: Room, *, request_id: str, request_sha256: bytes) -> None:
     await connection.execute(
@@ -37,20 +42,20 @@ async def add_room(connection: Connection, room: Room, *, request_id: str, reque
 
 async def room(connection: Connection, room_id: str, *, hold: bool = False) -> Room | None:
     """`hold`: nobody else changes it until the transaction ends."""
-    query = "SELECT * FROM room WHERE id = $1"
+    query = _ROOM_ROWS + "WHERE id = $1"
     row = await connection.fetchrow(query + " FOR NO KEY UPDATE" if hold else query, room_id)
     return None if row is None else _room(row)
 
 
 async def room_by_request(connection: Connection, firm_id: int, request_id: str) -> tuple[Room, bytes] | None:
-    row = await connection.fetchrow("SELECT * FROM room WHERE firm_id = $1 AND request_id = $2", firm_id, request_id)
+    row = await connection.fetchrow(_ROOM_ROWS + "WHERE firm_id = $1 AND request_id = $2", firm_id, request_id)
     return None if row is None else (_room(row), row["request_sha256"])
 
 
 async def open_rooms_of_match(connection: Connection, match_id: str) -> list[Room]:
     """Held, in order of id."""
     rows = await connection.fetch(
-        "SELECT * FROM room WHERE match_id = $1 AND state = 'open' ORDER BY id FOR NO KEY UPDATE", match_id
+        _ROOM_ROWS + "WHERE match_id = $1 AND state = 'open' ORDER BY id FOR NO KEY UPDATE", match_id
     )
     return [_room(row) for row in rows]
 
@@ -67,7 +72,7 @@ async def list_rooms(
     """Newest first. 0: of all firms, of all partners."""
     opens, room_id = before or (None, "")
     rows = await connection.fetch(
-        "SELECT * FROM room WHERE ($1::bigint = 0 OR firm_id = $1) AND ($2::bigint = 0 OR partner_id = $2) "
+        _ROOM_ROWS + "WHERE ($1::bigint = 0 OR firm_id = $1) AND ($2::bigint = 0 OR partner_id = $2) "
         "AND ($3::text IS NULL OR state = $3) AND ($4::timestamptz IS NULL OR (opens, id) < ($4, $5)) "
         "ORDER BY opens DESC, id DESC LIMIT $6",
         firm_id,
@@ -81,7 +86,7 @@ async def list_rooms(
 
 
 async def all_rooms(connection: Connection) -> list[Room]:
-    return [_room(row) for row in await connection.fetch("SELECT * FROM room ORDER BY opens, id")]
+    return [_room(row) for row in await connection.fetch(_ROOM_ROWS + "ORDER BY opens, id")]
 
 
 async def end_room(connection: Connection, room: Room, *, by: int | None) -> None:

@@ -13,6 +13,11 @@ from services.matching.store.needs import NEEDS, need_of_row
 
 Row = asyncpg.Record
 
+_ROUND_ROWS = (
+    "SELECT id, state, started, started_by, ended, offers, from_safety_net, unplaced, blocking_pairs, ranker_version, "
+    "correlation_id FROM round "
+)
+
 
 async def begin_round(
     connection: Connection, round_id: str, *, started: datetime, by: int | None, correlation_id: str
@@ -30,13 +35,13 @@ async def begin_round(
 
 
 async def round_by_id(connection: Connection, round_id: str) -> Round | None:
-    row = await connection.fetchrow("SELECT * FROM round WHERE id = $1", round_id)
+    row = await connection.fetchrow(_ROUND_ROWS + "WHERE id = $1", round_id)
     return None if row is None else _round(row)
 
 
 async def list_rounds(connection: Connection, *, limit: int) -> list[Round]:
     """Newest first."""
-    rows = await connection.fetch("SELECT * FROM round ORDER BY started DESC, id DESC LIMIT $1", limit)
+    rows = await connection.fetch(_ROUND_ROWS + "ORDER BY started DESC, id DESC LIMIT $1", limit)
     return [_round(row) for row in rows]
 
 
@@ -47,7 +52,7 @@ async def lock_rounds(connection: Connection) -> bool:
 
 
 async def next_running_round(connection: Connection) -> Round | None:
-    row = await connection.fetchrow("SELECT * FROM round WHERE state = 'running' ORDER BY started, id LIMIT 1")
+    row = await connection.fetchrow(_ROUND_ROWS + "WHERE state = 'running' ORDER BY started, id LIMIT 1")
     return None if row is None else _round(row)
 
 

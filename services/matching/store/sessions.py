@@ -197,11 +197,15 @@ async def over_booked(connection: Connection) -> list[str]:
 
 
 _SESSIONS = (
-    "SELECT s.*, p.partner_id, (SELECT count(*) FROM booking b WHERE b.session_id = s.id AND b.state = 'waiting') AS waiting "
+    "SELECT s.id, s.provider_id, s.title, s.place, s.starts, s.ends, s.seats, s.taken, s.confirm_within, s.state, "
+    "s.cancel_reason, s.sequence, s.changed, p.partner_id, (SELECT count(*) FROM booking b WHERE b.session_id = s.id AND "
+    "b.state = 'waiting') AS waiting "
     "FROM session s JOIN provider p ON p.id = s.provider_id"
 )
 _BOOKINGS = (
-    "SELECT b.*, CASE WHEN b.state = 'waiting' THEN (SELECT count(*) FROM booking w WHERE w.session_id = b.session_id "
+    "SELECT b.id, b.session_id, b.firm_id, b.partner_id, b.match_id, b.state, b.number, b.confirm_by, b.end_reason, "
+    "b.sequence, b.booked, b.booked_by, b.changed, b.request_id, b.correlation_id, CASE WHEN b.state = 'waiting' THEN "
+    "(SELECT count(*) FROM booking w WHERE w.session_id = b.session_id "
     "AND w.state = 'waiting' AND w.number <= b.number) ELSE 0 END AS in_line FROM booking b"
 )
 
