@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from services.anomaly import kernel
 from services.anomaly.detector import Config, Detector, Scores, StateError
 from services.anomaly.explain import Signal, explain
+from services.anomaly.kernel import layout
 
 SECOND = 1_000_000
 Floats = NDArray[np.float64]
@@ -118,10 +118,10 @@ def test_a_state_of_version_1_goes_on_with_its_ranges_and_its_alarm() -> None:
     detector, slot = machine(1)
     run(detector, slot, values[:710])
     now = detector.dump(slot)
-    series = 16 + 8 * kernel.MACHINE_FIELDS
-    kept = now[series : series + 8 * kernel.CHANGE_BASE]
-    rest = now[series + 8 * kernel.SERIES_FIELDS :]
-    profiles = np.full(163 - kernel.CHANGE_BASE, 7.0).tobytes()
+    series = 16 + 8 * layout.MACHINE_FIELDS
+    kept = now[series : series + 8 * layout.CHANGE_BASE]
+    rest = now[series + 8 * layout.SERIES_FIELDS :]
+    profiles = np.full(163 - layout.CHANGE_BASE, 7.0).tobytes()
     header = now[:4] + (1).to_bytes(2, "little") + now[6:8] + (163).to_bytes(4, "little") + now[12:16]
     other, again = machine(1)
     other.load(again, header + now[16:series] + kept + profiles + rest)
@@ -206,9 +206,9 @@ def test_in_noise_hardly_a_period_is_found() -> None:
     """Chance has a standard deviation of 1/8 among 64 slots; the autocorrelation asked is four times that."""
     detector, slot = machine(200)
     run(detector, slot, calm(2000, 200))
-    state = np.frombuffer(detector.dump(slot), dtype=np.float64, offset=16 + 8 * kernel.MACHINE_FIELDS)
-    series = state[: 200 * kernel.SERIES_FIELDS].reshape(200, -1)
-    assert np.mean(series[:, kernel.RING_BASE + kernel.RING_PERIOD_US] > 0.0) < 0.1
+    state = np.frombuffer(detector.dump(slot), dtype=np.float64, offset=16 + 8 * layout.MACHINE_FIELDS)
+    series = state[: 200 * layout.SERIES_FIELDS].reshape(200, -1)
+    assert np.mean(series[:, layout.RING_BASE + layout.RING_PERIOD_US] > 0.0) < 0.1
 
 
 def test_a_stuck_sensor_is_raised_though_its_value_is_usual() -> None:
