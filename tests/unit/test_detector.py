@@ -202,13 +202,30 @@ def test_work_in_a_pause_is_unusual_once_the_cycle_was_found(period: int, second
     assert any(frame < pause + 0.3 * period and text.endswith(when) for frame, _, text in told), told
 
 
+def test_a_cycle_outlasts_a_standstill_and_a_gap() -> None:
+    cycles, idle = 5400, 7200
+    values = 10.0 + 0.3 * np.random.default_rng(4).normal(size=cycles + idle)
+    values[:cycles] += 8.0 * (np.arange(cycles) % 90 < 54)
+    detector, slot = machine(1)
+    run(detector, slot, values[:, None])
+    assert period_s(detector, slot)[0] == pytest.approx(90, abs=1)
+    run(detector, slot, values[:90, None], start=3 * 86_400)
+    assert period_s(detector, slot)[0] == pytest.approx(90, abs=1)
+
+
+def period_s(detector: Detector, slot: int) -> Floats:
+    """The found period of each signal, 0 where there is none."""
+    state = np.frombuffer(detector.dump(slot), dtype=np.float64, offset=16 + 8 * layout.MACHINE_FIELDS)
+    series = state[: detector.width(slot) * layout.SERIES_FIELDS].reshape(-1, layout.SERIES_FIELDS)
+    periods: Floats = series[:, layout.RING_BASE + layout.RING_PERIOD_US] / SECOND
+    return periods
+
+
 def test_in_noise_hardly_a_period_is_found() -> None:
     """Chance has a standard deviation of 1/8 among 64 slots; the autocorrelation asked is four times that."""
     detector, slot = machine(200)
     run(detector, slot, calm(2000, 200))
-    state = np.frombuffer(detector.dump(slot), dtype=np.float64, offset=16 + 8 * layout.MACHINE_FIELDS)
-    series = state[: 200 * layout.SERIES_FIELDS].reshape(200, -1)
-    assert np.mean(series[:, layout.RING_BASE + layout.RING_PERIOD_US] > 0.0) < 0.1
+    assert np.mean(period_s(detector, slot) > 0.0) < 0.1
 
 
 def test_a_stuck_sensor_is_raised_though_its_value_is_usual() -> None:
