@@ -57,7 +57,7 @@ async def own_servers() -> AsyncIterator[tuple[Servers, str]]:
     name = f"smdih_demo_{secrets.token_hex(4)}"
     named = named_in_environment()
     if named is None:
-        local = LocalServers("demo")
+        local = LocalServers("demo", outlives_power=False)
         await local.remove()
         try:
             yield await local.start(), ""

@@ -41,7 +41,7 @@ def fuzz_parsers(wanted: Sequence[str], *, seconds: float, seed: int) -> bool:
 
 
 async def fuzz_doors(wanted: Sequence[str], *, seconds: float, seed: int, folder: Path) -> bool:
-    local = LocalServers(f"fuzz-{os.getpid()}")
+    local = LocalServers(f"fuzz-{os.getpid()}", outlives_power=False)
     well = True
     try:
         async with doors.opened(await local.start(), folder) as opened:

@@ -4,11 +4,10 @@ import math
 
 from pydantic import BaseModel
 
-from services.anomaly.domain import Alarm, Severity
-from services.anomaly.messages import STATES, alarm_message
+from services.anomaly.domain import Alarm, Severity, State
+from services.anomaly.messages import alarm_message
+from services.common.messages import word_of
 from smdih.anomaly.v1 import events_pb2 as events_pb
-
-_STATE_NAMES = {number: state.value for state, number in STATES.items()}
 
 
 class ShareOut(BaseModel):
@@ -86,7 +85,7 @@ def published_out(alarm: events_pb.Alarm) -> AlarmOut:
         suppressed_by_design=alarm.suppressed_by_design,
         out_of_service=alarm.out_of_service,
         assignee=alarm.assignee,
-        state=_STATE_NAMES.get(alarm.state, ""),  # an event of the release before has none
+        state=word_of(State, events_pb.AlarmState, alarm.state) or "",  # an event of the release before has none
         rule_id=alarm.rule_id,
         rule_version=alarm.rule_version,
     )

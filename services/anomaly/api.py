@@ -12,18 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from services.anomaly.alarm_out import AlarmOut, alarm_out, published_out
 from services.anomaly.domain import Change, HistoryEntry, MaintenanceWindow, Source, Suppression
 from services.anomaly.measures import HOURS_MAX, Measures, MeasureService
-from services.anomaly.messages import CHANGES
 from services.anomaly.service import BULK_MAX, PAGE_SIZE_MAX, AlarmFeed, AlarmService, BulkOutcome, Heard
 from services.anomaly.store import AlarmFilter, Suppressed
 from services.anomaly.suppression import SuppressionService
 from services.common.errors import HubError
 from services.common.http import Authenticated
+from services.common.messages import word_of
 from smdih.anomaly.v1 import events_pb2 as events_pb
 
 # A comment line now and then tells proxies, and us, that the other side is still there.
 WATCH_KEEPALIVE_S = 15
-
-_CHANGE_NAMES = {number: change.value for change, number in CHANGES.items()}
 
 
 class AlarmPage(BaseModel):
@@ -399,7 +397,7 @@ def _window(window: MaintenanceWindow) -> WindowOut:
 def _event(event: events_pb.AlarmEvent) -> AlarmEventOut:
     return AlarmEventOut(
         event_id=event.event_id,
-        change=_CHANGE_NAMES.get(event.change, ""),  # a later release may publish more
+        change=word_of(Change, events_pb.AlarmChange, event.change) or "",  # a later release may publish more
         changed_us=event.changed_us,
         alarm=published_out(event.alarm),
     )

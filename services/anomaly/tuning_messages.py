@@ -8,18 +8,10 @@ from services.anomaly.tuning_store import StoredRule, Threshold, TuningEntry
 from services.anomaly.tunings import THRESHOLD_OFFSET_MAX, THRESHOLD_OFFSET_MIN, RuleKind
 from services.common.directory import Directory
 from services.common.errors import Invalid
+from services.common.messages import message_of, number_of, word_of
 from smdih.anomaly.v1 import anomaly_pb2 as pb
 from smdih.anomaly.v1 import events_pb2 as events_pb
 from smdih.anomaly.v1 import rules_pb2
-
-RULE_KINDS = {
-    RuleKind.ABOVE: rules_pb2.RULE_KIND_ABOVE,
-    RuleKind.BELOW: rules_pb2.RULE_KIND_BELOW,
-    RuleKind.RISE: rules_pb2.RULE_KIND_RISE,
-    RuleKind.FALL: rules_pb2.RULE_KIND_FALL,
-    RuleKind.NO_DATA: rules_pb2.RULE_KIND_NO_DATA,
-}
-_KINDS = {number: kind for kind, number in RULE_KINDS.items()}
 
 
 def signal_id_at(directory: Directory, machine_id: int, position: int) -> int:
@@ -60,15 +52,7 @@ def useful_of(number: int) -> bool | None:
 
 
 def entry_message(entry: TuningEntry) -> pb.TuningEntry:
-    return pb.TuningEntry(
-        cause=entry.cause,
-        threshold_offset=entry.threshold_offset,
-        alarm_id=entry.alarm_id,
-        reason=entry.reason,
-        made_us=entry.made_us,
-        actor=entry.actor,
-        credential_id=entry.credential_id,
-    )
+    return message_of(pb.TuningEntry, entry)
 
 
 def evidence_message(found: Evidence) -> pb.ExplainAlarmResponse:
@@ -98,7 +82,7 @@ def _track(track: Track) -> pb.SignalTrack:
 
 def wanted_rule(text: rules_pb2.RuleText) -> Wanted:
     """Raises Invalid."""
-    kind = _KINDS.get(text.kind)
+    kind = word_of(RuleKind, rules_pb2.RuleKind, text.kind)
     if kind is None:
         raise Invalid("kind is not one of its values.")
     if text.severity not in (severity.value for severity in Severity):
@@ -125,7 +109,7 @@ def rule_message(directory: Directory, stored: StoredRule) -> rules_pb2.Rule:
         text=rules_pb2.RuleText(
             machine_id=rule.machine_id,
             signal_id=signal_id_at(directory, rule.machine_id, rule.position),
-            kind=RULE_KINDS[rule.kind],
+            kind=number_of(rules_pb2.RuleKind, rule.kind),
             name=rule.name,
             severity=events_pb.Severity.ValueType(rule.severity),
             limit=rule.limit,

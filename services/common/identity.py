@@ -64,6 +64,12 @@ class Caller:
         if self.role is not Role.OPERATOR and (not self.firm_id or self.firm_id != firm_id):
             raise NotFound()
 
+    def has_part_in(self, *, firm_id: int, provider_id: str, partner_id: int) -> bool:
+        """Whether the caller may see what a firm and a provider have with each other: either of them, or an operator."""
+        if self.role is Role.FIRM:
+            return self.firm_id == firm_id
+        return self.role is Role.OPERATOR or self.acts_for(provider_id=provider_id, partner_id=partner_id)
+
     def acts_for(self, *, provider_id: str, partner_id: int) -> bool:
         """Whether the caller is this provider, or the partner that it belongs to."""
         if self.role is Role.PARTNER:

@@ -10,6 +10,7 @@ from services.common.database import Connection, Pool, transaction
 from services.common.errors import Conflict, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated
+from services.common.messages import message_of
 from services.funding import agreement_store as store
 from services.funding import award_store, ledger
 from services.funding.agreement import (
@@ -96,18 +97,7 @@ class AgreementChanges:
         event = events_pb2.AwardEvent(
             event_id=f"{award.id}:{cause}",
             changed_us=self._clock.now_us(),
-            award=events_pb2.Award(
-                id=award.id,
-                application_id=award.application_id,
-                call_id=award.call_id,
-                firm_id=award.firm_id,
-                match_id=award.match_id,
-                grant_pence=award.grant_pence,
-                co_investment_pence=award.co_investment_pence,
-                awarded_us=award.awarded_us,
-                parameters_version=award.parameters_version,
-                correlation_id=award.correlation_id,
-            ),
+            award=message_of(events_pb2.Award, award),
             change=change,
             paid_pence=agreement.paid_pence,
             held_pence=agreement.held_pence,

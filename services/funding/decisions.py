@@ -11,6 +11,7 @@ from services.common.database import Connection, Pool, transaction
 from services.common.errors import Conflict, HubError
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, current_correlation_id, get_logger
+from services.common.messages import message_of
 from services.funding import application_store, award_store, checks, ledger
 from services.funding.domain import WAIVERS_NEEDED, Application, ApplicationState, Award, checked_text, uk_day
 from services.funding.judging import Judge, View, application_of, audit_application, call_of, there
@@ -162,17 +163,6 @@ def _award_event(award: Award) -> bytes:
     return events_pb2.AwardEvent(
         event_id=f"{award.id}:awarded",
         changed_us=award.awarded_us,
-        award=events_pb2.Award(
-            id=award.id,
-            application_id=award.application_id,
-            call_id=award.call_id,
-            firm_id=award.firm_id,
-            match_id=award.match_id,
-            grant_pence=award.grant_pence,
-            co_investment_pence=award.co_investment_pence,
-            awarded_us=award.awarded_us,
-            parameters_version=award.parameters_version,
-            correlation_id=award.correlation_id,
-        ),
+        award=message_of(events_pb2.Award, award),
         change=events_pb2.AWARD_CHANGE_AWARDED,
     ).SerializeToString()

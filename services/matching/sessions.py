@@ -55,7 +55,9 @@ class Booking:
     id: str
     session_id: str
     firm_id: int
+    # Of the session.
     partner_id: int
+    provider_id: str
     state: BookingState
     booked: datetime
     booked_by: int

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +129,12 @@ class StoredPlant:
 
 @asynccontextmanager
 async def stored_plant(
-    servers: Servers, settings: Settings, folder: Path, *, roles: tuple[str, ...] = ("door",)
+    servers: Servers,
+    settings: Settings,
+    folder: Path,
+    *,
+    roles: tuple[str, ...] = ("door",),
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[StoredPlant]:
     direct = urlsplit(settings.database_dsn)
     assert direct.hostname
@@ -139,7 +144,7 @@ async def stored_plant(
     port = carrier.sockets[0].getsockname()[1]
     netloc = f"{direct.netloc.rpartition('@')[0]}@127.0.0.1:{port}".lstrip("@")
     own = Servers(settings.kafka_bootstrap, urlunsplit(direct._replace(netloc=netloc)))
-    hub = Hub(own, folder, topic_prefix=settings.kafka_topic_prefix, roles=roles)
+    hub = Hub(own, folder, topic_prefix=settings.kafka_topic_prefix, roles=roles, environment=environment)
     try:
         await hub.start()
         door = hub.processes["door"].http

@@ -15,7 +15,6 @@ import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
 
-from services import anomaly
 from services.anomaly.domain import Severity
 from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Scorer, decode
@@ -24,9 +23,9 @@ from services.anomaly.tuning_store import HorizonStore, NewTuning, TuningStore
 from services.anomaly.tunings import Rule, RuleKind, TuningKind
 from services.common import topics
 from services.common.clock import SystemClock
-from services.common.database import Pool, create_pool, migrate, transaction
+from services.common.database import Pool, create_pool, transaction
 from services.common.directory import Directory
-from services.common.kafka import DEAD_LETTERS_IN_A_ROW_MAX, Cluster, Publisher
+from services.common.kafka import DEAD_LETTERS_IN_A_ROW_MAX, Cluster, Message, Publisher
 from services.common.settings import Settings
 from tests import anomaly_plant as plant
 from tests.polling import eventually
@@ -213,14 +212,15 @@ class Firm:
         )
 
 
-async def undisturbed_alarms(settings: Settings, records: Sequence[tuple[int, bytes]], run: Run) -> list[Any]:
+async def undisturbed_alarms(
+    settings: Settings, migrated: str, records: Sequence[tuple[int, bytes]], run: Run
+) -> list[Any]:
     """What one worker without any fault stores of these records, with tunings from the same records on."""
     # In a database of its own: not all that the migrations make is in the schema.
     name = f"undisturbed_{uuid.uuid4().hex}"
     admin = await asyncpg.connect(settings.database_dsn)
-    await admin.execute(f"CREATE DATABASE {name}")
+    await admin.execute(f"CREATE DATABASE {name} TEMPLATE {migrated}")
     dsn = settings.database_dsn.rpartition("/")[0] + f"/{name}"
-    await migrate(dsn, schema="anomaly", folder=Path(anomaly.__file__).parent / "migrations")
     own = await create_pool(dsn, schema="anomaly", size_max=1)
     tuned = await create_pool(settings.database_dsn, schema="anomaly", size_max=1)
     cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
@@ -249,7 +249,7 @@ async def undisturbed_alarms(settings: Settings, records: Sequence[tuple[int, by
 
 
 async def test_tunings_under_load_and_killing_the_worker_give_the_alarms_of_an_undisturbed_run(
-    settings: Settings, publisher: Publisher, database: Database, undisturbed: Run, tmp_path: Path
+    settings: Settings, migrated: str, publisher: Publisher, database: Database, undisturbed: Run, tmp_path: Path
 ) -> None:
     print(f"seed {SEED}")
     dice = random.Random(SEED + 1)
@@ -275,7 +275,7 @@ async def test_tunings_under_load_and_killing_the_worker_give_the_alarms_of_an_u
 
         async def tuned() -> bool:
             # Tunings of a quiet partition take effect without a record; then nothing changes any more.
-            return await run.alarms() == await undisturbed_alarms(settings, records, run)
+            return await run.alarms() == await undisturbed_alarms(settings, migrated, records, run)
 
         await eventually(tuned)
     await pool.close()
@@ -369,8 +369,7 @@ async def test_a_topic_full_of_poison_stops_the_worker_and_is_not_emptied(
 ) -> None:
     before = await database.fetchval("SELECT next_offset FROM position WHERE partition = 0")
     poisoned = DEAD_LETTERS_IN_A_ROW_MAX * 3
-    for _ in range(poisoned):
-        await publisher.publish(topics.SAMPLES, b"\xff\xff\xff", partition=0)
+    await publisher.publish_all([Message(topics.SAMPLES, b"\xff\xff\xff", partition=0)] * poisoned)
     for start in range(2):  # started again, as an orchestrator would, it stays where it stopped
         log = tmp_path / f"worker-{start}.log"
         worker = asyncio.create_task(plant.start_process("worker", settings, log))

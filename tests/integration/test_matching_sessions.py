@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -13,8 +14,11 @@ import pytest_asyncio
 from icalendar import Calendar
 
 from services.common.clock import to_us
+from services.common.errors import Forbidden, NotFound
+from services.common.identity import Caller, Role
 from services.common.kafka import Publisher
 from services.common.settings import Settings
+from services.matching.sessions import BookingState, SessionState
 from services.matching.store import sessions as sessions_store
 from smdih.matching.v1 import events_pb2, sessions_pb2
 from tests.integration.matching_hub import KEYS, Hub, publish_world, refused_by_grpc, running_hub
@@ -300,3 +304,35 @@ async def test_sessions_and_bookings_by_grpc(hub: Hub) -> None:
     assert (gone.session.cancelled, gone.session.taken) == (True, 0)
     other = await hub.call("other_firm", "POST", "/v1/bookings", {"session_id": "mine", "match_id": match["id"]})
     assert other.status_code == 404
+
+
+async def test_a_provider_that_comes_as_itself_looks_after_its_own_dates_and_no_others(hub: Hub) -> None:
+    sessions = hub.matching.sessions
+    organiser = Caller(-1, Role.PROVIDER, provider_id="dashboards")
+    other = Caller(-2, Role.PROVIDER, provider_id="gear-rigs")
+    assessor = Caller(-3, Role.ASSESSOR, provider_id="dashboards")
+    await put(hub, "day-own", seats=1)
+    before = await sessions.get_session(organiser, "day-own")
+    with pytest.raises(NotFound):
+        await sessions.put_session(other, replace(before, seats=2))
+    with pytest.raises(Forbidden):
+        await sessions.put_session(assessor, replace(before, seats=2))
+    assert (await sessions.put_session(organiser, replace(before, seats=2))).seats == 2
+    first, second = await book(hub, "day-own"), await book(hub, "day-own", "other_firm")
+
+    async def seen_by(who: Caller) -> set[str]:
+        found, _ = await sessions.list_bookings(who, session_id="day-own", state=None, page_size=0, page_token="")
+        return {each.id for each in found}
+
+    assert await seen_by(organiser) == {first["id"], second["id"]}
+    assert await seen_by(other) == set()
+    with pytest.raises(NotFound):
+        await sessions.get_booking(other, first["id"])
+    with pytest.raises(NotFound):
+        await sessions.cancel_booking(other, first["id"], "mine now")
+    ended = await sessions.cancel_booking(organiser, first["id"], "it is for beginners")
+    assert (ended.state, ended.end_reason) == (BookingState.CANCELLED, "it is for beginners")
+    with pytest.raises(NotFound):
+        await sessions.cancel_session(other, "day-own", "mine now")
+    assert (await sessions.cancel_session(organiser, "day-own", "flooded")).state is SessionState.CANCELLED
+    assert await state_of(hub, second) == "cancelled"

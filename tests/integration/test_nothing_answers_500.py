@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,18 +76,32 @@ def _example(schema: dict[str, Any], document: dict[str, Any]) -> Any:
     return {"integer": 1, "number": 1.5, "boolean": True}.get(str(kind), "text")
 
 
-def _mutations(value: Any) -> Iterator[Any]:
-    """The value with each of its parts replaced by each nasty value."""
-    yield from NASTY
+def _nasty_for(value: Any, turn: Iterator[int]) -> Iterator[Any]:
+    """None and every nasty value of the same kind; one in turn of the other kinds, which never reach code of ours."""
+    kind = _kind(value)
+    others = [nasty for nasty in NASTY if nasty is not None and _kind(nasty) is not kind]
+    yield None
+    yield from (nasty for nasty in NASTY if nasty is not None and _kind(nasty) is kind)
+    yield others[next(turn) % len(others)]
+
+
+def _kind(value: Any) -> type:
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def _mutations(value: Any, turn: Iterator[int]) -> Iterator[Any]:
+    """The value with each of its parts replaced by nasty values."""
+    yield from _nasty_for(value, turn)
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:
-        for nasty in _mutations(part):
+        for nasty in _mutations(part, turn):
             changed = copy.deepcopy(value)
             changed[key] = nasty
             yield changed
 
 
 def _requests(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    turn = itertools.count()
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             # One answers for as long as one listens, the others would end the key that this test uses.
@@ -109,14 +124,14 @@ def _requests(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, An
                     yield method, path.format(**(in_path | {name: quoted})), plain
             for parameter in parameters:
                 if parameter["in"] == "query":
-                    for nasty in NASTY:
+                    for nasty in _nasty_for(_example(parameter["schema"], document), turn):
                         yield (
                             method,
                             path.format(**in_path),
                             plain | {"params": queries | {parameter["name"]: str(nasty)}},
                         )
             if content:
-                for changed in _mutations(body):
+                for changed in _mutations(body, turn):
                     yield method, path.format(**in_path), plain | {"json": changed}
 
 

@@ -19,6 +19,7 @@ from smdih.ingest.v1.rooms_pb2 import ListRoomReadsRequest
 from smdih.ingest.v1.rooms_pb2_grpc import RoomReadServiceStub
 from smdih.matching.v1 import events_pb2, rooms_pb2, rooms_pb2_grpc
 from tests.integration.stored_plant import StoredPlant, stored_plant
+from tests.oidc import AUDIENCE, ISSUER, running_provider
 from tests.polling import eventually
 
 MINUTE_US, DAY_US = 60_000_000, 86_400_000_000
@@ -81,7 +82,20 @@ class World:
 @pytest_asyncio.fixture(scope="module")
 async def world(servers: Servers, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     folder = Path(tmp_path_factory.mktemp("hub"))
-    async with stored_plant(servers, settings, folder, roles=("door", "matching")) as plant:
+    async with (
+        running_provider() as people,
+        stored_plant(
+            servers,
+            settings,
+            folder,
+            roles=("door", "matching"),
+            environment={
+                "SMDIH_OIDC_ISSUER": ISSUER,
+                "SMDIH_OIDC_AUDIENCE": AUDIENCE,
+                "SMDIH_OIDC_KEYS": people.address,
+            },
+        ) as plant,
+    ):
         machine = await plant.machine(
             "press-1", [{"name": name, "unit": "A"} for name in ("current", "speed", "secret")]
         )
@@ -97,6 +111,9 @@ async def world(servers: Servers, settings: Settings, tmp_path_factory: pytest.T
             "other_firm": plant.stranger.headers["authorization"].split()[1],
             "partner": await plant.key("partner", partner_id=partners[0]),
             "other_partner": await plant.key("partner", partner_id=partners[1]),
+            # They come as themselves, by token.
+            "expert": people.token(sub="e", smdih_role="provider", smdih_provider_id="press-expert"),
+            "other_expert": people.token(sub="o", smdih_role="provider", smdih_provider_id="welder"),
             "operator": plant.hub.operator_key,
         }
         urls = {name: plant.hub.processes[name].http for name in ("matching", "door")}
@@ -160,6 +177,36 @@ async def test_exactly_the_lent_signals_of_exactly_the_lent_time_may_be_read_and
     async with httpx.AsyncClient(base_url=world.plant.hub.processes["door"].http) as keyless:
         bare = await keyless.get(f"/v1/rooms/{room['id']}/reads")
     assert bare.status_code == 401
+
+
+async def test_an_expert_who_comes_by_token_reads_what_was_lent_for_its_own_match_and_no_other(world: World) -> None:
+    current, _, secret = world.signals
+    for other in (await world.ok("firm", "GET", "/v1/rooms?state=open"))["rooms"]:
+        await world.ok("firm", "POST", f"/v1/rooms/{other['id']}/recall")
+    room = await world.open_room(await world.engaged())
+    await eventually(lambda: world.may_read(current), deadline_s=5)
+    for who, signal, status in [
+        ("expert", current, 200),
+        ("expert", secret, 404),
+        ("other_expert", current, 404),
+    ]:
+        assert (await world.read(who, signal)).status_code == status, (who, signal)
+    reads = (await world.door["expert"].get(f"/v1/rooms/{room['id']}/reads")).json()["reads"]
+    assert {each["signal_id"] for each in reads if each["credential_id"] < 0} == {current}
+    assert (await world.ok("expert", "GET", f"/v1/rooms/{room['id']}"))["signals"]
+    assert room["id"] in {each["id"] for each in (await world.ok("expert", "GET", "/v1/rooms"))["rooms"]}
+    assert (await world.ok("other_expert", "GET", "/v1/rooms"))["rooms"] == []
+    for path, clients in ((f"/v1/rooms/{room['id']}", world.matching), (f"/v1/rooms/{room['id']}/reads", world.door)):
+        assert (await clients["other_expert"].get(path)).status_code == 404
+    # What belongs to the firm stays the firm's.
+    assert (await world.matching["expert"].post(f"/v1/rooms/{room['id']}/recall")).status_code == 403
+    assert (await world.matching["expert"].post("/v1/rooms", json=world.body(room["match_id"]))).status_code == 403
+    await world.ok("firm", "POST", f"/v1/rooms/{room['id']}/recall")
+
+    async def is_over() -> bool:
+        return (await world.read("expert", current)).status_code == 404
+
+    await eventually(is_over, deadline_s=5)
 
 
 async def test_a_recall_takes_effect_within_a_second(world: World) -> None:

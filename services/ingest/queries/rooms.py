@@ -1,4 +1,4 @@
-"""Rooms, as matching publishes them: signals that a firm lends to a partner for a time. Enforced here, each read logged.
+"""Rooms, as matching publishes them: signals that a firm lends to a provider for a time. Enforced here, each read logged.
 
 The copy in memory follows the compacted topic. A recall is known within milliseconds of its commit; if the topic cannot be
 read for FRESH_S_MAX, nothing that is lent may be read, since a recall might have been missed.
@@ -52,13 +52,15 @@ class Rooms:
         self._cluster = cluster
         self._clock = clock
         self._rooms: dict[str, pb.RoomEvent] = {}
-        self._by_partner: dict[int, set[str]] = defaultdict(set)
+        # Of a partner, and of the provider itself.
+        self._by_borrower: dict[int | str, set[str]] = defaultdict(set)
         self._fresh_at: float | None = None
 
     def grants(self, caller: Caller) -> Iterable[Grant]:
         """What the caller may read of others now. Raises TryAgain while it is not known for sure."""
-        if caller.role is not Role.PARTNER:
+        if caller.role not in (Role.PARTNER, Role.PROVIDER):
             return []
+        borrower = caller.partner_id if caller.role is Role.PARTNER else caller.provider_id
         if self._fresh_at is None or time.monotonic() - self._fresh_at > FRESH_S_MAX:
             raise TryAgain(
                 "What is lent to you cannot be checked now; ask again.", reason="ROOMS_UNKNOWN", retry_after_s=1
@@ -66,19 +68,17 @@ class Rooms:
         now_us = self._clock.now_us()
         return [
             Grant(room.signal_ids, room.data_from_us, room.data_until_us, room_id=room.room_id)
-            for room in (self._rooms[room_id] for room_id in self._by_partner.get(caller.partner_id, ()))
+            for room in (self._rooms[room_id] for room_id in self._by_borrower.get(borrower, ()))
             if room.state == pb.ROOM_STATE_OPEN and room.opens_us <= now_us < room.closes_us
         ]
 
     def room_seen_by(self, caller: Caller, room_id: str) -> pb.RoomEvent:
         """A room of the caller's, also one that has ended. Raises NotFound."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, Role.PARTNER, Role.PROVIDER, Role.OPERATOR)
         room = self._rooms.get(room_id)
-        if room is None or not {
-            Role.OPERATOR: True,
-            Role.FIRM: room.firm_id == caller.firm_id,
-            Role.PARTNER: room.partner_id == caller.partner_id,
-        }.get(caller.role, False):
+        if room is None or not caller.has_part_in(
+            firm_id=room.firm_id, provider_id=room.provider_id, partner_id=room.partner_id
+        ):
             raise NotFound(f"There is no room {room_id[:64]}.")
         return room
 
@@ -124,7 +124,8 @@ class Rooms:
         room_id = record.key.decode()
         known = self._rooms.pop(room_id, None)
         if known is not None:
-            self._by_partner[known.partner_id].discard(room_id)
+            for borrower in _borrowers(known):
+                self._by_borrower[borrower].discard(room_id)
         if record.value is None:
             return
         try:
@@ -134,8 +135,13 @@ class Rooms:
             log.error("room unreadable", offset=record.offset, room=room_id)
             return
         self._rooms[room_id] = room
-        self._by_partner[room.partner_id].add(room_id)
+        for borrower in _borrowers(room):
+            self._by_borrower[borrower].add(room_id)
         rooms_open.set(sum(each.state == pb.ROOM_STATE_OPEN for each in self._rooms.values()))
+
+
+def _borrowers(room: pb.RoomEvent) -> tuple[int, str]:
+    return room.partner_id, room.provider_id
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class _Body(BaseModel):
 
 class RoomReadView(_Body):
     signal_id: int
-    # The key that read.
+    # The key that read; below 0: a person with a token.
     credential_id: int
     minute_us: int
     reads: int
@@ -32,7 +32,7 @@ def rooms_router(log: RoomReads) -> APIRouter:
 
     @routes.get("/{room_id}/reads")
     async def room_reads(caller: Authenticated, room_id: str) -> RoomReadsView:
-        """Who read what through the room, a row a minute, signal and key; the newest 1,000. For its firm and its partner."""
+        """Who read what through the room, a row a minute, signal and key; the newest 1,000. For both sides."""
         return RoomReadsView(
             reads=[
                 RoomReadView(

@@ -1,4 +1,4 @@
-"""The use cases of rooms: a firm lends signals to the partner of an engaged match, and may take them back at any time."""
+"""The use cases of rooms: a firm lends signals to the provider of an engaged match, and may take them back at any time."""
 
 import uuid
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from services.matching.service.checks import (
     page_token_of,
 )
 from services.matching.service.publishing import publish_room
-from services.matching.service.sight import match_seen_by
+from services.matching.service.sight import SUPPLIERS, match_seen_by
 from services.matching.store import needs as needs_store
 from services.matching.store import rooms as rooms_store
 
@@ -121,7 +121,7 @@ class Rooms:
         return room
 
     async def get_room(self, caller: Caller, room_id: str) -> Room:
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         async with transaction(self._pool) as connection:
             return await _room_seen_by(connection, caller, room_id)
 
@@ -129,13 +129,14 @@ class Rooms:
         self, caller: Caller, *, state: RoomState | None, page_size: int, page_token: str
     ) -> tuple[list[Room], str]:
         """A page of the caller's rooms, newest first, and the token of the next ("": there is none)."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         limit = page_size_of(page_size)
         async with transaction(self._pool) as connection:
             found = await rooms_store.list_rooms(
                 connection,
                 firm_id=caller.firm_id if caller.role is Role.FIRM else 0,
                 partner_id=caller.partner_id if caller.role is Role.PARTNER else 0,
+                provider_id=caller.provider_id if caller.role is Role.PROVIDER else "",
                 state=state,
                 before=before_token(page_token),
                 limit=limit + 1,
@@ -145,7 +146,7 @@ class Rooms:
     async def lent_signals(self, caller: Caller, room_id: str) -> Sequence[LentSignal]:
         """Names and units of the room's signals, for who may read them, while it is open."""
         room = await self.get_room(caller, room_id)
-        if caller.role is Role.PARTNER and (room.state is not RoomState.OPEN or room.closes <= self._now()):
+        if caller.role in SUPPLIERS and (room.state is not RoomState.OPEN or room.closes <= self._now()):
             return ()
         wanted = set(room.signal_ids)
         return [
@@ -198,11 +199,9 @@ async def end_rooms_of_match(connection: Connection, match_id: str, *, ended: da
 
 async def _room_seen_by(connection: Connection, caller: Caller, room_id: str) -> Room:
     found = await rooms_store.room(connection, known_form(room_id))
-    if found is None or not {
-        Role.OPERATOR: True,
-        Role.FIRM: found.firm_id == caller.firm_id,
-        Role.PARTNER: found.partner_id == caller.partner_id,
-    }.get(caller.role, False):
+    if found is None or not caller.has_part_in(
+        firm_id=found.firm_id, provider_id=found.provider_id, partner_id=found.partner_id
+    ):
         raise NotFound()
     return found
 

@@ -33,7 +33,7 @@ from services.matching.service.checks import (
     page_token_of,
     session_token,
 )
-from services.matching.service.sight import match_seen_by
+from services.matching.service.sight import SUPPLIERS, match_seen_by
 from services.matching.sessions import Booking, BookingState, Session, SessionState
 from services.matching.store import needs as needs_store
 from services.matching.store import notices as notices_store
@@ -78,7 +78,7 @@ class Sessions:
 
     async def put_session(self, caller: Caller, session: Session) -> Session:
         """Create or change a date or slot. More seats go to those in line; fewer than are taken are refused."""
-        caller.require(Role.PARTNER, Role.OPERATOR)
+        caller.require(*SUPPLIERS, Role.OPERATOR)
         _check_session(session, self._now())
         async with transaction_for_all_firms(self._pool) as connection:
             await self._own_provider(connection, caller, session.provider_id)
@@ -102,13 +102,13 @@ class Sessions:
 
     async def cancel_session(self, caller: Caller, session_id: str, reason: str) -> Session:
         """It does not take place; every booking ends. A repeat changes nothing."""
-        caller.require(Role.PARTNER, Role.OPERATOR)
+        caller.require(*SUPPLIERS, Role.OPERATOR)
         if not reason.strip():
             raise Invalid("Say why; those who booked will read it.", reason="REASON_MISSING")
         check_text("reason", reason, NOTE_CHARACTERS_MAX)
         async with transaction_for_all_firms(self._pool) as connection:
             session = await sessions_store.lock_session(connection, chosen_id(session_id))
-            if session is None or (caller.role is Role.PARTNER and session.partner_id != caller.partner_id):
+            if session is None or not _arranges(caller, session.provider_id, session.partner_id):
                 raise NotFound(f"There is no session {session_id} of yours.")
             if session.state is SessionState.OPEN:
                 now = self._now()
@@ -124,7 +124,7 @@ class Sessions:
         return stored
 
     async def get_session(self, caller: Caller, session_id: str) -> Session:
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         async with transaction_for_all_firms(self._pool) as connection:
             return await self._session(connection, chosen_id(session_id))
 
@@ -132,7 +132,7 @@ class Sessions:
         self, caller: Caller, *, provider_id: str, page_size: int, page_token: str
     ) -> tuple[list[Session], str]:
         """A page of those that have not begun, in order of time, and the token of the next. Firms see open ones only."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         limit = page_size_of(page_size)
         async with transaction_for_all_firms(self._pool) as connection:
             found = await sessions_store.list_sessions(
@@ -179,6 +179,7 @@ class Sessions:
                 session_id=session.id,
                 firm_id=firm_id,
                 partner_id=session.partner_id,
+                provider_id=session.provider_id,
                 match_id=match_id,
                 state=state,
                 booked=now,
@@ -211,8 +212,8 @@ class Sessions:
         return booking
 
     async def cancel_booking(self, caller: Caller, booking_id: str, reason: str) -> Booking:
-        """By the firm, or by the partner with a reason. A freed seat goes to the first in line. A repeat changes nothing."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        """By the firm, or by the other side with a reason. A freed seat goes to the first in line. A repeat changes nothing."""
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         check_text("reason", reason, NOTE_CHARACTERS_MAX)
         if caller.role is not Role.FIRM and not reason.strip():
             raise Invalid("Say why; the firm will read it.", reason="REASON_MISSING")
@@ -231,21 +232,22 @@ class Sessions:
         return booking
 
     async def get_booking(self, caller: Caller, booking_id: str) -> Booking:
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         async with transaction_for_all_firms(self._pool) as connection:
             return await self._booking_seen_by(connection, caller, booking_id)
 
     async def list_bookings(
         self, caller: Caller, *, session_id: str, state: BookingState | None, page_size: int, page_token: str
     ) -> tuple[list[Booking], str]:
-        """A page, newest first, and the token of the next: a firm's own, those at a partner's sessions."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        """A page, newest first, and the token of the next: a firm's own, those at a partner's or provider's sessions."""
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         limit = page_size_of(page_size)
         async with transaction_for_all_firms(self._pool) as connection:
             found = await sessions_store.list_bookings(
                 connection,
                 firm_id=caller.firm_id if caller.role is Role.FIRM else 0,
                 partner_id=caller.partner_id if caller.role is Role.PARTNER else 0,
+                provider_id=caller.provider_id if caller.role is Role.PROVIDER else "",
                 session_id=chosen_id(session_id) if session_id else "",
                 state=state,
                 before=before_token(page_token),
@@ -261,7 +263,7 @@ class Sessions:
 
     async def provider_calendar(self, caller: Caller, provider_id: str) -> CalendarFile:
         """All that have not begun, at most 500; cancelled ones too, so that a calendar drops them."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         async with transaction_for_all_firms(self._pool) as connection:
             found = await sessions_store.list_sessions(
                 connection,
@@ -274,7 +276,7 @@ class Sessions:
         return CalendarFile(f"provider-{provider_id}.ics", sessions_file(found))
 
     async def booking_calendar(self, caller: Caller, booking_id: str) -> CalendarFile:
-        caller.require(Role.FIRM, Role.PARTNER, Role.OPERATOR)
+        caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         async with transaction_for_all_firms(self._pool) as connection:
             booking = await self._booking_seen_by(connection, caller, booking_id)
             session = await self._session(connection, booking.session_id)
@@ -364,7 +366,7 @@ class Sessions:
 
     async def _own_provider(self, connection: Connection, caller: Caller, provider_id: str) -> None:
         provider = await providers_store.lock_provider(connection, chosen_id(provider_id))
-        if provider is None or (caller.role is Role.PARTNER and provider.partner_id != caller.partner_id):
+        if provider is None or not _arranges(caller, provider.id, provider.partner_id):
             raise NotFound(f"There is no provider {provider_id} of yours.")
         if provider.kind not in (Kind.WORKSHOP, Kind.FACILITY):
             raise Invalid("Only workshops have dates and only facilities have slots.", reason="NO_SESSIONS")
@@ -379,11 +381,9 @@ class Sessions:
 
     async def _booking_seen_by(self, connection: Connection, caller: Caller, booking_id: str) -> Booking:
         found = await sessions_store.booking(connection, known_form(booking_id))
-        if found is None or not {
-            Role.OPERATOR: True,
-            Role.FIRM: found.firm_id == caller.firm_id,
-            Role.PARTNER: found.partner_id == caller.partner_id,
-        }.get(caller.role, False):
+        if found is None or not caller.has_part_in(
+            firm_id=found.firm_id, provider_id=found.provider_id, partner_id=found.partner_id
+        ):
             raise NotFound()
         return found
 
@@ -395,6 +395,10 @@ class Sessions:
 
     def _now(self) -> datetime:
         return from_us(self._clock.now_us())
+
+
+def _arranges(caller: Caller, provider_id: str, partner_id: int) -> bool:
+    return caller.role is Role.OPERATOR or caller.acts_for(provider_id=provider_id, partner_id=partner_id)
 
 
 def _check_session(session: Session, now: datetime) -> None:

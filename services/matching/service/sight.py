@@ -26,19 +26,15 @@ async def need_seen_by(connection: Connection, caller: Caller, need_id: str) -> 
 async def match_seen_by(connection: Connection, caller: Caller, match_id: str) -> Match:
     """Raises NotFound for what the caller has no part in."""
     found = await matches_store.match(connection, known_form(match_id))
-    if found is None or not {
-        Role.OPERATOR: True,
-        Role.FIRM: found.firm_id == caller.firm_id,
-    }.get(caller.role, caller.acts_for(provider_id=found.provider_id, partner_id=found.partner_id)):
+    if found is None or not caller.has_part_in(
+        firm_id=found.firm_id, provider_id=found.provider_id, partner_id=found.partner_id
+    ):
         raise NotFound()
     return found
 
 
 def sees_offer(caller: Caller, offer: Offer) -> bool:
-    return {
-        Role.OPERATOR: True,
-        Role.FIRM: offer.firm_id == caller.firm_id,
-    }.get(caller.role, caller.acts_for(provider_id=offer.provider_id, partner_id=offer.partner_id))
+    return caller.has_part_in(firm_id=offer.firm_id, provider_id=offer.provider_id, partner_id=offer.partner_id)
 
 
 def offer_as_seen_by(caller: Caller, offer: Offer) -> Offer:

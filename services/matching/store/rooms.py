@@ -65,18 +65,20 @@ async def list_rooms(
     *,
     firm_id: int,
     partner_id: int,
+    provider_id: str,
     state: RoomState | None,
     before: tuple[datetime, str] | None,
     limit: int,
 ) -> list[Room]:
-    """Newest first. 0: of all firms, of all partners."""
+    """Newest first. 0 and "": of all."""
     opens, room_id = before or (None, "")
     rows = await connection.fetch(
         _ROOM_ROWS + "WHERE ($1::bigint = 0 OR firm_id = $1) AND ($2::bigint = 0 OR partner_id = $2) "
-        "AND ($3::text IS NULL OR state = $3) AND ($4::timestamptz IS NULL OR (opens, id) < ($4, $5)) "
-        "ORDER BY opens DESC, id DESC LIMIT $6",
+        "AND ($3 = '' OR provider_id = $3) AND ($4::text IS NULL OR state = $4) "
+        "AND ($5::timestamptz IS NULL OR (opens, id) < ($5, $6)) ORDER BY opens DESC, id DESC LIMIT $7",
         firm_id,
         partner_id,
+        provider_id,
         state,
         opens,
         room_id,

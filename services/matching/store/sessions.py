@@ -155,6 +155,7 @@ async def list_bookings(
     *,
     firm_id: int,
     partner_id: int,
+    provider_id: str,
     session_id: str,
     state: BookingState | None,
     before: tuple[datetime, str] | None,
@@ -164,10 +165,11 @@ async def list_bookings(
     booked, booking_id = before or (None, "")
     rows = await connection.fetch(
         f"{_BOOKINGS} WHERE ($1::bigint = 0 OR b.firm_id = $1) AND ($2::bigint = 0 OR b.partner_id = $2) "
-        "AND ($3 = '' OR b.session_id = $3) AND ($4::text IS NULL OR b.state = $4) "
-        "AND ($5::timestamptz IS NULL OR (b.booked, b.id) < ($5, $6)) ORDER BY b.booked DESC, b.id DESC LIMIT $7",
+        "AND ($3 = '' OR s.provider_id = $3) AND ($4 = '' OR b.session_id = $4) AND ($5::text IS NULL OR b.state = $5) "
+        "AND ($6::timestamptz IS NULL OR (b.booked, b.id) < ($6, $7)) ORDER BY b.booked DESC, b.id DESC LIMIT $8",
         firm_id,
         partner_id,
+        provider_id,
         session_id,
         state,
         booked,
@@ -203,10 +205,10 @@ _SESSIONS = (
     "FROM session s JOIN provider p ON p.id = s.provider_id"
 )
 _BOOKINGS = (
-    "SELECT b.id, b.session_id, b.firm_id, b.partner_id, b.match_id, b.state, b.number, b.confirm_by, b.end_reason, "
+    "SELECT b.id, b.session_id, b.firm_id, b.partner_id, s.provider_id, b.match_id, b.state, b.number, b.confirm_by, b.end_reason, "
     "b.sequence, b.booked, b.booked_by, b.changed, b.request_id, b.correlation_id, CASE WHEN b.state = 'waiting' THEN "
-    "(SELECT count(*) FROM booking w WHERE w.session_id = b.session_id "
-    "AND w.state = 'waiting' AND w.number <= b.number) ELSE 0 END AS in_line FROM booking b"
+    "(SELECT count(*) FROM booking w WHERE w.session_id = b.session_id AND w.state = 'waiting' AND w.number <= b.number) "
+    "ELSE 0 END AS in_line FROM booking b JOIN session s ON s.id = b.session_id"
 )
 
 
@@ -236,6 +238,7 @@ def _booking(row: Row) -> Booking:
         session_id=row["session_id"],
         firm_id=row["firm_id"],
         partner_id=row["partner_id"],
+        provider_id=row["provider_id"],
         match_id=row["match_id"] or "",
         state=BookingState(row["state"]),
         in_line=row["in_line"],
