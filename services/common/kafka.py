@@ -180,6 +180,10 @@ class Publisher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """For who has not entered it, so as to start while no broker answers: it connects when something is published."""
         if self._producer is not None:
             await self._producer.stop()
 
