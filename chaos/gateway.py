@@ -1,6 +1,6 @@
 """A sender in a process of its own, so that no fault in the hub can falsify what it writes down:
 
-    python -m chaos.gateway TARGET MACHINES(first:last) START_S SEED LEDGER      (the key in SMDIH_KEY)
+    python -m chaos.gateway TARGET MACHINES(first:last) START_S SEED LEDGER   (the key in SMDIH_KEY, and SMDIH_TLS_CA)
 
 Sends batches of new frames until a line comes on standard input, some of them twice and some late, reconnects whatever happens, and
 goes on until all are acknowledged. LEDGER gets a line "machine first_row rows" for each batch, written after its
@@ -28,6 +28,7 @@ from bench.plant import SIGNALS
 from services.ingest.historian.binarycopy import Floats, Ints
 from smdih.ingest.v1 import telemetry_pb2 as pb
 from smdih.ingest.v1 import telemetry_pb2_grpc
+from smdih_client.tls import Tls, open_channel
 
 CONNECTIONS = 3  # the last one sends by unary calls
 ROWS_A_BATCH = 20
@@ -185,7 +186,7 @@ async def _unary(stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub, mine: _Conn
 async def _for_ever(target: str, mine: _Connection, key: str, number: int) -> None:
     send = _unary if number == CONNECTIONS - 1 else _stream
     while True:
-        async with grpc.aio.insecure_channel(target) as channel:
+        async with open_channel(target, Tls.named_in()) as channel:
             stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
             try:
                 await send(stub, mine, key)

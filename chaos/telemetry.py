@@ -55,11 +55,13 @@ class _Load:
 
 
 def load(hub: Hub, plant: Plant, start_s: int, seed: int) -> AbstractAsyncContextManager[_Load]:
-    return load_to(hub.processes["door"].grpc, plant, start_s, seed)
+    return load_to(hub.processes["door"].grpc, plant, start_s, seed, ca=hub.ca)
 
 
 @asynccontextmanager
-async def load_to(target: str, plant: Plant, start_s: int, seed: int) -> AsyncIterator[_Load]:
+async def load_to(
+    target: str, plant: Plant, start_s: int, seed: int, *, ca: Path | None = None
+) -> AsyncIterator[_Load]:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Path(folder) / "ledger"
         process = await asyncio.create_subprocess_exec(
@@ -68,7 +70,7 @@ async def load_to(target: str, plant: Plant, start_s: int, seed: int) -> AsyncIt
             *(str(start_s), str(seed), str(ledger)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=os.environ | {"SMDIH_KEY": plant.key},
+            env=os.environ | {"SMDIH_KEY": plant.key, "SMDIH_TLS_CA": str(ca) if ca else ""},
         )
         try:
             yield _Load(process, ledger)

@@ -17,6 +17,7 @@ import orjson
 from demo.story import Source, Step, Story
 from localstack.hub import Hub
 from smdih_client import TelemetryClient
+from smdih_client.tls import Tls
 
 ROWS_A_BATCH = 25
 STREAM_S = 8.0  # the plant's hours pass in about so many seconds
@@ -160,7 +161,10 @@ class Journey:
     async def _stream(self) -> None:
         story = self._story
         async with TelemetryClient(
-            self._hub.processes["door"].grpc, self._keys["device"], source=f"demo-gateway-{self._run}"
+            self._hub.processes["door"].grpc,
+            self._keys["device"],
+            source=f"demo-gateway-{self._run}",
+            credentials=Tls(self._hub.ca) if self._hub.ca else None,
         ) as client:
             began = time.monotonic()
             sent = 0
@@ -309,7 +313,7 @@ class Journey:
         base = self._hub.endpoints()[service]["http"]
         until = time.monotonic() + CALL_DEADLINE_S
         headers = {"Authorization": f"Bearer {self._keys[key]}", "X-Correlation-Id": f"demo-{self._run}"}
-        async with httpx.AsyncClient(base_url=base, headers=headers, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=base, headers=headers, timeout=20, verify=self._hub.verify) as client:
             while True:
                 try:
                     answer = await client.request(method, path, json=body)
@@ -355,7 +359,7 @@ class Observer:
         """Look every half second until cancelled."""
         pool = await asyncpg.create_pool(self._hub.settings.database_dsn, min_size=1, max_size=1)
         last_stored, last_at = 0, time.monotonic()
-        async with pool, httpx.AsyncClient(timeout=2) as client:
+        async with pool, httpx.AsyncClient(timeout=2, verify=self._hub.verify) as client:
             while True:
                 # A database or a process that is away for a moment is part of what the demo may show.
                 with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):

@@ -115,7 +115,9 @@ class Hub:
         self._mqtt = mqtt
         self._identities = identities or {}
         self._further = dict(environment or {})
-        self._ca = ca
+        self.ca = ca
+        # By what httpx knows the processes.
+        self.verify = ssl.create_default_context(cafile=ca) if ca else True
         self.settings = Settings(
             kafka_bootstrap=servers.kafka_bootstrap,
             database_dsn=servers.database_dsn,
@@ -138,7 +140,7 @@ class Hub:
         """Bring databases and topics up to date, start every process and wait until all are ready. Raises HubError."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for role in self._roles:
-            self.processes[role.name] = Running(role, free_port(), free_port(), scheme="https" if self._ca else "http")
+            self.processes[role.name] = Running(role, free_port(), free_port(), scheme="https" if self.ca else "http")
         if self._code == ROOT:
             await migrate_all(self.settings)
             self.operator_key = await operator_key(self.settings)
@@ -153,8 +155,7 @@ class Hub:
         """Return once the process says that it is ready. Raises HubError when that takes too long."""
         running = self.processes[name]
         until = time.monotonic() + READY_TIMEOUT_S
-        verify = ssl.create_default_context(cafile=self._ca) if self._ca else True
-        async with httpx.AsyncClient(timeout=5, verify=verify) as client:
+        async with httpx.AsyncClient(timeout=5, verify=self.verify) as client:
             while True:
                 try:
                     answer = await client.get(f"{running.http}/readyz")

@@ -4,12 +4,11 @@ Its users and rules are those of services/common/access.py.
 """
 
 import asyncio
-import datetime
-import ipaddress
 import secrets
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final
@@ -27,11 +26,8 @@ from confluent_kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from localstack.certificates import Authority
 from localstack.servers import (
     JAVA_OPTIONS,
     KAFKA_LIBS,
@@ -60,21 +56,46 @@ _RESOURCES: Final = {Resource.TOPIC: ResourceType.TOPIC, Resource.GROUP: Resourc
 
 
 class SecuredKafka:
-    """A broker of its own in `folder`; a certificate authority is made for it. Its administrator may do everything."""
+    """A broker of its own in `folder`. Its administrator may do everything."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        host: str = "127.0.0.1",
+        names: Sequence[str] = (),
+        authority: Authority | None = None,
+        watched: bool = False,
+    ) -> None:
+        """`host`: an address of this machine that others reach, `names` by which they may know it. `authority`: of its
+        certificate; without one it makes its own. `watched`: has `open_bootstrap` as well.
+        """
         self._folder = folder
-        self._port = free_port()
+        self._host, self._names = host, names
+        self._authority = authority
+        self._port, self._open_port = free_port(), free_port() if watched else None
         self._process: subprocess.Popen[bytes] | None = None
         self._passwords = {ADMIN: secrets.token_hex(16)}
 
     @property
+    def ca(self) -> Path:
+        """Of the broker's certificate, once it was started."""
+        assert self._authority is not None
+        return self._authority.file
+
+    @property
     def bootstrap(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return f"{self._host}:{self._port}"
+
+    @property
+    def open_bootstrap(self) -> str:
+        """Where this machine alone gets in, and may do everything: for who watches from beside."""
+        assert self._open_port is not None
+        return f"127.0.0.1:{self._open_port}"
 
     def identity(self, user: str) -> Identity:
         """Raises KeyError for a user that `admit` has not made."""
-        return Identity("SASL_SSL", "SCRAM-SHA-512", user, self._passwords[user], str(self._folder / "ca.pem"))
+        return Identity("SASL_SSL", "SCRAM-SHA-512", user, self._passwords[user], str(self.ca))
 
     def identities(self) -> dict[str, Identity]:
         """By the process that each is for."""
@@ -85,7 +106,7 @@ class SecuredKafka:
         if not KAFKA_LIBS.is_dir():
             raise ServersError("the local Kafka is not installed: run `make setup`")
         self._folder.mkdir(parents=True, exist_ok=True)
-        _make_certificates(self._folder)
+        self._certify()
         config, log_file = self._folder / "kafka.properties", self._folder / "kafka.log"
         config.write_text("\n".join(self._settings()))
         config.chmod(0o600)
@@ -113,6 +134,11 @@ class SecuredKafka:
         except TimeoutError:
             raise ServersError(f"Kafka did not start: see {log_file}") from None
 
+    def pause(self, paused: bool) -> None:
+        """Let it answer nobody while its connections stay open, or go on."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
+
     def remove(self) -> None:
         """End it and delete its data."""
         if self._process is not None:
@@ -132,7 +158,7 @@ class SecuredKafka:
             {
                 "bootstrap.servers": self.bootstrap,
                 "security.protocol": "SASL_SSL",
-                "ssl.ca.location": str(self._folder / "ca.pem"),
+                "ssl.ca.location": str(self.ca),
                 "sasl.mechanism": "SCRAM-SHA-512",
                 "sasl.username": ADMIN,
                 "sasl.password": self._passwords[ADMIN],
@@ -170,7 +196,7 @@ class SecuredKafka:
     async def _answers(self, user: str = ADMIN) -> bool:
         if self._process is not None and self._process.poll() is not None:
             raise ServersError(f"Kafka ended by itself: see {self._folder / 'kafka.log'}")
-        if not listens(self._port):
+        if not listens(self._port, self._host):
             return False
         admin = AIOKafkaAdminClient(**Cluster(self.bootstrap, identity=self.identity(user)).client())
         try:
@@ -181,15 +207,26 @@ class SecuredKafka:
         finally:
             await admin.close()
 
+    def _certify(self) -> None:
+        if self._authority is None:
+            self._authority = Authority(self._folder)
+        pair = self._authority.issue(self._names, addresses=[self._host])
+        file = self._folder / "broker.pem"
+        file.touch(mode=0o600)
+        file.write_bytes(pair.key.read_bytes() + pair.certificate.read_bytes())
+
     def _settings(self) -> list[str]:
         listener = "listener.name.sasl_ssl"
         login = (
             "org.apache.kafka.common.security.scram.ScramLoginModule required "
             f'username="{ADMIN}" password="{self._passwords[ADMIN]}";'
         )
+        listeners = f"SASL_SSL://{self.bootstrap}"
+        if self._open_port is not None:
+            listeners += f",OPEN://{self.open_bootstrap}"
         return [
-            *broker_settings(f"SASL_SSL://{self.bootstrap}", free_port(), self._folder / "data"),
-            "listener.security.protocol.map=SASL_SSL:SASL_SSL,CONTROLLER:PLAINTEXT",
+            *broker_settings(listeners, free_port(), self._folder / "data"),
+            "listener.security.protocol.map=SASL_SSL:SASL_SSL,OPEN:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "inter.broker.listener.name=SASL_SSL",
             "sasl.mechanism.inter.broker.protocol=SCRAM-SHA-512",
             "sasl.enabled.mechanisms=SCRAM-SHA-512",
@@ -197,9 +234,9 @@ class SecuredKafka:
             f"{listener}.ssl.keystore.type=PEM",
             f"{listener}.ssl.keystore.location={self._folder / 'broker.pem'}",
             f"{listener}.ssl.truststore.type=PEM",
-            f"{listener}.ssl.truststore.location={self._folder / 'ca.pem'}",
+            f"{listener}.ssl.truststore.location={self.ca}",
             "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            # Nobody is who comes over the controller's own listener.
+            # Nobody is who comes over the controller's own listener, or over the open one of this machine.
             f"super.users=User:{ADMIN};User:ANONYMOUS",
         ]
 
@@ -207,42 +244,3 @@ class SecuredKafka:
 def _wait(futures: dict[Any, "Future[Any]"]) -> None:
     for future in futures.values():
         future.result(timeout=ADMIN_TIMEOUT_S)
-
-
-def _make_certificates(folder: Path) -> None:
-    """A certificate authority (ca.pem) and the broker's key and certificate (broker.pem), for some days."""
-    now = datetime.datetime.now(datetime.UTC)
-    authority_key, broker_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "local stack")])
-
-    def certificate(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(authority_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(days=30))
-        )
-
-    authority = (
-        certificate(authority_name, authority_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key()), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    broker = (
-        certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")]), broker_key)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    (folder / "ca.pem").write_bytes(authority.public_bytes(pem))
-    key_file = folder / "broker.pem"
-    key_file.touch(mode=0o600)
-    key_file.write_bytes(
-        broker_key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + broker.public_bytes(pem)
-    )

@@ -107,18 +107,29 @@ class LocalServers:
 
     async def start(self) -> Servers:
         """Start what does not run yet. Raises ServersError with the next step when that is not possible."""
+        state = self._made()
+        await asyncio.gather(self._start_kafka(state), self._start_postgres(state))
+        servers = Servers(f"{self.host}:{state['kafka']['port']}", self._dsn(state))
+        await asyncio.gather(self._prove_kafka(servers, state), self._prove_postgres(servers, state))
+        return servers
+
+    async def start_database(self) -> str:
+        """The same for the database alone; returns its DSN, as its superuser."""
+        state = self._made()
+        await self._start_postgres(state)
+        await self._prove_postgres(Servers("", self._dsn(state)), state)
+        return self._dsn(state)
+
+    def _made(self) -> dict[str, Any]:
         if not KAFKA_LIBS.is_dir() or not PG_ROOT.is_dir():
             raise ServersError("the local servers are not installed: run `make setup`")
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._read() or {"secret": secrets.token_hex(16), "kafka": {}, "postgres": {}}
         self._write(state)
-        await asyncio.gather(self._start_kafka(state), self._start_postgres(state))
-        servers = Servers(
-            kafka_bootstrap=f"{self.host}:{state['kafka']['port']}",
-            database_dsn=f"postgresql://postgres:{state['secret']}@{self.host}:{state['postgres']['port']}/postgres",
-        )
-        await asyncio.gather(self._prove_kafka(servers, state), self._prove_postgres(servers, state))
-        return servers
+        return state
+
+    def _dsn(self, state: dict[str, Any]) -> str:
+        return f"postgresql://postgres:{state['secret']}@{self.host}:{state['postgres']['port']}/postgres"
 
     async def stop(self) -> None:
         """Stop what `start` started, and nothing else; the data stay."""

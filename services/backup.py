@@ -1,4 +1,4 @@
-"""Backups that can be trusted: `python -m services.backup dump FILE` and `... restore FILE`.
+"""Backups that can be trusted: `python -m services.backup dump FILE`, `... restore FILE`, and `... keep FOLDER` for every night.
 
 A dump is one file of pg_dump, and beside it FILE.json: what stood in every table at that moment (rows and a digest of their
 content) and every sequence. A restore goes into an empty database and counts all of it again. See docs/operations.md.
@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from services.common.database import CONNECT_TIMEOUT_S, Connection
 from services.migrate import SCHEMAS
 
-USAGE = "usage: python -m services.backup dump|restore FILE"
+USAGE = "usage: python -m services.backup dump|restore FILE, or keep FOLDER"
 READ_BYTES = 1024 * 1024
 
 
@@ -40,6 +40,8 @@ class BackupSettings(BaseSettings):
 
     database_dsn: str = Field(repr=False)
     pg_prefix: str = Field("", description="words before pg_dump and pg_restore, to run them elsewhere: `chroot ROOT`")
+    pg_folder: str = Field("", description="where these two are, if not in the path")
+    backup_keep: int = Field(7, ge=1, le=1_000, description="dumps that a folder keeps; older ones are removed")
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,19 @@ def manifest_of(file: Path) -> Path:
 async def read_content(connection: Connection) -> Content:
     """Count and digest every table of the hub, in the caller's transaction: one moment. Reads everything once."""
     names = await connection.fetch(
-        "SELECT format('%I.%I', n.nspname, c.relname) AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-        "WHERE n.nspname = ANY($1::text[]) AND c.relkind IN ('r', 'p') AND NOT c.relispartition ORDER BY 1",
+        "SELECT format('%I.%I', n.nspname, c.relname) AS name, "
+        # PostgreSQL has no hash for json, which keeps its text as it came.
+        "string_agg(format(CASE a.atttypid WHEN 'json'::regtype THEN '%I::text' ELSE '%I' END, a.attname), ', ' ORDER BY a.attnum) "
+        "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped "
+        "WHERE n.nspname = ANY($1::text[]) AND c.relkind IN ('r', 'p') AND NOT c.relispartition GROUP BY 1 ORDER BY 1",
         list(SCHEMAS),
     )
     tables: dict[str, tuple[int, str]] = {}
-    for (name,) in names:
+    for name, columns in names:
         # A sum of the rows' hashes: in whatever order they are read, it is the same.
         row = await connection.fetchrow(
-            f"SELECT count(*), coalesce(sum(hash_record_extended(t, 0)::numeric), 0)::text FROM {name} AS t",  # noqa: S608
+            f"SELECT count(*), coalesce(sum(hash_record_extended(ROW({columns}), 0)::numeric), 0)::text FROM {name}",  # noqa: S608
             timeout=None,
         )
         assert row is not None
@@ -155,6 +161,18 @@ async def dump(settings: BackupSettings, file: Path) -> Manifest:
             raise BackupError(f"{file} cannot be written: {error}. Look at the disk and dump again.") from error
         finally:
             partial.unlink(missing_ok=True)
+    return manifest
+
+
+async def keep(settings: BackupSettings, folder: Path) -> Manifest:
+    """Dump into a folder under the time's name, then remove the oldest dumps above `backup_keep`. Raises BackupError."""
+    if not folder.is_dir():
+        raise BackupError(f"{folder} is no folder. Mount it, or make it.")
+    manifest = await dump(settings, folder / f"hub-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump")
+    dumps = sorted(path for path in folder.glob("hub-*.dump") if manifest_of(path).exists())
+    for path in dumps[: -settings.backup_keep]:
+        path.unlink()
+        manifest_of(path).unlink()
     return manifest
 
 
@@ -269,7 +287,7 @@ async def _timescaledb(connection: Connection) -> str:
 async def _run(
     settings: BackupSettings, program: str, arguments: list[str], *, to: Path | None = None, of: Path | None = None
 ) -> None:
-    command = [*shlex.split(settings.pg_prefix), program, *arguments]
+    command = [*shlex.split(settings.pg_prefix), os.path.join(settings.pg_folder, program), *arguments]
     with (
         (to or Path(os.devnull)).open("wb") as output,
         (of or Path(os.devnull)).open("rb") as source,
@@ -339,7 +357,7 @@ def _told(command: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    commands = {"dump": dump, "restore": restore}
+    commands = {"dump": dump, "restore": restore, "keep": keep}
     if len(arguments) != 2 or arguments[0] not in commands:
         print(USAGE, file=sys.stderr)
         return 2

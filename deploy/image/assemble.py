@@ -5,6 +5,7 @@ hashes in requirements/.
 """
 
 import compileall
+import ctypes
 import os
 import shutil
 import subprocess
@@ -61,6 +62,7 @@ def main(source: Path, target: Path) -> None:
             invalidation_mode=PycInvalidationMode.UNCHECKED_HASH,
         )
         print(f"compiled {part}" if done else f"compiled {part}, but for files of another Python")
+    compile_kernel(target)
     certificates(target / "certificates")
 
 
@@ -78,6 +80,7 @@ def copy_code(source: Path, code: Path) -> None:
         shutil.copytree(
             source / name, code / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "evaluate.py")
         )
+    shutil.copy(source / "deploy/image/sitecustomize.py", code)
 
 
 def generate(tools: Path, code: Path) -> None:
@@ -113,6 +116,23 @@ def prune(libraries: Path) -> None:
             path.rmdir()
 
 
+def compile_kernel(target: Path) -> None:
+    """The detector's kernel, for any processor of this architecture, so that no start has to wait for it."""
+    code, libraries = target / "code", target / "libraries"
+    run(
+        *(sys.executable, "-c", "from services.anomaly.scorer import compile_kernel; compile_kernel()"),
+        environment={
+            "PYTHONPATH": f"{code}:{code / 'gen'}:{libraries}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "NUMBA_CACHE_DIR": str(target / "kernel"),
+            "NUMBA_CPU_NAME": "generic",
+            # The order in which the compiler goes through things depends on both.
+            "PYTHONHASHSEED": "0",
+        },
+        same_addresses=True,
+    )
+
+
 def certificates(folder: Path) -> None:
     """The bundle that Debian would make on installation: no package's scripts have run in the base."""
     folder.mkdir()
@@ -120,8 +140,16 @@ def certificates(folder: Path) -> None:
     (folder / "ca-certificates.crt").write_text("".join(path.read_text() for path in found))
 
 
-def run(*command: str | Path, environment: dict[str, str] | None = None) -> None:
-    subprocess.run([str(part) for part in command], check=True, env=os.environ | (environment or {}))
+ADDR_NO_RANDOMIZE = 0x0040000
+
+
+def run(*command: str | Path, environment: dict[str, str] | None = None, same_addresses: bool = False) -> None:
+    subprocess.run(
+        [str(part) for part in command],
+        check=True,
+        env=os.environ | (environment or {}),
+        preexec_fn=(lambda: ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)) if same_addresses else None,
+    )
 
 
 if __name__ == "__main__":

@@ -9,15 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
-# The machine's own package source, pointed at the release that the image stands on, with its updates.
-if [ -f /etc/apt/sources.list.d/debian.sources ]; then
-  sed -E "s/^Suites:.*-security.*/Suites: $suite-security/; t; s/^Suites:.*/Suites: $suite $suite-updates/" \
-    /etc/apt/sources.list.d/debian.sources >"$work/base.sources"
-  from="$work/base.sources"
-else
-  grep '^deb ' /etc/apt/sources.list | sed -E "s#^(deb +(\[[^]]*\] +)?[^ ]+) +[a-z]+(-security|-updates)? .*#\1 $suite\3 main#" >"$work/base.list"
-  from="$work/base.list"
-fi
+from=$(bash "$(dirname "$0")/sources.sh" $suite "$work")
 # extract: files only, no package's scripts run; enough for a root without a shell in use.
 mmdebstrap -q --variant=extract --include=base-files,netbase,python3-minimal,libpython3.11-stdlib,ca-certificates,tzdata,libstdc++6,libgomp1,zlib1g,libssl3,libexpat1,libffi8,libsqlite3-0,libbz2-1.0,liblzma5 \
   --aptopt='APT::Install-Recommends "false"' \

@@ -44,10 +44,15 @@ if [ "$base" = localhost/smdih-python:bookworm ] && ! buildah inspect --type ima
   bash deploy/image/base.sh "$base" >.local/log/image-base.log 2>&1 || fail "the base could not be made: see .local/log/image-base.log"
 fi
 
+postgres=localhost/smdih-postgres:17
+if ! buildah inspect --type image $postgres >/dev/null 2>&1; then
+  say "PostgreSQL's client programs from Debian packages"
+  bash deploy/image/postgres.sh $postgres >.local/log/image-postgres.log 2>&1 || fail "they could not be made: see .local/log/image-postgres.log"
+fi
+
 say "$image"
-pull=--pull-never
-[ "$base" = localhost/smdih-python:bookworm ] || pull=--pull
-buildah bud -q --isolation chroot $pull --timestamp "$SOURCE_DATE_EPOCH" --build-arg BASE="$base" \
+[ "$base" = localhost/smdih-python:bookworm ] || buildah pull -q "$base" >/dev/null
+buildah bud -q --isolation chroot --pull-never --timestamp "$SOURCE_DATE_EPOCH" --build-arg BASE="$base" --build-arg POSTGRES=$postgres \
   --label org.opencontainers.image.title="Smart Manufacturing Data Innovation Hub" \
   --label org.opencontainers.image.licenses=Apache-2.0 \
   --label org.opencontainers.image.revision="$(git rev-parse HEAD 2>/dev/null || echo unknown)" \

@@ -6,9 +6,11 @@ was left out; and every command must know its roles.
 
 import json
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from localstack.hub import ROLES
 IMAGE = "localhost/smdih-hub:dev"
 UID = 10001
 DEADLINE_S = 180
+STOP_S = 15
 LOAD_ALL = """
 import importlib, os, pkgutil, services, smdih_client
 from services.matching.text import Embedder
@@ -32,6 +35,26 @@ try:
     open("/hub/code/written", "w")
 except OSError:
     print(len(names), "modules load")
+"""
+# Everything that the worker needs came with the image: it compiles nothing that it would keep.
+KERNEL = """
+import os
+from pathlib import Path
+from services.anomaly.worker_process import make_kernel_ready
+brought = {path.name for path in Path(os.environ["SMDIH_ANOMALY_KERNEL"]).rglob("*.nbc")}
+make_kernel_ready(os.environ["SMDIH_ANOMALY_KERNEL"])
+kept = {path.name for path in Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbc")}
+print(len(kept), "parts", "loaded" if brought and kept == brought else f"of which {len(kept - brought)} were compiled")
+"""
+# As it would come while the first libraries load.
+STOPPED = "import os, signal, time; os.kill(1, signal.SIGTERM); time.sleep(30)"
+DUMP = """
+import asyncio, pathlib
+from services.backup import BackupSettings, _run
+for program in ("pg_dump", "pg_restore"):
+    said = pathlib.Path(f"/tmp/{program}")
+    asyncio.run(_run(BackupSettings(), program, ["--version"], to=said))
+    print(said.read_text(), end="")
 """
 
 
@@ -82,6 +105,14 @@ def main(arguments: list[str]) -> int:
     with root_of(image) as root:
         loaded = run_confined(root, environment, "-c", LOAD_ALL)
         wrong += _judge("every module loads", loaded.returncode == 0 and "modules load" in loaded.stdout, loaded)
+        made = run_confined(root, environment, "-c", KERNEL)
+        wrong += _judge("the detector's kernel came compiled", "parts loaded" in made.stdout, made)
+        dumps = run_confined(root, environment, "-c", DUMP)
+        wrong += _judge("pg_dump and pg_restore are of version 17", dumps.stdout.count("(PostgreSQL) 17.") == 2, dumps)
+        began = time.monotonic()
+        stopped = run_confined(root, environment, "-c", STOPPED)
+        at_once = stopped.returncode == 128 + signal.SIGTERM and time.monotonic() - began < STOP_S
+        wrong += _judge("a stop while libraries load ends the first process", at_once, stopped)
         for module in sorted({role.module for role in ROLES}):
             asked = run_confined(root, environment, "-m", module, "no-such-role")
             named = [role.role for role in ROLES if role.module == module]

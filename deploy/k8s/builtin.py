@@ -7,7 +7,13 @@ import yaml
 
 OPERATORS = ("kafka.strimzi.io", "keda.sh", "monitoring.coreos.com", "cert-manager.io")
 
-for name in sys.argv[1:]:
-    objects = [one for one in yaml.safe_load_all(Path(name).read_text()) if one]
-    kept = [one for one in objects if one["apiVersion"].partition("/")[0] not in OPERATORS]
-    Path(f"{name}.builtin").write_text(yaml.safe_dump_all(kept))
+
+def builtin(rendered: str) -> str:
+    """Without what operators define."""
+    objects = [one for one in yaml.safe_load_all(rendered) if one]
+    return str(yaml.safe_dump_all([one for one in objects if one["apiVersion"].partition("/")[0] not in OPERATORS]))
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(f"{name}.builtin").write_text(builtin(Path(name).read_text()))

@@ -1,7 +1,7 @@
 """`make k8s-test`: the hub on a real cluster, from admission to a roll-out under load. Usage: python -m deploy.k8s.check
 
 Runs on whatever cluster KUBECONFIG and KUBECTL (default: kubectl) reach; docs/kubernetes.md says how on kind. Kafka, TimescaleDB
-and Mosquitto are started on this machine, and only removed with the namespace when the check ends.
+and Mosquitto are started on this machine, with TLS, users and rules as in production, and removed with the namespace at the end.
 
   K8S_LOAD_IMAGE    a command that brings the image's archive onto the nodes; {} stands for the archive
   K8S_IMAGE         the image (localhost/smdih-hub:dev)
@@ -12,6 +12,7 @@ and Mosquitto are started on this machine, and only removed with the namespace w
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import shlex
@@ -25,28 +26,33 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import asyncpg
 import httpx
 import numpy as np
 
-from bench.plant import register
+from bench.plant import Plant, register
 from chaos.stage import Outcome, poll
 from chaos.telemetry import HISTORY_S, judge, load
 from demo.__main__ import told
 from demo.journey import Journey, JourneyError, Observer
 from demo.story import Story
+from deploy.k8s.builtin import builtin
 from deploy.k8s.cluster import (
+    DATABASE,
     NAMESPACE,
+    Around,
     Cluster,
     ClusterError,
     Mqtt,
     this_machine_as_seen_from,
     write_overlay,
 )
+from localstack.certificates import Authority
 from localstack.hub import Hub
 from localstack.mosquitto import BRIDGE, Mosquitto
+from localstack.secured import SecuredKafka
 from localstack.servers import LOCAL, ROOT, LocalServers, Servers, ServersError
 from services.common import logs
-from services.common.evidence import new_key
 from services.common.kafka import Cluster as KafkaCluster
 
 HERE = Path(__file__).parent
@@ -57,6 +63,8 @@ DEPLOY_DEADLINE_S = 1_800
 TWO_DOORS_DEADLINE_S = 120
 OLD_PODS_DEADLINE_S = 90  # more than they are given to end in
 DRAINED_WITHIN_S = 300.0  # a node may have little to spare
+KAFKA_AWAY_S, KAFKA_BACK_S = 30.0, 60.0
+BACKUP_DEADLINE_S = 300
 
 
 class Claims:
@@ -73,32 +81,45 @@ class Claims:
 
 
 @asynccontextmanager
-async def servers_for(host: str) -> AsyncIterator[tuple[Servers, Mqtt]]:
+async def servers_for(host: str, node: str) -> AsyncIterator[Around]:
     """A broker, a database and an MQTT broker of this run, at an address that pods reach."""
+    folder = LOCAL / "stacks/k8s"
     local = LocalServers("k8s", host=host)
-    broker = Mosquitto(LOCAL / "stacks/k8s/mosquitto", host=host)
+    broker = Mosquitto(folder / "mosquitto", host=host)
     await local.remove()
+    folder.mkdir(parents=True)
+    authority = Authority(folder)
+    kafka = SecuredKafka(folder / "kafka", host=host, names=["kafka"], authority=authority, watched=True)
     try:
-        servers = await local.start()
-        broker.start()
-        yield servers, Mqtt(broker.port, BRIDGE, broker.passwords[BRIDGE])
+        administrator, _ = await asyncio.gather(local.start_database(), kafka.start())
+        await kafka.admit()
+        connection = await asyncpg.connect(administrator)
+        await connection.execute(f"CREATE DATABASE {DATABASE}")
+        await connection.close()
+        pair = authority.issue(["mqtt"], addresses=[host])
+        broker.start(more=f"cafile {authority.file}\ncertfile {pair.certificate}\nkeyfile {pair.key}\n")
+        mqtt = Mqtt(broker.port, BRIDGE, broker.passwords[BRIDGE])
+        yield Around(host, node, administrator=administrator, kafka=kafka, mqtt=mqtt, authority=authority)
     finally:
         if not os.environ.get("K8S_KEEP"):
             broker.stop()
+            kafka.remove()
             await local.remove()
 
 
 def admission(cluster: Cluster, overlay: Path, claims: Claims) -> None:
     """What the server says of every object, and that it refuses what is not restricted."""
     cluster.run("apply", "--server-side", "-f", str(HERE / "base/namespace.yaml"))
-    rendered = cluster.run("kustomize", str(overlay)).stdout
     strict = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "--warnings-as-errors")
-    done = cluster.run("apply", *strict, "-f", "-", given=rendered, check=False)
-    claims.that(
-        f"the server accepts all {rendered.count(chr(10) + 'kind: ')} objects strictly, without a warning",
-        done.returncode == 0,
-        done.stderr,
-    )
+    production = HERE / "overlays/production"
+    for what, folder in (("this run", overlay), ("production, but for those of operators", production)):
+        rendered = builtin(cluster.run("kustomize", str(folder)).stdout)
+        done = cluster.run("apply", *strict, "-f", "-", given=rendered, check=False)
+        claims.that(
+            f"the server accepts all {rendered.count(chr(10) + 'kind: ')} objects of {what}, strictly, without a warning",
+            done.returncode == 0,
+            done.stderr,
+        )
     for path in sorted((HERE / "refused").glob("*.yaml")):
         done = cluster.run("apply", "--dry-run=server", "-f", "-", given=path.read_text(), check=False)
         claims.that(f"the namespace refuses {path.stem}", "violates PodSecurity" in done.stderr, done.stderr)
@@ -149,24 +170,6 @@ async def journey(hub: Hub, claims: Claims) -> None:
     claims.that(f"an award of {summary['award']['grant_pence']} pence", summary["trial_balance_pence"] == 0)
 
 
-async def eviction(cluster: Cluster, claims: Claims) -> None:
-    """A drain may take one door, and has to wait with the other."""
-
-    async def are_two_ready() -> bool:
-        ready = [
-            pod
-            for pod in cluster.pods("door")
-            if any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", ()))
-        ]
-        return len(ready) >= 2
-
-    await poll("two doors are ready", are_two_ready, deadline_s=TWO_DOORS_DEADLINE_S, interval_s=1)
-    first, second, *_ = (pod["metadata"]["name"] for pod in cluster.pods("door"))
-    claims.that("the budget lets one door be evicted", cluster.evict(first))
-    claims.that("the budget refuses the next one meanwhile", not cluster.evict(second))
-    await poll("two doors are ready again", are_two_ready, deadline_s=TWO_DOORS_DEADLINE_S, interval_s=1)
-
-
 @dataclass
 class Asked:
     """Requests that went out and what came back."""
@@ -176,9 +179,11 @@ class Asked:
     slowest_s: float = 0.0
 
 
-async def ask(base: str, path: str, key: str, asked: Asked) -> None:
-    """Ask over kept connections until cancelled; nothing is tried twice."""
-    async with httpx.AsyncClient(base_url=base, headers={"Authorization": f"Bearer {key}"}, timeout=10) as client:
+async def ask(hub: Hub, name: str, path: str, asked: Asked) -> None:
+    """Ask a process over kept connections until cancelled; nothing is tried twice."""
+    headers = {"Authorization": f"Bearer {hub.operator_key}"}
+    base = hub.processes[name].http
+    async with httpx.AsyncClient(base_url=base, headers=headers, timeout=10, verify=hub.verify) as client:
         while True:
             began = time.monotonic()
             try:
@@ -199,17 +204,95 @@ PATHS = {
 }
 
 
-async def roll_out_under_load(cluster: Cluster, next_overlay: Path, hub: Hub, claims: Claims) -> None:
+async def kafka_away(cluster: Cluster, around: Around, hub: Hub, plant: Plant, claims: Claims) -> None:
+    """A door that cannot keep telemetry says so to whoever sends, for as long as it lasts, and stays in its Service to say it."""
+
+    def ready() -> int:
+        slices = cluster.get("endpointslice", "-l", "kubernetes.io/service-name in (door, anomaly, matching, funding)")
+        endpoints = [each for one in slices["items"] for each in one["endpoints"] or ()]
+        return sum(bool(each["conditions"].get("ready")) for each in endpoints)
+
+    frame = {"ts": time.time_ns() // 1_000_000, "values": {"no such signal": 1.0}}
+    body = {"batches": [{"machine": plant.machine_ids[0], "frames": [frame]}]}
+    headers = {"Authorization": f"Bearer {plant.key}"}
+    asked, told, before = Asked(), Counter[str](), ready()
+    async with httpx.AsyncClient(headers=headers, timeout=60, verify=hub.verify) as client:
+
+        async def send() -> httpx.Response:
+            return await client.post(f"{hub.processes['door'].http}/v1/telemetry", json=body)
+
+        around.kafka.pause(True)
+        asking = [asyncio.create_task(ask(hub, name, path, asked)) for name, path in PATHS.items()]
+        try:
+            until = time.monotonic() + KAFKA_AWAY_S
+            while time.monotonic() < until:
+                answer = await send()
+                told[f"{answer.status_code} retry after {answer.headers.get('retry-after', 'unknown')}"] += 1
+            stayed = ready()
+        finally:
+            around.kafka.pause(False)
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+        async def is_back() -> bool:
+            return (await send()).status_code in (200, 422)
+
+        await poll("the door takes telemetry again", is_back, deadline_s=KAFKA_BACK_S, interval_s=1)
+    clearly = bool(told) and all(what.startswith("503 retry after ") and "unknown" not in what for what in told)
+    claims.that(f"while Kafka is away, the door says so with a delay ({told.total()} times)", clearly, str(dict(told)))
+    claims.that(
+        f"all {before} endpoints stay meanwhile, and {sum(asked.answered.values())} questions are answered",
+        stayed == before and not asked.failed,
+        f"{stayed} stayed, {dict(asked.failed)}",
+    )
+
+
+async def backup(cluster: Cluster, claims: Claims) -> None:
+    """As the clock would start it."""
+    cluster.run("-n", NAMESPACE, "create", "job", "backup-now", "--from=cronjob/backup")
+
+    def state() -> set[str]:
+        conditions = cluster.get("job", "backup-now")["status"].get("conditions", ())
+        return {one["type"] for one in conditions if one["status"] == "True"}
+
+    async def has_ended() -> bool:
+        return bool(state() & {"Complete", "Failed"})
+
+    await poll("the backup ends", has_ended, deadline_s=BACKUP_DEADLINE_S, interval_s=2)
+    said = cluster.run("-n", NAMESPACE, "logs", "job/backup-now", check=False).stdout.strip()
+    found = json.loads(said) if "Complete" in state() else {}
+    claims.that(
+        f"a dump of {found.get('tables', 0)} tables with {found.get('rows', 0):,} rows by its own login",
+        found.get("done") == "keep" and found["rows"] > 0,
+        said,
+    )
+
+
+async def eviction(cluster: Cluster, claims: Claims) -> None:
+    """A drain may take one door, and has to wait with the other."""
+
+    async def are_two_ready() -> bool:
+        ready = [
+            pod
+            for pod in cluster.pods("door")
+            if any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", ()))
+        ]
+        return len(ready) >= 2
+
+    await poll("two doors are ready", are_two_ready, deadline_s=TWO_DOORS_DEADLINE_S, interval_s=1)
+    first, second, *_ = (pod["metadata"]["name"] for pod in cluster.pods("door"))
+    claims.that("the budget lets one door be evicted", cluster.evict(first))
+    claims.that("the budget refuses the next one meanwhile", not cluster.evict(second))
+    await poll("two doors are ready again", are_two_ready, deadline_s=TWO_DOORS_DEADLINE_S, interval_s=1)
+
+
+async def roll_out_under_load(cluster: Cluster, next_overlay: Path, hub: Hub, plant: Plant, claims: Claims) -> None:
     """The next version: migrated, and every process replaced, while gateways send and people ask."""
-    plant = await register(hub.settings.database_dsn, KafkaCluster.of(hub.settings), MACHINES)
-    await asyncio.sleep(2)  # the doors' directories follow
     start_s = int(time.time()) - HISTORY_S
     asked, outcome = Asked(), Outcome()
     async with load(hub, plant, start_s, secrets.randbelow(2**31)) as sender:
-        asking = [
-            asyncio.create_task(ask(hub.processes[name].http, path, hub.operator_key, asked))
-            for name, path in PATHS.items()
-        ]
+        asking = [asyncio.create_task(ask(hub, name, path, asked)) for name, path in PATHS.items()]
         await asyncio.sleep(3)
         before = cluster.pod_ids()
         done, said, seconds = await deploy(next_overlay)
@@ -244,7 +327,7 @@ async def roll_out_under_load(cluster: Cluster, next_overlay: Path, hub: Hub, cl
 
 async def tell_memory(hub: Hub) -> None:
     """What the processes hold after all this: the requests in the manifests are to be above it."""
-    async with httpx.AsyncClient(timeout=5) as client:
+    async with httpx.AsyncClient(timeout=5, verify=hub.verify) as client:
         for name, running in hub.processes.items():
             text = (await client.get(f"{running.http}/metrics")).text
             held = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes")]
@@ -263,23 +346,27 @@ async def check() -> int:
     host = this_machine_as_seen_from(node)
     if command := os.environ.get("K8S_LOAD_IMAGE"):
         subprocess.run([part.replace("{}", str(ARCHIVE)) for part in shlex.split(command)], check=True)
-    async with servers_for(host) as (servers, mqtt):
-        evidence = new_key()
-        overlay = write_overlay(servers, mqtt, host, image, evidence)
+    async with servers_for(host, node) as around:
+        overlay = write_overlay(around, image)
         try:
             admission(cluster, overlay, claims)
             await roll_out(overlay, claims)
             # As an operator makes the first key.
             made = ("deploy/door", "--", "python3", "-m", "services.ingest.main", "operator-key")
             key = cluster.run("-n", NAMESPACE, "exec", *made).stdout.strip()
-            hub = Hub(servers, LOCAL / "log/k8s")
+            # Who watches from beside comes as the administrator, and to Kafka by the way that only this machine has.
+            hub = Hub(Servers(around.kafka.open_bootstrap, around.watching), LOCAL / "log/k8s", ca=around.ca)
             hub.operator_key, hub.processes = key, cluster.processes(node)
             await journey(hub, claims)
             await eviction(cluster, claims)
+            plant = await register(hub.settings.database_dsn, KafkaCluster.of(hub.settings), MACHINES)
+            await asyncio.sleep(2)  # the doors' directories follow
+            await kafka_away(cluster, around, hub, plant, claims)
             # Another image, or else another setting: either replaces every pod.
             next_image = os.environ.get("K8S_NEXT_IMAGE", image)
-            write_overlay(servers, mqtt, host, next_image, evidence, log_level="WARNING")
-            await roll_out_under_load(cluster, overlay, hub, claims)
+            write_overlay(around, next_image, log_level="WARNING")
+            await roll_out_under_load(cluster, overlay, hub, plant, claims)
+            await backup(cluster, claims)
             await tell_memory(hub)
         finally:
             if not os.environ.get("K8S_KEEP"):

@@ -1,4 +1,5 @@
-"""The cluster of the check: kubectl, the local overlay with this machine's servers filled in, where Services answer."""
+"""The cluster of the check: kubectl, the local overlay with this machine's servers filled in and secured as in production, where
+Services answer."""
 
 import base64
 import json
@@ -8,14 +9,21 @@ import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_bytes, token_hex
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from deploy.k8s import write
+from localstack.certificates import Authority
 from localstack.hub import ROLES, Running
-from localstack.servers import LOCAL, ROOT, Servers
-from services.common.evidence import Signer
+from localstack.secured import SecuredKafka
+from localstack.servers import LOCAL, ROOT
+from services.common.access import ACCESSES, rules
+from services.common.evidence import Signer, new_key
+from services.logins import LOGINS
 
 NAMESPACE = "smdih"
+DATABASE = "smdih"
 OVERLAY = LOCAL / "k8s/overlay"
 COMMAND_TIMEOUT_S = 900
 
@@ -29,6 +37,63 @@ class Mqtt:
     port: int
     user: str
     password: str
+
+
+class Around:
+    """What the hub of one run stands on, at an address of this machine that pods reach; everybody comes as in production."""
+
+    def __init__(
+        self, host: str, node: str, *, administrator: str, kafka: SecuredKafka, mqtt: Mqtt, authority: Authority
+    ) -> None:
+        """`administrator`: a DSN of the database server. `node`: where node ports answer, so certificates are for it too."""
+        self.host, self.kafka, self.mqtt = host, kafka, mqtt
+        self._authority = authority
+        at = urlsplit(administrator)
+        assert at.hostname is not None
+        self.database = (at.hostname, at.port or 5432)
+        # For who watches from beside.
+        self.watching = urlunsplit(at._replace(path=f"/{DATABASE}"))
+        inside = at._replace(path=f"/{DATABASE}", netloc=f"{at.username}:{at.password}@timescaledb:5432")
+        self._dsns = {"admin": urlunsplit(inside)} | {
+            name: urlunsplit(inside._replace(netloc=f"smdih_{name}_login:{token_hex(16)}@timescaledb:5432"))
+            for name in LOGINS
+        }
+        self._evidence = new_key()
+        self._pairs = {
+            role.name: authority.issue(
+                [role.name, write.METRICS_NAME], uris=[f"spiffe://smdih/{write.service_of(role)}"], addresses=[node]
+            )
+            for role in ROLES
+            if role.has_grpc
+        }
+
+    @property
+    def ca(self) -> Path:
+        return self._authority.file
+
+    def secrets(self) -> dict[str, dict[str, str]]:
+        """By name; in production operators make them, Strimzi and cert-manager."""
+        ca = self.ca.read_text()
+        return {
+            **{f"smdih-database-{name}": {"dsn": dsn} for name, dsn in self._dsns.items()},
+            "smdih-evidence": {"private": self._evidence, "public": Signer(self._evidence).public_key},
+            "smdih-mqtt": {"password": self.mqtt.password},
+            "smdih-seal": {"keys": base64.b64encode(token_bytes(32)).decode()},
+            **{
+                access.user: {"password": self.kafka.identity(access.user).password}
+                for access in ACCESSES
+                if rules(access)
+            },
+            f"{write.CLUSTER}-cluster-ca-cert": {"ca.crt": ca},
+            **{
+                f"smdih-tls-{name}": {
+                    "tls.crt": pair.certificate.read_text(),
+                    "tls.key": pair.key.read_text(),
+                    "ca.crt": ca,
+                }
+                for name, pair in self._pairs.items()
+            },
+        }
 
 
 class Cluster:
@@ -89,7 +154,8 @@ class Cluster:
         for role in ROLES:
             ports = {port["name"]: port.get("nodePort", 0) for port in services[role.name]["spec"]["ports"]}
             if any(ports.values()):
-                found[role.name] = Running(role, ports["http"], ports.get("grpc", 0), host=node)
+                scheme = "https" if role.has_grpc else "http"
+                found[role.name] = Running(role, ports["http"], ports.get("grpc", 0), host=node, scheme=scheme)
         return found
 
 
@@ -102,45 +168,74 @@ def this_machine_as_seen_from(node: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def write_overlay(
-    servers: Servers, mqtt: Mqtt, host: str, image: str, evidence: str, *, log_level: str = "INFO"
-) -> Path:
-    """The local overlay with addresses and throw-away secrets of one run; returns its folder."""
-    kafka_host, _, kafka_port = servers.kafka_bootstrap.rpartition(":")
-    dsn = urlsplit(servers.database_dsn)
-    assert dsn.hostname is not None
-    inside = urlunsplit(dsn._replace(netloc=f"{dsn.netloc.rpartition('@')[0]}@timescaledb:5432"))
+def write_overlay(around: Around, image: str, *, log_level: str = "INFO") -> Path:
+    """The local overlay with addresses and throw-away secrets of one run, and with TLS, the brokers' users and a backup; returns
+    its folder."""
+    kafka_host, _, kafka_port = around.kafka.bootstrap.rpartition(":")
     behind = {
         "kafka": ("kafka", kafka_host, int(kafka_port)),
-        "timescaledb": ("postgresql", dsn.hostname, dsn.port or 5432),
-        "mqtt": ("mqtt", host, mqtt.port),
-    }
-    secrets = {
-        "smdih-database": {"dsn": inside},
-        "smdih-database-owner": {"dsn": inside},
-        "smdih-evidence": {"private": evidence, "public": Signer(evidence).public_key},
-        "smdih-mqtt": {"password": mqtt.password},
+        "timescaledb": ("postgresql", *around.database),
+        "mqtt": ("mqtt", around.host, around.mqtt.port),
     }
     made = [_endpoints(service, *where) for service, where in behind.items()]
-    made += [_secret(name, values) for name, values in secrets.items()]
+    made += [_secret(name, values) for name, values in around.secrets().items()]
     policies = {"to-kafka": "kafka", "to-database": "timescaledb", "to-mqtt": "mqtt"}
     name, _, tag = image.rpartition(":")
+    components = [os.path.relpath(ROOT / f"deploy/k8s/components/{name}", OVERLAY) for name in ("tls", "backup")]
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "namespace": NAMESPACE,
         "resources": [os.path.relpath(ROOT / "deploy/k8s/overlays/local", OVERLAY), "run.json"],
-        "images": [{"name": "localhost/smdih-hub", "newName": name, "newTag": tag}],
+        "components": components,
+        "images": [
+            {"name": image_name, "newName": name, "newTag": tag} for image_name in ("localhost/smdih-hub", "smdih-hub")
+        ],
         "configMapGenerator": [
-            {"name": "mqtt", "behavior": "merge", "literals": [f"SMDIH_MQTT_USER={mqtt.user}"]},
+            {
+                "name": "mqtt",
+                "behavior": "merge",
+                # The broker's authority is that of Kafka here, whose certificate the bridge has.
+                "literals": [f"SMDIH_MQTT_USER={around.mqtt.user}", "SMDIH_MQTT_CA=/run/secrets/kafka/ca.crt"],
+            },
             {"name": "hub", "behavior": "merge", "literals": [f"SMDIH_LOG_LEVEL={log_level}"]},
         ],
         "patches": [
+            # What the operators do that are not on this cluster: Strimzi's users are made at the broker, certificates here.
+            *({"patch": json.dumps(patch)} for patch in write.client_patches()),
+            *({"patch": json.dumps(_without(one))} for one in write.certificate_objects()),
+            # No storage is provided here.
             {
-                "target": {"kind": "NetworkPolicy", "name": policy},
-                "patch": json.dumps([{"op": "replace", "path": "/spec/egress", "value": [_egress(*behind[service])]}]),
-            }
-            for policy, service in policies.items()
+                "patch": json.dumps(
+                    _without({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "backup"}})
+                )
+            },
+            {
+                "target": {"kind": "CronJob", "name": "backup"},
+                "patch": json.dumps(
+                    [
+                        {
+                            "op": "replace",
+                            "path": "/spec/jobTemplate/spec/template/spec/volumes/1",
+                            "value": {"name": "backup", "emptyDir": {"sizeLimit": "1Gi"}},
+                        }
+                    ]
+                ),
+            },
+            # Where the component tls looks for it.
+            {
+                "target": {"kind": "Service", "name": "mqtt"},
+                "patch": json.dumps([{"op": "replace", "path": "/spec/ports/0/port", "value": 8883}]),
+            },
+            *(
+                {
+                    "target": {"kind": "NetworkPolicy", "name": policy},
+                    "patch": json.dumps(
+                        [{"op": "replace", "path": "/spec/egress", "value": [_egress(*behind[service])]}]
+                    ),
+                }
+                for policy, service in policies.items()
+            ),
         ],
     }
     OVERLAY.mkdir(parents=True, exist_ok=True)
@@ -148,6 +243,10 @@ def write_overlay(
     (OVERLAY / "run.json").write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": made}))
     (OVERLAY / "kustomization.yaml").write_text(json.dumps(kustomization, indent=1))
     return OVERLAY
+
+
+def _without(one: dict[str, Any]) -> dict[str, Any]:
+    return {"$patch": "delete", **{key: one[key] for key in ("apiVersion", "kind", "metadata")}}
 
 
 def _endpoints(service: str, port: str, address: str, number: int) -> dict[str, Any]:

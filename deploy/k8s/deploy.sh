@@ -20,7 +20,7 @@ apply -l smdih/step=migrate
 # Ends at once when it fails, too.
 until $kubectl -n smdih wait --for=condition=Complete job/migrate --timeout=2s >/dev/null 2>&1; do
   failed=$($kubectl -n smdih get job migrate -o 'jsonpath={.status.conditions[?(@.type=="Failed")].message}')
-  [ -z "$failed" ] || { $kubectl -n smdih logs job/migrate --tail=20 >&2; echo "the migration failed: $failed" >&2; exit 1; }
+  [ -z "$failed" ] || { $kubectl -n smdih logs job/migrate --all-containers --tail=20 >&2; echo "the migration failed: $failed" >&2; exit 1; }
   [ "$SECONDS" -lt "${migration_timeout%s}" ] || { echo "the migration did not end in $migration_timeout" >&2; exit 1; }
 done
 rolled_out() { $kubectl -n smdih rollout status "$@" --timeout="$rollout_timeout"; }

@@ -20,7 +20,11 @@ CLUSTER = "kafka"
 # As the production overlay sets SMDIH_KAFKA_PARTITIONS and SMDIH_KAFKA_REPLICATION.
 PARTITIONS = 16
 REPLICAS = 3
-KINDS = {"anomaly-worker": ("StatefulSet", "apps/v1"), "migrate": ("Job", "batch/v1")}
+KINDS = {
+    "anomaly-worker": ("StatefulSet", "apps/v1"),
+    "migrate": ("Job", "batch/v1"),
+    "reconcile": ("CronJob", "batch/v1"),
+}
 # A name in every certificate, by which Prometheus knows whichever pod it asks.
 METRICS_NAME = "hub.smdih.svc"
 # Who calls whom inside, by which setting, and where with TLS.
@@ -81,8 +85,10 @@ def _client(access: Access) -> dict[str, Any]:
     }
     authority = {"secretName": f"{CLUSTER}-cluster-ca-cert", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
     spec = {"containers": [container], "volumes": [{"name": "kafka-ca", "secret": authority}]}
-    metadata = {"name": access.process}
-    return {"apiVersion": api, "kind": kind, "metadata": metadata, "spec": {"template": {"spec": spec}}}
+    made: dict[str, Any] = {"template": {"spec": spec}}
+    if kind == "CronJob":
+        made = {"jobTemplate": {"spec": made}}
+    return {"apiVersion": api, "kind": kind, "metadata": {"name": access.process}, "spec": made}
 
 
 def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:

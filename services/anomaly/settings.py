@@ -17,6 +17,8 @@ class AnomalySettings(Settings):
     # Name of this worker that outlives a restart, such as a pod's: its partitions then come back to it at once.
     anomaly_instance: str = ""
     anomaly_checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
+    # A folder with the kernel as it was compiled before, for this code; the worker copies it into NUMBA_CACHE_DIR.
+    anomaly_kernel: str = ""
     # host:port of ingest's gRPC: explanations and previews of rules show samples from there, asked for with the caller's own key.
     ingest_grpc: str = ""
     # Networks that webhooks may call though they are not public, such as ["10.2.0.0/16"]; there also without TLS, by number.

@@ -1,6 +1,8 @@
 """The process that scores every sample and raises alarms."""
 
 import asyncio
+import os
+import shutil
 
 from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import compile_kernel
@@ -8,7 +10,7 @@ from services.anomaly.settings import SCHEMA, AnomalySettings
 from services.anomaly.store import AlarmStore, StateStore
 from services.anomaly.stream import Worker
 from services.anomaly.tuning_store import HorizonStore
-from services.common import topics
+from services.common import memory, topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -17,7 +19,16 @@ from services.common.kafka import Cluster, DeadLetters, Publisher
 from services.common.runtime import Runtime
 
 
+def make_kernel_ready(compiled: str) -> None:
+    """Take the kernel from the folder `compiled`, or compile it. Its compiler looks only where it may write."""
+    cache = os.environ.get("NUMBA_CACHE_DIR")
+    if compiled and cache:
+        shutil.copytree(compiled, cache, dirs_exist_ok=True)
+    compile_kernel()
+
+
 async def start(runtime: Runtime, settings: AnomalySettings) -> None:
+    memory.keep_freed()
     clock = SystemClock()
     cluster = Cluster.of(settings)
     publisher = Publisher(cluster)
@@ -28,7 +39,7 @@ async def start(runtime: Runtime, settings: AnomalySettings) -> None:
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     runtime.on_stop(publisher.close)
-    await asyncio.to_thread(compile_kernel)
+    await asyncio.to_thread(make_kernel_ready, settings.anomaly_kernel)
     await directory.wait_caught_up()
     made = Worker(
         cluster,

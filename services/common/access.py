@@ -120,6 +120,15 @@ ACCESSES: Final = (
     ),
     # Comes before the others and owns what it makes in the database.
     Access("migrate", "", creates=frozenset(topic.name for topic in topics.TOPICS)),
+    # After a disaster, while no other process runs: compares positions with what the topics hold, tells what the database knows.
+    Access(
+        "reconcile",
+        "",
+        follows=frozenset(
+            {topics.SAMPLES, topics.QUARANTINE, topics.ALARMS, topics.OFFERS, topics.DIRECTORY, topics.ROOMS}
+        ),
+        publishes=frozenset({topics.DIRECTORY, topics.ROOMS}),
+    ),
 )
 
 

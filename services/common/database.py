@@ -48,6 +48,8 @@ AWAY = (
 FIRM_SETTING: Final = "smdih.firm_id"
 # Reads what a firm may see, through views; for Grafana.
 READER_ROLE: Final = "smdih_reader"
+# Sets sequences, where there is one (services/logins.py makes it); for services/reconcile.py.
+SETTER_ROLE: Final = "smdih_setter"
 
 
 def role_of(service: str) -> str:
@@ -184,8 +186,8 @@ async def migrate(dsn: str, *, schema: str, folder: Path) -> Sequence[str]:
         await connection.execute(f"SET search_path TO {schema}, public")
         await connection.execute(f"SET lock_timeout TO {LOCK_TIMEOUT_MS}")
         service = folder.parent.name
-        await _make_role(connection, role_of(service))
-        await _make_role(connection, READER_ROLE)
+        await make_role(connection, role_of(service))
+        await make_role(connection, READER_ROLE)
         await connection.execute(
             "CREATE TABLE IF NOT EXISTS migration "
             "(name text PRIMARY KEY, sha256 text NOT NULL, applied timestamptz NOT NULL DEFAULT now())"
@@ -212,7 +214,7 @@ async def migrate(dsn: str, *, schema: str, folder: Path) -> Sequence[str]:
     return applied
 
 
-async def _make_role(connection: Connection, role: str) -> None:
+async def make_role(connection: Connection, role: str) -> None:
     """Roles belong to the whole server: another hub on it may have made them, or be making them now."""
     found = await connection.fetchrow(
         "SELECT rolsuper OR rolbypassrls AS is_above, pg_has_role(current_user, oid, 'SET') AS is_ours FROM pg_roles "
@@ -229,7 +231,7 @@ async def _make_role(connection: Connection, role: str) -> None:
                 f"The role {role} is missing and this login may not make it: as one that may, "
                 f"`CREATE ROLE {role} NOLOGIN; GRANT {role} TO <this login>;`, then migrate again."
             ) from error
-        await _make_role(connection, role)
+        await make_role(connection, role)
     elif found["is_above"]:
         raise PermissionError(
             f"The role {role} would pass over row-level security; take SUPERUSER and BYPASSRLS from it."
@@ -249,3 +251,5 @@ async def _grant(connection: Connection, schema: str, role: str) -> None:
             f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {role}",
         ):
             await connection.execute(statement)
+        if await connection.fetchval("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", SETTER_ROLE):
+            await connection.execute(f"GRANT UPDATE ON ALL SEQUENCES IN SCHEMA {schema} TO {SETTER_ROLE}")

@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
@@ -101,8 +101,9 @@ def application(
         return JSONResponse({"stuck": stuck}, status_code=503 if stuck else 200)
 
     @probes.get("/readyz")
-    async def readyz() -> Response:
-        missing = await runtime.not_ready()
+    async def readyz(exclude: Annotated[list[str], Query()] = []) -> Response:  # noqa: B006  read only
+        """`exclude`: names that are not asked, for who wants to be told by the requests themselves that those are away."""
+        missing = await runtime.not_ready(excluded=exclude)
         return JSONResponse({"missing": missing}, status_code=503 if missing else 200)
 
     @probes.get("/metrics")

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -59,11 +59,11 @@ class Runtime:
         """It was told to stop; it answers until everybody had the time to go elsewhere."""
         return self._stopping.is_set()
 
-    async def not_ready(self) -> list[str]:
-        """Names of the dependencies that do not answer; empty when the process is ready."""
+    async def not_ready(self, *, excluded: Collection[str] = ()) -> list[str]:
+        """Names of the dependencies that do not answer, but for those `excluded`; empty when the process is ready."""
         if not self.started or self._stopping.is_set():
             return ["process"]
-        return [name for name, check in self._ready.items() if not await check()]
+        return [name for name, check in self._ready.items() if name not in excluded and not await check()]
 
     async def not_alive(self) -> list[str]:
         """Names of the loops that are stuck; empty when all turn."""
@@ -95,17 +95,34 @@ async def _running(runtime: Runtime) -> AsyncIterator[None]:
             await runtime._stack.aclose()
 
 
+async def _started(start: Callable[[Runtime], Awaitable[None]], runtime: Runtime) -> bool:
+    """False where it was told to stop, or a part failed, before it had started: it may be waiting for what does not come."""
+    starting = asyncio.ensure_future(start(runtime))
+    stopping = asyncio.create_task(runtime._stopping.wait())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+            return True
+        log.info("stopped before it had started")
+        return False
+    finally:
+        for task in (starting, stopping):
+            task.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
+
+
 async def _main(start: Callable[[Runtime], Awaitable[None]], drain_s: float) -> int:
     runtime = Runtime()
     async with _running(runtime):
         runtime.background("loop", watch_loop())
-        await start(runtime)
-        runtime.started = True
-        log.info("ready")
-        await runtime._stopping.wait()
-        log.info("stopping")
-        if runtime._failure is None:
-            await asyncio.sleep(drain_s)
+        if await _started(start, runtime):
+            runtime.started = True
+            log.info("ready")
+            await runtime._stopping.wait()
+            log.info("stopping")
+            if runtime._failure is None:
+                await asyncio.sleep(drain_s)
     tracing.stop()
     return 1 if runtime._failure else 0
 

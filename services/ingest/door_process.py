@@ -2,7 +2,7 @@
 
 import functools
 
-from services.common import topics
+from services.common import memory, topics
 from services.common.database import create_pool
 from services.common.entrance import open_entrance
 from services.common.evidence import Signer
@@ -24,6 +24,7 @@ INTERNAL_CALLS = {"anomaly": ("/smdih.ingest.v1.QueryService/History",)}
 
 
 async def start(runtime: Runtime, settings: Settings) -> None:
+    memory.keep_freed()
     entrance = open_entrance(runtime, settings, takes_keys=True)
     kinds = ("firm", "site", "machine", "partner")
     taking = await open_taking(runtime, settings, kinds=kinds, keys_are_seen=True)

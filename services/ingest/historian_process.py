@@ -2,7 +2,7 @@
 
 import functools
 
-from services.common import topics
+from services.common import memory, topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool
 from services.common.entrance import open_entrance
@@ -23,6 +23,7 @@ HISTORIAN_POLL_BYTES_MAX = 2 * 1024 * 1024
 
 
 async def start(runtime: Runtime, settings: Settings) -> None:
+    memory.keep_freed()
     cluster = Cluster.of(settings)
     pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)

@@ -48,7 +48,7 @@ async def broker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Secu
 
 
 def test_every_process_and_every_topic_has_its_place_in_the_list() -> None:
-    assert {access.process for access in ACCESSES} == {role.name for role in ROLES} | {"migrate"}
+    assert {access.process for access in ACCESSES} == {role.name for role in ROLES} | {"migrate", "reconcile"}
     named = {value for name, value in inspect.getmembers(topics) if name.isupper() and str(value).startswith("smdih.")}
     made = {topic.name for topic in topics.TOPICS}
     assert named <= made

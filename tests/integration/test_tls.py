@@ -15,12 +15,12 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from localstack.certificates import Authority, Pair
 from localstack.hub import Hub
 from localstack.servers import ROOT, Servers
 from services.common.settings import Settings
 from smdih_client.telemetry import TelemetryClient
 from smdih_client.tls import Tls, open_channel
-from tests.certificates import Authority, Pair
 from tests.polling import eventually
 
 SIGNALS = ["temperature"]

@@ -15,12 +15,14 @@ import yaml
 from deploy.k8s import write
 from localstack.hub import ROLES
 from services.anomaly.settings import AnomalySettings
+from services.backup import BackupSettings
 from services.common.access import access_of
 from services.common.runtime import STOP_TIMEOUT_S
 from services.common.settings import Settings
 from services.common.tls import HUB_SERVICES
 from services.funding.main import FundingSettings
 from services.ingest.settings import MqttSettings
+from services.logins import LOGINS, OWNER
 from services.matching.main import MatchingSettings
 
 BASE = Path("deploy/k8s/base")
@@ -35,8 +37,9 @@ ENTRIES: dict[str, tuple[str, str, type[Settings]]] = {
     "matching": ("services.matching.main", "start_api", MatchingSettings),
     "funding": ("services.funding.main", "start_api", FundingSettings),
     "migrate": ("services.migrate", "migrate_all", Settings),
+    "reconcile": ("services.reconcile", "after_restore", Settings),
 }
-PROCESSES = [name for name in ENTRIES if name != "migrate"]
+PROCESSES = [role.name for role in ROLES]
 # What a setting that is read leads to: a label that a policy selects, or another process.
 LABEL_OF = {
     "kafka_bootstrap": "smdih/kafka",
@@ -108,11 +111,16 @@ def kind(*kinds: str) -> dict[str, dict[str, Any]]:
 
 
 def workloads() -> dict[str, dict[str, Any]]:
-    return kind("Deployment", "StatefulSet", "Job")
+    return kind("Deployment", "StatefulSet", "Job", "CronJob")
 
 
 def pod(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = workloads()[name]["spec"]["template"]
+    return template(workloads()[name])
+
+
+def template(one: dict[str, Any]) -> dict[str, Any]:
+    spec = one["spec"]["jobTemplate"]["spec"] if one["kind"] == "CronJob" else one["spec"]
+    found: dict[str, Any] = spec["template"]
     return found
 
 
@@ -126,12 +134,16 @@ def config() -> dict[str, dict[str, str]]:
 
 
 def variables(name: str) -> set[str]:
-    """The environment of a process, its image's included."""
+    """The environment of a process, its image's included as far as it reads that."""
     (container,) = pod(name)["spec"]["containers"]
     found = {one["name"] for one in container.get("env", ())}
     for source in container.get("envFrom", ()):
         found |= set(config()[source["configMapRef"]["name"]])
-    return found | set(re.findall(r"(SMDIH_\w+)=", IMAGE.read_text()))
+    return found | (of_image() & set(fields(name)))
+
+
+def of_image() -> set[str]:
+    return set(re.findall(r"(SMDIH_\w+)=", IMAGE.read_text()))
 
 
 def fields(name: str) -> dict[str, Any]:
@@ -241,6 +253,47 @@ def test_every_variable_is_a_setting_of_the_process_and_every_needed_one_is_set(
     assert secret <= read_at_all, f"secrets that nobody there reads: {secret - read_at_all}"
 
 
+def test_what_the_image_sets_is_read_by_something() -> None:
+    commands = {f"SMDIH_{name.upper()}" for name in BackupSettings.model_fields}
+    assert of_image() <= commands.union(*(fields(name) for name in ENTRIES))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_each_comes_to_the_database_by_its_own_login(name: str) -> None:
+    (container,) = pod(name)["spec"]["containers"]
+    (dsn,) = (
+        one["valueFrom"]["secretKeyRef"]["name"] for one in container["env"] if one["name"] == "SMDIH_DATABASE_DSN"
+    )
+    login = {"migrate": OWNER, "reconcile": "reconcile"}.get(name) or access_of(name).schema
+    assert dsn == f"smdih-database-{login}"
+
+
+def test_every_login_is_made_before_the_migration_from_the_secret_that_it_is_used_from() -> None:
+    (made,) = pod("migrate")["spec"]["initContainers"]
+    assert made["args"] == ["-m", "services.logins", made["volumeMounts"][0]["mountPath"]]
+    (volume,) = pod("migrate")["spec"]["volumes"]
+    mounted = {one["secret"]["name"]: one["secret"]["items"][0]["path"] for one in volume["projected"]["sources"]}
+    assert mounted == {f"smdih-database-{name}": name for name in LOGINS}
+    # Nobody but this one comes as the administrator.
+    secrets = re.findall(
+        r"name: (smdih-database[a-z-]*)", "".join(path.read_text() for path in BASE.parent.rglob("*.yaml"))
+    )
+    assert secrets.count("smdih-database-admin") == 1
+    assert set(secrets) - {"smdih-database-admin"} == set(mounted)
+
+
+def test_the_backup_is_the_command_that_it_says_and_reaches_the_database_only() -> None:
+    found = yaml.safe_load_all(Path("deploy/k8s/components/backup/backup.yaml").read_text())
+    (job,) = (one for one in found if one["kind"] == "CronJob")
+    (container,) = template(job)["spec"]["containers"]
+    assert container["args"][:3] == ["-m", "services.backup", "keep"]
+    assert container["args"][3] in {mount["mountPath"] for mount in container["volumeMounts"]}
+    given = {one["name"] for one in container["env"]}
+    assert given <= {f"SMDIH_{name.upper()}" for name in BackupSettings.model_fields}
+    labels = template(job)["metadata"]["labels"]
+    assert [label for label in labels if label.startswith("smdih/")] == ["smdih/database"]
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_what_may_not_be_shown_comes_from_a_secret(name: str) -> None:
     hidden = {variable for variable, field in fields(name).items() if field.repr is False}
@@ -254,6 +307,23 @@ def test_an_upgrade_replaces_every_process_and_the_door_last() -> None:
     (order,) = re.findall(r"for name in (.*); do", Path("deploy/k8s/deploy.sh").read_text())
     assert sorted(order.split()) == sorted(PROCESSES)
     assert order.endswith(" door")
+
+
+def test_who_serves_people_stays_in_its_service_while_kafka_or_the_database_is_away() -> None:
+    patch = yaml.safe_load((BASE / "patches/serving.yaml").read_text())["spec"]["template"]["spec"]
+    path = patch["containers"][0]["readinessProbe"]["httpGet"]["path"]
+    excluded = re.findall(r"[?&]exclude=(\w+)", path)
+    assert excluded == ["kafka", "database", "feed"]
+    kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
+    (target,) = (one["target"] for one in kustomization["patches"] if one["path"] == "patches/serving.yaml")
+    assert set(re.findall(r"[\w-]+", target["name"])) == {role.name for role in ROLES if role.has_grpc}
+    # By the names that the processes give them.
+    named = {one for role in ROLES for one in re.findall(r'ready_when\("(\w+)"', _source(role.name))}
+    assert set(excluded) <= named
+
+
+def _source(process: str) -> str:
+    return inspect.getsource(importlib.import_module(ENTRIES[process][0]))
 
 
 def test_a_stop_has_the_time_that_the_processes_take() -> None:
@@ -279,7 +349,7 @@ def test_each_process_comes_to_the_brokers_as_its_own_user() -> None:
     assert set(patched) == {name for name in ENTRIES if "smdih/kafka" in labels_of(name)}
     for name, patch in patched.items():
         assert patch["kind"] == workloads()[name]["kind"]
-        (container,) = patch["spec"]["template"]["spec"]["containers"]
+        (container,) = template(patch)["spec"]["containers"]
         given = {one["name"]: one for one in container["env"]}
         assert set(given) <= set(fields(name))
         assert given["SMDIH_KAFKA_USERNAME"]["value"] == f"smdih-{name}"
@@ -306,6 +376,16 @@ def test_with_tls_each_process_has_a_certificate_of_its_service_and_calls_others
         assert (
             patch["spec"]["template"]["spec"]["volumes"][0]["secret"]["secretName"] == certificates[name]["secretName"]
         )
+
+
+def test_every_dashboard_is_given_to_grafana() -> None:
+    folder = Path("deploy/grafana")
+    made = yaml.safe_load((folder / "kustomization.yaml").read_text())["configMapGenerator"]
+    dashboards = {file for one in made for file in one["files"] if "grafana_dashboard" in one["options"]["labels"]}
+    assert dashboards == {f"dashboards/{path.name}" for path in (folder / "dashboards").glob("*.json")}
+    monitoring = Path("deploy/k8s/components/monitoring")
+    resources = yaml.safe_load((monitoring / "kustomization.yaml").read_text())["resources"]
+    assert folder.resolve() in {(monitoring / one).resolve() for one in resources}
 
 
 @pytest.mark.parametrize("component", ["strimzi", "tls", "tracing"])

@@ -13,6 +13,7 @@ import grpc
 import httpx
 import pytest
 
+from localstack.certificates import Authority, Pair
 from services.common import http, rpc, tls
 from services.common.clock import SystemClock
 from services.common.directory import Directory
@@ -25,7 +26,6 @@ from services.common.tls import BadCertificate, Files, PeerChannel, Peers, Tls
 from smdih.ingest.v1 import claim_pb2, claim_pb2_grpc
 from smdih_client.tls import Tls as ClientTls
 from smdih_client.tls import open_channel
-from tests.certificates import Authority, Pair
 
 METHOD = "/smdih.ingest.v1.ClaimService/ExchangeClaimCode"
 

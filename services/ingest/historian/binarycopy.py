@@ -3,6 +3,7 @@
 Format: https://www.postgresql.org/docs/17/sql-copy.html, section "Binary Format"; arrays as array_recv reads them.
 """
 
+import struct
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,6 +19,9 @@ TRAILER = b"\xff\xff"
 
 _FLOAT8_OID = 701
 _INT4_OID = 23
+
+# Behind the number of columns and each one's length.
+_MACHINE_AT, _POSITION_AT, _TS_AT = 6, 18, 26
 
 
 def keyed_rows(machine_ids: Ints, first_positions: Ints, times_us: Ints, arrays: list[npt.NDArray[Any]]) -> bytes:
@@ -50,45 +54,39 @@ def _alike(
     arrays: list[npt.NDArray[Any]],
     present: list[npt.NDArray[np.bool_]],
 ) -> bytes:
-    fields: list[tuple[str, Any]] = [
-        ("columns", ">i2"),
-        ("machine_len", ">i4"),
-        ("machine", ">i8"),
-        ("position_len", ">i4"),
-        ("position", ">i4"),
-        ("ts_len", ">i4"),
-        ("ts", ">i8"),
-    ]
-    headers: list[npt.NDArray[np.int32]] = []
-    for number, (array, cells) in enumerate(zip(arrays, present, strict=True)):
-        size, code, oid = (8, ">f8", _FLOAT8_OID) if array.dtype.kind == "f" else (4, ">i4", _INT4_OID)
-        element = np.dtype([("len", ">i4"), ("value", code)])
+    """Rows that have NULLs in the same cells: one row's bytes n times over, then the numbers into their places."""
+    template = bytearray(struct.pack(">hiqiiiq", 3 + len(arrays), 8, 0, 4, 0, 8, 0))
+    places: list[list[int]] = []
+    for array, cells in zip(arrays, present, strict=True):
+        size, oid = (8, _FLOAT8_OID) if array.dtype.kind == "f" else (4, _INT4_OID)
         width, filled = len(cells), int(cells.sum())
-        payload = 20 + 4 * width + size * filled
         # length of the field, dimensions, has NULLs, element type, dimension, lower bound
-        headers.append(np.array([payload, 1, int(filled < width), oid, width, 1], dtype=">i4"))
-        fields.append((f"head{number}", ">i4", (6,)))  # type: ignore[arg-type]
-        if filled == width:
-            fields.append((f"cells{number}", element, (width,)))  # type: ignore[arg-type]
-        else:
-            fields.extend((f"cell{number}_{column}", element if cells[column] else ">i4") for column in range(width))
-    rows = np.empty(len(machine_ids), dtype=np.dtype(fields))
-    rows["columns"] = 3 + len(arrays)
-    rows["machine_len"], rows["machine"] = 8, machine_ids
-    rows["position_len"], rows["position"] = 4, first_positions
-    rows["ts_len"], rows["ts"] = 8, times_us - POSTGRES_EPOCH_US
-    for number, (array, cells) in enumerate(zip(arrays, present, strict=True)):
-        size = 8 if array.dtype.kind == "f" else 4
-        rows[f"head{number}"] = headers[number]
+        template += struct.pack(">6i", 20 + 4 * width + size * filled, 1, filled < width, oid, width, 1)
+        places.append([])
+        for has_value in cells:
+            template += struct.pack(">i", size if has_value else -1)
+            places[-1].append(len(template))
+            template += bytes(size if has_value else 0)
+    rows = np.empty((len(machine_ids), len(template)), dtype=np.uint8)
+    rows[:] = np.frombuffer(template, dtype=np.uint8)
+    _numbers(rows, _MACHINE_AT, ">i8")[:] = machine_ids
+    _numbers(rows, _POSITION_AT, ">i4")[:] = first_positions
+    _numbers(rows, _TS_AT, ">i8")[:] = times_us - POSTGRES_EPOCH_US
+    for array, cells, at in zip(arrays, present, places, strict=True):
+        code = ">f8" if array.dtype.kind == "f" else ">i4"
         if cells.all():
-            rows[f"cells{number}"]["len"] = size
-            rows[f"cells{number}"]["value"] = array
+            _numbers(rows, at[0], code, width=len(cells))[:] = array
             continue
-        for column in range(len(cells)):
-            name = f"cell{number}_{column}"
-            if cells[column]:
-                rows[name]["len"] = size
-                rows[name]["value"] = array[:, column]
-            else:
-                rows[name] = -1
+        for column in np.flatnonzero(cells):
+            _numbers(rows, at[column], code)[:] = array[:, column]
     return rows.tobytes()
+
+
+def _numbers(rows: npt.NDArray[np.uint8], at: int, code: str, *, width: int = 0) -> npt.NDArray[Any]:
+    """The numbers that stand `at` so many bytes behind the beginning of each row; with `width` so many side by side, each behind
+    its length."""
+    number = np.dtype(code)
+    shape, strides = (len(rows),), (rows.strides[0],)
+    if width:
+        shape, strides = (len(rows), width), (rows.strides[0], 4 + number.itemsize)  # type: ignore[assignment]
+    return np.ndarray(shape, number, rows, offset=at, strides=strides)

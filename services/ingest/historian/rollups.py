@@ -90,17 +90,24 @@ class Stats:
         starts = np.concatenate([[0], changes])
         if len(starts) == len(self.slots):
             return self
-        row = np.arange(len(self.slots))[:, None]
-        newest = np.maximum.reduceat(np.where(self.counts > 0, row, -1), starts, axis=0)
-        lasts = np.take_along_axis(self.lasts, np.maximum(newest, 0), axis=0)
+        if self.counts.all():  # as dense as machines mostly are: nothing to leave out
+            least: np.ufunc = np.minimum
+            greatest: np.ufunc = np.maximum
+            lasts = self.lasts[np.append(starts[1:], len(self.slots)) - 1]
+        else:
+            least, greatest = np.fmin, np.fmax
+            row = np.arange(len(self.slots))[:, None]
+            newest = np.maximum.reduceat(np.where(self.counts > 0, row, -1), starts, axis=0)
+            lasts = np.take_along_axis(self.lasts, np.maximum(newest, 0), axis=0)
+            lasts = np.where(newest >= 0, lasts, np.nan)
         return Stats(
             self.slots[starts],
             self.buckets[starts],
             np.add.reduceat(self.counts, starts, axis=0),
             np.add.reduceat(self.sums, starts, axis=0),
-            np.fmin.reduceat(self.mins, starts, axis=0),
-            np.fmax.reduceat(self.maxs, starts, axis=0),
-            np.where(newest >= 0, lasts, np.nan),
+            least.reduceat(self.mins, starts, axis=0),
+            greatest.reduceat(self.maxs, starts, axis=0),
+            lasts,
         )
 
 

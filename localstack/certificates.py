@@ -1,4 +1,4 @@
-"""A certificate authority for tests, which writes files as a mounted secret has them."""
+"""A certificate authority for local servers and tests, which writes files as a mounted secret has them."""
 
 import itertools
 from collections.abc import Sequence
@@ -50,11 +50,22 @@ class Authority:
         self.file = folder / f"{name}.pem"
         self.file.write_bytes(certificate.public_bytes(Encoding.PEM))
 
-    def issue(self, names: Sequence[str], *, uris: Sequence[str] = (), valid: timedelta = timedelta(days=1)) -> Pair:
-        """A certificate for these names, also for this machine; `valid` may be negative."""
+    def issue(
+        self,
+        names: Sequence[str],
+        *,
+        uris: Sequence[str] = (),
+        addresses: Sequence[str] = (),
+        valid: timedelta = timedelta(days=1),
+    ) -> Pair:
+        """A certificate for these names and addresses, also for this machine; `valid` may be negative."""
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
-        alternatives = [*map(x509.DNSName, names), *map(x509.UniformResourceIdentifier, uris)]
+        alternatives = [
+            *map(x509.DNSName, names),
+            *map(x509.UniformResourceIdentifier, uris),
+            *(x509.IPAddress(ip_address(address)) for address in dict.fromkeys((*addresses, "127.0.0.1"))),
+        ]
         number = next(_numbers)
         certificate = (
             x509.CertificateBuilder()
@@ -64,12 +75,11 @@ class Authority:
             .serial_number(number)
             .not_valid_before(now - timedelta(days=2))
             .not_valid_after(now + valid)
-            .add_extension(
-                x509.SubjectAlternativeName([*alternatives, x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
-            )
+            .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         pair = Pair(self._folder / f"{number}.crt", self._folder / f"{number}.key")
         pair.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
+        pair.key.touch(mode=0o600)
         pair.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return pair
