@@ -78,7 +78,8 @@ async def register(dsn: str, cluster: Cluster, machines: int) -> Plant:
         )
         for machine_id, machine in entries.items()
     ]
-    firm = pb.Firm(id=firm_id, name="Bench", slug="bench", quota=pb.Quota(samples_per_s=QUOTA_SAMPLES_PER_S_MAX))
+    firm = pb.Firm(id=firm_id, name="Bench", slug="bench", sic="25.62", region="Wales", size="large")
+    firm.quota.samples_per_s = QUOTA_SAMPLES_PER_S_MAX
     messages.append(
         Message(
             topics.DIRECTORY,

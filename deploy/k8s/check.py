@@ -25,6 +25,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import httpx
@@ -64,7 +65,7 @@ TWO_DOORS_DEADLINE_S = 120
 OLD_PODS_DEADLINE_S = 90  # more than they are given to end in
 DRAINED_WITHIN_S = 300.0  # a node may have little to spare
 KAFKA_AWAY_S, KAFKA_BACK_S = 30.0, 60.0
-BACKUP_DEADLINE_S = 300
+JOB_DEADLINE_S = 300
 
 
 class Claims:
@@ -248,23 +249,46 @@ async def kafka_away(cluster: Cluster, around: Around, hub: Hub, plant: Plant, c
     )
 
 
-async def backup(cluster: Cluster, claims: Claims) -> None:
-    """As the clock would start it."""
-    cluster.run("-n", NAMESPACE, "create", "job", "backup-now", "--from=cronjob/backup")
+async def job(cluster: Cluster, name: str) -> tuple[dict[str, Any], str]:
+    """Run one of a CronJob now; what it told at its end (nothing when it failed), and all that it said."""
+    made = f"{name}-now"
+    cluster.run("-n", NAMESPACE, "create", "job", made, f"--from=cronjob/{name}")
 
     def state() -> set[str]:
-        conditions = cluster.get("job", "backup-now")["status"].get("conditions", ())
+        conditions = cluster.get("job", made)["status"].get("conditions", ())
         return {one["type"] for one in conditions if one["status"] == "True"}
 
     async def has_ended() -> bool:
         return bool(state() & {"Complete", "Failed"})
 
-    await poll("the backup ends", has_ended, deadline_s=BACKUP_DEADLINE_S, interval_s=2)
-    said = cluster.run("-n", NAMESPACE, "logs", "job/backup-now", check=False).stdout.strip()
-    found = json.loads(said) if "Complete" in state() else {}
+    await poll(f"{name} ends", has_ended, deadline_s=JOB_DEADLINE_S, interval_s=2)
+    said = cluster.run("-n", NAMESPACE, "logs", f"job/{made}", check=False).stdout.strip()
+    return json.loads(said.splitlines()[-1]) if "Complete" in state() else {}, said
+
+
+async def backup(cluster: Cluster, claims: Claims) -> None:
+    """As the clock would start it."""
+    told, said = await job(cluster, "backup")
     claims.that(
-        f"a dump of {found.get('tables', 0)} tables with {found.get('rows', 0):,} rows by its own login",
-        found.get("done") == "keep" and found["rows"] > 0,
+        f"a dump of {told.get('tables', 0)} tables with {told.get('rows', 0):,} rows by its own login",
+        told.get("done") == "keep" and told["rows"] > 0,
+        said,
+    )
+
+
+async def reconcile(cluster: Cluster, claims: Claims) -> None:
+    """As after a disaster: it wants to be alone, and here finds that both sides agree."""
+    cluster.run("-n", NAMESPACE, "scale", "deployment,statefulset", "--all", "--replicas=0")
+
+    async def is_empty() -> bool:
+        phases = {pod["status"]["phase"] for pod in cluster.get("pod")["items"]}
+        return not phases - {"Succeeded", "Failed"}
+
+    await poll("every process ends", is_empty, deadline_s=OLD_PODS_DEADLINE_S, interval_s=1)
+    told, said = await job(cluster, "reconcile")
+    claims.that(
+        "with no process left, database and Kafka are found to agree by a login and a user of its own",
+        told.get("done") == "after-restore" and told["records_lost"] == told["keys_revoked"] == 0,
         said,
     )
 
@@ -368,6 +392,7 @@ async def check() -> int:
             await roll_out_under_load(cluster, overlay, hub, plant, claims)
             await backup(cluster, claims)
             await tell_memory(hub)
+            await reconcile(cluster, claims)
         finally:
             if not os.environ.get("K8S_KEEP"):
                 with contextlib.suppress(ClusterError):

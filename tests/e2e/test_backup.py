@@ -3,20 +3,25 @@
 import asyncio
 import json
 import os
+import secrets
 import sys
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import httpx
 import numpy as np
 import pytest
+import pytest_asyncio
 from aiokafka.admin import AIOKafkaAdminClient
 
 from localstack.hub import Hub
 from localstack.servers import ROOT, Servers, named_in_environment, pg_prefix
+from services import logins
 from services.common.database import create_pool
 from services.common.settings import Settings
 from services.migrate import migrate_all
@@ -150,9 +155,33 @@ async def all_taken_in(works: Works, database: "asyncpg.Connection[asyncpg.Recor
     await eventually(is_so, deadline_s=90)
 
 
+@pytest_asyncio.fixture
+async def by_login(settings: Settings) -> AsyncIterator[dict[str, Settings]]:
+    """The settings of who dumps and who reconciles: each comes by a login that may do no more."""
+    at = urlsplit(settings.database_dsn)
+    dsns = {
+        name: at._replace(netloc=f"{at.path[1:]}_{name}:{secrets.token_hex(12)}@{at.hostname}:{at.port}")
+        for name in ("backup", "reconcile")
+    }
+    admin = await asyncpg.connect(settings.database_dsn)
+    await logins.make(
+        admin, {name: logins.Identity(dsn.username or "", dsn.password or "") for name, dsn in dsns.items()}
+    )
+    await admin.close()
+    yield {name: settings.model_copy(update={"database_dsn": dsn.geturl()}) for name, dsn in dsns.items()}
+    admin = await asyncpg.connect(settings.database_dsn)
+    for dsn in dsns.values():
+        await admin.execute(f"DROP ROLE {dsn.username}")
+    await admin.close()
+
+
 @pytest.mark.timeout(600)  # half a minute on a quiet machine; three hubs are started, one after the other
 async def test_what_was_dumped_comes_back_and_the_rest_from_the_surviving_side(
-    servers: Servers, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    servers: Servers,
+    settings: Settings,
+    by_login: dict[str, Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SMDIH_ANOMALY_CHECKPOINT_INTERVAL_S", "0.5")
     own = Servers(settings.kafka_bootstrap, settings.database_dsn)
@@ -165,7 +194,9 @@ async def test_what_was_dumped_comes_back_and_the_rest_from_the_surviving_side(
         stolen = await works.device()
         await _spend_money(settings)
         # The dump is taken while samples come in: of each partition it has rows and position of one moment.
-        _, dumped = await asyncio.gather(works.send(first), done(settings, "services.backup", "dump", str(file)))
+        _, dumped = await asyncio.gather(
+            works.send(first), done(by_login["backup"], "services.backup", "dump", str(file))
+        )
         assert dumped["rows"] > 0
 
         # What becomes of the hub after the dump.
@@ -179,7 +210,7 @@ async def test_what_was_dumped_comes_back_and_the_rest_from_the_surviving_side(
         before = await content(database), await alarms(database)
         assert {alarm[1] for alarm in before[1]} == {first, second}
         await database.close()
-        code, _, told = await command(settings, "services.reconcile", "after-restore")
+        code, _, told = await command(by_login["reconcile"], "services.reconcile", "after-restore")
         assert code == 1
         assert "stop them first" in told
     finally:
@@ -194,7 +225,7 @@ async def test_what_was_dumped_comes_back_and_the_rest_from_the_surviving_side(
     pool = await create_pool(settings.database_dsn, schema="funding", size_max=1)
     await funding_ledger.assert_in_order(pool)
     await pool.close()
-    reconciled = await done(settings, "services.reconcile", "after-restore")
+    reconciled = await done(by_login["reconcile"], "services.reconcile", "after-restore")
     assert reconciled["taken_from_directory"] == {"machine": 1, "credential": 1}
     assert (reconciled["keys_revoked"], reconciled["records_lost"]) == (1, 0)
     assert reconciled["records_to_take_in"] > 0
@@ -219,7 +250,7 @@ async def test_what_was_dumped_comes_back_and_the_rest_from_the_surviving_side(
         await hub.stop()
 
     await _lose_kafka(settings)
-    begun = await done(settings, "services.reconcile", "after-kafka-loss")
+    begun = await done(by_login["reconcile"], "services.reconcile", "after-kafka-loss")
     assert begun["positions_begun_anew"] > 0
 
     hub = works.hub = Hub(own, tmp_path, topic_prefix=settings.kafka_topic_prefix, roles=ROLES)
