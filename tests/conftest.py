@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator
 
 import asyncpg
+import hypothesis
 import pytest_asyncio
 
 from localstack.servers import LocalServers, Servers, named_in_environment
@@ -12,6 +13,12 @@ from services.common.kafka import Cluster, Publisher, create_topics
 from services.common.settings import Settings
 from services.migrate import migrate_all
 from tests.polling import eventually
+
+# A busy machine is no fault of the code.
+hypothesis.settings.register_profile(
+    "smdih", hypothesis.settings(), deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("smdih")
 
 
 @pytest_asyncio.fixture(scope="session")

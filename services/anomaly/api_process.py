@@ -35,7 +35,7 @@ async def start(runtime: Runtime, settings: AnomalySettings) -> None:
     directory = Directory(cluster, clock=clock, kinds=("machine",))
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
-    runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
+    runtime.on_stop(publisher.close)
     alarms = AlarmStore()
     suppressions = SuppressionStore(alarms)
     service = AlarmService(alarms, pool, clock)

@@ -15,14 +15,15 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from services.anomaly import kernel
+from services.anomaly.kernel import frames, layout
 
 WIDTH_MAX = 200
-STATE_VERSION = 1
+STATE_VERSION = 2
 OFFSET_MIN, OFFSET_MAX = -1.5, 3.0  # bounds of what people's feedback may do to one signal's threshold
 
 _HEADER = struct.Struct("<4sHHII")  # magic, version, width, series fields, joint fields
 _MAGIC = b"SMDA"
+_FIELDS = {1: 163, STATE_VERSION: layout.SERIES_FIELDS}  # of a series, by version
 
 Floats = NDArray[np.float64]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -68,6 +69,10 @@ class Config:
     )
     budget_us: float = 7 * 86400e6
     joint_settling: float = 0.2  # the machine's state follows its rows by this share, over about five rows
+    change_rows: float = 400.0  # longest stretch that the change scan compares with the long-run mean
+    change_clip_sd: float = 64.0  # and the furthest value it sees: far enough for spikes to count
+    season_wait: float = 2.0  # periods for which a profile's residual is watched before it counts
+    cycle_likeness: float = 0.5  # autocorrelation asked of a period that is found
 
     def vector(self) -> Floats:
         return np.array(astuple(self), dtype=np.float64)
@@ -77,7 +82,7 @@ class Event(NamedTuple):
     """An alarm that began or ended.  (slot, signal, started_us) is the same for both, also after a replay.
 
     signal is -1 for the joint score of the machine; then lead and next are the two signals with the largest share
-    of the distance.  component indexes `kernel.COMPONENTS`.
+    of the distance.  component indexes `layout.COMPONENTS`; period_us is that of a periodic one, else 0.
     """
 
     frame: int
@@ -92,6 +97,7 @@ class Event(NamedTuple):
     spread: float
     distance: float
     samples: int
+    period_us: int
     lead: int
     lead_share: float
     next: int
@@ -99,7 +105,7 @@ class Event(NamedTuple):
 
     @property
     def component_name(self) -> str:
-        return kernel.COMPONENTS[self.component]
+        return layout.COMPONENTS[self.component]
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,8 @@ class Detector:
         self.config = config or Config()
         self._config = self.config.vector()
         self._places: NDArray[np.int64] = np.zeros((8, 3), dtype=np.int64)  # first row, width, first joint field
-        self._machines: Floats = np.zeros((8, kernel.MACHINE_FIELDS))
-        self._series: Floats = np.zeros((64, kernel.SERIES_FIELDS))
+        self._machines: Floats = np.zeros((8, layout.MACHINE_FIELDS))
+        self._series: Floats = np.zeros((64, layout.SERIES_FIELDS))
         self._joint: Floats = np.zeros(1024)
         self._slots = self._rows = self._joint_fields = 0
         self._free: list[_Room] = []
@@ -146,7 +152,7 @@ class Detector:
     @property
     def nbytes(self) -> int:
         """Bytes of state in use, without the arrays' spare room."""
-        return 8 * (self._rows * kernel.SERIES_FIELDS + self._joint_fields + self._slots * (kernel.MACHINE_FIELDS + 3))
+        return 8 * (self._rows * layout.SERIES_FIELDS + self._joint_fields + self._slots * (layout.MACHINE_FIELDS + 3))
 
     def add(self, width: int) -> int:
         """Register a machine of `width` signals and return its slot."""
@@ -169,9 +175,9 @@ class Detector:
             return
         new_row, new_joint = self._room(width)
         self._series[new_row : new_row + had] = self._series[row : row + had]
-        for block in range(0, had, kernel.BLOCK):
-            old_k, new_k = min(kernel.BLOCK, had - block), min(kernel.BLOCK, width - block)
-            offset = block // kernel.BLOCK * int(kernel.block_size(kernel.BLOCK))
+        for block in range(0, had, layout.BLOCK):
+            old_k, new_k = min(layout.BLOCK, had - block), min(layout.BLOCK, width - block)
+            offset = block // layout.BLOCK * int(layout.block_size(layout.BLOCK))
             _widen_block(self._joint[joint + offset :], old_k, self._joint[new_joint + offset :], new_k)
         self._places[slot] = new_row, width, new_joint
         self._release(row, joint, had)
@@ -218,8 +224,8 @@ class Detector:
             events=[],
             skipped=0,
         )
-        events = np.empty((total + n, kernel.EVENT_FIELDS))  # a value or a frame begins or ends at most one alarm
-        n_events, skipped = kernel.score_frames(
+        events = np.empty((total + n, layout.EVENT_FIELDS))  # a value or a frame begins or ends at most one alarm
+        n_events, skipped = frames.score_frames(
             self._config, slots, times_us, starts, values, self._places, self._machines, self._series, self._joint,
             scores.onset, scores.state, scores.component, scores.joint_onset, scores.joint_state, scores.share, events,
         )  # fmt: skip
@@ -237,9 +243,9 @@ class Detector:
             raise ValueError(f"the machine has no signal {signal}")
         bounded = float(min(max(offset, OFFSET_MIN), OFFSET_MAX))
         if signal < 0:
-            self._machines[slot, kernel.MACHINE_OFFSET] = bounded
+            self._machines[slot, layout.MACHINE_OFFSET] = bounded
         else:
-            self._series[row + signal, kernel.ROW_OFFSET] = bounded
+            self._series[row + signal, layout.ROW_OFFSET] = bounded
         return bounded
 
     def active_us(self, slot: int, signal: int) -> int | None:
@@ -248,9 +254,9 @@ class Detector:
         if not -1 <= signal < width:
             raise ValueError(f"the machine has no signal {signal}")
         field = (
-            self._machines[slot, kernel.MACHINE_ALARM_US]
+            self._machines[slot, layout.MACHINE_ALARM_US]
             if signal < 0
-            else self._series[row + signal, kernel.ROW_ALARM_US]
+            else self._series[row + signal, layout.ROW_ALARM_US]
         )
         return int(field) or None
 
@@ -262,41 +268,41 @@ class Detector:
         row, width, joint = (int(x) for x in self._places[self._checked(slot)])
         if not 0 <= signal < width:
             raise ValueError(f"the machine has no signal {signal}")
-        offset = self._series[row + signal, kernel.ROW_OFFSET]
+        offset = self._series[row + signal, layout.ROW_OFFSET]
         self._series[row + signal] = 0.0
-        self._series[row + signal, kernel.ROW_OFFSET] = offset
-        lo = signal // kernel.BLOCK * kernel.BLOCK
-        at = joint + lo // kernel.BLOCK * int(kernel.block_size(kernel.BLOCK))
-        self._joint[at : at + int(kernel.block_size(min(kernel.BLOCK, width - lo)))] = 0.0
-        self._machines[slot, kernel.MACHINE_ALARM_US] = 0.0
+        self._series[row + signal, layout.ROW_OFFSET] = offset
+        lo = signal // layout.BLOCK * layout.BLOCK
+        at = joint + lo // layout.BLOCK * int(layout.block_size(layout.BLOCK))
+        self._joint[at : at + int(layout.block_size(min(layout.BLOCK, width - lo)))] = 0.0
+        self._machines[slot, layout.MACHINE_ALARM_US] = 0.0
 
     def last_time_us(self, slot: int) -> int | None:
         """Time of the newest frame that was scored."""
         machine = self._machines[self._checked(slot)]
-        return int(machine[kernel.MACHINE_LAST_US]) if machine[kernel.MACHINE_FRAMES] else None
+        return int(machine[layout.MACHINE_LAST_US]) if machine[layout.MACHINE_FRAMES] else None
 
     def dump(self, slot: int) -> bytes:
         """Everything known about one machine; `load` continues from it with equal bits."""
         row, width, joint = (int(x) for x in self._places[self._checked(slot)])
-        size = kernel.joint_size(width)
-        header = _HEADER.pack(_MAGIC, STATE_VERSION, width, kernel.SERIES_FIELDS, size)
+        size = layout.joint_size(width)
+        header = _HEADER.pack(_MAGIC, STATE_VERSION, width, layout.SERIES_FIELDS, size)
         parts = (self._machines[slot], self._series[row : row + width], self._joint[joint : joint + size])
         return header + b"".join(part.tobytes() for part in parts)
 
     def load(self, slot: int, data: bytes) -> None:
         """Replace a machine's state by a dumped one; the slot widens to the dump's width if it has fewer signals.
 
-        Raises StateError, and changes nothing, if the data are damaged, of another version or of a wider machine
-        than the slot may hold.
+        A state of version 1 is read too.  Raises StateError, and changes nothing, if the data are damaged, of a later
+        version or of a wider machine than the slot may hold.
         """
         self._checked(slot)
         if len(data) < _HEADER.size:
             raise StateError("the saved state is cut short")
         magic, version, width, fields, size = _HEADER.unpack_from(data)
-        if magic != _MAGIC or version != STATE_VERSION or fields != kernel.SERIES_FIELDS:
-            raise StateError(f"the saved state has version {version}, this detector reads {STATE_VERSION}")
-        expected = _HEADER.size + 8 * (kernel.MACHINE_FIELDS + width * kernel.SERIES_FIELDS + size)
-        if not 1 <= width <= WIDTH_MAX or size != kernel.joint_size(width) or len(data) != expected:
+        if magic != _MAGIC or fields != _FIELDS.get(version):
+            raise StateError(f"the saved state has version {version}, this detector reads up to {STATE_VERSION}")
+        expected = _HEADER.size + 8 * (layout.MACHINE_FIELDS + width * fields + size)
+        if not 1 <= width <= WIDTH_MAX or size != layout.joint_size(width) or len(data) != expected:
             raise StateError("the saved state is damaged")
         had = self.width(slot)
         row, _, joint = (int(x) for x in self._places[slot])
@@ -305,9 +311,9 @@ class Detector:
             row, joint = self._room(width)
             self._places[slot] = row, width, joint
         state = np.frombuffer(data, dtype=np.float64, offset=_HEADER.size)
-        machine, series, block = np.split(state, [kernel.MACHINE_FIELDS, len(state) - size])
+        machine, series, block = np.split(state, [layout.MACHINE_FIELDS, len(state) - size])
         self._machines[slot] = machine
-        self._series[row : row + width] = series.reshape(width, kernel.SERIES_FIELDS)
+        self._series[row : row + width] = _as_now(version, series.reshape(width, fields))
         self._joint[joint : joint + size] = block
         if had > width:
             self.widen(slot, had)
@@ -319,7 +325,7 @@ class Detector:
 
     def _room(self, width: int) -> tuple[int, int]:
         """Zeroed series rows and joint fields for `width` signals: (first row, first joint field)."""
-        size = kernel.joint_size(width)
+        size = layout.joint_size(width)
         for room in self._free:
             if room.width == width:
                 self._free.remove(room)
@@ -348,7 +354,7 @@ class _Room:
 
 def _widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
     """Copy the joint state of old_k signals into the zeroed block of new_k; packed rows keep their order."""
-    head, per_signal = kernel.JOINT_HEAD, kernel.JOINT_PER_SIGNAL
+    head, per_signal = layout.JOINT_HEAD, layout.JOINT_PER_SIGNAL
     new[:head] = old[:head]
     for part in range(per_signal):
         at, was = head + part * new_k, head + part * old_k
@@ -359,15 +365,27 @@ def _widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
         was = head + per_signal * old_k + half * packed
         new[at : at + packed] = old[was : was + packed]
     if new_k > old_k:
-        new[kernel.JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
+        new[layout.JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
+
+
+def _as_now(version: int, series: Floats) -> Floats:
+    """Rows of an earlier version: levels, ranges and alarms go on, changes and periods are learned from here on."""
+    if version == STATE_VERSION:
+        return series
+    now = np.zeros((len(series), layout.SERIES_FIELDS))
+    now[:, : layout.CHANGE_BASE] = series[:, : layout.CHANGE_BASE]
+    for base, bins in ((layout.WEEK_BASE, layout.WEEK_BINS), (layout.CYCLE_BASE, layout.CYCLE_BINS)):
+        now[:, base + layout.SEASON_BIN] = -1.0
+        now[:, base + layout.SEASON_HEAD : base + layout.SEASON_HEAD + bins] = np.nan
+    return now
 
 
 def _event(row: list[float]) -> Event:
     frame, signal, raised, component, time_us, started_us, score, value, expected, spread, distance, samples = row[:12]
-    lead, lead_share, second, second_share = row[12:]
+    period_us, lead, lead_share, second, second_share = row[12:]
     return Event(
         int(frame), int(signal), bool(raised), int(component), int(time_us), int(started_us), score, value, expected,
-        spread, distance, int(samples), int(lead), lead_share, int(second), second_share,
+        spread, distance, int(samples), int(period_us), int(lead), lead_share, int(second), second_share,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.anomaly import kernel
 from services.anomaly.detector import Event
+from services.anomaly.kernel import layout
 from services.anomaly.rulebook import RuleEvent
 from services.anomaly.tunings import RuleKind
 
@@ -62,25 +62,46 @@ def _single(event: Event, signal: Signal) -> str:
     value, expected = signal.amount(event.value), signal.amount(event.expected)
     times = f"{event.distance:.1f} times"
     match event.component:
-        case kernel.RECORD:
+        case layout.RECORD:
             side = "above" if event.value > event.expected else "below"
             share = f"{100 * event.distance:.0f} % of its range" if event.distance >= 0.005 else "just"
             return f"{value} is {share} {side} anything in {event.samples:,} samples ({expected})"
-        case kernel.SHIFT_SHORT | kernel.SHIFT | kernel.SHIFT_LONG | kernel.LEVEL_LONG:
+        case layout.SHIFT_SHORT | layout.SHIFT | layout.SHIFT_LONG | layout.LEVEL_LONG:
             return (
                 f"{value}: the mean of about the last {event.samples:,} samples is {times} its usual spread away from "
                 f"the long-run level {expected}"
             )
-        case kernel.SEASON:
-            return f"{value} is {times} the usual spread away from {expected}, what is usual at this time"
-        case kernel.FLAT:
+        case layout.CHANGE if event.samples > 1:
+            return (
+                f"{value}: the mean of the last {event.samples:,} samples is {times} its usual spread away from the "
+                f"long-run level {expected}; no stretch before was so far off"
+            )
+        case layout.CHANGE:
+            return f"{value} is {times} its usual spread away from the long-run level {expected}, further than before"
+        case layout.SEASON | layout.CYCLE:
+            return f"{value} is {times} the usual spread away from {expected}, what is usual {_when(event.period_us)}"
+        case layout.FLAT:
             return f"{value} has not changed for {event.samples:,} samples; until now at most {event.spread:.0f}"
-        case kernel.DROPOUT:
+        case layout.DROPOUT:
             return (
                 f"has sent no value for {event.samples:,} frames; it is usually there in {100 * event.expected:.0f} %"
             )
         case _:
             return f"{value} is {times} its usual spread away from the long-run level {expected}"
+
+
+def _when(period_us: int) -> str:
+    """Where in a period, as people would say it."""
+    match period_us:
+        case layout.US_PER_DAY:
+            return "at this time of the day"
+        case layout.US_PER_WEEK:
+            return "at this time of the week"
+    length, name = period_us / 1e6, "s"
+    for seconds, longer in ((60, "min"), (3600, "h"), (86_400, "days")):
+        if period_us >= 2e6 * seconds:
+            length, name = period_us / 1e6 / seconds, longer
+    return f"at this point of its cycle of about {length:.{0 if length >= 10 else 1}f} {name}"
 
 
 def _joint(event: Event, signals: Sequence[Signal]) -> str:

@@ -1,10 +1,11 @@
 """Turns what the worker found into alarms."""
 
+import math
 from collections.abc import Sequence
-from math import isfinite
 
 from services.anomaly.detector import WIDTH_MAX
 from services.anomaly.domain import (
+    MICROSECONDS,
     Alarm,
     AlarmEvent,
     Change,
@@ -116,7 +117,11 @@ class AlarmRaiser:
             episode_id="",
             lead_position=None if event.signal >= 0 else base + event.lead,
             figures=_finite(
-                expected=event.expected, spread=event.spread, distance=event.distance, samples=event.samples
+                expected=event.expected,
+                spread=event.spread,
+                distance=event.distance,
+                samples=event.samples,
+                period_s=event.period_us / MICROSECONDS if event.period_us else math.nan,
             )
             if event.signal >= 0
             else _finite(distance=event.distance, samples=event.samples),
@@ -174,4 +179,4 @@ def _signal(machine: directory_pb.Machine, position: int) -> directory_pb.Signal
 
 
 def _finite(**figures: float) -> tuple[tuple[str, float], ...]:
-    return tuple((name, value) for name, value in figures.items() if isfinite(value))
+    return tuple((name, value) for name, value in figures.items() if math.isfinite(value))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.anomaly.detector import WIDTH_MAX
-from services.anomaly.kernel import compiled
+from services.anomaly.kernel.compiling import compiled
 from services.anomaly.tunings import MACHINE_POSITION, Rule, RuleKind
 
 Floats = NDArray[np.float64]

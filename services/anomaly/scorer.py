@@ -8,9 +8,9 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from services.anomaly import kernel
 from services.anomaly.detector import WIDTH_MAX, Config, Detector, Event, StateError
 from services.anomaly.domain import Severity
+from services.anomaly.kernel import layout
 from services.anomaly.rulebook import Key, RuleBook, RuleEvent, place
 from services.anomaly.store import Checkpoint, SavedState
 from services.anomaly.tunings import Rule, RuleKind, Tuning, TuningKind
@@ -340,8 +340,8 @@ def _end(signal: int, started_us: int, time_us: int) -> Event:
     """The detector forgets the alarm, so it ends here."""
     nothing = dict.fromkeys(("score", "value", "expected", "spread", "distance", "lead_share", "next_share"), 0.0)
     return Event(
-        frame=0, signal=signal, raised=False, component=kernel.RECORD, time_us=time_us, started_us=started_us, samples=0, lead=-1,
-        next=-1, **nothing,
+        frame=0, signal=signal, raised=False, component=layout.RECORD, time_us=time_us, started_us=started_us, samples=0,
+        period_us=0, lead=-1, next=-1, **nothing,
     )  # fmt: skip
 
 

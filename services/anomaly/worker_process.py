@@ -38,7 +38,7 @@ async def start(runtime: Runtime, settings: AnomalySettings) -> None:
     runtime.background("directory", directory.run())
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
-    runtime.on_stop(lambda: publisher.__aexit__(None, None, None))
+    runtime.on_stop(publisher.close)
     await asyncio.to_thread(make_kernel_ready, settings.anomaly_kernel)
     await directory.wait_caught_up()
     made = Worker(

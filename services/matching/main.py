@@ -62,7 +62,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = Publisher(cluster)
-    runtime.on_stop(functools.partial(publisher.__aexit__, None, None, None))
+    runtime.on_stop(publisher.close)
     directory = Directory(cluster, clock=clock, kinds=("firm", "machine", "partner"))
     runtime.background("directory", directory.run())
     relay = OutboxRelay(pool, publisher, schema=SCHEMA)

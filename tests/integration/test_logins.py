@@ -177,7 +177,7 @@ async def test_what_cannot_be_made_is_said(world: World, tmp_path: Path) -> None
     for text, why in (
         ("postgresql://smdih_ingest:0123456789abc@db/smdih", "name of a role"),
         ("postgresql://smdih_firm_7:0123456789abc@db/smdih", "name of a role"),
-        ("postgresql://door:short@db/smdih", "12 ASCII"),
+        ("postgresql://door:0123456789@db/smdih", "12 ASCII"),
     ):
         (tmp_path / "ingest").write_text(text)
         with pytest.raises(LoginError, match=why):

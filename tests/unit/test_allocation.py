@@ -181,7 +181,7 @@ small_applications = st.lists(
 ).map(lambda rows: [application(n, p, m, *pots, firm=f"F{f}") for n, (p, m, pots, f) in enumerate(rows)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     applications=small_applications,
     budget_p=st.integers(0, 60),
@@ -218,7 +218,7 @@ def test_no_selection_of_a_small_call_is_better(
     assert (Fraction(objective["score_pence"]), objective["firms"], -objective["id_positions"]) == best
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(applications=small_applications, budget_p=st.integers(0, 60), seed=st.integers(0, 99))
 def test_the_order_of_the_input_never_matters(applications: list[Application], budget_p: int, seed: int) -> None:
     shuffled = random.Random(seed).sample(applications, len(applications))
@@ -442,7 +442,7 @@ def test_a_declared_pot_completes_what_supporters_cannot_pay(top_up_p: int, code
     assert [reason["code"] for reason in certificate["reasons"].values()] == codes_
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     costs_p=st.lists(st.integers(1, 40), min_size=1, max_size=7),
     investors=st.lists(st.tuples(st.integers(0, 30), st.sets(st.integers(0, 6))), max_size=6),

@@ -171,7 +171,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == count
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["append", "read", "acknowledge", "crash", "tear"]), max_size=80))
 def test_any_order_of_events_gives_every_record_in_order(
     tmp_path_factory: pytest.TempPathFactory, events: list[str]

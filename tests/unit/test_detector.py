@@ -1,11 +1,14 @@
 """The detector promises: causal, the same for any batches and after a restart, and it finds what people look for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from services.anomaly.detector import Detector, Scores, StateError
+from services.anomaly.detector import Config, Detector, Scores, StateError
 from services.anomaly.explain import Signal, explain
+from services.anomaly.kernel import layout
 
 SECOND = 1_000_000
 Floats = NDArray[np.float64]
@@ -33,8 +36,9 @@ def machine(width: int) -> tuple[Detector, int]:
 
 
 def troubled(rows: int, width: int) -> Floats:
-    """Calm values with absences, a spike and a shift, so that every component has something to do."""
+    """Calm values with a cycle, absences, a spike and a shift, so that every component has something to do."""
     values = calm(rows, width)
+    values[:, width // 2] += 8.0 * np.sin(2 * np.pi * np.arange(rows) / 20)
     values[rows // 3, 0] = 90.0
     values[rows // 2 :, -1] += 6.0
     values[::17, width // 2] = np.nan
@@ -108,6 +112,25 @@ def test_an_unreadable_state_is_refused() -> None:
     assert detector.dump(slot) == data
 
 
+def test_a_state_of_version_1_goes_on_with_its_ranges_and_its_alarm() -> None:
+    values = calm(1200)
+    values[700:] += 60.0
+    detector, slot = machine(1)
+    run(detector, slot, values[:710])
+    now = detector.dump(slot)
+    series = 16 + 8 * layout.MACHINE_FIELDS
+    kept = now[series : series + 8 * layout.CHANGE_BASE]
+    rest = now[series + 8 * layout.SERIES_FIELDS :]
+    profiles = np.full(163 - layout.CHANGE_BASE, 7.0).tobytes()
+    header = now[:4] + (1).to_bytes(2, "little") + now[6:8] + (163).to_bytes(4, "little") + now[12:16]
+    other, again = machine(1)
+    other.load(again, header + now[16:series] + kept + profiles + rest)
+    assert other.active_us(again, 0) == detector.active_us(slot, 0) is not None
+    scores = run(other, again, values[710:], start=710)
+    assert not any(event.raised for event in scores.events)
+    assert all(np.isfinite(part).all() for part in columns(scores))
+
+
 def test_widening_keeps_what_a_signal_has_learned() -> None:
     values = calm(600, 1)
     detector, slot = machine(1)
@@ -139,6 +162,70 @@ def test_a_level_shift_is_raised() -> None:
     values = calm(1200)
     values[900:] += 6.0
     assert first_raised(run(*machine(1), values), 0, 900) != "nothing"
+
+
+def eager(values: Floats, *, since: int, seconds: int = 1, config: Config | None = None) -> list[tuple[int, str, str]]:
+    """Row, component and explanation of the alarms from a row on, where they are raised at every excursion."""
+    detector = Detector(replace(config or Config(), raise_at=2.6, raise_at_min=2.6))
+    slot = detector.add(1)
+    at = (1_699_920_000 + seconds * np.arange(len(values))) * SECOND
+    events = detector.score(np.full(len(values), slot, dtype=np.int32), at, values.ravel()).events
+    return [
+        (event.frame, event.component_name, explain(event, [Signal("Motor current", "A")]))
+        for event in events
+        if event.raised and event.frame >= since
+    ]
+
+
+def test_a_change_large_for_now_is_seen_within_the_range_of_wilder_days() -> None:
+    rng = np.random.default_rng(3)
+    values = 40.0 + np.concatenate([12.0 * rng.normal(size=1000), rng.normal(size=6000)])[:, None]
+    values[6500:] += 5.0
+    frame, component, text = eager(values, since=6500)[0]
+    assert frame < 6510
+    assert component == "change"
+    assert "the mean of the last 4 samples is" in text
+    assert not [found for found in eager(values, since=6500, config=Config(change_clip_sd=0.0)) if found[0] < 6510]
+
+
+@pytest.mark.parametrize(("period", "seconds", "when"), [
+    (90, 1, "at this point of its cycle of about 90 s"), (40, 60, "at this point of its cycle of about 40 min"),
+    (144, 600, "at this time of the day"),
+])  # fmt: skip
+def test_work_in_a_pause_is_unusual_once_the_cycle_was_found(period: int, seconds: int, when: str) -> None:
+    rows = 40 * period
+    busy = np.arange(rows) % period < 0.6 * period
+    values = 10.0 + 8.0 * busy + 0.3 * np.random.default_rng(2).normal(size=rows)
+    pause = 30 * period + int(0.6 * period) + 1
+    values[pause : pause + int(0.3 * period)] += 8.0
+    told = eager(values[:, None], since=pause, seconds=seconds)
+    assert any(frame < pause + 0.3 * period and text.endswith(when) for frame, _, text in told), told
+
+
+def test_a_cycle_outlasts_a_standstill_and_a_gap() -> None:
+    cycles, idle = 5400, 7200
+    values = 10.0 + 0.3 * np.random.default_rng(4).normal(size=cycles + idle)
+    values[:cycles] += 8.0 * (np.arange(cycles) % 90 < 54)
+    detector, slot = machine(1)
+    run(detector, slot, values[:, None])
+    assert period_s(detector, slot)[0] == pytest.approx(90, abs=1)
+    run(detector, slot, values[:90, None], start=3 * 86_400)
+    assert period_s(detector, slot)[0] == pytest.approx(90, abs=1)
+
+
+def period_s(detector: Detector, slot: int) -> Floats:
+    """The found period of each signal, 0 where there is none."""
+    state = np.frombuffer(detector.dump(slot), dtype=np.float64, offset=16 + 8 * layout.MACHINE_FIELDS)
+    series = state[: detector.width(slot) * layout.SERIES_FIELDS].reshape(-1, layout.SERIES_FIELDS)
+    periods: Floats = series[:, layout.RING_BASE + layout.RING_PERIOD_US] / SECOND
+    return periods
+
+
+def test_in_noise_hardly_a_period_is_found() -> None:
+    """Chance has a standard deviation of 1/8 among 64 slots; the autocorrelation asked is four times that."""
+    detector, slot = machine(200)
+    run(detector, slot, calm(2000, 200))
+    assert np.mean(period_s(detector, slot) > 0.0) < 0.1
 
 
 def test_a_stuck_sensor_is_raised_though_its_value_is_usual() -> None:

@@ -70,7 +70,7 @@ def test_each_kind_of_bad_sample_has_its_reason(changed: dict[str, object], expe
     assert reasons(batch(**changed)) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     rows=st.integers(0, 4),
     values=st.lists(st.floats(width=64), max_size=12),

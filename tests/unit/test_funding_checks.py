@@ -5,7 +5,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.funding import checks, domain
@@ -198,7 +198,6 @@ def test_facts_that_no_rule_can_read_are_refused(figures: SizeFigures, reason: s
     assert refused.value.reason == reason
 
 
-@settings(deadline=None)  # a busy machine is no fault of the code
 @given(
     eligible=st.integers(1, domain.AMOUNT_PENCE_MAX),
     left=st.integers(0, domain.AMOUNT_PENCE_MAX),
@@ -232,7 +231,6 @@ def test_the_day_of_an_award_is_the_day_in_the_united_kingdom() -> None:
     assert domain.uk_day(datetime(2026, 1, 31, 23, 30, tzinfo=UTC)) == date(2026, 1, 31)
 
 
-@settings(deadline=None)  # a busy machine is no fault of the code
 @given(st.text(max_size=300))
 def test_text_is_either_refused_or_can_be_stored(text: str) -> None:
     try:

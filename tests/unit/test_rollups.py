@@ -17,7 +17,7 @@ def model(slots: Ints, times: Ints, values: Floats) -> dict[tuple[int, int], lis
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), polls=st.integers(1, 6))
 def test_closed_buckets_hold_exactly_their_frames(seed: int, polls: int) -> None:
     rng = np.random.default_rng(seed)

@@ -1,0 +1,34 @@
+"""Kafka at its edges: making topics, publishing durably, and consuming with the position in the database."""
+
+from services.common.kafka.cluster import REQUEST_BYTES_MAX, Cluster, Identity, create_topics
+from services.common.kafka.consuming import (
+    RETRY_DELAY_S_MAX,
+    STALLED_S_MAX,
+    Fenced,
+    PositionedConsumer,
+    consumed_total,
+    show_consumer,
+)
+from services.common.kafka.deadletters import DEAD_LETTERS_IN_A_ROW_MAX, DeadLetters, Poison, TooManyDeadLetters
+from services.common.kafka.ends import TopicEnds
+from services.common.kafka.publishing import Message, Publisher
+
+__all__ = [
+    "DEAD_LETTERS_IN_A_ROW_MAX",
+    "REQUEST_BYTES_MAX",
+    "RETRY_DELAY_S_MAX",
+    "STALLED_S_MAX",
+    "Cluster",
+    "DeadLetters",
+    "Fenced",
+    "Identity",
+    "Message",
+    "Poison",
+    "PositionedConsumer",
+    "Publisher",
+    "TooManyDeadLetters",
+    "TopicEnds",
+    "consumed_total",
+    "create_topics",
+    "show_consumer",
+]

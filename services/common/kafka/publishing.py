@@ -1,0 +1,171 @@
+"""Publishing durably."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    KafkaError,
+    MessageSizeTooLargeError,
+)
+from prometheus_client import Counter
+
+from services.common.errors import TooLarge, TryAgain
+from services.common.kafka.cluster import REQUEST_BYTES_MAX, Cluster
+from services.common.logs import get_logger
+
+log = get_logger(__name__)
+
+PUBLISH_TIMEOUT_S = 10
+RETRY_AFTER_S = 3
+
+# Records that the brokers hold now, and publishes that were not acknowledged in time.
+published_total = Counter("smdih_kafka_published_total", "Records published", ["topic"])
+publish_failures_total = Counter("smdih_kafka_publish_failures_total", "Publishes that were not acknowledged")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A record to publish. A value of None is a tombstone; a partition of None is found from the key."""
+
+    topic: str
+    value: bytes | None
+    key: bytes | None = None
+    partition: int | None = None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+class Publisher:
+    """Publishes records; returns only when every in-sync replica holds them."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._producer: AIOKafkaProducer | None = None
+        self._starting = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        await self._started()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """For who has not entered it, so as to start while no broker answers: it connects when something is published."""
+        if self._producer is not None:
+            await self._producer.stop()
+
+    async def partitions(self, topic: str) -> int:
+        """How many partitions the topic has. Raises TryAgain when no broker answers."""
+        producer = await self._started()
+        try:
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                return len(await producer.partitions_for(self._cluster.name(topic)))
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise self._away() from error
+
+    async def publish(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> int:
+        """Publish one record and return its offset.
+
+        Raises TryAgain when it was not acknowledged in PUBLISH_TIMEOUT_S. It may then still arrive: what is sent again must carry
+        the id by which a repeat is recognised.
+        """
+        (offset,) = await self.publish_all([Message(topic, value, key, partition, tuple(headers))])
+        return offset
+
+    async def publish_all(self, messages: Sequence[Message]) -> list[int]:
+        """Publish records together and return their offsets; on each partition they stand in the order given.
+
+        Raises as `publish` does; then some may have arrived, and all are to be sent again, in the same order.
+        """
+        producer = await self._started()
+        try:
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                sent = [
+                    await producer.send(
+                        self._cluster.name(message.topic),
+                        message.value,
+                        key=message.key,
+                        partition=message.partition,
+                        headers=list(message.headers),
+                    )
+                    for message in messages
+                ]
+                offsets = [int((await future).offset) for future in sent]
+        except MessageSizeTooLargeError as error:
+            raise TooLarge() from error
+        except (KafkaError, OSError, TimeoutError) as error:
+            publish_failures_total.inc()
+            log.warning("publish failed", topics=sorted({message.topic for message in messages}), error=repr(error))
+            self._forget(producer)
+            raise self._away() from error
+        for message in messages:
+            published_total.labels(message.topic).inc()
+        return offsets
+
+    async def answers(self) -> bool:
+        """Readiness: a broker answers."""
+        try:
+            producer = await self._started()
+            async with asyncio.timeout(3):
+                await producer.client.fetch_all_metadata()
+        except (TryAgain, KafkaError, OSError, TimeoutError):
+            return False
+        return True
+
+    def _away(self) -> TryAgain:
+        return TryAgain(
+            "The message log does not answer; nothing was acknowledged, send again.", retry_after_s=RETRY_AFTER_S
+        )
+
+    async def _started(self) -> AIOKafkaProducer:
+        async with self._starting:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    **self._cluster.client(),
+                    acks="all",
+                    enable_idempotence=True,
+                    max_request_size=REQUEST_BYTES_MAX,
+                    max_batch_size=REQUEST_BYTES_MAX,
+                    request_timeout_ms=PUBLISH_TIMEOUT_S * 1000,
+                )
+                try:
+                    async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                        await producer.start()
+                except (KafkaError, OSError, TimeoutError) as error:
+                    await _abandon(producer)
+                    raise self._away() from error
+                self._producer = producer
+            return self._producer
+
+    def _forget(self, producer: AIOKafkaProducer) -> None:
+        # After an error that leaves the outcome open only a new producer has a sequence that the broker will accept for sure.
+        if self._producer is producer:
+            self._producer = None
+            task = asyncio.create_task(_abandon(producer))
+            _abandoned.add(task)
+            task.add_done_callback(_abandoned.discard)
+
+
+_abandoned: set[asyncio.Task[None]] = set()
+
+
+async def _abandon(producer: AIOKafkaProducer) -> None:
+    try:
+        async with asyncio.timeout(1):
+            await producer.stop()
+    except (KafkaError, OSError, TimeoutError):
+        await producer.client.close()
