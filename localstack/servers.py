@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -9,10 +10,11 @@ import secrets
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import asyncpg
 import psutil
@@ -76,9 +78,12 @@ def named_in_environment() -> Servers | None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below the range from which the system takes ports for outgoing connections."""
+    """A port that nobody listens on, below the range from which the system takes ports for outgoing connections. It is given once:
+    neither this process nor another one that asks here gets it too before somebody listens there."""
     while True:
-        port = random.randrange(15_000, 32_000)
+        if not _ports:
+            _ports.extend(_block_of_ports())
+        port = _ports.pop()
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -86,6 +91,34 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+PORTS = range(15_000, 32_000)
+PORTS_A_BLOCK = 250
+# What is left of this process's blocks, and the locks that make them its own until it ends.
+_ports: list[int] = []
+_blocks: dict[int, IO[bytes]] = {}
+
+
+def _block_of_ports() -> list[int]:
+    folder = Path(tempfile.gettempdir()) / f"smdih-ports-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    firsts = list(PORTS[::PORTS_A_BLOCK])
+    random.shuffle(firsts)
+    for first in firsts:
+        if first in _blocks:
+            continue
+        lock = (folder / str(first)).open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            continue
+        _blocks[first] = lock
+        return list(range(first, first + PORTS_A_BLOCK))
+    if not _blocks:
+        raise RuntimeError(f"other processes of this machine hold all ports from {PORTS.start} to {PORTS.stop}")
+    return [port for first in _blocks for port in range(first, first + PORTS_A_BLOCK)]  # given long ago
 
 
 class LocalServers:
