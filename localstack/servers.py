@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import asyncpg
 import psutil
@@ -97,7 +97,7 @@ PORTS = range(15_000, 32_000)
 PORTS_A_BLOCK = 250
 # What is left of this process's blocks, and the locks that make them its own until it ends.
 _ports: list[int] = []
-_blocks: dict[int, IO[bytes]] = {}
+_blocks: dict[int, int] = {}
 
 
 def _block_of_ports() -> list[int]:
@@ -108,11 +108,11 @@ def _block_of_ports() -> list[int]:
     for first in firsts:
         if first in _blocks:
             continue
-        lock = (folder / str(first)).open("wb")
+        lock = os.open(folder / str(first), os.O_CREAT | os.O_WRONLY, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.close()
+            os.close(lock)
             continue
         _blocks[first] = lock
         return list(range(first, first + PORTS_A_BLOCK))
