@@ -307,6 +307,7 @@ async def _judge(pool: Pool, seed: int, answers: Answers, outcome: Outcome) -> N
         )
     outcome.broken += [f"replay: {fault}" for fault in read.faults]
     outcome.detail |= {
+        "posted_unheard": len(stored.keys() - answers.posted.keys()),
         "pence_lost_or_created": differing,
         "pence_overspent": overspent,
         "trial_balance_pence": trial.total_pence,
