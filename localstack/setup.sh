@@ -58,15 +58,16 @@ environment() {
   fi
 }
 
-kafka() {
-  local want
-  want=$(stamp_of localstack/kafka/pom.xml)
-  fresh .local/servers/kafka/.stamp "$want" && return
-  say "setup: Apache Kafka"
-  rm -rf .local/servers/kafka
-  mvn -q -B -f localstack/kafka/pom.xml dependency:copy-dependencies -DincludeScope=runtime \
-    -DoutputDirectory="$PWD/.local/servers/kafka" >.local/log/maven.log 2>&1 || fail "Kafka could not be fetched: see .local/log/maven.log"
-  echo "$want" >.local/servers/kafka/.stamp
+# Java programs by their Maven file: Apache Kafka, and Eclipse Tahu, the Sparkplug edge node that the tests talk to.
+jars() {
+  local name=$1 title=$2 want
+  want=$(stamp_of "localstack/$name/pom.xml")
+  fresh ".local/servers/$name/.stamp" "$want" && return
+  say "setup: $title"
+  rm -rf ".local/servers/$name"
+  mvn -q -B -f "localstack/$name/pom.xml" dependency:copy-dependencies -DincludeScope=runtime \
+    -DoutputDirectory="$PWD/.local/servers/$name" >".local/log/maven-$name.log" 2>&1 || fail "$title could not be fetched: see .local/log/maven-$name.log"
+  echo "$want" >".local/servers/$name/.stamp"
 }
 
 timescaledb() {
@@ -90,7 +91,7 @@ environment & jobs+=($!)
 if native_servers; then
   [ "$(id -u)" = 0 ] || fail "the local servers need root (a chroot). Name running servers in SMDIH_KAFKA_BOOTSTRAP and SMDIH_DATABASE_DSN, or use compose.yaml"
   debian_packages
-  kafka & jobs+=($!)
+  { jars kafka "Apache Kafka" && jars tahu "Eclipse Tahu"; } & jobs+=($!)
   timescaledb & jobs+=($!)
 fi
 for job in "${jobs[@]}"; do wait "$job" || exit 1; done

@@ -1,7 +1,10 @@
 """A Mosquitto with two bridges, two firms of different shares, and what an edge node does, by another MQTT client than ours."""
 
+import asyncio
 import json
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -164,6 +167,48 @@ async def edge_node(plant: Plant, firm: str, node: str) -> AsyncIterator[EdgeNod
     async with plant.client(firm) as client:
         await client.subscribe(f"spBv1.0/{firm}/NCMD/{node}", qos=0)
         yield EdgeNode(client, firm, node)
+
+
+class TahuEdge:
+    """An edge node of Eclipse Tahu, the reference implementation of Sparkplug."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def born(self) -> None:
+        """Return when it has sent its births, once more for each call."""
+        assert self._process.stdout is not None
+        line = await asyncio.wait_for(self._process.stdout.readline(), 20)
+        assert line == b"births\n", line
+
+    async def send(self, device: str, at_ms: int, metrics: dict[str, float]) -> None:
+        await self._say(json.dumps({"device": device, "ts": at_ms, "metrics": metrics}))
+
+    async def stop(self) -> None:
+        """Say goodbye."""
+        await self._say("stop")
+        await asyncio.wait_for(self._process.wait(), 20)
+
+    async def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line.encode() + b"\n")
+        await self._process.stdin.drain()
+
+
+@asynccontextmanager
+async def tahu_edge(
+    plant: Plant, firm: str, node: str, devices: dict[str, dict[str, tuple[str, Any]]]
+) -> AsyncIterator[TahuEdge]:
+    """It waits for the hub's STATE before it sends; `devices`: device to metric to (Sparkplug's type, value at birth)."""
+    options = {"port": plant.mosquitto.port, "password": PASSWORD, "group": firm, "node": node, "devices": devices}
+    command = (sys.executable, "-m", "tests.integration.tahu_edge", json.dumps(options | {"host_id": "smdih"}))
+    process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+    try:
+        yield TahuEdge(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
 
 def plain(value: float, at_ms: int) -> bytes:

@@ -24,7 +24,18 @@ from localstack.mosquitto import BRIDGE, Mosquitto
 from localstack.servers import Servers
 from services.common.settings import Settings
 from services.ingest.mqtt.link import Broker, Link, LinkLost, LinkRefused
-from tests.integration.mqtt_plant import FIRMS, PASSWORD, Plant, edge_node, metric, now_ms, paused, plain, running_plant
+from tests.integration.mqtt_plant import (
+    FIRMS,
+    PASSWORD,
+    Plant,
+    edge_node,
+    metric,
+    now_ms,
+    paused,
+    plain,
+    running_plant,
+    tahu_edge,
+)
 from tests.polling import eventually
 
 
@@ -221,6 +232,49 @@ async def test_a_gap_an_unknown_alias_and_data_before_a_birth_ask_for_a_rebirth_
     async def told_offline() -> bool:
         found = (await plant.operator.get(f"/v1/machines/{machine['id']}/diagnosis")).json()
         return bool(found["verdict"] == "NODE_OFFLINE" and "the device 'press-1' of the node 'works'" in found["text"])
+
+    await eventually(told_offline)
+
+
+async def test_an_edge_node_of_another_make_is_born_by_the_hubs_word_sends_by_alias_and_answers_a_rebirth(
+    plant: Plant,
+) -> None:
+    """Eclipse Tahu waits for our STATE, and believes neither our births nor our commands unless they are as specified."""
+    machine = plant.machines["birch"]
+    at = now_ms() - 1_800_000
+    device = {
+        "temperature": ("Double", 20.5),
+        "current": ("Int8", -7),
+        "Drive/speed": ("Boolean", True),
+        "Properties/maker": ("String", "ACME"),
+    }
+
+    async def stored() -> set[tuple[int, int, float]]:
+        found = (await plant.stored(machine["id"])).items()
+        return {(position, ms, value) for (position, ms), value in found if at <= ms < at + 1_000_000}
+
+    async with tahu_edge(plant, "birch", "works:tahu", {"press-1": device}) as edge:
+        await edge.born()
+        for turn in range(300):  # past 255 and round
+            await edge.send(
+                "press-1", at + turn, {"temperature": turn / 2, "current": -turn % 100, "Drive/speed": turn % 2}
+            )
+        sent = {(0, at + turn, turn / 2) for turn in range(300)}
+        sent |= {(1, at + turn, float(-turn % 100)) for turn in range(300)}
+        sent |= {(2, at + turn, float(turn % 2)) for turn in range(300)}
+        await eventually(lambda: _equals(stored, sent))
+        # A message under its name that it did not send: the hub no longer trusts what it knows of the node.
+        async with edge_node(plant, "birch", "works:tahu") as other:
+            await other.send("DDATA", [metric(1.0, alias=999)], device="press-1")
+        await edge.born()
+        await edge.send("press-1", at + 500, {"temperature": 77.0})
+        sent |= {(0, at + 500, 77.0)}
+        await eventually(lambda: _equals(stored, sent))
+        await edge.stop()
+
+    async def told_offline() -> bool:
+        found = (await plant.operator.get(f"/v1/machines/{machine['id']}/diagnosis")).json()
+        return bool(found["verdict"] == "NODE_OFFLINE" and "the node 'works:tahu'" in found["text"])
 
     await eventually(told_offline)
 
