@@ -16,7 +16,7 @@ from services.anomaly.suppression_store import SuppressionStore
 from services.anomaly.tuning import TuningService
 from services.anomaly.tuning_store import TuningStore
 from services.common.clock import SystemClock
-from services.common.database import can_write, create_pool_when_it_answers
+from services.common.database import can_write, create_pool
 from services.common.directory import Directory
 from services.common.entrance import open_entrance
 from services.common.kafka import Cluster, Publisher
@@ -33,7 +33,7 @@ async def start(runtime: Runtime, settings: AnomalySettings) -> None:
     cluster = Cluster.of(settings)
     publisher = Publisher(cluster)
     directory = Directory(cluster, clock=clock, kinds=("machine",))
-    pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     runtime.on_stop(publisher.close)
     alarms = AlarmStore()

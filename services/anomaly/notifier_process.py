@@ -8,7 +8,7 @@ from services.anomaly.notifier import Notifier, Sender
 from services.anomaly.senders import MailSender, WebhookSender
 from services.anomaly.settings import SCHEMA, AnomalySettings
 from services.common.clock import SystemClock
-from services.common.database import can_write, create_pool_when_it_answers
+from services.common.database import can_write, create_pool
 from services.common.entrance import open_entrance
 from services.common.runtime import Runtime
 from services.common.sealing import Seal
@@ -18,7 +18,7 @@ async def start(runtime: Runtime, settings: AnomalySettings) -> None:
     """A process of its own: it alone talks to the outside, so a network policy can keep all others from it."""
     entrance = open_entrance(runtime, settings, takes_keys=False)
     await entrance.serve_probes("SMDIH alarm notifier")
-    pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     seal = Seal(settings.anomaly_seal_keys)
     webhooks = WebhookSender([ipaddress.ip_network(one) for one in settings.anomaly_webhook_networks], seal)

@@ -74,14 +74,15 @@ class _Connection(_AnyConnection):
 
 
 async def create_pool(dsn: str, *, schema: str, size_max: int) -> Pool:
-    """A pool whose connections look into `schema` first. Raises one of AWAY when the server cannot be reached.
+    """A pool whose connections look into `schema` first.
 
     They work in the role of the schema's service, whoever the DSN names: the owner, or a login that may do no more than take this
-    role.
+    role. A server that is away may come later: what asks the pool meanwhile raises one of AWAY. Raises asyncpg.PostgresError when
+    the server refuses who comes.
     """
     pool = await asyncpg.create_pool(
         dsn,
-        min_size=1,
+        min_size=0,
         max_size=size_max,
         timeout=CONNECT_TIMEOUT_S,
         command_timeout=COMMAND_TIMEOUT_S,
@@ -94,21 +95,27 @@ async def create_pool(dsn: str, *, schema: str, size_max: int) -> Pool:
             FIRM_SETTING: tenancy.ALL,
         },
     )
+    try:
+        await pool.release(await pool.acquire())
+    except AWAY as error:
+        log.warning("no database answers yet", error=repr(error))
+    except BaseException:
+        pool.terminate()
+        raise
     metrics.watch_pool(pool, schema=schema)
     return pool
 
 
 async def create_pool_when_it_answers(dsn: str, *, schema: str, size_max: int) -> Pool:
-    """The same for the start of a process, which may come before its database. Raises TryAgain after START_DEADLINE_S."""
+    """The same for a process that reads at its start and may come before its database. Raises TryAgain after START_DEADLINE_S."""
     until = time.monotonic() + START_DEADLINE_S
-    while True:
-        try:
-            return await create_pool(dsn, schema=schema, size_max=size_max)
-        except AWAY as error:
-            if time.monotonic() > until:
-                raise TryAgain(f"No database answered in {START_DEADLINE_S} s.") from error
-            log.warning("no database answers yet", error=repr(error))
-            await asyncio.sleep(1)
+    pool = await create_pool(dsn, schema=schema, size_max=size_max)
+    while not await can_write(pool):
+        if time.monotonic() > until:
+            pool.terminate()
+            raise TryAgain(f"No database answered in {START_DEADLINE_S} s.")
+        await asyncio.sleep(1)
+    return pool
 
 
 @asynccontextmanager

@@ -7,7 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
+import asyncpg
+
 from services.common import logs, tracing
+from services.common.database import AWAY
+from services.common.errors import TryAgain
 from services.common.metrics import name_process, watch_loop
 from services.common.settings import Settings
 
@@ -142,3 +146,14 @@ def run(name: str, settings: Settings, start: Callable[[Runtime], Awaitable[None
         log.exception("process failed")
         code = 1
     sys.exit(code)
+
+
+def run_once(name: str, settings: Settings, work: Coroutine[Any, Any, T]) -> T:
+    """Run a command line that asks the database and ends. One sentence and exit code 1 where the database does not do its part."""
+    logs.configure(name, settings.log_level)
+    try:
+        return asyncio.run(work)
+    except (*AWAY, TryAgain, asyncpg.PostgresError) as error:
+        said = f"{name}: the database does not do its part: {error!r}. Look at SMDIH_DATABASE_DSN."
+        print(said, file=sys.stderr)  # noqa: T201  a command line
+        sys.exit(1)

@@ -1,12 +1,11 @@
 """The processes of the fund: `python -m services.funding.main api`, and the checks `trial-balance` and `replay`."""
 
-import asyncio
 import functools
 import sys
 
 from pydantic import Field
 
-from services.common import logs, topics
+from services.common import topics
 from services.common.clock import SystemClock
 from services.common.database import Pool, can_write, create_pool, create_pool_when_it_answers
 from services.common.directory import Directory
@@ -15,7 +14,7 @@ from services.common.evidence import Verifier
 from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.metrics import keep_measuring
 from services.common.outbox import OutboxRelay
-from services.common.runtime import Runtime, run
+from services.common.runtime import Runtime, run, run_once
 from services.common.settings import Settings
 from services.funding import edges, ledger, ledger_replay
 from services.funding.assessor_finder import AssessorFinder
@@ -130,8 +129,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(2)
     settings = FundingSettings()
     if arguments[0] in CHECKS:
-        logs.configure(f"funding-{arguments[0]}", settings.log_level)
-        sys.exit(asyncio.run(check(arguments[0], settings)))
+        sys.exit(run_once(f"funding-{arguments[0]}", settings, check(arguments[0], settings)))
     run("funding-api", settings, functools.partial(start_api, settings=settings))
 
 

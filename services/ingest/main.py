@@ -1,15 +1,13 @@
 """The processes of ingest: `python -m services.ingest.main door|historian|mqtt`, and `... operator-key` to make the first key."""
 
-import asyncio
 import functools
 import sys
 from importlib import import_module
 
-from services.common import logs
 from services.common.clock import SystemClock
 from services.common.database import create_pool, transaction
 from services.common.identity import Role
-from services.common.runtime import run
+from services.common.runtime import run, run_once
 from services.common.settings import Settings
 from services.ingest.registry import credential_store
 from services.ingest.registry.credentials import make_credential
@@ -44,8 +42,7 @@ def main(arguments: list[str]) -> None:
     name = f"ingest-{arguments[0]}"
     if arguments[0] == "operator-key":
         settings = Settings()
-        logs.configure(name, settings.log_level)
-        print(asyncio.run(operator_key(settings)))  # noqa: T201  a command line
+        print(run_once(name, settings, operator_key(settings)))  # noqa: T201  a command line
         return
     module, settings_of_role = ROLES[arguments[0]]
     settings = settings_of_role()

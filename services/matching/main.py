@@ -8,7 +8,7 @@ from datetime import timedelta
 from pydantic import Field
 
 from services.common.clock import SystemClock, today
-from services.common.database import can_write, create_pool_when_it_answers
+from services.common.database import can_write, create_pool
 from services.common.directory import Directory
 from services.common.entrance import open_entrance
 from services.common.kafka import Cluster, Publisher
@@ -59,7 +59,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
     entrance = open_entrance(runtime, settings, takes_keys=True)
     clock = SystemClock()
     cluster = Cluster.of(settings)
-    pool = await create_pool_when_it_answers(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
+    pool = await create_pool(settings.database_dsn, schema=SCHEMA, size_max=settings.database_pool_max)
     runtime.on_stop(pool.close)
     publisher = Publisher(cluster)
     runtime.on_stop(publisher.close)

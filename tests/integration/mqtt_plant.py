@@ -47,6 +47,10 @@ class Plant:
         body = {"site_id": site_id, "path": path, "name": path, "kind": "press", "signals": SIGNALS}
         return await self._made("/v1/machines", body)
 
+    async def device_key(self, firm_id: int) -> str:
+        made = await self._made("/v1/credentials", {"role": "device", "firm_id": firm_id})
+        return str(made["key"])
+
     async def _made(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self.operator.post(path, json=body)
         assert answer.status_code == 201, answer.text

@@ -1,7 +1,5 @@
 """Why is there no data? Each cause, made as it happens, and the answer that a person gets."""
 
-import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,6 +19,7 @@ from services.ingest.diagnosis.sightings import Sightings, SightingsWriter
 from services.ingest.domain import Sender
 from smdih.ingest.v1 import diagnosis_pb2, diagnosis_pb2_grpc
 from tests.integration.registry_hub import FirmAtHub, RegistryHub, created, running
+from tests.integration.wire import Wire
 from tests.polling import eventually
 
 
@@ -251,45 +250,11 @@ async def test_what_a_door_has_noted_is_written_when_it_stops(hub: RegistryHub, 
         await hub.hub.wait_ready("door")
 
 
-class Wire:
-    """A way to the database that can be cut and mended."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._to = (host, port)
-        self._server: asyncio.Server | None = None
-        self._open: set[asyncio.StreamWriter] = set()
-        self.port = 0
-
-    async def mend(self) -> None:
-        self._server = await asyncio.start_server(self._forward, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def cut(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        for writer in self._open:
-            writer.transport.abort()
-
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection(*self._to)
-        self._open |= {writer, far_writer}
-
-        async def pump(source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError):
-                while data := await source.read(65536):
-                    to.write(data)
-                    await to.drain()
-            to.transport.abort()
-
-        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
-
-
 async def test_notes_wait_while_the_database_is_away(firm: FirmAtHub, dsn: str) -> None:
     machine = await firm.machine()
-    address = httpx.URL(dsn)
-    wire = Wire(address.host, address.port or 5432)
+    wire = Wire(dsn)
     await wire.mend()
-    pool = await create_pool(str(address.copy_with(host="127.0.0.1", port=wire.port)), schema="ingest", size_max=1)
+    pool = await create_pool(wire.dsn, schema="ingest", size_max=1)
     notes = Sightings(SystemClock())
     writer = SightingsWriter(pool, notes, SystemClock())
     sender = Sender(firm.id, firm.device_credential_id, "cut-off", "http", "c")

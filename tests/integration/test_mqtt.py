@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiomqtt
+import httpx
 import pytest
 import pytest_asyncio
 from cryptography import x509
@@ -36,15 +37,25 @@ from tests.integration.mqtt_plant import (
     running_plant,
     tahu_edge,
 )
+from tests.integration.wire import Wire
 from tests.polling import eventually
 
 
 @pytest_asyncio.fixture(scope="module")
-async def plant(servers: Servers, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant]:
+async def wire(settings: Settings) -> AsyncIterator[Wire]:
+    """Between the hub and its database."""
+    made = Wire(settings.database_dsn)
+    await made.mend()
+    yield made
+    await made.cut()
+
+
+@pytest_asyncio.fixture(scope="module")
+async def plant(settings: Settings, wire: Wire, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant]:
     mosquitto = Mosquitto(tmp_path_factory.mktemp("mosquitto"))
     mosquitto.start(dict.fromkeys(FIRMS, PASSWORD))
     hub = Hub(
-        Servers(settings.kafka_bootstrap, settings.database_dsn),
+        Servers(settings.kafka_bootstrap, wire.dsn),
         Path(tmp_path_factory.mktemp("hub")),
         topic_prefix=settings.kafka_topic_prefix,
         roles=("door", "historian", "mqtt-bridge"),
@@ -420,3 +431,40 @@ async def test_nothing_is_lost_though_bridges_are_killed_kafka_is_away_and_the_b
         await eventually(all_there, deadline_s=40)
         reasons = (await plant.quarantined(machine["firm_id"]))[before[firm] :]
         assert sorted(reasons) == [("MALFORMED", 0)] * (turns // bad_every)
+
+
+async def test_the_ways_in_come_up_while_the_database_is_away_and_what_they_take_is_stored_afterwards(
+    plant: Plant, wire: Wire
+) -> None:
+    machine, at = plant.machines["acme"], now_ms() - 600_000
+    frame = {"ts": at, "values": {"temperature": 2.5}}
+    body = {"source": "away", "batches": [{"machine": machine["id"], "frames": [frame]}]}
+    headers = {"Authorization": f"Bearer {await plant.device_key(machine['firm_id'])}"}
+
+    async def historian_waits() -> bool:
+        async with httpx.AsyncClient() as client:
+            with suppress(httpx.TransportError):
+                answer = await client.get(f"{plant.hub.processes['historian'].http}/readyz")
+                return answer.status_code == 503 and "database" in answer.text
+        return False
+
+    await wire.cut()
+    try:
+        for name in ("door", "mqtt-bridge", "mqtt-bridge-2", "historian"):
+            plant.hub.kill(name)
+        for name in ("door", "mqtt-bridge", "mqtt-bridge-2"):
+            await plant.hub.wait_ready(name)
+        async with httpx.AsyncClient() as gateway:
+            url = f"{plant.hub.processes['door'].http}/v1/telemetry"
+            answer = await gateway.post(url, json=body, headers=headers)
+            assert answer.status_code == 200, answer.text
+        async with plant.client("acme") as client:
+            await client.publish("smdih/v1/acme/works/press-1/current", plain(3.5, at + 1), qos=1)
+        await eventually(historian_waits)
+    finally:
+        await wire.mend()
+
+    async def stored() -> dict[tuple[int, int], float]:
+        return {key: value for key, value in (await plant.stored(machine["id"])).items() if at <= key[1] <= at + 1}
+
+    await eventually(lambda: _equals(stored, {(0, at): 2.5, (1, at + 1): 3.5}))
