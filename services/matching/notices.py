@@ -7,7 +7,7 @@ from enum import StrEnum
 from zoneinfo import ZoneInfo
 
 from services.matching.matches import Match, MatchState, Side
-from services.matching.needs import Offer, notice_id
+from services.matching.needs import CloseReason, Need, Offer, notice_id
 from services.matching.sessions import Booking, BookingState, Session
 
 LONDON = ZoneInfo("Europe/London")
@@ -15,7 +15,7 @@ NEED_CHARACTERS_SHOWN = 80
 
 
 class NoticeKind(StrEnum):
-    """The subject is a booking for the first three, a need for offers, and a match for the others."""
+    """The subject is a booking for seats, a need for offers and its own end, and a match for the others."""
 
     SEAT_OFFERED = "seat_offered"
     # It was not confirmed in time.
@@ -28,6 +28,9 @@ class NoticeKind(StrEnum):
     # By the other side.
     MATCH_CANCELLED = "match_cancelled"
     MATCH_EXPIRED = "match_expired"
+    # By others than its firm; the hub looks for more.
+    OFFERS_ENDED = "offers_ended"
+    NEED_CLOSED = "need_closed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,21 +85,51 @@ def of_offers(offers: Sequence[Offer]) -> Notice:
     """For the firm of one need that these offers were made for."""
     first = offers[0]
     lapse = min(offer.expires for offer in offers)
-    need = (
-        first.need_text
-        if len(first.need_text) <= NEED_CHARACTERS_SHOWN
-        else f"{first.need_text[:NEED_CHARACTERS_SHOWN]}..."
-    )
     waits = "An offer waits" if len(offers) == 1 else f"{len(offers)} offers wait"
     return Notice(
         id=notice_id(first.need_id, NoticeKind.OFFERS_MADE, first.id),
         kind=NoticeKind.OFFERS_MADE,
         subject_id=first.need_id,
-        text=f'{waits} for your answer to "{need}". Accept or decline by {_time(lapse)}.',
+        text=f'{waits} for your answer to "{_shown(first.need_text)}". Accept or decline by {_time(lapse)}.',
         made=first.made,
         correlation_id=first.correlation_id,
         firm_id=first.firm_id,
         act_by=lapse,
+    )
+
+
+def of_ended_offers(need: Need, ended: datetime) -> Notice:
+    """For the firm: its need stands, and has no offers any more."""
+    return Notice(
+        id=notice_id(need.id, NoticeKind.OFFERS_ENDED, str(need.attempt)),
+        kind=NoticeKind.OFFERS_ENDED,
+        subject_id=need.id,
+        text=f'Those who were offered for "{_shown(need.text)}" cannot take it any more. The hub looks for others.',
+        made=ended,
+        correlation_id=need.correlation_id,
+        firm_id=need.firm_id,
+    )
+
+
+_WHY_CLOSED = {
+    CloseReason.DECLINED: "you declined all that was offered",
+    CloseReason.NOT_ANSWERED: "its offers ran out without an answer",
+    CloseReason.EXPIRED: "nobody could be found for it in time",
+}
+
+
+def of_closed_need(need: Need) -> Notice:
+    """For its firm."""
+    assert need.ended is not None, "whoever closes a need says when"
+    why = _WHY_CLOSED.get(CloseReason(need.close_reason)) or need.close_note.rstrip(".")
+    return Notice(
+        id=notice_id(need.id, NoticeKind.NEED_CLOSED, str(need.attempt)),
+        kind=NoticeKind.NEED_CLOSED,
+        subject_id=need.id,
+        text=f'Your need "{_shown(need.text)}" is closed: {why}. Open another if you still want help.',
+        made=need.ended,
+        correlation_id=need.correlation_id,
+        firm_id=need.firm_id,
     )
 
 
@@ -133,6 +166,10 @@ def of_ended_match(match: Match, offer: Offer, side: Side, *, reopened: bool) ->
         firm_id=match.firm_id if side is Side.FIRM else 0,
         partner_id=match.partner_id if side is Side.PARTNER else 0,
     )
+
+
+def _shown(need_text: str) -> str:
+    return need_text if len(need_text) <= NEED_CHARACTERS_SHOWN else f"{need_text[:NEED_CHARACTERS_SHOWN]}..."
 
 
 def _day(time_: datetime) -> str:

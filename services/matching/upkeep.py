@@ -6,8 +6,10 @@ import asyncpg
 
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
+from services.matching.domain import MatchingError
 from services.matching.service import Matching
 from services.matching.service.matches import CLOSINGS_AT_ONCE_MAX, EXPIRIES_AT_ONCE_MAX
+from services.matching.service.needs import CLOSINGS_AT_ONCE_MAX as NEED_CLOSINGS_AT_ONCE_MAX
 from services.matching.service.notices import FORGOTTEN_AT_ONCE_MAX
 from services.matching.service.offers import LAPSES_AT_ONCE_MAX
 from services.matching.service.rooms import EXPIRIES_AT_ONCE_MAX as ROOM_EXPIRIES_AT_ONCE_MAX
@@ -25,12 +27,12 @@ async def run_rounds(matching: Matching) -> None:
             await matching.rounds.start_scheduled()
             while await matching.rounds.carry_out():
                 pass
-        except (asyncpg.PostgresError, TryAgain) as error:
+        except (asyncpg.PostgresError, TryAgain, MatchingError) as error:
             log.warning("rounds wait", error=repr(error))
         await asyncio.sleep(INTERVAL_S)
 
 
-async def run(matching: Matching) -> None:
+async def run(matching: Matching, *, interval_s: float = INTERVAL_S) -> None:
     """Until cancelled. Several processes may run it: each thing is done by whoever locks it first."""
     while True:
         try:
@@ -42,6 +44,8 @@ async def run(matching: Matching) -> None:
                 pass
             while await matching.sessions.expire_due_bookings() >= CONFIRMATIONS_AT_ONCE_MAX:
                 pass
+            while await matching.needs.expire_due_needs() >= NEED_CLOSINGS_AT_ONCE_MAX:
+                pass
             while await matching.rooms.expire_due_rooms() >= ROOM_EXPIRIES_AT_ONCE_MAX:
                 pass
             while await matching.notices.forget_old() >= FORGOTTEN_AT_ONCE_MAX:
@@ -49,4 +53,4 @@ async def run(matching: Matching) -> None:
             await matching.offers.offer_again()
         except (asyncpg.PostgresError, TryAgain) as error:
             log.warning("upkeep waits", error=repr(error))
-        await asyncio.sleep(INTERVAL_S)
+        await asyncio.sleep(interval_s)

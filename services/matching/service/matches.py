@@ -12,7 +12,7 @@ from services.common.outbox import OutboxRelay
 from services.matching import notices
 from services.matching.index import ProviderIndex
 from services.matching.matches import POINTS_MAX, POINTS_MIN, Match, MatchState, Result, Score, Side
-from services.matching.needs import Limits, NeedState, OfferState
+from services.matching.needs import CloseReason, Limits, NoOffer, OfferState
 from services.matching.service.checks import (
     NOTE_CHARACTERS_MAX,
     before_token,
@@ -20,6 +20,7 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.need_life import NeedLife
 from services.matching.service.publishing import publish_match, publish_offers
 from services.matching.service.rooms import end_rooms_of_match
 from services.matching.service.sight import SUPPLIERS, match_seen_by
@@ -42,10 +43,13 @@ _PARTIES = (Role.FIRM, *SUPPLIERS, Role.OPERATOR)
 class Matches:
     """Firms and providers that were brought together, and what comes of it."""
 
-    def __init__(self, pool: Pool, index: ProviderIndex, relay: OutboxRelay, *, clock: Clock, limits: Limits) -> None:
+    def __init__(
+        self, pool: Pool, index: ProviderIndex, relay: OutboxRelay, life: NeedLife, *, clock: Clock, limits: Limits
+    ) -> None:
         self._pool = pool
         self._index = index
         self._relay = relay
+        self._life = life
         self._clock = clock
         self._limits = limits
 
@@ -226,9 +230,11 @@ class Matches:
             await publish_offers(connection, [cancelled])
         if offer.machine_id:
             await needs_store.lock_machines(connection, {offer.machine_id})
-        reopened = reopen and await needs_store.reopen_need(connection, match.need_id)
+        reopened = reopen and await self._life.seek_again(connection, match.need_id, NoOffer.MATCH_ENDED)
         if not reopened:
-            await needs_store.end_need(connection, match.need_id, NeedState.CLOSED, ended=match.ended)
+            await needs_store.close_need(
+                connection, match.need_id, CloseReason.MATCH_ENDED, note=reason, ended=match.ended
+            )
         told = [side for side in (Side.FIRM, Side.PARTNER) if by is None or by.role.value != side.value]
         await notices_store.add_notices(
             connection, [notices.of_ended_match(match, offer, side, reopened=reopened) for side in told]
