@@ -261,7 +261,10 @@ async def test_twenty_at_once_never_take_more_than_three_places(hub: Hub) -> Non
     # A smaller capacity keeps what is promised and gives no more; a larger one gives places again.
     await hub.put_providers("forming", capacity_per_quarter=1)
     assert (await open_need(hub))["need"]["no_offer_reason"] == "ALL_FULL"
-    await hub.put_providers("forming", capacity_per_quarter=4)
+    # Nor does a place that is given back above it.
+    await hub.ok("firm", "POST", f"/v1/matches/{won[0]}/cancel", {"reason": "solved it", "close_need": True})
+    assert (await open_need(hub))["need"]["no_offer_reason"] == "ALL_FULL"
+    await hub.put_providers("forming", capacity_per_quarter=3)
     await hub.matched("forming")
 
 

@@ -87,7 +87,7 @@ async def set_quarter_capacities(
     connection: Connection, provider_id: str, capacity: int | None, *, since: date
 ) -> None:
     """Carry a new capacity into the quarters that have begun to fill. What is promised stays promised: a smaller capacity than
-    is taken means no more places."""
+    is taken means no more places, also not those that are given back above it."""
     await connection.execute(
         "UPDATE provider_quarter SET capacity = CASE WHEN $2::int IS NULL THEN NULL ELSE greatest($2, taken) END "
         "WHERE provider_id = $1 AND quarter >= $3",
