@@ -84,11 +84,12 @@ def match_event(match: Match) -> bytes:
 
 
 def booking_event(booking: Booking, session: Session) -> bytes:
-    """The event of the change that brought the booking into its state."""
+    """The event of the change that brought the booking into its state, or moved its session."""
     return message_of(
         pb.BookingEvent,
         booking,
-        event_id=event_id(booking.id, f"{booking.state}-{booking.sequence}"),
+        event_id=event_id(booking.id, f"{booking.state}-{booking.sequence + session.sequence}"),
+        changed_us=max(booking.changed, session.changed or booking.changed),
         booking_id=booking.id,
         provider_id=session.provider_id,
         title=session.title,

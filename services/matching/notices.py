@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 
 from services.matching.matches import Match, MatchState, Side
 from services.matching.needs import CloseReason, Need, Offer, notice_id
-from services.matching.sessions import Booking, BookingState, Session
+from services.matching.sessions import NO_SEAT, Booking, BookingState, Session
 
 LONDON = ZoneInfo("Europe/London")
 NEED_CHARACTERS_SHOWN = 80
@@ -20,6 +20,10 @@ class NoticeKind(StrEnum):
     SEAT_OFFERED = "seat_offered"
     # It was not confirmed in time.
     SEAT_LOST = "seat_lost"
+    # None came free before the session began.
+    NO_SEAT = "no_seat"
+    # To another time or place, or under another name.
+    SESSION_MOVED = "session_moved"
     # By the partner.
     BOOKING_CANCELLED = "booking_cancelled"
     # By a round, by a partner, for an alarm, or for a need that had none before.
@@ -59,7 +63,7 @@ _OF_BOOKINGS = {
 
 def of_booking(booking: Booking, session: Session, *, reason: str = "") -> Notice:
     """For its firm: a seat was offered, lost, or taken back for a reason."""
-    kind = _OF_BOOKINGS[booking.state]
+    kind = NoticeKind.NO_SEAT if booking.end_reason == NO_SEAT else _OF_BOOKINGS[booking.state]
     what = f'"{session.title}" on {_day(session.starts)}'
     if kind is NoticeKind.SEAT_OFFERED:
         assert booking.confirm_by is not None, "an offered seat has its time"
@@ -67,6 +71,8 @@ def of_booking(booking: Booking, session: Session, *, reason: str = "") -> Notic
         text = f"A seat at {what} has come free for you. Confirm it by {until}; then it goes to the next in line."
     elif kind is NoticeKind.SEAT_LOST:
         text = f"Your seat at {what} was not confirmed in time and went to the next in line. Book again to stand in line anew."
+    elif kind is NoticeKind.NO_SEAT:
+        text = f"No seat at {what} came free for you before it began. Book another date."
     else:
         text = f"Your booking of {what} was cancelled: {reason}"
     return Notice(
@@ -78,6 +84,24 @@ def of_booking(booking: Booking, session: Session, *, reason: str = "") -> Notic
         correlation_id=booking.correlation_id,
         firm_id=booking.firm_id,
         act_by=booking.confirm_by if kind is NoticeKind.SEAT_OFFERED else None,
+    )
+
+
+def of_moved_session(booking: Booking, before: Session, session: Session) -> Notice:
+    """For the firm of a booking that stands."""
+    where = f", {session.place}" if session.place else ""
+    text = f'"{before.title}" on {_time(before.starts)} has moved: it is now "{session.title}" on {_time(session.starts)}{where}.'
+    if booking.confirm_by is not None:
+        text += f" Confirm your seat by {_time(booking.confirm_by)}."
+    return Notice(
+        id=notice_id(booking.id, NoticeKind.SESSION_MOVED, str(session.sequence)),
+        kind=NoticeKind.SESSION_MOVED,
+        subject_id=booking.id,
+        text=f"{text} Cancel the booking if that does not suit you.",
+        made=session.changed or booking.changed,
+        correlation_id=booking.correlation_id,
+        firm_id=booking.firm_id,
+        act_by=booking.confirm_by or session.starts,
     )
 
 

@@ -13,7 +13,7 @@ from services.matching.service.needs import CLOSINGS_AT_ONCE_MAX as NEED_CLOSING
 from services.matching.service.notices import FORGOTTEN_AT_ONCE_MAX
 from services.matching.service.offers import LAPSES_AT_ONCE_MAX
 from services.matching.service.rooms import EXPIRIES_AT_ONCE_MAX as ROOM_EXPIRIES_AT_ONCE_MAX
-from services.matching.service.sessions import CONFIRMATIONS_AT_ONCE_MAX
+from services.matching.service.sessions import EXPIRIES_AT_ONCE_MAX as BOOKING_EXPIRIES_AT_ONCE_MAX
 
 log = get_logger(__name__)
 
@@ -42,7 +42,7 @@ async def run(matching: Matching, *, interval_s: float = INTERVAL_S) -> None:
                 pass
             while await matching.matches.close_due_matches() >= CLOSINGS_AT_ONCE_MAX:
                 pass
-            while await matching.sessions.expire_due_bookings() >= CONFIRMATIONS_AT_ONCE_MAX:
+            while await matching.sessions.expire_due_bookings() >= BOOKING_EXPIRIES_AT_ONCE_MAX:
                 pass
             while await matching.needs.expire_due_needs() >= NEED_CLOSINGS_AT_ONCE_MAX:
                 pass
