@@ -65,6 +65,8 @@ class CloseReason(StrEnum):
     EXPIRED = "EXPIRED"
     # Its match came to nothing, and it with it.
     MATCH_ENDED = "MATCH_ENDED"
+    # It was made from an alarm, and the firm's consent does not cover that any more.
+    CONSENT_ENDED = "CONSENT_ENDED"
 
 
 class NoOffer(StrEnum):
@@ -164,6 +166,8 @@ class Offer:
     holds_place: bool = False
     # Of the partner to the firm.
     message: str = ""
+    # The consent that its need was made under has ended, and the need with it.
+    unshared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

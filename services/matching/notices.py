@@ -139,6 +139,7 @@ _WHY_CLOSED = {
     CloseReason.DECLINED: "you declined all that was offered",
     CloseReason.NOT_ANSWERED: "its offers ran out without an answer",
     CloseReason.EXPIRED: "nobody could be found for it in time",
+    CloseReason.CONSENT_ENDED: "your consent does not cover it any more",
 }
 
 

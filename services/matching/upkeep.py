@@ -8,6 +8,7 @@ from services.common.errors import TryAgain
 from services.common.logs import get_logger
 from services.matching.domain import MatchingError
 from services.matching.service import Matching
+from services.matching.service.consents import CLOSINGS_AT_ONCE_MAX as CONSENT_CLOSINGS_AT_ONCE_MAX
 from services.matching.service.matches import CLOSINGS_AT_ONCE_MAX, EXPIRIES_AT_ONCE_MAX
 from services.matching.service.needs import CLOSINGS_AT_ONCE_MAX as NEED_CLOSINGS_AT_ONCE_MAX
 from services.matching.service.notices import FORGOTTEN_AT_ONCE_MAX
@@ -43,6 +44,8 @@ async def run(matching: Matching, *, interval_s: float = INTERVAL_S) -> None:
             while await matching.matches.close_due_matches() >= CLOSINGS_AT_ONCE_MAX:
                 pass
             while await matching.sessions.expire_due_bookings() >= BOOKING_EXPIRIES_AT_ONCE_MAX:
+                pass
+            while await matching.consents.close_unshared_needs() >= CONSENT_CLOSINGS_AT_ONCE_MAX:
                 pass
             while await matching.needs.expire_due_needs() >= NEED_CLOSINGS_AT_ONCE_MAX:
                 pass

@@ -470,6 +470,53 @@ async def test_a_firm_closes_its_need_with_a_reason(hub: Hub) -> None:
     assert (answer.need.state, answer.need.close_note) == (matching_pb2.NEED_STATE_CLOSED, "solved it")
 
 
+async def test_what_a_consent_shared_ends_with_it(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", "iot-basics")
+    shares = [*SHARE_ALL, "partners"]
+    machine = machine_id(FIRM, 30)
+
+    async def raised(alarm_id: str, machine: int, **consent: Any) -> str:
+        await give_consent(hub, shared=shares, **consent)
+        await hub.raise_alarm(alarm_id, machine)
+
+        async def is_open() -> bool:
+            return [alarm_id] in [each["alarm_ids"] for each in await hub.needs_of(machine)]
+
+        await eventually(is_open)
+        need_id: str = (await hub.needs_of(machine))[0]["id"]
+        return need_id
+
+    async def seen_by_partner(need_id: str) -> tuple[bool, set[str]]:
+        desk = {each["id"] for each in (await hub.ok("partner", "GET", "/v1/desk/needs"))["needs"]}
+        return need_id in desk, {each["need_text"] for each in await offers_of(hub, need_id, "partner")}
+
+    async def closed(need_id: str) -> bool:
+        return bool((await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["close_reason"] == "CONSENT_ENDED")
+
+    # Revoked.
+    need_id = await raised("shared-1", machine)
+    shown, texts = await seen_by_partner(need_id)
+    assert shown
+    assert "" not in texts
+    await hub.ok("firm", "POST", "/v1/consents/revoke")
+    assert await closed(need_id)
+    assert await seen_by_partner(need_id) == (False, {""})
+    assert {each["state"] for each in await offers_of(hub, need_id)} == {"lapsed"}
+    assert (await told(hub, need_id))[0] == "need_closed"
+    # Under a new consent the same fault is a new need. One that shares the same goes on with it, one that shares less hides or ends
+    # it.
+    need_id = await raised("shared-2", machine)
+    await give_consent(hub, shared=SHARE_ALL, machine_ids=[machine])
+    assert (await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["state"] == "open"
+    assert (await seen_by_partner(need_id))[0] is False
+    await give_consent(hub, shared=["fault"])
+    assert await closed(need_id)
+    # Run out.
+    need_id = await raised("shared-3", machine_id(FIRM, 31), until_us=hub.clock.now_us() + 3_600_000_000)
+    hub.clock.shift = timedelta(hours=1, seconds=1)
+    await eventually(functools.partial(closed, need_id))
+
+
 async def test_a_need_that_nobody_could_be_offered_for_is_closed_in_the_end(hub: Hub) -> None:
     need_id = (await open_need(hub))["need"]["id"]
     hub.clock.shift = timedelta(days=180, seconds=1)

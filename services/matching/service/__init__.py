@@ -37,8 +37,8 @@ class Matching:
         limits: Limits,
     ) -> None:
         self.providers = Providers(pool, index, directory, clock=clock)
-        self.consents = Consents(pool, Known(directory), clock=clock)
         life = NeedLife(clock=clock, limits=limits)
+        self.consents = Consents(pool, relay, Known(directory), life, clock=clock)
         self.offers = Offers(pool, index, relay, life, clock=clock, limits=limits)
         self.desk = Desk(pool, index, relay, directory, self.offers, clock=clock, limits=limits)
         self.rounds = Rounds(pool, index, relay, self.offers, clock=clock, limits=limits)

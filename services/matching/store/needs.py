@@ -214,6 +214,30 @@ async def needs_to_try(connection: Connection, against: Tried, *, limit: int) ->
     return [need_of_row(row) for row in rows]
 
 
+async def hide_alarm_needs(connection: Connection, firm_id: int) -> None:
+    """Partners see none of the firm's open needs that were made from alarms."""
+    await connection.execute(
+        "UPDATE need SET shown = false WHERE firm_id = $1 AND consent_id IS NOT NULL AND state = 'open' AND shown",
+        firm_id,
+    )
+
+
+async def unshared_needs(connection: Connection, *, firm_id: int, now: datetime, limit: int) -> list[str]:
+    """Ids of open needs made under a consent whose firm has none in force that covers the machine and lets as much through. Firm
+    0: of all firms."""
+    rows = await connection.fetch(
+        "SELECT n.id FROM need n JOIN consent o ON o.id = n.consent_id WHERE n.state = 'open' "
+        "AND ($1::bigint = 0 OR n.firm_id = $1) "
+        "AND NOT EXISTS (SELECT FROM consent c WHERE c.firm_id = n.firm_id AND c.ended IS NULL AND c.valid_from <= $2 "
+        "AND (c.valid_until IS NULL OR c.valid_until > $2) AND (c.machine_ids = '{}' OR n.machine_id = ANY(c.machine_ids)) "
+        "AND array_remove(o.shared, 'partners') <@ c.shared) LIMIT $3",
+        firm_id,
+        now,
+        limit,
+    )
+    return [row["id"] for row in rows]
+
+
 async def lock_machines(connection: Connection, machine_ids: Collection[int]) -> None:
     """Alarms of one machine are taken in one after the other, whichever process has them; in order of id, against deadlock."""
     for machine_id in sorted(machine_ids):
@@ -228,12 +252,14 @@ async def known_alarms(connection: Connection, alarm_ids: Collection[str]) -> se
 
 
 async def need_of_fault(connection: Connection, machine_id: int, *, since: datetime) -> str | None:
-    """The machine's need from alarms that is open, or that had an alarm since then: a further alarm belongs to it."""
+    """The machine's need from alarms that is open, or that had an alarm since then: a further alarm belongs to it. One that ended
+    with a consent is none: under another consent the fault opens a need anew."""
     found: str | None = await connection.fetchval(
         """
         SELECT n.id FROM need n
         WHERE n.machine_id = $1 AND n.source = 'anomaly'
-          AND (n.state = 'open' OR EXISTS (SELECT FROM need_alarm a WHERE a.need_id = n.id AND a.raised > $2))
+          AND (n.state = 'open' OR n.close_reason <> 'CONSENT_ENDED'
+               AND EXISTS (SELECT FROM need_alarm a WHERE a.need_id = n.id AND a.raised > $2))
         ORDER BY n.state = 'open' DESC, n.opened DESC LIMIT 1
         """,
         machine_id,

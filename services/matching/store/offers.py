@@ -149,7 +149,7 @@ _OFFERS = (
     "SELECT o.id, o.need_id, o.firm_id, o.provider_id, o.partner_id, o.provider_title, o.provider_kind, o.rank, o.score, "
     "o.parts, o.reasons, o.ranker_version, o.state, o.made, o.expires, o.decided, o.decided_by, o.decision_reason, "
     "o.attempt, o.origin, o.round_id, o.holds_place, o.message, n.text AS need_text, n.machine_id, n.correlation_id, m.id "
-    "AS match_id, "
+    "AS match_id, n.close_reason = 'CONSENT_ENDED' AS unshared, "
     "(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number LIMIT 1) AS alarm_id "
     "FROM offer o JOIN need n ON n.id = o.need_id LEFT JOIN match m ON m.offer_id = o.id"
 )
@@ -185,4 +185,5 @@ def _offer(row: Row) -> Offer:
         round_id=row["round_id"] or "",
         holds_place=row["holds_place"],
         message=row["message"],
+        unshared=row["unshared"],
     )
