@@ -12,7 +12,7 @@ from services.common.logs import accepted_correlation_id
 from services.common.messages import message_of, number_of, word_of
 from services.matching.alarms import Alarm
 from services.matching.consents import Severity
-from services.matching.matches import Match
+from services.matching.matches import Match, MatchState
 from services.matching.needs import Offer, event_id
 from services.matching.rooms import Room
 from services.matching.sessions import Booking, Session
@@ -77,9 +77,14 @@ def offer_event(offer: Offer) -> bytes:
 
 
 def match_event(match: Match) -> bytes:
-    """The event of the change that brought the match into its state."""
+    """The event of the change that brought the match into its state, or corrected its result."""
+    change = (
+        f"{match.state}-{to_us(match.finished)}"
+        if match.state is MatchState.FINISHED and match.finished
+        else match.state
+    )
     return message_of(
-        pb.MatchEvent, match, event_id=event_id(match.id, match.state), change=match.state, match_id=match.id
+        pb.MatchEvent, match, event_id=event_id(match.id, change), change=match.state, match_id=match.id
     ).SerializeToString()
 
 

@@ -206,7 +206,7 @@ def match_id(offer_id: str) -> str:
 
 
 def event_id(of: str, change: str) -> str:
-    """Of an offer or a match, which goes through each change once at most."""
+    """Of something that goes through each change once at most."""
     return _derived("event", of, change)
 
 

@@ -30,6 +30,10 @@ class NoticeKind(StrEnum):
     OFFERS_MADE = "offers_made"
     OFFER_ACCEPTED = "offer_accepted"
     # By the other side.
+    MATCH_ENGAGED = "match_engaged"
+    # To both: score it.
+    MATCH_FINISHED = "match_finished"
+    # By the other side.
     MATCH_CANCELLED = "match_cancelled"
     MATCH_EXPIRED = "match_expired"
     # By others than its firm; the hub looks for more.
@@ -173,6 +177,29 @@ def of_acceptance(match: Match, offer: Offer) -> Notice:
     )
 
 
+def of_engaged_match(match: Match, offer: Offer, side: Side) -> Notice:
+    """For a side that did not say so itself."""
+    assert match.engaged is not None, "whoever engages says when"
+    text = (
+        f'The work with "{offer.provider_title}" begins. Whoever sees it done finishes the match with what came of it.'
+    )
+    return _of_match(match, side, NoticeKind.MATCH_ENGAGED, text, made=match.engaged)
+
+
+def of_finished_match(match: Match, offer: Offer, side: Side) -> Notice:
+    """For both sides: now each scores the other."""
+    assert match.finished is not None, "whoever finishes says when"
+    assert match.result is not None, "and with what result"
+    assert match.scores_until is not None, "and until when it is scored"
+    came_to = match.result.replace("_", " ")
+    text = f'The work with "{offer.provider_title}" is finished: {came_to}. Score it by {_time(match.scores_until)}'
+    text += ", and correct the result if it was another." if side is Side.FIRM else "."
+    change = str(match.finished)
+    return _of_match(
+        match, side, NoticeKind.MATCH_FINISHED, text, change, made=match.finished, act_by=match.scores_until
+    )
+
+
 def of_ended_match(match: Match, offer: Offer, side: Side, *, reopened: bool) -> Notice:
     """For a side that did not end it itself."""
     assert match.ended is not None, "whoever ends a match says when"
@@ -181,15 +208,29 @@ def of_ended_match(match: Match, offer: Offer, side: Side, *, reopened: bool) ->
     text = f'The match with "{offer.provider_title}" has ended: {why}.'
     if side is Side.FIRM:
         text += " Your need is open again and gets new offers." if reopened else " Your need is closed."
+    kind = NoticeKind.MATCH_EXPIRED if expired else NoticeKind.MATCH_CANCELLED
+    return _of_match(match, side, kind, text, made=match.ended)
+
+
+def _of_match(
+    match: Match,
+    side: Side,
+    kind: NoticeKind,
+    text: str,
+    *change: str,
+    made: datetime,
+    act_by: datetime | None = None,
+) -> Notice:
     return Notice(
-        id=notice_id(match.id, "ended", side),
-        kind=NoticeKind.MATCH_EXPIRED if expired else NoticeKind.MATCH_CANCELLED,
+        id=notice_id(match.id, kind, side, *change),
+        kind=kind,
         subject_id=match.id,
         text=text,
-        made=match.ended,
+        made=made,
         correlation_id=match.correlation_id,
         firm_id=match.firm_id if side is Side.FIRM else 0,
         partner_id=match.partner_id if side is Side.PARTNER else 0,
+        act_by=act_by,
     )
 
 

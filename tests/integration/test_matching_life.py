@@ -40,6 +40,12 @@ async def taken(hub: Hub, provider_id: str) -> int:
     return found
 
 
+async def told(hub: Hub, who: str, match: dict[str, Any]) -> list[tuple[str, int | None]]:
+    """What a side was told of the match, newest first, and by when it is to act."""
+    found = (await hub.ok(who, "GET", "/v1/notices?page_size=500"))["notices"]
+    return [(each["kind"], each["act_by_us"]) for each in found if each["subject_id"] == match["id"]]
+
+
 async def match_events(cluster: Cluster, match_id: str) -> list[events_pb2.MatchEvent]:
     consumer = AIOKafkaConsumer(bootstrap_servers=cluster.bootstrap, group_id=None, auto_offset_reset="earliest")
     await consumer.start()
@@ -72,6 +78,15 @@ async def test_a_match_is_engaged_finished_scored_by_both_and_closed(hub: Hub, c
     assert await hub.ok("partner", "POST", f"{path}/finish", {"result": "solved"}) == finished
     other = await hub.call("partner", "POST", f"{path}/finish", {"result": "partly"})
     assert other.json()["reason"] == "MATCH_FINISHED"
+    assert await told(hub, "firm", match) == [("match_finished", finished["scores_until_us"]), ("match_engaged", None)]
+    assert await told(hub, "partner", match) == [
+        ("match_finished", finished["scores_until_us"]),
+        ("offer_accepted", match["engage_by_us"]),
+    ]
+    # The firm has the last word on what its need came to.
+    for result in ("partly", "solved"):
+        corrected = await hub.ok("firm", "POST", f"{path}/finish", {"result": result, "note": "New bearings."})
+    assert (corrected["result"], corrected["scores_until_us"]) == ("solved", finished["scores_until_us"])
     await hub.ok("firm", "POST", f"{path}/score", {"points": 2, "comment": "slow"})
     scored = await hub.ok("firm", "POST", f"{path}/score", {"points": 5, "comment": "good after all"})
     assert [(each["side"], each["points"], each["comment"]) for each in scored["scores"]] == [
@@ -92,17 +107,22 @@ async def test_a_match_is_engaged_finished_scored_by_both_and_closed(hub: Hub, c
     assert (late.status_code, late.json()["reason"]) == (409, "MATCH_CLOSED")
 
     async def published() -> bool:
-        return len(await match_events(cluster, match["id"])) == 4
+        return len(await match_events(cluster, match["id"])) == 6
 
     await eventually(published)
     events = await match_events(cluster, match["id"])
     assert [event.change for event in events] == [
         events_pb2.MATCH_CHANGE_ACCEPTED,
         events_pb2.MATCH_CHANGE_ENGAGED,
-        events_pb2.MATCH_CHANGE_FINISHED,
+        *[events_pb2.MATCH_CHANGE_FINISHED] * 3,
         events_pb2.MATCH_CHANGE_CLOSED,
     ]
-    assert events[2].result == events_pb2.RESULT_SOLVED
+    assert [event.result for event in events[2:5]] == [
+        events_pb2.RESULT_SOLVED,
+        events_pb2.RESULT_PARTLY,
+        events_pb2.RESULT_SOLVED,
+    ]
+    assert len({event.event_id for event in events}) == 6
     assert {event.correlation_id for event in events} == {match["correlation_id"]}
 
 

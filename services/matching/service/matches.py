@@ -86,17 +86,22 @@ class Matches:
                 _require(match, MatchState.ACCEPTED)
                 await places_store.confirm(connection, [match.id])
                 match = await self._keep(connection, replace(match, state=MatchState.ENGAGED, engaged=self._now()))
+                offer = await offers_store.offer(connection, match.offer_id)
+                assert offer is not None  # by foreign key
+                told = [notices.of_engaged_match(match, offer, side) for side in _others(caller)]
+                await notices_store.add_notices(connection, told)
         self._relay.kick()
         return _as_seen_by(caller, match)
 
     async def finish(self, caller: Caller, match_id: str, result: Result, note: str) -> Match:
-        """The work is done. Both sides may score it for a while. A repeat with the same result changes nothing."""
+        """The work is done. Both sides are asked to score it within a while, in which the firm may correct the result. A repeat
+        with the same result changes nothing."""
         caller.require(*_PARTIES)
         check_text("note", note, NOTE_CHARACTERS_MAX)
         async with transaction(self._pool) as connection:
             match = await self._lock(connection, caller, match_id)
             if match.finished is None or match.result is not result:
-                _require(match, MatchState.ENGAGED)
+                _require(match, MatchState.ENGAGED, *([MatchState.FINISHED] if caller.role is Role.FIRM else []))
                 now = self._now()
                 match = await self._keep(
                     connection,
@@ -106,9 +111,13 @@ class Matches:
                         finished=now,
                         result=result,
                         result_note=note.strip(),
-                        scores_until=now + self._limits.scores_for,
+                        scores_until=match.scores_until or now + self._limits.scores_for,
                     ),
                 )
+                offer = await offers_store.offer(connection, match.offer_id)
+                assert offer is not None  # by foreign key
+                told = [notices.of_finished_match(match, offer, side) for side in Side]
+                await notices_store.add_notices(connection, told)
         self._relay.kick()
         return _as_seen_by(caller, match)
 
@@ -235,13 +244,16 @@ class Matches:
             await needs_store.close_need(
                 connection, match.need_id, CloseReason.MATCH_ENDED, note=reason, ended=match.ended
             )
-        told = [side for side in (Side.FIRM, Side.PARTNER) if by is None or by.role.value != side.value]
-        await notices_store.add_notices(
-            connection, [notices.of_ended_match(match, offer, side, reopened=reopened) for side in told]
-        )
+        told = [notices.of_ended_match(match, offer, side, reopened=reopened) for side in _others(by)]
+        await notices_store.add_notices(connection, told)
 
     def _now(self) -> datetime:
         return from_us(self._clock.now_us())
+
+
+def _others(by: Caller | None) -> list[Side]:
+    """The sides that did not do it themselves; None: the hub did."""
+    return [side for side in Side if by is None or by.role.value != side.value]
 
 
 def _as_seen_by(caller: Caller, match: Match) -> Match:
