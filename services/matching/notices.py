@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, time
 from enum import StrEnum
 from zoneinfo import ZoneInfo
 
+from services.common.logs import current_correlation_id
 from services.matching.matches import Match, MatchState, Side
 from services.matching.needs import CloseReason, Need, Offer, notice_id
+from services.matching.providers import ProviderRecord
 from services.matching.sessions import NO_SEAT, Booking, BookingState, Session
 
 LONDON = ZoneInfo("Europe/London")
@@ -15,7 +17,7 @@ NEED_CHARACTERS_SHOWN = 80
 
 
 class NoticeKind(StrEnum):
-    """The subject is a booking for seats, a need for offers and its own end, and a match for the others."""
+    """The subject is a booking for seats, a need for offers and its end, a provider for its days, and a match for the others."""
 
     SEAT_OFFERED = "seat_offered"
     # It was not confirmed in time.
@@ -39,6 +41,8 @@ class NoticeKind(StrEnum):
     # By others than its firm; the hub looks for more.
     OFFERS_ENDED = "offers_ended"
     NEED_CLOSED = "need_closed"
+    # A provider is soon not offered any more, or is not from today.
+    PROVIDER_DUE = "provider_due"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +163,22 @@ def of_closed_need(need: Need) -> Notice:
         made=need.ended,
         correlation_id=need.correlation_id,
         firm_id=need.firm_id,
+    )
+
+
+def of_due_provider(provider: ProviderRecord, days_ahead: int, *, made: datetime) -> Notice:
+    """For its partner, so many days before it is not offered any more; 0: it is not."""
+    day, what = min(provider.ends)
+    when = "is not offered any more" if days_ahead == 0 else f"will not be offered from {day:%-d %B %Y}"
+    return Notice(
+        id=notice_id(provider.id, NoticeKind.PROVIDER_DUE, day.isoformat(), str(days_ahead)),
+        kind=NoticeKind.PROVIDER_DUE,
+        subject_id=provider.id,
+        text=f'"{provider.title}" {when}: {what}. Put the profile anew to keep it offered.',
+        made=made,
+        correlation_id=current_correlation_id(),
+        partner_id=provider.partner_id,
+        act_by=datetime.combine(day, time(), LONDON),
     )
 
 

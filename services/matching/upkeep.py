@@ -53,6 +53,7 @@ async def run(matching: Matching, *, interval_s: float = INTERVAL_S) -> None:
                 pass
             while await matching.notices.forget_old() >= FORGOTTEN_AT_ONCE_MAX:
                 pass
+            await matching.providers.tell_of_due_providers()
             await matching.offers.offer_again()
         except (asyncpg.PostgresError, TryAgain) as error:
             log.warning("upkeep waits", error=repr(error))

@@ -134,6 +134,21 @@ async def live_providers(connection: Connection, *, quarter: date, today: date) 
     return [_provider(row) for row in rows]
 
 
+async def ending_providers(
+    connection: Connection, *, after: date, until: date, after_id: str, limit: int
+) -> list[ProviderRecord]:
+    """Active ones that are not offered any more from a day in (after, until] on, in order of id; places taken are not looked up."""
+    rows = await connection.fetch(
+        _OUTSIDE_A_QUARTER
+        + "WHERE active AND offered_until > $1 AND offered_until <= $2 AND id > $3 ORDER BY id LIMIT $4",
+        after,
+        until,
+        after_id,
+        limit,
+    )
+    return [_provider(row) for row in rows]
+
+
 async def providers_by_id(connection: Connection, provider_ids: Sequence[str]) -> dict[str, ProviderRecord]:
     """Withdrawn ones too; places taken are not looked up."""
     rows = await connection.fetch(_OUTSIDE_A_QUARTER + "WHERE id = ANY($1::text[])", list(provider_ids))
