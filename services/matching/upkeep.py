@@ -14,6 +14,7 @@ from services.matching.service.needs import CLOSINGS_AT_ONCE_MAX as NEED_CLOSING
 from services.matching.service.notices import FORGOTTEN_AT_ONCE_MAX
 from services.matching.service.offers import LAPSES_AT_ONCE_MAX
 from services.matching.service.rooms import EXPIRIES_AT_ONCE_MAX as ROOM_EXPIRIES_AT_ONCE_MAX
+from services.matching.service.rooms import FORGOTTEN_AT_ONCE_MAX as ROOMS_FORGOTTEN_AT_ONCE_MAX
 from services.matching.service.sessions import EXPIRIES_AT_ONCE_MAX as BOOKING_EXPIRIES_AT_ONCE_MAX
 
 log = get_logger(__name__)
@@ -50,6 +51,8 @@ async def run(matching: Matching, *, interval_s: float = INTERVAL_S) -> None:
             while await matching.needs.expire_due_needs() >= NEED_CLOSINGS_AT_ONCE_MAX:
                 pass
             while await matching.rooms.expire_due_rooms() >= ROOM_EXPIRIES_AT_ONCE_MAX:
+                pass
+            while await matching.rooms.forget_old_rooms() >= ROOMS_FORGOTTEN_AT_ONCE_MAX:
                 pass
             while await matching.notices.forget_old() >= FORGOTTEN_AT_ONCE_MAX:
                 pass

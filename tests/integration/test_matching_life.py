@@ -1,7 +1,9 @@
 """What becomes of a match: engaged, finished, scored, cancelled, expired; and its place meanwhile."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,11 +12,17 @@ import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from services.common import topics
+from services.common.clock import from_us
+from services.common.database import transaction
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
+from services.matching.messages import room_event
+from services.matching.rooms import Room, RoomState
+from services.matching.service.rooms import end_room
 from services.matching.store import places as places_store
+from services.matching.store import rooms as rooms_store
 from smdih.matching.v1 import events_pb2, matching_pb2
-from tests.integration.matching_hub import KEYS, Hub, publish_world, running_hub
+from tests.integration.matching_hub import FIRM, KEYS, PARTNER, Hub, publish_world, running_hub
 from tests.polling import eventually
 
 
@@ -200,6 +208,45 @@ async def test_what_nobody_engages_in_time_expires_and_engaging_races_with_it(hu
     assert await hub.pool.fetchval("SELECT taken FROM provider_quarter WHERE provider_id = 'gear-rigs'") == quarter - 1
     late = await hub.call("partner", "POST", f"/v1/matches/{waiting['id']}/engage")
     assert late.json()["reason"] == "MATCH_EXPIRED"
+
+
+async def test_a_room_that_ended_long_ago_is_forgotten_here_and_in_its_topic(hub: Hub, cluster: Cluster) -> None:
+    match = await hub.matched("gear-rigs")
+    long_ago = from_us(hub.clock.now_us()) - timedelta(days=401)
+    room = Room(
+        id=uuid.uuid4().hex,
+        match_id=match["id"],
+        firm_id=FIRM,
+        partner_id=PARTNER,
+        provider_id="gear-rigs",
+        machine_ids=(1,),
+        signal_ids=(1,),
+        purpose="Long ago.",
+        data_from=long_ago - timedelta(days=2),
+        data_until=long_ago,
+        opens=long_ago - timedelta(days=1),
+        closes=long_ago,
+        opened_by=1,
+        correlation_id="",
+    )
+    ended = replace(room, state=RoomState.EXPIRED, ended=long_ago)
+    async with transaction(hub.pool) as connection:
+        await rooms_store.add_room(connection, room, request_id="", request_sha256=b"")
+        await end_room(connection, ended, by=None)
+    values: list[bytes | None] = []
+    async with AIOKafkaConsumer(
+        cluster.name(topics.ROOMS), bootstrap_servers=cluster.bootstrap, group_id=None, auto_offset_reset="earliest"
+    ) as consumer:
+
+        async def forgotten() -> bool:
+            for records in (await consumer.getmany(timeout_ms=200)).values():
+                values.extend(record.value for record in records if record.key == room.id.encode())
+            return len(values) == 2
+
+        await eventually(forgotten)
+    assert values == [room_event(ended), None]
+    async with transaction(hub.pool) as connection:
+        assert await rooms_store.room(connection, room.id) is None
 
 
 async def test_matches_of_others_are_not_there(hub: Hub) -> None:
