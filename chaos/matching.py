@@ -1,4 +1,5 @@
-"""Places under fire: reserved, confirmed, cancelled and expired at once, while workers, connections and the database die.
+"""Places under fire: reserved, confirmed, cancelled and expired at once, while capacities change and workers, connections and the
+database die.
 
 A round is more than 50,000 operations by three processes over one set of ids, through the production store; twenty rounds are
 a million. Nothing may ever be promised twice or beyond capacity, nothing that was acknowledged may be lost.
@@ -18,7 +19,7 @@ from typing import Any
 
 import asyncpg
 
-from chaos.places_worker import BATCHES_AT_ONCE, CAPACITY_MAX, PROVIDERS, WORKERS, Batch, plan
+from chaos.places_worker import BATCHES_AT_ONCE, CAPACITY_MAX, PROVIDERS, WORKERS, Batch, plan, provider_id
 from chaos.stage import Outcome, Round, Scenario, Stage
 from services.common.settings import Settings
 from services.matching.store import places as places_store
@@ -144,7 +145,7 @@ async def _put_providers(connection: "asyncpg.Connection[asyncpg.Record]") -> No
         "sic_excluded, sizes_served, skills, capacity_per_quarter, lead_days, conflict_firm_ids, active, change, changed) "
         "VALUES ($1, 'expert', 1, $1, $1, '', false, '{}', '{}', '{}', '{}', '{}', $2, 0, '{}', true, $3, now()) "
         "ON CONFLICT (id) DO NOTHING",
-        [(f"chaos-{number:04d}", rng.randint(1, CAPACITY_MAX), first + number) for number in range(PROVIDERS)],
+        [(provider_id(number), rng.randint(1, CAPACITY_MAX), first + number) for number in range(PROVIDERS)],
     )
 
 
@@ -198,7 +199,7 @@ async def _judged(
                 held |= {place_id for place_id, what in answer.items() if what in ("held", "released")}
             elif batch.kind == "confirm":
                 confirmed |= set(answer)
-            else:
+            elif batch.kind in ("cancel", "expire"):
                 given_back.update(answer)
     async with _connection(stage.servers.database_dsn) as connection:
         # What was left over from an earlier round may expire in this one.
@@ -206,6 +207,12 @@ async def _judged(
             "SELECT id, state, why FROM place WHERE quarter = $1 OR id = ANY($2::text[])", quarter, list(given_back)
         )
         wrong = await places_store.mismatches(connection)
+        # Above what its provider takes now a quarter has what was promised, and no place more.
+        too_many: int = await connection.fetchval(
+            "SELECT count(*) FROM provider_quarter q JOIN provider p ON p.id = q.provider_id WHERE q.quarter = $1 "
+            "AND q.capacity <> greatest(p.capacity_per_quarter, q.taken)",
+            quarter,
+        )
     states = {row["id"]: (row["state"], row["why"]) for row in rows}
     lost = {
         "held": [each for each in held if each not in states],
@@ -233,6 +240,8 @@ async def _judged(
     )
     if wrong:
         outcome.broken.append(f"{len(wrong)} quarters do not agree with their places, the first {wrong[0]}")
+    if too_many:
+        outcome.broken.append(f"{too_many} quarters have more places than their provider and what is promised")
     if outcome.detail["over_committed"]:
         outcome.broken.append("places were promised beyond capacity")
     return outcome
