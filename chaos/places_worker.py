@@ -1,17 +1,18 @@
 """One process that works through its share of a round: places reserved, confirmed, cancelled, expired, capacities changed, each
 batch one transaction.
 
-    python -m chaos.places_worker DSN SEED WORKER QUARTER FIRST_BATCH
+    python -m chaos.places_worker DSN SEED WORKER OPERATIONS QUARTER FIRST_BATCH
 
 It prints a JSON line after each batch that was committed. Killed and started again with the first batch that it has not
 told of, it repeats what may have been committed already.
 """
 
 import asyncio
+import functools
 import json
 import random
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -125,19 +126,24 @@ async def work(pool: Pool, batch: Batch, quarter: date) -> tuple[Any, int]:
     raise TimeoutError(f"{batch.kind}: not done in {ATTEMPTS_MAX} attempts")
 
 
-async def main() -> None:
-    dsn, seed, worker, quarter, first, operations = sys.argv[1:]
-    logs.configure("chaos", "ERROR")
-    pool = await create_pool_when_it_answers(dsn, schema="matching", size_max=BATCHES_AT_ONCE)
-    batches = plan(int(seed), int(worker), int(operations))
-    for start in range(int(first), len(batches), BATCHES_AT_ONCE):
-        some = batches[start : start + BATCHES_AT_ONCE]
-        answers = await asyncio.gather(*(work(pool, batch, date.fromisoformat(quarter)) for batch in some))
+async def tell_batches(first: int, works: Sequence[Callable[[], Awaitable[tuple[Any, int]]]]) -> None:
+    """Do them from the first on, BATCHES_AT_ONCE at a time, and tell of them once they are done."""
+    for start in range(first, len(works), BATCHES_AT_ONCE):
+        answers = await asyncio.gather(*(work() for work in works[start : start + BATCHES_AT_ONCE]))
         told = [
             {"batch": start + number, "answer": answer, "attempts": attempts}
             for number, (answer, attempts) in enumerate(answers)
         ]
         print(json.dumps(told), flush=True)
+
+
+async def main() -> None:
+    dsn, seed, worker, operations, quarter, first = sys.argv[1:]
+    logs.configure("chaos", "ERROR")
+    pool = await create_pool_when_it_answers(dsn, schema="matching", size_max=BATCHES_AT_ONCE)
+    day = date.fromisoformat(quarter)
+    batches = plan(int(seed), int(worker), int(operations))
+    await tell_batches(int(first), [functools.partial(work, pool, batch, day) for batch in batches])
     await pool.close()
 
 
