@@ -1,14 +1,17 @@
 """The foundation on real servers: publish, consume with the position in the database, outbox, dead letters."""
 
 import asyncio
+import secrets
 from collections.abc import Sequence
 
 import asyncpg
+import httpx
 import pytest
 from aiokafka import ConsumerRecord
 
 from services.common import outbox, topics
-from services.common.database import Connection, create_pool
+from services.common.database import Connection, create_pool, transaction
+from services.common.errors import TryAgain
 from services.common.kafka import Cluster, PositionedConsumer, Publisher, TooManyDeadLetters
 from services.common.outbox import OutboxRelay
 from tests.polling import eventually
@@ -30,6 +33,8 @@ async def test_an_event_in_the_outbox_reaches_a_consumer_once_though_it_is_publi
             await connection.execute("INSERT INTO seen VALUES ($1)", record.value.decode())
         if calls == 1:
             raise asyncpg.PostgresConnectionError("the database went away before the commit")
+        if calls == 2:  # as the server says it when its disk is full
+            await connection.execute("DO $$ BEGIN RAISE 'could not extend file' USING ERRCODE = '53100'; END $$")
         return []
 
     async with pool.acquire() as connection, connection.transaction():
@@ -46,7 +51,7 @@ async def test_an_event_in_the_outbox_reaches_a_consumer_once_though_it_is_publi
 
     await eventually(all_seen)
     assert [row["value"] for row in await pool.fetch("SELECT value FROM seen")] == ["0", "1", "2", "3", "4"]
-    assert calls >= 2
+    assert calls >= 3
     assert await pool.fetchval("SELECT count(*) FROM outbox") == 0
     for task in (relay, running):
         task.cancel()
@@ -80,3 +85,24 @@ async def test_unreadable_records_go_to_the_dead_letters_and_too_many_in_a_row_s
         stored = await pool.fetchval("SELECT next_offset FROM position WHERE topic = $1", cluster.name(topics.AWARDS))
         assert stored == 100
     await pool.close()
+
+
+async def test_a_database_with_no_connection_left_is_asked_again(dsn: str) -> None:
+    owner = await asyncpg.connect(dsn)
+    role = f"few_{secrets.token_hex(4)}"
+    await owner.execute(
+        f"CREATE ROLE {role} LOGIN PASSWORD 'few' CONNECTION LIMIT 1; GRANT smdih_funding TO {role} WITH SET TRUE"
+    )
+    few = str(httpx.URL(dsn).copy_with(username=role, password="few"))
+    pool = await create_pool(few, schema="funding", size_max=2)
+    try:
+        async with transaction(pool):
+            with pytest.raises(TryAgain):
+                async with transaction(pool):
+                    pass
+        async with transaction(pool) as connection:
+            assert await connection.fetchval("SELECT 1") == 1
+    finally:
+        await pool.close()
+        await owner.execute(f"DROP ROLE {role}")
+        await owner.close()
