@@ -24,6 +24,7 @@ from localstack.hub import Hub
 from localstack.mosquitto import BRIDGE, Mosquitto
 from localstack.servers import Servers
 from services.common.settings import Settings
+from services.ingest.mqtt import link
 from services.ingest.mqtt.link import Broker, Link, LinkLost, LinkRefused
 from tests.integration.mqtt_plant import (
     FIRMS,
@@ -431,6 +432,40 @@ async def test_nothing_is_lost_though_bridges_are_killed_kafka_is_away_and_the_b
         await eventually(all_there, deadline_s=40)
         reasons = (await plant.quarantined(machine["firm_id"]))[before[firm] :]
         assert sorted(reasons) == [("MALFORMED", 0)] * (turns // bad_every)
+
+
+async def test_a_share_comes_back_though_the_broker_sends_more_than_it_may_before_it_answers(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mosquitto 2.0.11 keeps to our Receive Maximum only until the first acknowledgement on a session that was taken up again."""
+    machine, at, bridges = plant.machines["acme"], now_ms() - 7_000_000, ("mqtt-bridge", "mqtt-bridge-2")
+    monkeypatch.setattr(link, "WAITING_MESSAGES_MAX", 100_000)
+    for name in bridges:
+        await plant.hub.pause(name)
+    try:
+        async with plant.client("acme") as client:
+            for number in range(4_000):
+                await client.publish("smdih/v1/acme/works/press-1/current", plain(number, at + number), qos=0)
+            await client.publish("smdih/v1/acme/works/press-1/current", plain(4_000, at + 4_000), qos=1)
+        broker = Broker("127.0.0.1", plant.mosquitto.port, BRIDGE, plant.mosquitto.passwords[BRIDGE])
+        prefix = plant.hub.settings.kafka_topic_prefix
+        async with Link(broker, client_id=f"{prefix}smdih-bridge-6", session_expiry_s=3600) as stolen:
+            first = await stolen.messages(messages_max=100, timeout_s=5)
+            stolen.ack(first)
+            sent = len(first)
+            while more := await stolen.messages(messages_max=5_000, timeout_s=1):
+                sent += len(more)
+            assert sent > 2_500
+    finally:
+        for name in bridges:
+            plant.hub.resume(name)
+    for name in bridges:
+        await plant.hub.wait_ready(name)
+
+    async def stored() -> int:
+        return sum(1 for _, ms in await plant.stored(machine["id"]) if at <= ms <= at + 4_000)
+
+    await eventually(lambda: _equals(stored, 4_001 - len(first)))
 
 
 async def test_the_ways_in_come_up_while_the_database_is_away_and_what_they_take_is_stored_afterwards(

@@ -178,29 +178,43 @@ class Share:
             self._nodes = {key: sparkplug.Node(*key, record) for key, record in records.items()}
             self._firms = {}
             self._count_nodes()
-            await self._subscribe(link)
-            self.is_connected = True
-            shares_connected.inc()
-            log.info("share connected", share=self._number, firms=len(self._firms), nodes=len(self._nodes))
+            subscribing = asyncio.create_task(self._subscribe(link, self._new_firms()))
             try:
                 while True:
                     messages = await link.messages(messages_max=MESSAGES_PER_TURN_MAX, timeout_s=TURN_TIMEOUT_S)
-                    await self._subscribe(link)
+                    if subscribing.done():
+                        await subscribing
+                        self._connected()
+                        if new := self._new_firms():
+                            subscribing = asyncio.create_task(self._subscribe(link, new))
                     await self._turn(link, messages)
             finally:
-                self.is_connected = False
-                shares_connected.dec()
+                subscribing.cancel()
+                await asyncio.gather(subscribing, return_exceptions=True)
+                if self.is_connected:
+                    self.is_connected = False
+                    shares_connected.dec()
 
-    async def _subscribe(self, link: Link) -> None:
-        """Subscribe for firms that are new here."""
+    def _connected(self) -> None:
+        if not self.is_connected:
+            self.is_connected = True
+            shares_connected.inc()
+            log.info("share connected", share=self._number, firms=len(self._firms), nodes=len(self._nodes))
+
+    def _new_firms(self) -> list[str]:
+        """Short names of this share's firms that are new here."""
         if len(self._directory.firms) == len(self._firms):
-            return
+            return []
         new = {firm.slug: firm.id for firm in self._directory.firms.values() if firm.slug not in self._firms}
-        ours = [slug for slug in new if share_of(slug, self._shares) == self._number]
-        await link.subscribe([f for slug in ours for f in (f"{ROOT}/{slug}/#", f"{sparkplug.NAMESPACE}/{slug}/#")])
         self._firms |= new
-        ours = [slug for slug in self._firms if share_of(slug, self._shares) == self._number]
-        firms_subscribed.labels(str(self._number)).set(len(ours))
+        return [slug for slug in new if share_of(slug, self._shares) == self._number]
+
+    async def _subscribe(self, link: Link, slugs: Sequence[str]) -> None:
+        """Beside the turns: the broker's answer stands behind what waits for us, which may be more than we read ahead."""
+        if slugs:
+            await link.subscribe([f for slug in slugs for f in (f"{ROOT}/{slug}/#", f"{sparkplug.NAMESPACE}/{slug}/#")])
+        ours = sum(share_of(slug, self._shares) == self._number for slug in self._firms)
+        firms_subscribed.labels(str(self._number)).set(ours)
 
     async def _turn(self, link: Link, messages: Sequence[Received]) -> None:
         with correlated(new_correlation_id()):
