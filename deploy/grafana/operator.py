@@ -5,10 +5,10 @@ from grafana_foundation_sdk.builders import dashboard as build
 from deploy.grafana.parts import BAD, GOOD, NONE_IS_GOOD, WARN, Part, board, lines, tile
 from deploy.grafana.queries import RATE, by, quantile, total
 
-HUBS_FAULT = '{reason=~"TRY_AGAIN|SLOW_DOWN|INTERNAL"}'
+TELEMETRY = '{call=~".*(/telemetry|/write|/SendBatches|/StreamBatches)"}'
 AVAILABILITY = (
-    f"1 - (sum(rate(smdih_ingest_door_refusals_total{HUBS_FAULT}[1h])) "
-    "/ clamp_min(sum(rate(smdih_ingest_door_requests_total[1h])), 1e-9))"
+    f"1 - clamp_max(sum(rate(smdih_faults_total{TELEMETRY}[1h])) "
+    "/ clamp_min(sum(rate(smdih_ingest_door_requests_total[1h])), 1e-9), 1)"
 )
 FRESHNESS_SLI = (
     'sum(rate(smdih_ingest_historian_delay_seconds_bucket{le="5.0"}[1h])) '

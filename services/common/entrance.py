@@ -14,6 +14,7 @@ from services.common.database import Pool
 from services.common.directory import Directory
 from services.common.gate import Gate
 from services.common.limits import Limits
+from services.common.metrics import expect_faults
 from services.common.runtime import Runtime
 from services.common.settings import Settings
 from services.common.tls import BadCertificate, Files, PeerChannel, Tls
@@ -65,9 +66,10 @@ class Entrance:
     ) -> None:
         """Answer by gRPC and HTTP until the process stops: behind one gate, and what people change is noted in the pool's schema.
 
-        `apart`: routes and methods that are not noted. The others: see rpc.serve and http.application.
+        `apart`: routes and methods of telemetry, which are not noted. The others: see rpc.serve and http.application.
         """
         gate = Gate(directory, tokens=self._tokens, limits=self._limits)
+        expect_faults(apart)
         changes = ChangeLog(pool, clock=SystemClock(), apart=apart)
         self._runtime.on_stop(changes.close)
         self._runtime.background("change log", changes.run())

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from services.common.errors import HubError, TooLarge, TryAgain
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
-from services.common.metrics import method_label, watch_queue
+from services.common.metrics import count_fault, method_label, watch_queue
 from services.common.noting import Noting
 from services.common.runtime import Runtime
 from services.common.tenancy import narrow_to
@@ -50,6 +51,10 @@ request_seconds = Histogram("smdih_http_request_seconds", "Time to answer an HTT
 requests_in_progress = Gauge("smdih_http_requests_in_progress", "HTTP requests being answered")
 
 
+# Why the request that is being answered is refused, as it was told last. In a list of its own, because it is told from within.
+_told: ContextVar[list[str]] = ContextVar("told")
+
+
 async def authenticated(request: Request) -> Caller:
     """The caller behind the request's key or token. Raises Unauthenticated, Forbidden, SlowDown, TryAgain."""
     gate: Gate = request.app.state.gate
@@ -69,6 +74,7 @@ Authenticated = Annotated[Caller, Depends(authenticated)]
 
 def problem(error: HubError) -> JSONResponse:
     """The error as RFC 9457 problem details, with the hub's stable reason."""
+    _told.get([]).append(error.reason)
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.HTTP_STATUS == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -185,6 +191,8 @@ class _Entry:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
+        told: list[str] = []
+        _told.set(told)
         parent = request.headers.get(tracing.HEADER, "")
         correlation_id = accepted_correlation_id(
             request.headers.get("x-correlation-id") or tracing.correlation_id_of(parent)
@@ -246,6 +254,8 @@ class _Entry:
         method = method_label(request.method)
         tracing.leave(entered, f"{method} {route}", failed=status >= 500, http_route=route, http_status=status)
         requests_total.labels(method, route, str(status)).inc()
+        if told:
+            count_fault(f"{method} {route}", told[-1], status=status)
         request_seconds.labels(method, route).observe(time.perf_counter() - started)
 
     async def _refuse_too_large(self, request: Request, size: int, scope: Scope, receive: Receive, send: Send) -> None:
