@@ -192,7 +192,7 @@ def matching_round(ranker: Ranker, embedder: Embedder, known: dict[str, Provider
     assert not over_committed(problem, assignment)
     best = optimal_quality(problem, assignment)
     began = time.perf_counter()
-    outcome = place_needs(ranker, waiting, questions, providers=known, refused={})
+    outcome = place_needs(ranker, waiting, questions, providers=known, out={})
     tell(
         "matching_round_s",
         took_s,
