@@ -359,6 +359,11 @@ async def test_what_cannot_be_stored_is_quarantined_with_a_reason_and_the_rest_i
             400,
             "MALFORMED",
         ),
+        (
+            b'{"batches": [{"machine": "acme/leeds/press-1", "frames": [{"ts": 1, "values": {"a\\u0000b": "hot"}}]}]}',
+            400,
+            "WRONG_TYPE",
+        ),
         (b'{"batches": [{"machine": 0, "frames": [{"ts": "soon", "values": {"current": 1}}]}]}', 400, "WRONG_TYPE"),
         (
             b'{"batches": [{"machine": "acme/leeds/press-1", "frames": [{"ts": 1, "values": {"current": 1}}]}]}',

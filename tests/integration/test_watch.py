@@ -45,6 +45,7 @@ async def test_a_record_that_was_acknowledged_and_never_came_is_counted_once(dsn
 
         async def store(*records: ConsumerRecord) -> float | None:
             async with transaction(pool) as connection:
+                await historian.note_numbers(topics.SAMPLES, connection, records)
                 assert await historian.store(connection, records) == []
             await gauges.measure()
             return REGISTRY.get_sample_value("smdih_ingest_missing_batches")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from services.common.directory import Directory
 from services.common.kafka import Cluster
 from services.ingest.domain import Sender
-from services.ingest.telemetry.frames import FrameCheck
+from services.ingest.telemetry.frames import DETAIL_LENGTH_MAX, FrameCheck, quarantined
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import telemetry_pb2
 
@@ -99,6 +99,12 @@ def test_a_quarantined_part_holds_exactly_its_samples_and_can_be_sent_again() ->
     assert (list(late.times_us), list(late.values)) == ([0], [3.0, 4.0])
     outside = CHECK.check(SENDER, by_reason["OUT_OF_RANGE"])
     assert (outside.accepted, [record.samples for record in outside.quarantine]) == (0, [1])
+
+
+def test_a_quarantine_record_holds_only_text_that_can_be_stored() -> None:
+    record = quarantined(SENDER, "WRONG_TYPE", "a\0b\x1b" + "x" * 100_000, 1, NOW_US)
+    assert record.detail.startswith("a?b?x")
+    assert len(record.detail) == DETAIL_LENGTH_MAX
 
 
 def test_the_same_content_is_the_same_quarantine_record() -> None:

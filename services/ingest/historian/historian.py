@@ -15,7 +15,7 @@ from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.common import topics, tracing
+from services.common import tracing
 from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
@@ -201,7 +201,6 @@ class Historian:
         bad: list[tuple[ConsumerRecord, str]] = []
         read: list[tuple[int, records_pb2.FrameBatch]] = []
         oldest_us = self._clock.now_us()
-        await self._check_numbers(connection, topics.SAMPLES, records)
         for record in records:
             try:
                 batches = records_pb2.SamplesRecord.FromString(record.value).batches
@@ -235,7 +234,6 @@ class Historian:
         """The same for quarantine records."""
         bad: list[tuple[ConsumerRecord, str]] = []
         rows = []
-        await self._check_numbers(connection, topics.QUARANTINE, records)
         for record in records:
             try:
                 item = records_pb2.QuarantineRecord.FromString(record.value)
@@ -259,8 +257,8 @@ class Historian:
         quarantine_items_total.inc(len(rows))
         return bad
 
-    async def _check_numbers(self, connection: Connection, topic: str, records: Sequence[ConsumerRecord]) -> None:
-        """Note how far each door has come, and what is missing."""
+    async def note_numbers(self, topic: str, connection: Connection, records: Sequence[ConsumerRecord]) -> None:
+        """Note how far each door has come in the topic (named without prefix), and what is missing."""
         numbered = [(record.partition, found) for record in records if (found := numbers_of(record.headers))]
         if not numbered:
             return

@@ -13,7 +13,15 @@ import numpy.typing as npt
 
 from services.common.clock import Clock, from_us
 from services.common.directory import Directory
-from services.ingest.domain import CHANNEL_GROUP, FUTURE_S_MAX, PAST_DAYS_MAX, Reason, Sender, UnknownSignal
+from services.ingest.domain import (
+    CHANNEL_GROUP,
+    FUTURE_S_MAX,
+    PAST_DAYS_MAX,
+    Reason,
+    Sender,
+    UnknownSignal,
+    showable,
+)
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import records_pb2, telemetry_pb2
 
@@ -22,6 +30,7 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 RAW_BYTES_MAX = 64 * 1024
+DETAIL_LENGTH_MAX = 1_000
 # Of one batch; a machine whose signals are all unknown is found out about in a few.
 PROPOSED_AT_ONCE_MAX = 200
 _DAY_US = 86_400 * 1_000_000
@@ -301,7 +310,7 @@ def quarantined(
         credential_id=sender.credential_id,
         source=sender.source,
         reason=reason,
-        detail=detail,
+        detail=showable(detail, length_max=DETAIL_LENGTH_MAX),
         samples=samples,
         received_us=received_us,
         correlation_id=sender.correlation_id,
