@@ -206,18 +206,20 @@ class Door:
         _check_number(batches)
         return [_result(self._check.check(sender, batch)) for batch in batches]
 
-    def parts(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> Iterator[Sequence[telemetry_pb2.Batch]]:
-        """A request's batches, as many at a time as may be taken together. Raises Invalid (too many in all)."""
+    def check_number(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> None:
+        """Raise Invalid for more batches than one request may have."""
         try:
             _check_number(batches)
         except Invalid as error:
             self._count_refused(sender, batches)
             self.note_refused(sender, error)
             raise
-        return parts(batches)
 
-    def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[Taken]:
-        """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid."""
+    def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch], *, before: int = 0) -> list[Taken]:
+        """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid.
+
+        `before`: the sequence of what is taken next, if that is known.
+        """
         _requests_total(sender.door).inc()
         try:
             _check_number(batches)
@@ -228,7 +230,11 @@ class Door:
             self._count_refused(sender, batches)
             self.note_refused(sender, error)
             raise
-        taken = [self._take(sender, batch) for batch in batches]
+        sequences = [batch.sequence for batch in batches]
+        taken = [
+            self._take(sender, batch, more=bool(following) and following == batch.sequence)
+            for batch, following in zip(batches, [*sequences[1:], before], strict=True)
+        ]
         accepted = sum([one.checked.accepted for one in taken])
         bucket.spend(accepted + sum([record.samples for one in taken for record in one.checked.quarantine]))
         _accepted_total(sender.door).inc(accepted)
@@ -238,16 +244,18 @@ class Door:
         return taken
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
-        """Take batches and wait until they are durable. Raises SlowDown, TryAgain, Invalid.
+        """Take any number of batches and wait until they are durable. Raises SlowDown, TryAgain.
 
-        Many rows are taken part by part: after an error some may be durable already; sent again they are stored once.
+        Batches of one sequence after each other are one batch of the sender's. Many rows are taken part by part: after an error
+        some may be durable already; sent again they are stored once.
         """
         results: list[telemetry_pb2.BatchResult] = []
-        for part in self.parts(sender, batches):
+        for part in parts(batches):
+            rest = batches[len(results) + len(part) :]
             try:
-                taken = self.take(sender, part)
+                taken = self.take(sender, part, before=rest[0].sequence if rest else 0)
             except HubError:
-                self._count_refused(sender, batches[len(results) + len(part) :])
+                self._count_refused(sender, rest)
                 raise
             try:
                 await durable(taken)
@@ -287,6 +295,10 @@ class Door:
             raw = b"\n".join(dict.fromkeys(fault.raw for fault in faults))
             await self.set_aside(sender, faults[0].reason, detail, raw, sum(fault.samples for fault in faults))
         return LinesResult(results, reading.faults)
+
+    def machine_id(self, sender: Sender, machine_id: int, path: str) -> int:
+        """The machine of the sender's firm that is named so; 0: there is none."""
+        return self._check.machine_id(sender, machine_id, path)
 
     def note_refused(self, sender: Sender, error: HubError) -> None:
         """Telemetry was sent back with this error and is not kept: whoever looks for it shall find out."""
@@ -334,8 +346,10 @@ class Door:
     def _count_refused(sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> None:
         samples_total.labels(sender.door, "refused").inc(sum(len(batch.values) for batch in batches))
 
-    def _take(self, sender: Sender, batch: telemetry_pb2.Batch) -> Taken:
+    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, *, more: bool) -> Taken:
         checked = self._check.check(sender, batch)
+        if more and checked.frames:
+            checked.frames[-1].more = True
         shares = [self._group_commit.put_frames(frames) for frames in checked.frames]
         if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)

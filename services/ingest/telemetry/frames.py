@@ -220,6 +220,11 @@ class FrameCheck:
         machine = self._machine(sender, machine_id, path)
         return () if machine is None else machine.positions
 
+    def machine_id(self, sender: Sender, machine_id: int, path: str) -> int:
+        """The machine of the sender's firm that is named so; 0: there is none."""
+        machine = self._machine(sender, machine_id, path)
+        return 0 if machine is None else machine.id
+
     def _is_proposing(self, firm_id: int) -> bool:
         firm = self._directory.firms.get(firm_id)
         return firm is not None and firm.propose_unknown_signals

@@ -7,7 +7,7 @@ from typing import Any
 
 from services.common.errors import Invalid, TryAgain
 from services.common.rpc import current_caller
-from services.ingest.telemetry.door import Door, Taken
+from services.ingest.telemetry.door import Door, Taken, parts
 from smdih.ingest.v1 import (
     telemetry_pb2,
     telemetry_pb2_grpc,
@@ -28,6 +28,7 @@ class TelemetryServicer(telemetry_pb2_grpc.TelemetryServiceServicer):
         sender = self._door.sender(current_caller(), request.source, "grpc")
         if not request.batches:
             raise Invalid("The request holds no batches.", reason="EMPTY_REQUEST")
+        self._door.check_number(sender, request.batches)
         return telemetry_pb2.SendBatchesResponse(results=await self._door.send(sender, request.batches))
 
     async def CheckBatches(
@@ -49,7 +50,8 @@ class TelemetryServicer(telemetry_pb2_grpc.TelemetryServiceServicer):
             try:
                 request: telemetry_pb2.StreamBatchesRequest | None = first
                 while request is not None:
-                    for part in self._door.parts(sender, request.batches):
+                    self._door.check_number(sender, request.batches)
+                    for part in parts(request.batches):
                         await window.room()
                         window.add(self._door.take(sender, part))
                     request = await anext(request_iterator, None)
