@@ -14,6 +14,7 @@ from services.common import outbox, topics
 from services.common.database import Connection, create_pool, transaction
 from services.common.errors import TryAgain
 from services.common.kafka import Cluster, Message, PositionedConsumer, Publisher, TooManyDeadLetters
+from services.common.kafka.deadletters import dead_letters_total
 from services.common.outbox import OutboxRelay
 from tests.polling import eventually
 
@@ -85,6 +86,44 @@ async def test_unreadable_records_go_to_the_dead_letters_and_too_many_in_a_row_s
             await asyncio.wait_for(consumer.run(), 30)
         stored = await pool.fetchval("SELECT next_offset FROM position WHERE topic = $1", cluster.name(topics.AWARDS))
         assert stored == 100
+    await pool.close()
+
+
+async def test_a_record_that_the_database_refuses_goes_to_the_dead_letters_and_those_beside_it_are_stored(
+    cluster: Cluster, dsn: str, publisher: Publisher
+) -> None:
+    pool = await create_pool(dsn, schema="anomaly", size_max=4)
+    owner = await asyncpg.connect(dsn)
+    await owner.execute("CREATE TABLE anomaly.kept (value text); GRANT ALL ON anomaly.kept TO smdih_anomaly")
+    noted: list[int] = []
+
+    async def note(_: Connection, records: Sequence[ConsumerRecord]) -> None:
+        noted.extend(record.offset for record in records)
+
+    async def keep(connection: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        await connection.executemany("INSERT INTO kept VALUES ($1)", [(record.value.decode(),) for record in records])
+        return []
+
+    before = dead_letters_total.labels(topics.QUARANTINE)._value.get()
+    for value in (b"one", b"a\0b", b"two"):
+        await publisher.publish(topics.QUARANTINE, value, key=b"k", partition=0)
+    consumer = PositionedConsumer(
+        cluster, pool, publisher, topic_names=[topics.QUARANTINE], group="smdih.test.nul", handler=keep, note=note
+    )
+    running = asyncio.create_task(consumer.run())
+
+    async def all_taken() -> bool:
+        query = "SELECT sum(next_offset) FROM position WHERE topic = $1"
+        return bool(running.done() or await pool.fetchval(query, cluster.name(topics.QUARANTINE)) == 3)
+
+    await eventually(all_taken)
+    assert not running.done(), running.exception()
+    assert [row["value"] for row in await owner.fetch("SELECT value FROM anomaly.kept")] == ["one", "two"]
+    assert dead_letters_total.labels(topics.QUARANTINE)._value.get() == before + 1
+    assert set(noted) == {0, 1, 2}
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await owner.close()
     await pool.close()
 
 

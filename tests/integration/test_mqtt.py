@@ -198,6 +198,22 @@ async def test_a_sparkplug_device_is_stored_by_its_aliases(plant: Plant) -> None
     assert sorted(found) == [("BAD_QUALITY", 1), ("WRONG_TYPE", 1)]
 
 
+async def test_a_message_that_repeats_a_metric_beyond_all_measure_stops_nobody(plant: Plant) -> None:
+    machine = plant.machines["acme"]
+    at = now_ms() - 60_000
+    async with edge_node(plant, "acme", "works:gateway-9") as node:
+        await node.birth()
+        await node.send("DBIRTH", _device_birth(), device="press-1")
+        await node.send("DDATA", [metric(n, alias=1) for n in range(10_002)], device="press-1", timestamp=at)
+        await node.send("DDATA", [metric(7.0, alias=1)], device="press-1", timestamp=at + 1)
+
+    async def both_there() -> bool:
+        found = await plant.stored(machine["id"])
+        return found.get((0, at)) == 10_001.0 and found.get((0, at + 1)) == 7.0
+
+    await eventually(both_there)
+
+
 async def test_a_gap_an_unknown_alias_and_data_before_a_birth_ask_for_a_rebirth_and_deaths_count_once(
     plant: Plant,
 ) -> None:
