@@ -196,8 +196,13 @@ class Historian:
     async def store(
         self, connection: Connection, records: Sequence[ConsumerRecord]
     ) -> list[tuple[ConsumerRecord, str]]:
-        """Store samples records in the caller's transaction; return the unreadable ones, each with its reason."""
+        """Store samples records in the caller's transaction; return the unreadable ones, each with its reason.
+
+        The commit does not wait for the disk: what a crash of the server takes back it takes back with the position, and the
+        records are read again.
+        """
         started = time.perf_counter()
+        await connection.execute("SET LOCAL synchronous_commit TO off")
         bad: list[tuple[ConsumerRecord, str]] = []
         read: list[tuple[int, records_pb2.FrameBatch]] = []
         oldest_us = self._clock.now_us()
