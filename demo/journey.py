@@ -386,7 +386,7 @@ class Observer:
 
     async def _lag(self, client: httpx.AsyncClient, name: str) -> int:
         """Records that a process has still to take in; 1 when it does not answer or does not know yet."""
-        base = self._hub.processes[name].http
+        base = self._hub.processes[name].probes
         try:
             if (await client.get(f"{base}/readyz")).status_code != 200:
                 return 1

@@ -70,6 +70,12 @@ class Running:
     watcher: asyncio.Task[None] | None = None
     host: str = "127.0.0.1"
     scheme: str = "http"
+    probe_port: int = 0
+
+    @property
+    def probes(self) -> str:
+        """Where /readyz and /metrics are."""
+        return f"http://{self.host}:{self.probe_port}" if self.probe_port else self.http
 
     @property
     def http(self) -> str:
@@ -140,7 +146,14 @@ class Hub:
         """Bring databases and topics up to date, start every process and wait until all are ready. Raises HubError."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for role in self._roles:
-            self.processes[role.name] = Running(role, free_port(), free_port(), scheme="https" if self.ca else "http")
+            self.processes[role.name] = Running(
+                role,
+                free_port(),
+                free_port(),
+                scheme="https" if self.ca else "http",
+                # As in production, where TLS is.
+                probe_port=free_port() if self.ca else 0,
+            )
         if self._code == ROOT:
             await migrate_all(self.settings)
             self.operator_key = await operator_key(self.settings)
@@ -158,7 +171,7 @@ class Hub:
         async with httpx.AsyncClient(timeout=5, verify=self.verify) as client:
             while True:
                 try:
-                    answer = await client.get(f"{running.http}/readyz")
+                    answer = await client.get(f"{running.probes}/readyz")
                     if answer.status_code == 200:
                         return
                     missing = answer.text
@@ -213,7 +226,7 @@ class Hub:
         found: dict[str, Any] = {
             "kafka": self.settings.kafka_bootstrap,
             "database": self.settings.database_dsn,
-            "processes": {name: running.http for name, running in self.processes.items()},
+            "processes": {name: running.probes for name, running in self.processes.items()},
         }
         for service, name in (
             ("ingest", "door"),
@@ -264,6 +277,7 @@ class Hub:
     async def _watch(self, running: Running) -> None:
         environment = self._environment() | {
             "SMDIH_HTTP_PORT": str(running.http_port),
+            "SMDIH_PROBE_PORT": str(running.probe_port),
             "SMDIH_GRPC_PORT": str(running.grpc_port),
             # A worker that was killed gets its partitions back at once.
             "SMDIH_ANOMALY_INSTANCE": running.role.name + self._instance_suffix,

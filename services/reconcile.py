@@ -77,9 +77,17 @@ async def after_restore(settings: Settings, *, accept_lost: bool) -> dict[str, o
             for each in deleted:
                 await _move(connection, each, each.first)
             await _into(connection, "ingest")
-            adopted = await rebuild.adopt(connection, directory, now_us)
-            await _into(connection, "matching")
-            rooms_ended, messages = await room_rebuild.adopt(connection, rooms)
+            try:
+                adopted = await rebuild.adopt(connection, directory, now_us)
+                await _into(connection, "matching")
+                rooms_ended, messages = await room_rebuild.adopt(connection, rooms)
+            except asyncpg.IntegrityConstraintViolationError as error:
+                raise ReconcileError(
+                    f"What the topics tell does not fit into this database ({error.detail or error}), and nothing was changed: "
+                    "something was registered in it after the restore, or it is another hub's. Restore the dump once more into "
+                    "an empty database, and run this before any process starts."
+                ) from error
+            await _check_alone(connection)
         await _publish(cluster, [*adopted.messages, *messages])
     return {
         "done": "after-restore",
@@ -96,20 +104,34 @@ async def after_kafka_loss(settings: Settings) -> dict[str, object]:
     """The topics are new: what must stand in them is published again, and consumers begin at their beginning."""
     cluster, now_us = Cluster.of(settings), SystemClock().now_us()
     async with _consumer(cluster) as consumer, _alone(settings.database_dsn) as connection:
-        beyond = [each for each in await _positions(connection, consumer) if each.position > each.end]
+        found = await _positions(connection, consumer)
+        directory = await _newest(consumer, cluster.name(topics.DIRECTORY))
         samples = cluster.name(topics.SAMPLES)
         async with connection.transaction():
-            for each in beyond:
-                await _move(connection, each, each.first)
-            await _into(connection, "anomaly")
-            mine = [each for each in beyond if (each.schema, each.topic) == ("anomaly", samples)]
-            await rebase(connection, {each.partition: each.first for each in mine})
             await _into(connection, "ingest")
             messages = await rebuild.everything(connection, now_us)
+            if _knows_little_of(directory, messages):
+                # Doors that still ran may have filled the new topics past the positions in the old ones.
+                anew = [each for each in found if each.position > each.first]
+            else:  # this has run before, or single topics were made anew
+                anew = [each for each in found if each.position > each.end]
+            for each in anew:
+                await _move(connection, each, each.first)
+            await _into(connection, "anomaly")
+            mine = [each for each in anew if (each.schema, each.topic) == ("anomaly", samples)]
+            await rebase(connection, {each.partition: each.first for each in mine})
             await _into(connection, "matching")
             messages += await room_rebuild.everything(connection)
+            await _check_alone(connection)
         await _publish(cluster, messages)
-    return {"done": "after-kafka-loss", "published": len(messages), "positions_begun_anew": len(beyond)}
+    return {"done": "after-kafka-loss", "published": len(messages), "positions_begun_anew": len(anew)}
+
+
+def _knows_little_of(directory: Mapping[str, bytes | None], messages: Sequence[Message]) -> bool:
+    """The directory topic is another one than this database published to: most of what the database has is not there. Some may be
+    missing from the right one as well, as what was not sent yet, and some be in a new one, from processes that still ran."""
+    missing = sum(1 for message in messages if (message.key or b"").decode() not in directory)
+    return 2 * missing > len(messages)
 
 
 @asynccontextmanager
@@ -122,16 +144,24 @@ async def _alone(dsn: str) -> AsyncIterator[Connection]:
     except AWAY as error:
         raise ReconcileError(f"The database does not answer: {error!r}. Look at SMDIH_DATABASE_DSN.") from error
     try:
-        others = await connection.fetch(
-            "SELECT DISTINCT application_name FROM pg_stat_activity WHERE datname = current_database() "
-            "AND application_name LIKE 'smdih-%' ORDER BY 1"
-        )
-        if others:
-            names = ", ".join(row["application_name"] for row in others)
-            raise ReconcileError(f"Processes of the hub use the database ({names}): stop them first.")
+        await _check_alone(connection)
         yield connection
     finally:
         await connection.close()
+
+
+async def _check_alone(connection: Connection) -> None:
+    """Asked again before a commit: an autoscaler may have started a process meanwhile."""
+    await connection.execute("SELECT pg_stat_clear_snapshot()")
+    others = await connection.fetch(
+        "SELECT DISTINCT application_name FROM pg_stat_activity WHERE datname = current_database() "
+        "AND application_name LIKE 'smdih-%' ORDER BY 1"
+    )
+    if others:
+        names = ", ".join(row["application_name"] for row in others)
+        raise ReconcileError(
+            f"Processes of the hub use the database ({names}), and nothing was changed: stop them, and whatever starts them."
+        )
 
 
 @asynccontextmanager
@@ -217,6 +247,10 @@ def main(arguments: Sequence[str]) -> int:
         told = asyncio.run(work)
     except ReconcileError as error:
         print(f"reconcile: {error}", file=sys.stderr)
+        return 1
+    except (*AWAY, asyncpg.PostgresError, KafkaError) as error:
+        said = f"the database or Kafka did not do its part: {error!r}. Mend that, then run the same command again."
+        print(f"reconcile: {said}", file=sys.stderr)
         return 1
     print(json.dumps(told))
     return 0

@@ -5,10 +5,10 @@ from grafana_foundation_sdk.builders import dashboard as build
 from deploy.grafana.parts import BAD, GOOD, NONE_IS_GOOD, WARN, Part, board, lines, tile
 from deploy.grafana.queries import RATE, by, quantile, total
 
-HUBS_FAULT = '{reason=~"TRY_AGAIN|SLOW_DOWN|INTERNAL"}'
+TELEMETRY = '{call=~".*(/telemetry|/write|/SendBatches|/StreamBatches)"}'
 AVAILABILITY = (
-    f"1 - (sum(rate(smdih_ingest_door_refusals_total{HUBS_FAULT}[1h])) "
-    "/ clamp_min(sum(rate(smdih_ingest_door_requests_total[1h])), 1e-9))"
+    f"1 - clamp_max(sum(rate(smdih_faults_total{TELEMETRY}[1h])) "
+    "/ clamp_min(sum(rate(smdih_ingest_door_requests_total[1h])), 1e-9), 1)"
 )
 FRESHNESS_SLI = (
     'sum(rate(smdih_ingest_historian_delay_seconds_bucket{le="5.0"}[1h])) '
@@ -77,8 +77,8 @@ def operator() -> build.Dashboard:
                     ),
                     tile(
                         "Acknowledged and missing",
-                        "max(smdih_ingest_missing_batches) + sum(increase(smdih_anomaly_records_lost_total[1h]))",
-                        why="Batches that a door acknowledged and that never came out of the message log. Objective: 0, always.",
+                        "max(smdih_ingest_missing_batches) + max(smdih_anomaly_records_lost)",
+                        why="Batches that a door acknowledged and that never came out of the message log, and records that were gone before they were scored. Objective: 0, always.",
                         levels=NONE_IS_GOOD,
                         section="samplesmissing",
                     ),

@@ -353,7 +353,7 @@ async def tell_memory(hub: Hub) -> None:
     """What the processes hold after all this: the requests in the manifests are to be above it."""
     async with httpx.AsyncClient(timeout=5, verify=hub.verify) as client:
         for name, running in hub.processes.items():
-            text = (await client.get(f"{running.http}/metrics")).text
+            text = (await client.get(f"{running.probes}/metrics")).text
             held = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes")]
             print(f"     {name}: {float(held[0].split()[1]) / 2**20:.0f} MiB resident", flush=True)
 

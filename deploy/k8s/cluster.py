@@ -60,9 +60,7 @@ class Around:
         }
         self._evidence = new_key()
         self._pairs = {
-            role.name: authority.issue(
-                [role.name, write.METRICS_NAME], uris=[f"spiffe://smdih/{write.service_of(role)}"], addresses=[node]
-            )
+            role.name: authority.issue([role.name], uris=[f"spiffe://smdih/{write.service_of(role)}"], addresses=[node])
             for role in ROLES
             if role.has_grpc
         }
@@ -155,7 +153,14 @@ class Cluster:
             ports = {port["name"]: port.get("nodePort", 0) for port in services[role.name]["spec"]["ports"]}
             if any(ports.values()):
                 scheme = "https" if role.has_grpc else "http"
-                found[role.name] = Running(role, ports["http"], ports.get("grpc", 0), host=node, scheme=scheme)
+                found[role.name] = Running(
+                    role,
+                    ports.get("http", 0),
+                    ports.get("grpc", 0),
+                    host=node,
+                    scheme=scheme,
+                    probe_port=ports["probes"],
+                )
         return found
 
 

@@ -25,8 +25,6 @@ KINDS = {
     "migrate": ("Job", "batch/v1"),
     "reconcile": ("CronJob", "batch/v1"),
 }
-# A name in every certificate, by which Prometheus knows whichever pod it asks.
-METRICS_NAME = "hub.smdih.svc"
 # Who calls whom inside, by which setting, and where with TLS.
 INTERNAL = (
     ("anomaly", "SMDIH_INGEST_GRPC", "door:9091"),
@@ -107,14 +105,14 @@ def _certificate(role: Role) -> dict[str, Any]:
         "issuerRef": {"kind": "Issuer", "name": "smdih"},
         "privateKey": {"algorithm": "ECDSA", "size": 256, "rotationPolicy": "Always"},
         "usages": ["digital signature", "server auth", "client auth"],
-        "dnsNames": [role.name, f"{role.name}.smdih.svc", METRICS_NAME],
+        "dnsNames": [role.name, f"{role.name}.smdih.svc"],
         "uris": [f"spiffe://smdih/{service_of(role)}"],
     }
     return {"apiVersion": "cert-manager.io/v1", "kind": "Certificate", "metadata": {"name": role.name}, "spec": spec}
 
 
 def tls_patches() -> list[dict[str, Any]]:
-    """What is added to these processes: their certificate, probes by TLS, and the port for each other."""
+    """What is added to these processes: their certificate, and the port for each other."""
     return [_tls(role) for role in ROLES if role.has_grpc]
 
 
@@ -128,14 +126,10 @@ def _tls(role: Role) -> dict[str, Any]:
         "SMDIH_GRPC_INTERNAL_PORT": "9091",
         **{variable: address for process, variable, address in INTERNAL if process == role.name},
     }
-    secure = {"httpGet": {"scheme": "HTTPS"}}
     container = {
         "name": "hub",
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "ports": [{"name": "grpc-internal", "containerPort": 9091}],
-        "startupProbe": secure,
-        "readinessProbe": secure,
-        "livenessProbe": secure,
         "volumeMounts": [{"name": "tls", "mountPath": folder, "readOnly": True}],
     }
     # Not defaultMode 0400: the files belong to root, and the process reads them as the pod's group.

@@ -34,6 +34,8 @@ alarms_active = Gauge("smdih_anomaly_alarms_active", "In the database: alarms wh
 alarms_stale = Gauge("smdih_anomaly_alarms_stale", "In the database: alarms that last for more than 24 hours")
 # Whose condition lasts, but which are kept from the list: shelved, in maintenance, out of service.
 alarms_suppressed = Gauge("smdih_anomaly_alarms_suppressed", "In the database: lasting alarms kept from the list")
+# Samples' records that retention deleted before the worker came to them.
+records_lost = Gauge("smdih_anomaly_records_lost", "In the database: records gone before they were scored; must be 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,9 @@ class FloodGauge:
                 "FROM alarm WHERE ended IS NULL AND NOT cleared GROUP BY severity",
                 from_us(now_us - STALE_S * MICROSECONDS),
             )
+            lost = await connection.fetchval("SELECT coalesce(sum(records_lost), 0)::bigint FROM position")
         assert row is not None
+        records_lost.set(lost)
         counts = {found["severity"]: found["n"] for found in active}
         for severity in Severity:
             alarms_active.labels(severity.name.lower()).set(counts.get(severity, 0))

@@ -375,21 +375,27 @@ class StateStore:
                 return
             after = rows[-1]["machine_id"], rows[-1]["channel_group"]
 
-    async def save(self, checkpoint: Checkpoint, *, expected: int, unreadable_in_a_row: int = 0) -> None:
+    async def save(
+        self, checkpoint: Checkpoint, *, expected: int, unreadable_in_a_row: int = 0, records_lost: int = 0
+    ) -> None:
         """Store a checkpoint on top of position `expected`. May be repeated after an error that leaves the outcome open.
+
+        `records_lost`: gone before they could be taken in, between `expected` and the checkpoint's position.
 
         Raises Fenced when another process has moved the position: the partition is not ours any more.
         """
         async with self._pool.acquire(timeout=CONNECT_TIMEOUT_S) as connection, connection.transaction():
             # First the fence: it also holds the row until the commit.
             moved = await connection.fetchval(
-                "UPDATE position SET next_offset = $4, unreadable_in_a_row = $5 "
+                "UPDATE position SET next_offset = $4, unreadable_in_a_row = $5, "
+                "records_lost = records_lost + CASE WHEN next_offset = $3 THEN $6::bigint ELSE 0 END "
                 "WHERE topic = $1 AND partition = $2 AND next_offset IN ($3, $4) RETURNING 1",
                 self._topic,
                 checkpoint.partition,
                 expected,
                 checkpoint.position,
                 unreadable_in_a_row,
+                records_lost,
             )
             if moved is None:
                 raise Fenced(f"partition {checkpoint.partition} is not at {expected} any more")

@@ -88,7 +88,6 @@ state_bytes = Gauge("smdih_anomaly_state_bytes", "Bytes of detector state in mem
 # From the assignment of partitions to their states in memory.
 load_seconds = Histogram("smdih_anomaly_load_seconds", "Time to load the states of newly assigned partitions")
 # Records that retention deleted before they were scored.
-records_lost_total = Counter("smdih_anomaly_records_lost_total", "Records gone before they were scored")
 
 
 class _App(faust.App):
@@ -124,6 +123,8 @@ class _Partition:
         self.unreadable_in_a_row = unreadable_in_a_row
         # The hole that the consumer was last sent back for.
         self.sought: int | None = None
+        # Where records were gone, and how many; until a checkpoint behind it has told.
+        self.holes: dict[int, int] = {}
         # A checkpoint failed half-way: nothing more is stored, the next owner goes on from the one before.
         self.given_up = False
 
@@ -352,7 +353,7 @@ class Worker:
             log.error(
                 "records were deleted before they were scored", partition=tp.partition, records=earliest - expected
             )
-            records_lost_total.inc(earliest - expected)
+            partition.holes[expected] = int(earliest) - expected
             return int(earliest)
         if partition.sought != expected:
             partition.sought = expected
@@ -454,9 +455,11 @@ class Worker:
     async def _save(self, partition: _Partition, checkpoint: Checkpoint, run: int) -> None:
         started = time.perf_counter()
         expected = partition.saved_position
+        told = [start for start in partition.holes if start < checkpoint.position]
+        lost = sum(partition.holes[start] for start in told)
         try:
             await self._until_answered(
-                lambda: self._states.save(checkpoint, expected=expected, unreadable_in_a_row=run)
+                lambda: self._states.save(checkpoint, expected=expected, unreadable_in_a_row=run, records_lost=lost)
             )
         except BaseException as error:
             # The scorer counts these states as saved: a later checkpoint without them would be wrong.
@@ -464,6 +467,8 @@ class Worker:
             if isinstance(error, Fenced) and self._partitions.get(checkpoint.partition) is not partition:
                 return  # it had gone to another owner already
             raise
+        for start in told:
+            del partition.holes[start]
         checkpoint_seconds.observe(time.perf_counter() - started)
         checkpoint_bytes_total.inc(sum(len(saved.state) for saved in checkpoint.states))
         await self._acknowledge(partition, checkpoint)

@@ -34,6 +34,8 @@ BODY_BYTES_MAX = 256 * 1024
 IDS_MAX = 20
 ADDRESS_CHARACTERS_MAX = 64
 
+# What no text of the database holds, or what would change how a list of entries looks.
+_UNSTORABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _ID_NAME = re.compile(r"[a-z][a-z_]{0,40}_ids?|id")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 # Calls that change nothing, by how their names begin.
@@ -41,8 +43,15 @@ _READS = re.compile(
     r"Get|List|Check|PreCheck|Preview|ProposeAssessors|Watch|Explain|Diagnose|History|Latest|Plot|Export|TrialBalance"
 )
 
-# Entries by what became of them: kept, or lost because too many waited (the process's own log has those too).
+# Entries by what became of them: kept, lost because too many waited, or refused by the database (the process's own log has those
+# too).
 entries_total = Counter("smdih_change_log_entries_total", "Entries of the change log", ["outcome"])
+for _outcome in ("kept", "lost", "refused"):
+    entries_total.labels(_outcome)
+
+
+# What the database says of an entry that it will never take.
+UNWRITABLE = (Invalid, asyncpg.IntegrityConstraintViolationError)
 
 
 @dataclass(frozen=True)
@@ -98,12 +107,12 @@ class ChangeLog:
         change = Change(
             at_us=self._clock.now_us(),
             caller=caller,
-            shown=shown,
-            action=action,
+            shown=_storable(shown),
+            action=_storable(action),
             ids=ids,
-            outcome=outcome,
+            outcome=_storable(outcome),
             correlation_id=current_correlation_id(),
-            address=address[:ADDRESS_CHARACTERS_MAX],
+            address=_storable(address[:ADDRESS_CHARACTERS_MAX]),
         )
         log.info(
             "change", role=caller.role, credential=caller.credential_id, action=action, ids=dict(ids), outcome=outcome
@@ -136,7 +145,32 @@ class ChangeLog:
             log.error("change log not written", entries=len(self._waiting), error=repr(error))
 
     async def _write_some(self) -> None:
-        some = [self._waiting[index] for index in range(min(len(self._waiting), BATCH_MAX))]
+        some = [self._waiting[index][0] for index in range(min(len(self._waiting), BATCH_MAX))]
+        try:
+            await self._insert(some)
+        except UNWRITABLE:
+            # One of them; the others are written, and nothing waits behind it for ever.
+            for one in some:
+                try:
+                    await self._insert([one])
+                except UNWRITABLE as error:
+                    log.error(
+                        "change not kept", action=one.action, credential=one.caller.credential_id, error=repr(error)
+                    )
+                    self._settle(1, "refused")
+                else:
+                    self._settle(1, "kept")
+        else:
+            self._settle(len(some), "kept")
+
+    def _settle(self, count: int, outcome: str) -> None:
+        for _ in range(count):
+            _, kept = self._waiting.popleft()
+            entries_total.labels(outcome).inc()
+            if not kept.done():
+                kept.set_result(None)
+
+    async def _insert(self, some: Sequence[Change]) -> None:
         async with transaction(self._pool) as connection:
             await connection.executemany(
                 "INSERT INTO change_log (at, role, credential_id, shown, firm_id, partner_id, provider_id, action, ids, "
@@ -156,14 +190,9 @@ class ChangeLog:
                         one.correlation_id,
                         one.address,
                     )
-                    for one, _ in some
+                    for one in some
                 ],
             )
-        for _, kept in some:
-            self._waiting.popleft()
-            entries_total.labels("kept").inc()
-            if not kept.done():
-                kept.set_result(None)
 
     async def page(
         self, caller: Caller, *, firm_id: int, credential_id: int, page_size: int, page_token: str
@@ -224,6 +253,10 @@ def ids_in_json(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return ids_in(document.items()) if isinstance(document, dict) else {}
+
+
+def _storable(text: str) -> str:
+    return _UNSTORABLE.sub("?", text)
 
 
 def _is_id(value: Any) -> bool:

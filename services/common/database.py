@@ -26,7 +26,7 @@ RETRY_AFTER_S = 2
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
-# What asyncpg raises when the server is away, stopping, or no longer the one that takes writes.
+# What asyncpg raises when the server is away, stopping, full, or no longer the one that takes writes.
 AWAY = (
     OSError,
     TimeoutError,
@@ -41,6 +41,16 @@ AWAY = (
     # The server ended the connection just as a query began (0.31); or it was killed amid a query, and the connection is handed
     # out once more and says that it is still busy.
     asyncpg.InternalClientError,
+    # Its disk, its memory or its connections are used up: somebody makes room, and what was asked is asked again.
+    asyncpg.InsufficientResourcesError,
+)
+
+# What it raises for content that it will never take, such as a NUL in a text or a number beyond its column.
+REFUSED = (
+    asyncpg.DataError,
+    asyncpg.CheckViolationError,
+    asyncpg.NotNullViolationError,
+    asyncpg.ProgramLimitExceededError,
 )
 
 
@@ -128,6 +138,7 @@ async def transaction(pool: Pool) -> AsyncIterator[Connection]:
         async with pool.acquire(timeout=CONNECT_TIMEOUT_S) as connection, connection.transaction():
             yield connection
     except AWAY as error:
+        log.warning("the database does not do its part", error=repr(error))
         await pool.expire_connections()
         raise TryAgain("The database does not answer; send again.", retry_after_s=RETRY_AFTER_S) from error
     except asyncpg.DataError as error:  # a NUL in a text, a number beyond its column: the sender's, not ours

@@ -14,6 +14,7 @@ from services.common.database import Pool
 from services.common.directory import Directory
 from services.common.gate import Gate
 from services.common.limits import Limits
+from services.common.metrics import expect_faults
 from services.common.runtime import Runtime
 from services.common.settings import Settings
 from services.common.tls import BadCertificate, Files, PeerChannel, Tls
@@ -36,6 +37,7 @@ class Entrance:
         self._tokens = tokens
         self._limits = _limits(settings)
         self._http = settings.http_host, settings.http_port
+        self._probe_port = settings.probe_port
         self._grpc = settings.grpc_host, settings.grpc_port
         self._grpc_internal_port = settings.grpc_internal_port
 
@@ -64,9 +66,10 @@ class Entrance:
     ) -> None:
         """Answer by gRPC and HTTP until the process stops: behind one gate, and what people change is noted in the pool's schema.
 
-        `apart`: routes and methods that are not noted. The others: see rpc.serve and http.application.
+        `apart`: routes and methods of telemetry, which are not noted. The others: see rpc.serve and http.application.
         """
         gate = Gate(directory, tokens=self._tokens, limits=self._limits)
+        expect_faults(apart)
         changes = ChangeLog(pool, clock=SystemClock(), apart=apart)
         self._runtime.on_stop(changes.close)
         self._runtime.background("change log", changes.run())
@@ -94,13 +97,20 @@ class Entrance:
             on_too_large=on_too_large,
             gate=gate,
             changes=changes,
+            has_probes=not self._probe_port,
         )
+        if self._probe_port:
+            await self.serve_probes(title)
         await self._answer(app)
 
     async def serve_probes(self, title: str) -> None:
-        """For a process that nobody calls: whether it lives, is ready, and its metrics."""
+        """Whether the process lives, is ready, and its metrics; all that one has to say that nobody calls."""
         app = http.application(title, runtime=self._runtime, directory=None)
-        await self._answer(app)
+        if not self._probe_port:
+            await self._answer(app)
+            return
+        # In the clear: the orchestrator knows no certificate of ours, and the port is for inside.
+        await self._runtime.enter(http.serve(app, host=self._http[0], port=self._probe_port))
 
     async def _answer(self, app: FastAPI) -> None:
         host, port = self._http
@@ -116,6 +126,11 @@ def open_entrance(runtime: Runtime, settings: Settings, *, takes_keys: bool) -> 
     if settings.production and takes_keys and not files.certificate:
         raise NotForProduction(
             "SMDIH_PRODUCTION is on, and keys would come in the clear: set SMDIH_TLS_CERTIFICATE and SMDIH_TLS_KEY."
+        )
+    if settings.production and takes_keys and not settings.probe_port:
+        raise NotForProduction(
+            "SMDIH_PRODUCTION is on, and whoever comes could read /metrics: set SMDIH_PROBE_PORT to a port that only the "
+            "orchestrator and Prometheus reach."
         )
     if settings.grpc_internal_port and not (files.certificate and files.client_ca):
         raise BadCertificate(

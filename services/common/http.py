@@ -5,6 +5,8 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Annotated, Any
 
 import uvicorn
@@ -17,12 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import tracing
 from services.common.audit import ChangeLog
+from services.common.connections import KEEP_ALIVE_S, LIMITS, LimitedConnection, Limits, with_small_buffers
 from services.common.directory import Directory
-from services.common.errors import HubError, TooLarge
+from services.common.errors import HubError, TooLarge, TryAgain
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, get_logger
-from services.common.metrics import method_label, watch_queue
+from services.common.metrics import count_fault, method_label, watch_queue
 from services.common.noting import Noting
 from services.common.runtime import Runtime
 from services.common.tenancy import narrow_to
@@ -33,10 +36,12 @@ log = get_logger(__name__)
 BODY_BYTES_MAX = 4 * 1024 * 1024
 PROBLEM_JSON = "application/problem+json"
 START_TIMEOUT_S = 10
-# Longer than clients (5 s) and load balancers (60 s) keep an idle connection: the side that sends must be the one that closes, or
-# a request now and then meets a connection that is just being closed.
-KEEP_ALIVE_S = 75
-CONNECTIONS_MAX = 1_000
+REQUESTS_MAX = 1_000
+# From the head of a request to the end of its body.
+BODY_S = 120
+FULL_RETRY_AFTER_S = 5
+# Of what the framework refuses by itself.
+PLAIN_REASONS = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED", 408: "BODY_TOO_SLOW"}
 
 # Answered requests by route (not path: paths hold ids) and status.
 requests_total = Counter("smdih_http_requests_total", "HTTP requests answered", ["method", "route", "status"])
@@ -44,6 +49,10 @@ requests_total = Counter("smdih_http_requests_total", "HTTP requests answered", 
 request_seconds = Histogram("smdih_http_request_seconds", "Time to answer an HTTP request", ["method", "route"])
 # Requests that are being answered; a watcher's stream is one for as long as it lasts.
 requests_in_progress = Gauge("smdih_http_requests_in_progress", "HTTP requests being answered")
+
+
+# Why the request that is being answered is refused, as it was told last. In a list of its own, because it is told from within.
+_told: ContextVar[list[str]] = ContextVar("told")
 
 
 async def authenticated(request: Request) -> Caller:
@@ -65,6 +74,7 @@ Authenticated = Annotated[Caller, Depends(authenticated)]
 
 def problem(error: HubError) -> JSONResponse:
     """The error as RFC 9457 problem details, with the hub's stable reason."""
+    _told.get([]).append(error.reason)
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.HTTP_STATUS == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -84,33 +94,19 @@ def application(
     on_too_large: OnTooLarge | None = None,
     gate: Gate | None = None,
     changes: ChangeLog | None = None,
+    has_probes: bool = True,
 ) -> FastAPI:
     """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes. Those of
     `open_routers` need none and guard themselves.
 
     `gate`: without one, that of the directory's keys with the usual limits. `changes`: where to note what people change.
+    `has_probes`: it answers /livez, /readyz and /metrics as well, which need no key.
     """
     app = FastAPI(title=title, version="1", docs_url="/docs", redoc_url=None)
     if directory is not None:
         app.state.gate = gate or Gate(directory)
-    probes = APIRouter(include_in_schema=False)
-
-    @probes.get("/livez")
-    async def livez() -> Response:
-        stuck = await runtime.not_alive()
-        return JSONResponse({"stuck": stuck}, status_code=503 if stuck else 200)
-
-    @probes.get("/readyz")
-    async def readyz(exclude: Annotated[list[str], Query()] = []) -> Response:  # noqa: B006  read only
-        """`exclude`: names that are not asked, for who wants to be told by the requests themselves that those are away."""
-        missing = await runtime.not_ready(excluded=exclude)
-        return JSONResponse({"missing": missing}, status_code=503 if missing else 200)
-
-    @probes.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-    app.include_router(probes)
+    if has_probes:
+        app.include_router(_probes(runtime))
     for router in routers:
         app.include_router(router, dependencies=[Depends(authenticated)])
     for router in open_routers:
@@ -132,9 +128,7 @@ def application(
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        plain = HubError(
-            str(error.detail), reason={404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}.get(error.status_code, "INVALID")
-        )
+        plain = HubError(str(error.detail), reason=PLAIN_REASONS.get(error.status_code, "INVALID"))
         plain.HTTP_STATUS = error.status_code
         return problem(plain)
 
@@ -142,6 +136,27 @@ def application(
         app.add_middleware(Noting, changes=changes, gate=app.state.gate)
     app.add_middleware(_Entry, runtime=runtime, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
     return app
+
+
+def _probes(runtime: Runtime) -> APIRouter:
+    probes = APIRouter(include_in_schema=False)
+
+    @probes.get("/livez")
+    async def livez() -> Response:
+        stuck = await runtime.not_alive()
+        return JSONResponse({"stuck": stuck}, status_code=503 if stuck else 200)
+
+    @probes.get("/readyz")
+    async def readyz(exclude: Annotated[list[str], Query()] = []) -> Response:  # noqa: B006  read only
+        """`exclude`: names that are not asked, for who wants to be told by the requests themselves that those are away."""
+        missing = await runtime.not_ready(excluded=exclude)
+        return JSONResponse({"missing": missing}, status_code=503 if missing else 200)
+
+    @probes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return probes
 
 
 class _Entry:
@@ -158,16 +173,26 @@ class _Entry:
         self._runtime = runtime
         self._body_bytes_max = body_bytes_max
         self._on_too_large = on_too_large
+        self._in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        with requests_in_progress.track_inprogress():
-            await self._answer(scope, receive, send)
+        if self._in_progress >= REQUESTS_MAX:
+            await problem(_full("requests"))(scope, receive, send)
+            return
+        self._in_progress += 1
+        try:
+            with requests_in_progress.track_inprogress():
+                await self._answer(scope, receive, send)
+        finally:
+            self._in_progress -= 1
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
+        told: list[str] = []
+        _told.set(told)
         parent = request.headers.get(tracing.HEADER, "")
         correlation_id = accepted_correlation_id(
             request.headers.get("x-correlation-id") or tracing.correlation_id_of(parent)
@@ -178,9 +203,19 @@ class _Entry:
         has_started = False
         received = 0
 
+        body_until = asyncio.get_running_loop().time() + BODY_S
+        is_whole = False
+
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            try:
+                async with asyncio.timeout_at(None if is_whole else body_until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408, f"The body did not come within {BODY_S} s; send it in smaller parts."
+                ) from None
+            is_whole = not message.get("more_body")
             received += len(message.get("body", b""))
             if received > self._body_bytes_max:
                 raise _BodyTooLarge(received)
@@ -219,6 +254,8 @@ class _Entry:
         method = method_label(request.method)
         tracing.leave(entered, f"{method} {route}", failed=status >= 500, http_route=route, http_status=status)
         requests_total.labels(method, route, str(status)).inc()
+        if told:
+            count_fault(f"{method} {route}", told[-1], status=status)
         request_seconds.labels(method, route).observe(time.perf_counter() - started)
 
     async def _refuse_too_large(self, request: Request, size: int, scope: Scope, receive: Receive, send: Send) -> None:
@@ -226,6 +263,17 @@ class _Entry:
             await self._on_too_large(request, size)
         error = TooLarge(f"The body has more than {self._body_bytes_max} bytes; send it in smaller parts.")
         await problem(error)(scope, receive, send)
+
+
+def _full(what: str) -> TryAgain:
+    return TryAgain(f"Too many {what} are here at once; send again.", reason="FULL", retry_after_s=FULL_RETRY_AFTER_S)
+
+
+async def _no_room(scope: Scope, receive: Receive, send: Send) -> None:
+    """The answer on a connection past the limit."""
+    answer = problem(_full("connections"))
+    answer.headers["Connection"] = "close"
+    await answer(scope, receive, send)
 
 
 class _BodyTooLarge(Exception):
@@ -250,9 +298,15 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve(app: Any, *, host: str, port: int, tls: Tls | None = None) -> AsyncIterator[int]:
+async def serve(
+    app: Any, *, host: str, port: int, tls: Tls | None = None, limits: Limits = LIMITS
+) -> AsyncIterator[int]:
     """Serve until the context ends; yields the port. `tls`: where it has a certificate. Raises OSError when the port is taken."""
-    context = tls.server_context() if tls is not None and tls.serves else None
+    protocol: Any = partial(LimitedConnection, limits=limits, full=_no_room)
+    context = None
+    if tls is not None and tls.serves:
+        with_small_buffers()
+        context = tls.server_context()
     config = uvicorn.Config(
         app,
         host=host,
@@ -263,7 +317,7 @@ async def serve(app: Any, *, host: str, port: int, tls: Tls | None = None) -> As
         timeout_graceful_shutdown=5,
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=64 * 1024,
-        limit_concurrency=CONNECTIONS_MAX,
+        http=protocol,
         ssl_context_factory=None if context is None else lambda _config, _default: context,
     )
     server = _Server(config)
@@ -275,7 +329,7 @@ async def serve(app: Any, *, host: str, port: int, tls: Tls | None = None) -> As
                     raise OSError(f"HTTP cannot listen on {host}:{port}")
                 await asyncio.sleep(0.01)
         bound: int = server.servers[0].sockets[0].getsockname()[1]
-        watch_queue("http connections", lambda: len(server.server_state.connections), limit=CONNECTIONS_MAX)
+        watch_queue("http connections", lambda: len(server.server_state.connections), limit=limits.connections_max)
         log.info("HTTP serves", host=host, port=bound, tls=context is not None)
         yield bound
     finally:

@@ -7,16 +7,16 @@ the second kind begins with "In the database".
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 
 import asyncpg
-from prometheus_client import REGISTRY, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.common.errors import TryAgain
+from services.common.errors import HubError, SlowDown, TryAgain
 from services.common.logs import get_logger
 
 log = get_logger(__name__)
@@ -32,6 +32,22 @@ loop_delay_seconds = Histogram(
     "Delay of the event loop",
     buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
+# Requests, calls and streams that ended through the hub's fault, counted where the answer leaves: by what was asked
+# ("POST /v1/needs", "/package.Service/Method") and the reason that was told. Over the caller's own limits is not the hub's fault.
+faults_total = Counter("smdih_faults_total", "Requests sent back through the hub's fault", ["call", "reason"])
+
+
+def expect_faults(calls: Iterable[str]) -> None:
+    """Show these calls from the start: an increase is not seen in a series that begins with it."""
+    for call in calls:
+        for reason in (HubError.REASON, TryAgain.REASON, SlowDown.REASON, "STARTING", "TOKEN_KEYS_AWAY"):
+            faults_total.labels(call, reason)
+
+
+def count_fault(call: str, reason: str, *, status: int) -> None:
+    """Of an answer with this HTTP status (gRPC: of the table in errors.py), if it is one."""
+    if status >= 500 or reason == SlowDown.REASON:
+        faults_total.labels(call, reason).inc()
 
 
 def name_process(name: str) -> None:

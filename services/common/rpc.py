@@ -21,6 +21,7 @@ from services.common.errors import HubError, Invalid
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, current_correlation_id, get_logger
+from services.common.metrics import count_fault
 from services.common.tenancy import narrow_to
 from services.common.tls import Peers, Tls, peer_names
 
@@ -210,6 +211,7 @@ async def _answered(context: Any, method: str) -> AsyncIterator[None]:
         yield
     except HubError as error:
         calls_total.labels(method, error.GRPC_STATUS.name).inc()
+        count_fault(method, error.reason, status=error.HTTP_STATUS)
         log.info("call refused", method=method, reason=error.reason, detail=error.detail)
         await _abort(context, error)
     except (grpc.aio.AbortError, grpc.aio.UsageError):
@@ -217,6 +219,7 @@ async def _answered(context: Any, method: str) -> AsyncIterator[None]:
     except Exception:
         failed = True
         calls_total.labels(method, "INTERNAL").inc()
+        count_fault(method, HubError.REASON, status=HubError.HTTP_STATUS)
         log.exception("call failed", method=method)
         await _abort(context, HubError("Something in the hub went wrong; it has been logged."))
     except (asyncio.CancelledError, GeneratorExit):  # the caller went away, or the server stops

@@ -1,6 +1,7 @@
 """The life of a process: start in order, run until told to stop or until a part fails, stop in reverse."""
 
 import asyncio
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
@@ -131,6 +132,12 @@ async def _main(start: Callable[[Runtime], Awaitable[None]], drain_s: float) -> 
     return 1 if runtime._failure else 0
 
 
+def _take_all_files() -> None:
+    """Each connection is an open file, and many systems give a process 1,024 of those that it may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def run(name: str, settings: Settings, start: Callable[[Runtime], Awaitable[None]]) -> None:
     """Run the process of this name: `start` brings its parts up through the runtime and returns; SIGTERM or SIGINT ends it.
 
@@ -138,6 +145,7 @@ def run(name: str, settings: Settings, start: Callable[[Runtime], Awaitable[None
     connection behind an answer.
     """
     logs.configure(name, settings.log_level)
+    _take_all_files()
     name_process(name)
     tracing.start(settings.trace_endpoint, process=name, ratio=settings.trace_ratio)
     try:

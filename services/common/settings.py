@@ -33,6 +33,12 @@ class Settings(BaseSettings):
     )
     http_host: str = "127.0.0.1"
     http_port: int = Field(0, ge=0, le=65535)
+    probe_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="/livez, /readyz and /metrics, for orchestrator and Prometheus, in the clear; 0: at the HTTP port",
+    )
     grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(0, ge=0, le=65535)
     grpc_internal_port: int = Field(

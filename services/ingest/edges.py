@@ -48,7 +48,7 @@ from smdih.ingest.v1 import (
 # Goes into the message log, not into the change log.
 TELEMETRY = (
     *("POST /v1/telemetry", "POST /api/v2/write", "POST /write"),
-    "/smdih.ingest.v1.TelemetryService/SendBatches",
+    *("/smdih.ingest.v1.TelemetryService/SendBatches", "/smdih.ingest.v1.TelemetryService/StreamBatches"),
 )
 
 

@@ -21,6 +21,8 @@ async def start(runtime: Runtime, settings: MqttSettings) -> None:
         settings.mqtt_tls,
         settings.mqtt_ca,
     )
+    entrance = open_entrance(runtime, settings, takes_keys=False)
+    await entrance.serve_probes("SMDIH MQTT bridge")
     taking = await open_taking(runtime, settings, kinds=("firm", "machine"))
     births = Births(taking.cluster, taking.publisher)
     name = taking.cluster.name("smdih-bridge")
@@ -44,8 +46,6 @@ async def start(runtime: Runtime, settings: MqttSettings) -> None:
         await taking.directory.wait_caught_up()  # a message of a firm that is not known yet would be nobody's
         await bridge.run()
 
-    entrance = open_entrance(runtime, settings, takes_keys=False)
-    await entrance.serve_probes("SMDIH MQTT bridge")
     runtime.background("bridge", serve())
     runtime.ready_when("kafka", taking.publisher.answers)
     runtime.ready_when("mqtt", bridge.is_serving)

@@ -46,7 +46,7 @@ async def open_taking(
     runtime.background("sightings", writer.run())
     directory = Directory(cluster, clock=clock, kinds=kinds, key_watch=sightings if keys_are_seen else None)
     runtime.background("directory", directory.run())
-    partitions = await publisher.partitions(topics.SAMPLES)
+    partitions = await publisher.partitions_when_it_answers(topics.SAMPLES)
     group_commit = GroupCommit(publisher, partitions=partitions)
     runtime.on_stop(group_commit.close)
     buckets = Buckets(directory)

@@ -307,8 +307,11 @@ async def test_only_the_owner_of_the_position_can_save_states(settings: Settings
         with pytest.raises(Fenced):
             await store.save(checkpoint(7, b"seven"), expected=0)  # a process that was thought dead
         assert await store.position(0) == (10, 0)
+        for _ in range(2):
+            await store.save(checkpoint(12, b"ten"), expected=10, records_lost=2)
+        assert await database.fetchval("SELECT records_lost FROM position WHERE topic = 'test'") == 2
         older = SavedState(machine_id=1, channel_group=0, next_offset=9, state=b"nine")
-        await store.save(Checkpoint(partition=0, position=10, states=[older]), expected=10)
+        await store.save(Checkpoint(partition=0, position=12, states=[older]), expected=12)
         assert [saved.state async for saved in store.states(0)] == [b"ten"]
     finally:
         await pool.execute("DELETE FROM detector_state WHERE machine_id = 1 AND state = 'ten'")

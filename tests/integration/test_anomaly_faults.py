@@ -13,9 +13,13 @@ import asyncpg
 import httpx
 import pytest
 import pytest_asyncio
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from numpy.typing import NDArray
+from prometheus_client import REGISTRY
 
 from services.anomaly.domain import Severity
+from services.anomaly.measures import FloodGauge
 from services.anomaly.raiser import AlarmRaiser
 from services.anomaly.scorer import Scorer, decode
 from services.anomaly.store import Actor, AlarmStore
@@ -362,6 +366,33 @@ async def test_a_worker_that_was_thought_dead_stores_nothing(
         if zombie.process.returncode is None:
             zombie.process.terminate()
         await zombie.ended(deadline_s=30)
+
+
+async def test_records_that_were_gone_before_they_were_scored_are_told_once_and_not_forgotten(
+    settings: Settings, publisher: Publisher, database: Database, cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
+    """The worker sees the hole with its first record, before anybody has asked for its metrics: a counter would tell nobody."""
+    name, lost, kept = cluster.name(topics.SAMPLES), 7, 2
+    begun = await database.fetchval("SELECT next_offset FROM position WHERE topic = $1 AND partition = 3", name)
+    calm = plant.records_of({400: plant.calm(1)}, firm_id=FIRM, step=20)[0]
+    await publisher.publish_all([Message(topics.SAMPLES, calm, partition=3)] * (lost + kept))
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    await admin.start()
+    await admin.delete_records({TopicPartition(name, 3): RecordsToDelete(before_offset=begun + lost)})
+    await admin.close()
+
+    async def told() -> bool:
+        row = await database.fetchrow(
+            "SELECT next_offset, records_lost FROM position WHERE topic = $1 AND partition = 3", name
+        )
+        return row is not None and (row["next_offset"], row["records_lost"]) == (begun + lost + kept, lost)
+
+    async with plant.running("worker", settings, tmp_path / "worker.log"):
+        await eventually(told, deadline_s=30)
+    pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=1)
+    await FloodGauge(pool, SystemClock()).measure()
+    await pool.close()
+    assert REGISTRY.get_sample_value("smdih_anomaly_records_lost") == lost
 
 
 async def test_a_topic_full_of_poison_stops_the_worker_and_is_not_emptied(

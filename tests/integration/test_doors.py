@@ -286,6 +286,31 @@ async def test_the_change_log_is_for_operators_and_comes_in_pages(doors: Doors) 
         assert (await doors.operator.get("/v1/change-log", params=bad)).status_code == 400
 
 
+async def test_an_entry_that_cannot_be_kept_does_not_stand_before_the_others(settings: Settings) -> None:
+    """The subject of a token may be any text; and whatever else the database refuses costs one entry."""
+    pool = await create_pool(settings.database_dsn, schema="funding", size_max=2)
+    changes = ChangeLog(pool, clock=SystemClock())
+    odd = Caller(credential_id=-7, role=Role.OPERATOR, subject="a\x00b\ud800")
+    too_large = Caller(credential_id=2**70, role=Role.OPERATOR)
+
+    async def note(caller: Caller, shown: str) -> None:
+        await changes.note(caller, shown=shown, action="POST /odd", ids={}, outcome="OK", address="a")
+
+    noting = [asyncio.create_task(note(*one)) for one in ((odd, odd.subject), (too_large, "x"), (odd, "after"))]
+    await asyncio.sleep(0)
+    writing = asyncio.create_task(changes.run())
+    try:
+        async with asyncio.timeout(audit.WAIT_S):
+            await asyncio.gather(*noting)
+        async with transaction(pool) as reading:
+            rows = await reading.fetch("SELECT shown FROM change_log WHERE action = 'POST /odd' ORDER BY id")
+        assert [row["shown"] for row in rows] == ["a?b?", "after"]
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        await pool.close()
+
+
 async def test_entries_wait_for_a_database_that_is_away_and_the_caller_does_not(settings: Settings) -> None:
     """Here the database is one that does not let us write for a while."""
     pool = await create_pool(settings.database_dsn, schema="matching", size_max=2)

@@ -10,6 +10,7 @@ import pytest_asyncio
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
+from services import reconcile
 from services.anomaly.rebase import rebase
 from services.common import topics
 from services.common.database import Pool
@@ -104,6 +105,27 @@ async def test_what_was_registered_since_comes_back_with_its_ids(ingest: Pool) -
             "INSERT INTO signal (firm_id, machine_id, position, name, unit) VALUES (70, 72, 2, 'w', '') RETURNING id"
         )
         assert signal_id > 702
+
+
+async def test_an_entry_that_does_not_fit_is_told_in_a_sentence(
+    settings: Settings, cluster: Cluster, publisher: Publisher
+) -> None:
+    """A firm that was registered after the restore has the address of one that the topic knows."""
+    firm = pb.Firm(id=990, name="Theirs", slug="the-same", size="small")
+    entry = pb.DirectoryEntry(firm=firm, changed_us=NOW_US)
+    database = await asyncpg.connect(settings.database_dsn)
+    try:
+        await database.execute(
+            "INSERT INTO ingest.firm (name, slug, sic, region, size) VALUES ('Ours', 'the-same', '', '', 'small')"
+        )
+        await publisher.publish(topics.DIRECTORY, entry.SerializeToString(), key=b"firm/990")
+        with pytest.raises(ReconcileError, match=r"the-same.*nothing was changed"):
+            await after_restore(settings, accept_lost=False)
+        assert await database.fetchval("SELECT count(*) FROM ingest.firm WHERE id = 990") == 0
+    finally:
+        await publisher.publish(topics.DIRECTORY, None, key=b"firm/990")
+        await database.execute("DELETE FROM ingest.firm WHERE slug = 'the-same'")
+        await database.close()
 
 
 async def test_nothing_is_lent_again_by_a_restore(dsn: str) -> None:
@@ -217,6 +239,26 @@ async def test_positions_that_do_not_fit_the_topics_are_told_apart(
         await stand_at(99)
         assert (await after_kafka_loss(settings))["positions_begun_anew"] == 1
         assert await position() == 5
+
+        # Where the directory topic knows little of what the database has, it is a new one, and so are the others: doors that still
+        # ran have filled it past the old position, and what they were acknowledged must not be skipped.
+        await stand_at(7)
+        await database.execute(
+            "INSERT INTO ingest.firm (name, slug, sic, region, size) "
+            "SELECT 'Unheard ' || n, 'unheard-' || n, '', '', 'small' FROM generate_series(1, 20) n"
+        )
+        assert (await after_kafka_loss(settings))["positions_begun_anew"] == 1
+        assert await position() == 5
+        await stand_at(7)
+        assert (await after_kafka_loss(settings))["positions_begun_anew"] == 0
+        assert await position() == 7
+
+        # And a process that an autoscaler starts meanwhile is seen before anything is kept.
+        async with owner(settings.database_dsn, "matching") as pool, pool.acquire() as other:
+            await other.execute("SET application_name TO 'smdih-matching'")
+            async with database.transaction():
+                with pytest.raises(ReconcileError, match="smdih-matching"):
+                    await reconcile._check_alone(database)
     finally:
         await admin.close()
         await database.close()

@@ -139,7 +139,9 @@ async def test_telemetry_flows_while_the_certificate_is_rotated(secured: Secured
     async with TelemetryClient(target, secured.device_key, source="t", credentials=secured.gateway) as client:
         await client.send(secured.machine["path"], [time.time_ns() // 1000], [[2.0]], signals=SIGNALS)
         await client.flush()
-    metrics = (await secured.operator.get("/metrics")).text
+    assert (await secured.operator.get("/metrics")).status_code == 404
+    async with httpx.AsyncClient() as inside:
+        metrics = (await inside.get(f"{secured.hub.processes['door'].probes}/metrics")).text
     assert 'smdih_tls_certificate_expires_timestamp_seconds{file="certificate"}' in metrics
 
 

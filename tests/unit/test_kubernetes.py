@@ -209,7 +209,8 @@ def test_a_process_may_reach_what_its_wiring_reads_the_address_of_and_nothing_el
     assert {label for label in labels_of(name) if label.startswith("smdih/")} == wanted
     called = {process for setting, process in PROCESS_OF.items() if setting in read}
     assert {other for other in PROCESSES if reaches(labels_of(name), labels_of(other), "grpc")} == called
-    assert not [other for other in PROCESSES if reaches(labels_of(name), labels_of(other), "http")]
+    for port in ("http", "probes"):
+        assert not [other for other in PROCESSES if reaches(labels_of(name), labels_of(other), port)]
 
 
 def test_everything_is_denied_and_each_label_opens_one_way() -> None:
@@ -230,6 +231,22 @@ def test_only_what_serves_people_is_open_to_the_ingress() -> None:
         name for name in ENTRIES if any(outside in rule["from"] for rule in policies_of(labels_of(name), "ingress"))
     }
     assert open_to_it == {role.name for role in ROLES if role.has_grpc}
+
+
+def test_probes_and_metrics_are_on_a_port_that_only_prometheus_and_the_kubelet_reach() -> None:
+    process = yaml.safe_load((BASE / "patches/process.yaml").read_text())["spec"]["template"]["spec"]["containers"][0]
+    assert process["ports"] == [{"name": "probes", "containerPort": 8081}]
+    assert "SMDIH_PROBE_PORT=8081" in IMAGE.read_text()
+    asked = [process[f"{probe}Probe"]["httpGet"]["port"] for probe in ("startup", "readiness", "liveness")]
+    assert asked == ["probes"] * 3
+    monitoring = {"namespaceSelector": {"matchLabels": {"smdih/monitoring": "true"}}}
+    for name in PROCESSES:
+        let_in = [
+            rule
+            for rule in policies_of(labels_of(name), "ingress")
+            if {"port": "probes"}.items() <= rule["ports"][0].items()
+        ]
+        assert [rule["from"] for rule in let_in] == [[monitoring]]
 
 
 def test_the_outside_is_never_the_inside() -> None:

@@ -288,7 +288,10 @@ async def test_production_refuses_plain_text(tmp_path: Path) -> None:
         probes.peer("ingest:9000")
     with pytest.raises(BadCertificate, match="SMDIH_TLS_CLIENT_CA"):
         open_entrance(runtime, Settings.model_validate(base | named | {"grpc_internal_port": 9}), takes_keys=True)
-    good = open_entrance(runtime, Settings.model_validate(base | named | {"production": True}), takes_keys=True)
+    with pytest.raises(NotForProduction, match="SMDIH_PROBE_PORT"):
+        open_entrance(runtime, Settings.model_validate(base | named | {"production": True}), takes_keys=True)
+    whole = base | named | {"production": True, "probe_port": 1}
+    good = open_entrance(runtime, Settings.model_validate(whole), takes_keys=True)
     assert good.tls is not None
     assert good.tls.serves
     await runtime._stack.aclose()

@@ -39,7 +39,7 @@ class Message:
 
 
 class Publisher:
-    """Publishes records; returns only when every in-sync replica holds them."""
+    """Publishes records; returns only when every in-sync replica holds them. It connects when it is first asked for something."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -47,16 +47,11 @@ class Publisher:
         self._starting = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
-        await self._started()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """For who has not entered it, so as to start while no broker answers: it connects when something is published."""
         if self._producer is not None:
             await self._producer.stop()
 
@@ -68,6 +63,15 @@ class Publisher:
                 return len(await producer.partitions_for(self._cluster.name(topic)))
         except (KafkaError, OSError, TimeoutError) as error:
             raise self._away() from error
+
+    async def partitions_when_it_answers(self, topic: str) -> int:
+        """The same for the start of a process, which may come before its brokers: it waits for them."""
+        while True:
+            try:
+                return await self.partitions(topic)
+            except TryAgain as error:
+                log.warning("no broker answers yet", topic=topic)
+                await asyncio.sleep(error.retry_after_s or RETRY_AFTER_S)
 
     async def publish(
         self,

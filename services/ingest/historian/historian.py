@@ -15,7 +15,7 @@ from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.common import topics, tracing
+from services.common import tracing
 from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
@@ -196,12 +196,16 @@ class Historian:
     async def store(
         self, connection: Connection, records: Sequence[ConsumerRecord]
     ) -> list[tuple[ConsumerRecord, str]]:
-        """Store samples records in the caller's transaction; return the unreadable ones, each with its reason."""
+        """Store samples records in the caller's transaction; return the unreadable ones, each with its reason.
+
+        The commit does not wait for the disk: what a crash of the server takes back it takes back with the position, and the
+        records are read again.
+        """
         started = time.perf_counter()
+        await connection.execute("SET LOCAL synchronous_commit TO off")
         bad: list[tuple[ConsumerRecord, str]] = []
         read: list[tuple[int, records_pb2.FrameBatch]] = []
         oldest_us = self._clock.now_us()
-        await self._check_numbers(connection, topics.SAMPLES, records)
         for record in records:
             try:
                 batches = records_pb2.SamplesRecord.FromString(record.value).batches
@@ -235,7 +239,6 @@ class Historian:
         """The same for quarantine records."""
         bad: list[tuple[ConsumerRecord, str]] = []
         rows = []
-        await self._check_numbers(connection, topics.QUARANTINE, records)
         for record in records:
             try:
                 item = records_pb2.QuarantineRecord.FromString(record.value)
@@ -259,8 +262,8 @@ class Historian:
         quarantine_items_total.inc(len(rows))
         return bad
 
-    async def _check_numbers(self, connection: Connection, topic: str, records: Sequence[ConsumerRecord]) -> None:
-        """Note how far each door has come, and what is missing."""
+    async def note_numbers(self, topic: str, connection: Connection, records: Sequence[ConsumerRecord]) -> None:
+        """Note how far each door has come in the topic (named without prefix), and what is missing."""
         numbered = [(record.partition, found) for record in records if (found := numbers_of(record.headers))]
         if not numbered:
             return
@@ -320,7 +323,8 @@ class Historian:
             if batch.sequence:
                 # Of this poll's own batches those behind their head: a batch of several channel groups is not behind itself.
                 is_repeat = batch.sequence <= before[key] or batch.sequence < self._heads[key]
-                self._heads[key] = max(self._heads[key], batch.sequence)
+                if not batch.more:  # the rest of a batch that was split may come in the next poll
+                    self._heads[key] = max(self._heads[key], batch.sequence)
             parts.append(_Part(batch, is_repeat))
         moved = [(*key, str(self._heads[key])) for key, was in before.items() if self._heads[key] > was]
         if moved:
@@ -385,21 +389,15 @@ class Historian:
         self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats, repeats: Bools
     ) -> None:
         await connection.execute(_LATE_TABLE)
-        # A statement takes each frame once, so what was delivered several times goes in in turns.
-        row = np.arange(len(slots))
-        is_first = np.concatenate([[True], (np.diff(slots) != 0) | (np.diff(times) != 0)])
-        turns = row - np.maximum.accumulate(np.where(is_first, row, 0))
-        for turn in range(int(turns.max()) + 1):
-            for merge, chosen in ((_MERGE_CORRECTING, ~repeats), (_MERGE_REPEATED, repeats)):
-                some = np.flatnonzero((turns == turn) & chosen)
-                if not len(some):
-                    continue
-                rows = keyed_rows(
-                    lane.machine_ids[slots[some]], lane.first_positions[slots[some]], times[some], [values[some]]
-                )
-                await _copy(connection, "late_frame", (*_KEY_COLUMNS, "values"), rows)
-                await connection.execute(merge)
-                await connection.execute("DELETE FROM late_frame")
+        # A statement takes each frame once. Of corrections the last value counts; what was sent again fills what is missing still.
+        for merge, chosen in ((_MERGE_CORRECTING, ~repeats), (_MERGE_REPEATED, repeats)):
+            if not chosen.any():
+                continue
+            of, at, merged = _one_each(slots[chosen], times[chosen], values[chosen], last=merge is _MERGE_CORRECTING)
+            rows = keyed_rows(lane.machine_ids[of], lane.first_positions[of], at, [merged])
+            await _copy(connection, "late_frame", (*_KEY_COLUMNS, "values"), rows)
+            await connection.execute(merge)
+            await connection.execute("DELETE FROM late_frame")
         samples_total.labels("merged").inc(int(np.count_nonzero(~np.isnan(values))))
         for resolution, opened in ((_MINUTE, lane.minutes), (_HOUR, lane.hours)):
             touched = np.unique(np.stack([slots, times // resolution.width_us]), axis=1)
@@ -459,6 +457,22 @@ async def _copy(connection: Connection, table: str, columns: Sequence[str], rows
     except asyncpg.UniqueViolationError as error:
         # Retention closed a bucket that is still open in memory. Read again how far each machine has come.
         raise TryAgain("What is held in memory is behind the database.") from error
+
+
+def _one_each(slots: Ints, times: Ints, values: Floats, *, last: bool) -> tuple[Ints, Ints, Floats]:
+    """Of frames sorted by (slot, time) one each: cell by cell the last value that there is, or the first."""
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(slots) != 0) | (np.diff(times) != 0)]))
+    if len(starts) == len(slots):
+        return slots, times, values
+    row = np.arange(len(slots))[:, None]
+    present = ~np.isnan(values)
+    if last:
+        chosen = np.maximum.reduceat(np.where(present, row, 0), starts, axis=0)
+    else:
+        chosen = np.minimum.reduceat(np.where(present, row, len(slots) - 1), starts, axis=0)
+    # Where there is none, the row chosen means nothing.
+    some = np.logical_or.reduceat(present, starts, axis=0)
+    return slots[starts], times[starts], np.where(some, np.take_along_axis(values, chosen, axis=0), np.nan)
 
 
 def _fits(batch: records_pb2.FrameBatch) -> bool:
