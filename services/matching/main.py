@@ -97,7 +97,12 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
         internal_calls=INTERNAL_CALLS,
     )
     runtime.background("providers", index.run())
-    runtime.background("gauges", keep_measuring(LifeGauges(pool, clock).measure, interval_s=GAUGES_INTERVAL_S))
+    runtime.background(
+        "gauges",
+        keep_measuring(
+            LifeGauges(pool, clock, need_lifetime=limits.need_lifetime).measure, interval_s=GAUGES_INTERVAL_S
+        ),
+    )
 
     async def alarms_into_needs() -> None:
         # Profiles of firms and providers first, so that the first needs are as good as the later ones.

@@ -250,8 +250,7 @@ async def test_twenty_at_once_never_take_more_than_three_places(hub: Hub) -> Non
     lost = [answer.json() for answer in answers if answer.status_code != 200]
     assert len(set(won)) == 3
     assert len(won) == 6
-    # Full, and asked for once more.
-    assert {(answer["status"], answer["reason"]) for answer in lost} == {(409, "CAPACITY_FULL"), (409, "OFFER_LAPSED")}
+    assert {(answer["status"], answer["reason"]) for answer in lost} == {(409, "CAPACITY_FULL")}
     row = await hub.pool.fetchrow("SELECT taken, capacity FROM provider_quarter WHERE provider_id = 'forming'")
     assert row is not None
     assert (row["taken"], row["capacity"]) == (3, 3)
@@ -424,7 +423,8 @@ async def test_offers_that_are_all_full_lapse_one_by_one_and_others_follow(hub: 
         full = await hub.call("firm", "POST", f"/v1/offers/{each['id']}/accept")
         assert (full.status_code, full.json()["reason"]) == (409, "CAPACITY_FULL")
     again = await hub.call("firm", "POST", f"/v1/offers/{opened['offers'][0]['id']}/accept")
-    assert again.json()["reason"] == "OFFER_LAPSED"
+    assert again.json()["reason"] == "CAPACITY_FULL"
+    assert (await offers_of(hub, need_id))[0]["decision_reason"] == "FULL"
 
     async def all_full() -> bool:
         return bool((await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["no_offer_reason"] == "ALL_FULL")

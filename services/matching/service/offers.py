@@ -174,6 +174,8 @@ class Offers:
             offer, need = await self._lock_offer(connection, caller, offer_id)
             if offer.state is OfferState.ACCEPTED:
                 return await self._accepted(connection, offer)
+            if offer.state is OfferState.LAPSED and offer.decision_reason == Lapse.FULL:
+                raise _full()
             _check_open(offer)
             with correlated(need.correlation_id):
                 match = await self._match(connection, caller, offer)
@@ -189,11 +191,7 @@ class Offers:
         self._index.kick()
         if match is None:
             capacity_refused_total.inc()
-            raise Conflict(
-                "The provider has no place left in this quarter, so this offer has lapsed; accept another offer of the need. "
-                "If this was its last, others follow.",
-                reason="CAPACITY_FULL",
-            )
+            raise _full()
         log.info("offer accepted", offer=offer.id, need=need.id, match=match.id, provider=offer.provider_id)
         return accepted
 
@@ -394,6 +392,14 @@ def _why_none(providers: int, ranking: Ranking, out: Set[str]) -> NoOffer:
     left = {each.provider_id for each in ranking.ranked} - out
     full = left or any(each.codes == (FilterCode.NO_CAPACITY,) for each in ranking.excluded)
     return NoOffer.ALL_FULL if full else NoOffer.NONE_FITS
+
+
+def _full() -> Conflict:
+    return Conflict(
+        "The provider has no place left in this quarter, so this offer has lapsed; accept another offer of the need. If this was "
+        "its last, others follow.",
+        reason="CAPACITY_FULL",
+    )
 
 
 def _check_open(offer: Offer) -> None:
