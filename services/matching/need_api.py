@@ -209,13 +209,13 @@ def _offers(matching: Matching) -> APIRouter:
 
     @routes.post("/{offer_id}/accept")
     async def accept_offer(caller: Authenticated, offer_id: str) -> AcceptedView:
-        """Take a place of the provider and make the match. 409 with reason CAPACITY_FULL: no place is left this quarter."""
+        """Take a place of the provider and make the match. 409 with reason CAPACITY_FULL: no place is left, the offer lapses."""
         match, offer = await matching.offers.accept_offer(caller, offer_id)
         return AcceptedView(match=match_view(match), offer=_offer_view(offer))
 
     @routes.post("/{offer_id}/decline")
     async def decline_offer(caller: Authenticated, offer_id: str, body: DeclineBody) -> OfferView:
-        """By the firm, or by the partner for its provider."""
+        """By the firm, or by the partner for its provider. The firm's last no closes the need; after a partner's others follow."""
         return _offer_view(await matching.offers.decline_offer(caller, offer_id, body.reason))
 
     return routes

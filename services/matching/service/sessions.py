@@ -330,9 +330,12 @@ class Sessions:
     async def _move_bookings(self, connection: Connection, before: Session) -> None:
         """The session is another than those who booked it know; no seat is kept beyond its beginning."""
         await sessions_store.keep_until_start(connection, before.id)
-        for booking in await sessions_store.standing_bookings(connection, before.id):
-            moved, session = await self._publish(connection, booking.id)
-            await notices_store.add_notices(connection, [notices.of_moved_session(moved, before, session)])
+        session = await self._session(connection, before.id)
+        standing = await sessions_store.standing_bookings(connection, before.id)
+        events = [(booking.id, booking_event(booking, session)) for booking in standing]
+        await outbox.write_all(connection, topics.BOOKINGS, events)
+        moved = [notices.of_moved_session(booking, before, session) for booking in standing]
+        await notices_store.add_notices(connection, moved)
 
     async def _end(
         self, connection: Connection, booking: Booking, state: BookingState, reason: str, now: datetime
@@ -344,19 +347,15 @@ class Sessions:
 
     async def _tell(self, connection: Connection, booking_id: str) -> Booking:
         """Publish the booking as it is now; its firm is told of a seat that it was offered or lost."""
-        booking, session = await self._publish(connection, booking_id)
-        if booking.state in (BookingState.OFFERED, BookingState.EXPIRED):
-            await notices_store.add_notices(connection, [notices.of_booking(booking, session)])
-        bookings_total.labels(booking.state).inc()
-        return booking
-
-    async def _publish(self, connection: Connection, booking_id: str) -> tuple[Booking, Session]:
         booking = await sessions_store.booking(connection, booking_id)
         assert booking is not None  # it was just written
         session = await self._session(connection, booking.session_id)
         with correlated(booking.correlation_id):
             await outbox.write(connection, topics.BOOKINGS, key=booking.id, value=booking_event(booking, session))
-        return booking, session
+        if booking.state in (BookingState.OFFERED, BookingState.EXPIRED):
+            await notices_store.add_notices(connection, [notices.of_booking(booking, session)])
+        bookings_total.labels(booking.state).inc()
+        return booking
 
     async def _check_bookable(
         self, connection: Connection, caller: Caller, session: Session, firm_id: int, match_id: str, now: datetime
