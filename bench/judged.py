@@ -6,6 +6,7 @@
 Either may stand in a folder below it. Grades are numbers; the highest of a query are its best.
 """
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +45,7 @@ def _grades(path: Path) -> Grades:
     grades: dict[str, dict[str, float]] = defaultdict(dict)
     for line in path.read_text(encoding="utf-8").splitlines():
         query, found, grade = line.split("\t")
-        if grade.strip().isdigit():
+        with contextlib.suppress(ValueError):
             grades[query][found] = float(grade)
     return grades
 
