@@ -167,7 +167,8 @@ class Offers:
     async def accept_offer(self, caller: Caller, offer_id: str) -> tuple[Match, Offer]:
         """Take a place of the provider and make the match; the need's other offers lapse. A repeat gives the same answer.
 
-        Raises Conflict where the provider is full; the offer has lapsed then, and others follow if it was the last.
+        Raises Conflict where the provider is full; the offer has lapsed then, as have others that are full, and more follow if none
+        is left.
         """
         caller.require(Role.FIRM, Role.OPERATOR)
         async with transaction(self._pool) as connection:
@@ -180,7 +181,10 @@ class Offers:
             with correlated(need.correlation_id):
                 match = await self._match(connection, caller, offer)
                 if match is None:
-                    await self._life.lapse(connection, [offer], Lapse.FULL)
+                    full = await self._full_too(connection, need)
+                    await self._life.lapse(
+                        connection, [offer, *(each for each in full if each.id != offer.id)], Lapse.FULL
+                    )
                     await self._life.bereft(connection, need)
                 else:
                     others = await standing_offers(connection, need.id)
@@ -236,6 +240,15 @@ class Offers:
         accepted = replace(offer, state=OfferState.ACCEPTED, decided=now, match_id=match.id)
         await publish_offers(connection, [accepted])
         return match
+
+    async def _full_too(self, connection: Connection, need: Need) -> list[Offer]:
+        """Offers of the need that cannot be accepted either, so that the firm need not find out one by one."""
+        day = self._now().date()
+        asked = [each for each in await standing_offers(connection, need.id) if not each.holds_place]
+        ids = [each.provider_id for each in asked]
+        live = await providers_store.providers_by_id(connection, ids)
+        bookable = await providers_store.bookable_providers(connection, ids, quarter=quarter_of(day), today=day)
+        return [each for each in asked if live[each.provider_id].is_live(day) and each.provider_id not in bookable]
 
     async def _accepted(self, connection: Connection, offer: Offer) -> tuple[Match, Offer]:
         match = await matches_store.match_of_offer(connection, offer.id)
