@@ -157,11 +157,21 @@ async def dump(settings: BackupSettings, file: Path) -> Manifest:
                 )
             manifest.write(manifest_of(file))
             partial.replace(file)
+            await _note(connection, manifest)
         except OSError as error:
             raise BackupError(f"{file} cannot be written: {error}. Look at the disk and dump again.") from error
         finally:
             partial.unlink(missing_ok=True)
     return manifest
+
+
+async def _note(connection: Connection, manifest: Manifest) -> None:
+    """In the database, for who watches how old the newest dump is; the login only reads but for this."""
+    try:
+        await connection.execute("SET default_transaction_read_only TO off")
+        await connection.execute("SELECT ingest.note_backup($1, $2)", manifest.bytes, manifest.sha256)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        print(f"backup: the dump is whole, but could not be noted in the database: {error}", file=sys.stderr)
 
 
 async def keep(settings: BackupSettings, folder: Path) -> Manifest:
