@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from services.common.database import CONNECT_TIMEOUT_S, Connection
 from services.migrate import SCHEMAS
 
-USAGE = "usage: python -m services.backup dump|restore FILE, or keep FOLDER"
+USAGE = "usage: python -m services.backup dump|restore FILE, or keep|restore FOLDER"
 READ_BYTES = 1024 * 1024
 
 
@@ -157,6 +157,7 @@ async def dump(settings: BackupSettings, file: Path) -> Manifest:
                 )
             manifest.write(manifest_of(file))
             partial.replace(file)
+            await _note(connection, manifest)
         except OSError as error:
             raise BackupError(f"{file} cannot be written: {error}. Look at the disk and dump again.") from error
         finally:
@@ -164,23 +165,46 @@ async def dump(settings: BackupSettings, file: Path) -> Manifest:
     return manifest
 
 
+async def _note(connection: Connection, manifest: Manifest) -> None:
+    """In the database, for who watches how old the newest dump is; the login only reads but for this."""
+    try:
+        await connection.execute("SET default_transaction_read_only TO off")
+        await connection.execute("SELECT ingest.note_backup($1, $2)", manifest.bytes, manifest.sha256)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        print(f"backup: the dump is whole, but could not be noted in the database: {error}", file=sys.stderr)
+
+
 async def keep(settings: BackupSettings, folder: Path) -> Manifest:
     """Dump into a folder under the time's name, then remove the oldest dumps above `backup_keep`. Raises BackupError."""
     if not folder.is_dir():
         raise BackupError(f"{folder} is no folder. Mount it, or make it.")
     manifest = await dump(settings, folder / f"hub-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump")
-    dumps = sorted(path for path in folder.glob("hub-*.dump") if manifest_of(path).exists())
-    for path in dumps[: -settings.backup_keep]:
+    for path in _dumps_in(folder)[: -settings.backup_keep]:
         path.unlink()
         manifest_of(path).unlink()
     return manifest
 
 
+def _dumps_in(folder: Path) -> list[Path]:
+    """Oldest first, by the time in their names."""
+    return sorted(path for path in folder.glob("hub-*.dump") if manifest_of(path).exists())
+
+
+def _newest_in(folder: Path) -> Path:
+    dumps = _dumps_in(folder)
+    if not dumps:
+        raise BackupError(f"{folder} holds no dump with its manifest; put both there, or name another folder or file.")
+    return dumps[-1]
+
+
 async def restore(settings: BackupSettings, file: Path) -> Manifest:
-    """Put a dump into the database of the settings, which is made if it is not there, and compare. Raises BackupError.
+    """Put a dump into the database of the settings, which is made if it is not there, and compare. Of a folder the newest dump
+    that is whole. Raises BackupError.
 
     What is there already is never touched: a database with anything of the hub in it is refused.
     """
+    if file.is_dir():
+        file = _newest_in(file)
     manifest = Manifest.read(manifest_of(file))
     if not file.exists():
         raise BackupError(f"{file} is not there.")

@@ -253,6 +253,11 @@ async def job(cluster: Cluster, name: str) -> tuple[dict[str, Any], str]:
     """Run one of a CronJob now; what it told at its end (nothing when it failed), and all that it said."""
     made = f"{name}-now"
     cluster.run("-n", NAMESPACE, "create", "job", made, f"--from=cronjob/{name}")
+    return await job_ended(cluster, made)
+
+
+async def job_ended(cluster: Cluster, made: str) -> tuple[dict[str, Any], str]:
+    """What a job told at its end (nothing when it failed), and all that it said."""
 
     def state() -> set[str]:
         conditions = cluster.get("job", made)["status"].get("conditions", ())
@@ -261,7 +266,7 @@ async def job(cluster: Cluster, name: str) -> tuple[dict[str, Any], str]:
     async def has_ended() -> bool:
         return bool(state() & {"Complete", "Failed"})
 
-    await poll(f"{name} ends", has_ended, deadline_s=JOB_DEADLINE_S, interval_s=2)
+    await poll(f"{made} ends", has_ended, deadline_s=JOB_DEADLINE_S, interval_s=2)
     said = cluster.run("-n", NAMESPACE, "logs", f"job/{made}", check=False).stdout.strip()
     return json.loads(said.splitlines()[-1]) if "Complete" in state() else {}, said
 
@@ -272,6 +277,26 @@ async def backup(cluster: Cluster, claims: Claims) -> None:
     claims.that(
         f"a dump of {told.get('tables', 0)} tables with {told.get('rows', 0):,} rows by its own login",
         told.get("done") == "keep" and told["rows"] > 0,
+        said,
+    )
+
+
+async def restore(cluster: Cluster, around: Around, claims: Claims) -> None:
+    """A dump comes back by the job for it, into a database beside the one that it is of. No volume is provided here, so one pod
+    takes the dump and then restores it."""
+    beside = around.secrets()["smdih-database-admin"]["dsn"].removesuffix(f"/{DATABASE}") + "/restored"
+    given = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "restored"}, "stringData": {"dsn": beside}}
+    cluster.run("-n", NAMESPACE, "apply", "-f", "-", given=json.dumps(given))
+    made, dumping = (cluster.get("cronjob", name)["spec"]["jobTemplate"]["spec"] for name in ("restore", "backup"))
+    pod = made["template"]["spec"]
+    pod["initContainers"] = [dumping["template"]["spec"]["containers"][0] | {"name": "dump"}]
+    pod["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]["name"] = "restored"
+    wanted = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "restore-now"}, "spec": made}
+    cluster.run("-n", NAMESPACE, "create", "-f", "-", given=json.dumps(wanted))
+    told, said = await job_ended(cluster, "restore-now")
+    claims.that(
+        f"a dump of {told.get('rows', 0):,} rows comes back by its job, and is compared",
+        told.get("done") == "restore" and told["rows"] > 0,
         said,
     )
 
@@ -391,6 +416,7 @@ async def check() -> int:
             write_overlay(around, next_image, log_level="WARNING")
             await roll_out_under_load(cluster, overlay, hub, plant, claims)
             await backup(cluster, claims)
+            await restore(cluster, around, claims)
             await tell_memory(hub)
             await reconcile(cluster, claims)
         finally:

@@ -216,7 +216,7 @@ def write_overlay(around: Around, image: str, *, log_level: str = "INFO") -> Pat
                 )
             },
             {
-                "target": {"kind": "CronJob", "name": "backup"},
+                "target": {"kind": "CronJob", "name": "(backup|restore|backup-shelf)"},
                 "patch": json.dumps(
                     [
                         {

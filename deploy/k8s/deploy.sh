@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Brings an overlay onto the cluster that kubectl reaches: first what the processes need, then the migration, then the processes.
-# usage: deploy.sh OVERLAY-FOLDER      (KUBECTL: the command, with arguments; the same for a first roll-out and for an upgrade)
+# usage: deploy.sh OVERLAY-FOLDER      (KUBECTL: the command, with arguments; the same for a first roll-out and for an upgrade;
+# MIGRATE_ONLY=1: leave the processes as they are)
 set -euo pipefail
 overlay=${1:?the folder of an overlay, such as deploy/k8s/overlays/production}
 kubectl=${KUBECTL:-kubectl}
@@ -23,6 +24,7 @@ until $kubectl -n smdih wait --for=condition=Complete job/migrate --timeout=2s >
   [ -z "$failed" ] || { $kubectl -n smdih logs job/migrate --all-containers --tail=20 >&2; echo "the migration failed: $failed" >&2; exit 1; }
   [ "$SECONDS" -lt "${migration_timeout%s}" ] || { echo "the migration did not end in $migration_timeout" >&2; exit 1; }
 done
+[ -z "${MIGRATE_ONLY:-}" ] || exit 0
 rolled_out() { $kubectl -n smdih rollout status "$@" --timeout="$rollout_timeout"; }
 
 if [ -z "$($kubectl -n smdih get deployment door --ignore-not-found -o name)" ]; then

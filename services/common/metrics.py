@@ -35,6 +35,8 @@ loop_delay_seconds = Histogram(
 # Requests, calls and streams that ended through the hub's fault, counted where the answer leaves: by what was asked
 # ("POST /v1/needs", "/package.Service/Method") and the reason that was told. Over the caller's own limits is not the hub's fault.
 faults_total = Counter("smdih_faults_total", "Requests sent back through the hub's fault", ["call", "reason"])
+# Of a process that measures what is in the database: whether it was answered when it last asked.
+database_answers = Gauge("smdih_database_answers", "1: the database answered when it was last asked")
 
 
 def expect_faults(calls: Iterable[str]) -> None:
@@ -78,7 +80,9 @@ async def keep_measuring(measure: Callable[[], Awaitable[None]], *, interval_s: 
     while True:
         try:
             await measure()
+            database_answers.set(1)
         except (OSError, TryAgain, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+            database_answers.set(0)
             log.warning("not measured", error=repr(error))
         await asyncio.sleep(interval_s)
 

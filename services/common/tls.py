@@ -32,6 +32,8 @@ OLD_CHANNEL_GRACE_S = 60.0
 expires = Gauge("smdih_tls_certificate_expires_timestamp_seconds", "When the certificate ends", ["file"])
 # Files taken in anew, and looks at which they did not fit together.
 reloads_total = Counter("smdih_tls_reloads_total", "Certificates taken in anew", ["outcome"])
+for _outcome in ("taken", "refused"):
+    reloads_total.labels(_outcome)
 
 
 class BadCertificate(Exception):

@@ -10,6 +10,7 @@ from services.common.kafka import Cluster, PositionedConsumer, Publisher
 from services.common.metrics import keep_measuring
 from services.common.runtime import Runtime
 from services.common.settings import Settings
+from services.ingest.backups import BackupGauge
 from services.ingest.historian.historian import MEASURE_INTERVAL_S, Historian, StoredGauges
 from services.ingest.retention.service import MEASURE_INTERVAL_S as STORAGE_INTERVAL_S
 from services.ingest.retention.service import Enforcer
@@ -61,6 +62,7 @@ async def start(runtime: Runtime, settings: Settings) -> None:
     await entrance.serve_probes("SMDIH historian")
     gauges = StoredGauges(historians, pool, clock)
     runtime.background("gauges", keep_measuring(gauges.measure, interval_s=MEASURE_INTERVAL_S))
+    runtime.background("backups", keep_measuring(BackupGauge(pool).measure, interval_s=STORAGE_INTERVAL_S))
     enforcer = Enforcer(pool, clock, disk_bytes=settings.database_disk_bytes)
     runtime.background("retention", enforcer.run())
     runtime.background("storage", keep_measuring(enforcer.measure, interval_s=STORAGE_INTERVAL_S))

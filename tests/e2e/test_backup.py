@@ -198,6 +198,9 @@ async def test_what_was_dumped_comes_back_and_the_rest_from_the_surviving_side(
             works.send(first), done(by_login["backup"], "services.backup", "dump", str(file))
         )
         assert dumped["rows"] > 0
+        watching = await asyncpg.connect(settings.database_dsn)
+        assert await watching.fetchval("SELECT bytes FROM ingest.backup_run ORDER BY finished DESC") == dumped["bytes"]
+        await watching.close()
 
         # What becomes of the hub after the dump.
         second = await works.machine("press-2")

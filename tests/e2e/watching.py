@@ -31,6 +31,10 @@ def dashboards() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(DASHBOARDS.glob("*.json"))}
 
 
+# Of what the journey goes without: TLS and the MQTT bridge.
+NOT_HERE = {"smdih_tls_certificate_expires_timestamp_seconds", "smdih_ingest_mqtt_shares_connected"}
+
+
 def targets(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The queries of a dashboard, each with its panel's title."""
     return [(panel["title"], target) for panel in found["panels"] for target in panel.get("targets", [])]
@@ -88,11 +92,15 @@ async def every_rule_is_well_and_silent(prometheus: Prometheus) -> None:
     rules = await prometheus.rules()
     unwell = [rule["name"] for rule in rules if rule["health"] != "ok"]
     assert not unwell, f"rules that cannot be evaluated: {unwell}"
-    firing = [(rule["name"], rule["alerts"]) for rule in rules if rule.get("state") == "firing"]
+    firing = [
+        (rule["name"], rule["alerts"])
+        for rule in rules
+        if rule.get("state") == "firing" and rule["name"] != "SmdihWatchdog"
+    ]
     assert not firing, f"alerts that fire: {firing}"
     known = {re.sub(r"_(bucket|count|sum)$", "", name) for name in await prometheus.names()}
     asked = {re.sub(r"_(bucket|count|sum)$", "", name) for name in METRIC.findall(RULES.read_text())}
-    assert asked <= known, f"metrics that nobody has: {sorted(asked - known)}"
+    assert asked <= known | NOT_HERE, f"metrics that nobody has: {sorted(asked - known)}"
 
 
 async def every_panel_on_timescaledb_has_data(hub: Hub) -> None:

@@ -38,6 +38,7 @@ WITHOUT = {
         "frame": "written by COPY, which row-level security refuses; people reach it by the view samples, services by machine",
         "rollup_1m": "written by COPY; by machine, after its owner was checked",
         "rollup_1h": "written by COPY; by machine, after its owner was checked",
+        "backup_run": "when dumps of the whole database ended",
         "carbon_factor": "of regions",
         "door_numbers": "how far each door's numbers have come",
         "partner": "names of partners, which every firm may know",

@@ -48,6 +48,14 @@ LABEL_OF = {
     "anomaly_smtp_port": "smdih/outside",
     "anomaly_webhook_networks": "smdih/outside",
 }
+# Reached only where a component of this name is added, which brings the way.
+COMPONENT_OF = {"oidc_keys": "oidc", "trace_endpoint": "tracing"}
+# Named like addresses of others, and none: where a process listens, and what goes along with an address above.
+NO_WAY = {
+    *("http_host", "http_port", "grpc_host", "grpc_port", "grpc_internal_port", "probe_port"),
+    *("mqtt_host_id", "mqtt_port", "anomaly_smtp_host", "oidc_issuer"),
+}
+ADDRESS = re.compile(r"bootstrap|dsn|host|port$|_grpc|endpoint|url|server|issuer|networks|oidc_keys")
 PROCESS_OF = {"ingest_grpc": "door", "matching_grpc": "matching"}
 # Without these a process runs, but not as it should; so where they are read they must be set.
 MUST_BE_SET = {*PROCESS_OF, "mqtt_host", "mqtt_password", "evidence_key", "evidence_public_keys", "database_disk_bytes"}
@@ -213,6 +221,30 @@ def test_a_process_may_reach_what_its_wiring_reads_the_address_of_and_nothing_el
         assert not [other for other in PROCESSES if reaches(labels_of(name), labels_of(other), port)]
 
 
+def test_every_setting_that_looks_like_an_address_has_its_way_or_needs_none() -> None:
+    """A new one fails here until somebody has said what a process reaches by it."""
+    settings = {field: info for _, _, kind in ENTRIES.values() for field, info in kind.model_fields.items()}
+    addresses = {
+        field
+        for field, info in settings.items()
+        if ADDRESS.search(field) or re.search(r"host:port|https?\b.*address|address of|://", info.description or "")
+    }
+    placed = set(LABEL_OF) | set(PROCESS_OF) | set(COMPONENT_OF) | NO_WAY
+    assert addresses - placed == set()
+    assert placed <= set(settings)
+
+
+def test_who_takes_tokens_reaches_their_issuer_by_its_component() -> None:
+    folder = BASE.parent / "components/oidc"
+    (policy,) = yaml.safe_load_all((folder / "network.yaml").read_text())
+    assert policy["spec"]["podSelector"] == {"matchLabels": {"smdih/oidc": "client"}}
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    (patch,) = kustomization["patches"]
+    assert "smdih~1oidc" in patch["patch"]
+    taking = {name for name in PROCESSES if "takes_keys=True" in _source(name)}
+    assert set(re.findall(r"[\w-]+", patch["target"]["name"])) == taking
+
+
 def test_everything_is_denied_and_each_label_opens_one_way() -> None:
     denied = kind("NetworkPolicy")["default-deny"]["spec"]
     assert denied == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
@@ -291,11 +323,11 @@ def test_every_login_is_made_before_the_migration_from_the_secret_that_it_is_use
     (volume,) = pod("migrate")["spec"]["volumes"]
     mounted = {one["secret"]["name"]: one["secret"]["items"][0]["path"] for one in volume["projected"]["sources"]}
     assert mounted == {f"smdih-database-{name}": name for name in LOGINS}
-    # Nobody but this one comes as the administrator.
+    # Nobody but this one comes as the administrator, and who restores, which is suspended.
     secrets = re.findall(
         r"name: (smdih-database[a-z-]*)", "".join(path.read_text() for path in BASE.parent.rglob("*.yaml"))
     )
-    assert secrets.count("smdih-database-admin") == 1
+    assert secrets.count("smdih-database-admin") == 2
     assert set(secrets) - {"smdih-database-admin"} == set(mounted)
 
 
@@ -309,6 +341,23 @@ def test_the_backup_is_the_command_that_it_says_and_reaches_the_database_only() 
     assert given <= {f"SMDIH_{name.upper()}" for name in BackupSettings.model_fields}
     labels = template(job)["metadata"]["labels"]
     assert [label for label in labels if label.startswith("smdih/")] == ["smdih/database"]
+
+
+def test_a_dump_comes_back_and_out_by_jobs_that_only_people_start() -> None:
+    found = yaml.safe_load_all(Path("deploy/k8s/components/backup/restore.yaml").read_text())
+    jobs = {one["metadata"]["name"]: one for one in found if one["kind"] == "CronJob"}
+    assert set(jobs) == {"restore", "backup-shelf"}
+    assert all(one["spec"]["suspend"] for one in jobs.values())
+    (container,) = template(jobs["restore"])["spec"]["containers"]
+    assert container["args"] == ["-m", "services.backup", "restore", "/backup"]
+    (dsn,) = container["env"]
+    assert dsn["valueFrom"]["secretKeyRef"]["name"] == "smdih-database-admin"
+    reached = [[one for one in template(job)["metadata"]["labels"] if "smdih/" in one] for job in jobs.values()]
+    assert reached == [["smdih/database"], []]
+    for job in jobs.values():
+        spec = template(job)["spec"]
+        assert {"name": "backup", "persistentVolumeClaim": {"claimName": "backup"}} in spec["volumes"]
+        assert {"name": "backup", "mountPath": "/backup", "readOnly": True} in spec["containers"][0]["volumeMounts"]
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -405,7 +454,7 @@ def test_every_dashboard_is_given_to_grafana() -> None:
     assert folder.resolve() in {(monitoring / one).resolve() for one in resources}
 
 
-@pytest.mark.parametrize("component", ["strimzi", "tls", "tracing"])
+@pytest.mark.parametrize("component", ["strimzi", "tls", "tracing", "oidc"])
 def test_what_a_component_configures_are_settings_that_there_are(component: str) -> None:
     kustomization = yaml.safe_load(Path(f"deploy/k8s/components/{component}/kustomization.yaml").read_text())
     for made in kustomization["configMapGenerator"]:

@@ -1,0 +1,21 @@
+"""Which dump of a folder comes back."""
+
+from pathlib import Path
+
+import pytest
+
+from services.backup import BackupError, BackupSettings, manifest_of, restore
+
+SETTINGS = BackupSettings(database_dsn="postgresql://nobody@127.0.0.1:1/none")
+
+
+async def test_of_a_folder_the_newest_dump_that_is_whole_is_restored(tmp_path: Path) -> None:
+    with pytest.raises(BackupError, match="holds no dump"):
+        await restore(SETTINGS, tmp_path)
+    for day in (1, 2, 3):
+        dump = tmp_path / f"hub-2026110{day}T021700Z.dump"
+        dump.touch()
+        if day != 3:  # no manifest: it was not written to its end
+            manifest_of(dump).touch()
+    with pytest.raises(BackupError, match="hub-20261102T021700Z"):
+        await restore(SETTINGS, tmp_path)
