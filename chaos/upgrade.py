@@ -23,7 +23,9 @@ from chaos import telemetry, whole
 from chaos.people import Firm, World, until_ended
 from chaos.stage import NotHere, Outcome, Round, Scenario, Stage, poll
 from localstack.hub import Hub
+from localstack.mosquitto import Mosquitto
 from localstack.servers import LOCAL, ROOT, Servers, free_port
+from services.common.evidence import new_key
 from services.migrate import migrate_all
 
 # The release before: the last commit of it. To be moved on with every release.
@@ -37,8 +39,20 @@ BETWEEN_S = 2.0
 # From leaving the front to being told to stop, as Kubernetes' endpoints need a moment.
 LEAVING_S = 0.5
 AT_REST_WITHIN_S = 300.0
+ASK_EVERY_S = 0.5
 # Backwards along the contracts: who reads a topic can read the new events before anybody writes them.
-ROLES = ("funding", "matching", "anomaly", "anomaly-worker", "historian", "door")
+ROLES = (
+    "funding",
+    "matching",
+    "anomaly",
+    "anomaly-notifier",
+    "anomaly-worker",
+    "historian",
+    "mqtt-bridge",
+    "door",
+)
+# Whom the others call, and by which setting: through the fronts, so that old ones call new ones and the other way round.
+CALLED = {"SMDIH_INGEST_GRPC": "door", "SMDIH_MATCHING_GRPC": "matching"}
 
 
 class Front:
@@ -73,6 +87,8 @@ class Front:
         assert task is not None
         self._open.add(task)
         try:
+            if not self._backends:
+                raise OSError("nobody is there yet")
             backend = self._backends[next(self._turn) % len(self._backends)]
             inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", backend)
             await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))
@@ -115,8 +131,16 @@ async def prepare(stage: Stage) -> AsyncIterator[Round]:
     old = await asyncio.to_thread(previous_release)
 
     async def play(rng: random.Random) -> Outcome:
-        async with stage.database("chaos_upgrade") as dsn, AsyncExitStack() as stack:
-            return await _play(stage, stack, Servers(stage.servers.kafka_bootstrap, dsn), old, rng)
+        mosquitto = Mosquitto(LOCAL / "stacks" / "chaos" / "mosquitto-upgrade")
+        mosquitto.start()
+        try:
+            async with stage.database("chaos_upgrade") as dsn, AsyncExitStack() as stack:
+                fleet = _Fleet(
+                    stack, Servers(stage.servers.kafka_bootstrap, dsn), f"upgrade{rng.randrange(2**31)}.", mosquitto
+                )
+                return await _play(fleet, old, rng)
+        finally:
+            mosquitto.stop()
 
     yield play
 
@@ -124,17 +148,20 @@ async def prepare(stage: Stage) -> AsyncIterator[Round]:
 class _Fleet:
     """The processes of both releases behind their fronts."""
 
-    def __init__(self, stack: AsyncExitStack, servers: Servers, prefix: str) -> None:
+    def __init__(self, stack: AsyncExitStack, servers: Servers, prefix: str, mqtt: Mosquitto) -> None:
         self._stack = stack
         self._servers = servers
         self._prefix = prefix
+        self._mqtt = mqtt
         self._hubs: dict[str, Hub] = {}
         self.http = {name: Front() for name in ROLES}
-        self.grpc = Front()
+        self.grpc = {name: Front() for name in CALLED.values()}
         self.operator_key = ""
+        # What the door signs, the fund checks, of whichever release they are.
+        self._evidence_key = new_key()
 
     async def open(self) -> None:
-        for front in (*self.http.values(), self.grpc):
+        for front in (*self.http.values(), *self.grpc.values()):
             await front.start()
             self._stack.push_async_callback(front.stop)
 
@@ -147,21 +174,24 @@ class _Fleet:
             roles=(name,),
             code=code,
             instance_suffix=f"-{release}",
+            mqtt=self._mqtt,
+            environment={setting: f"127.0.0.1:{self.grpc[called].port}" for setting, called in CALLED.items()},
         )
+        hub.evidence_key = self._evidence_key
         self._stack.push_async_callback(hub.stop)
         await hub.start()
         self.operator_key = self.operator_key or hub.operator_key
         running, before = hub.processes[name], self._hubs.get(name)
         self.http[name].join(running.http_port)
-        if name == "door":
-            self.grpc.join(running.grpc_port)
+        if name in self.grpc:
+            self.grpc[name].join(running.grpc_port)
         self._hubs[name] = hub
         if before is not None:
             await asyncio.sleep(BETWEEN_S)
             left = before.processes[name]
             self.http[name].leave(left.http_port)
-            if name == "door":
-                self.grpc.leave(left.grpc_port)
+            if name in self.grpc:
+                self.grpc[name].leave(left.grpc_port)
             await asyncio.sleep(LEAVING_S)
             await before.stop()
 
@@ -174,9 +204,18 @@ class _Fleet:
         return f"http://127.0.0.1:{self.http[name].port}"
 
 
-async def _play(stage: Stage, stack: AsyncExitStack, servers: Servers, old: Path, rng: random.Random) -> Outcome:
+async def _ask_across(firm: Firm, stop: asyncio.Event, asked: list[str]) -> None:
+    """What one service has to ask another for: the samples around an alarm, of whichever release the two are."""
+    while not stop.is_set():
+        found = await firm.call("anomaly", "GET", "/v1/alarms?page_size=1", key="firm")
+        for alarm in found["alarms"]:
+            await firm.call("anomaly", "GET", f"/v1/alarms/{alarm['id']}/evidence", key="firm")
+            asked.append(alarm["id"])
+        await asyncio.sleep(ASK_EVERY_S)
+
+
+async def _play(fleet: _Fleet, old: Path, rng: random.Random) -> Outcome:
     outcome = Outcome(faults=["upgrade"])
-    fleet = _Fleet(stack, servers, f"upgrade{rng.randrange(2**31)}.")
     await fleet.open()
     for name in ROLES:
         await fleet.bring(name, old, "old")
@@ -186,12 +225,17 @@ async def _play(stage: Stage, stack: AsyncExitStack, servers: Servers, old: Path
     firms = [Firm(world, number, random.Random(rng.random())) for number in range(FIRMS)]
     for firm in firms:
         await firm.open()
+    asked_across: list[str] = []
     start_s = int(time.time()) - 5 * 86_400
-    target, stop = f"127.0.0.1:{fleet.grpc.port}", asyncio.Event()
+    target, stop = f"127.0.0.1:{fleet.grpc['door'].port}", asyncio.Event()
     async with telemetry.load_to(target, plant, start_s, rng.randrange(2**31)) as sender:
         living = asyncio.create_task(
             until_ended(
-                [*(firm.send(target, stop) for firm in firms), *(firm.live(stop) for firm in firms)],
+                [
+                    *(firm.send(target, stop) for firm in firms),
+                    *(firm.live(stop) for firm in firms),
+                    *(_ask_across(firm, stop, asked_across) for firm in firms),
+                ],
                 outcome.broken,
             )
         )
@@ -210,6 +254,9 @@ async def _play(stage: Stage, stack: AsyncExitStack, servers: Servers, old: Path
             await asyncio.gather(living, return_exceptions=True)
         ledger = np.loadtxt(sender.ledger, dtype=np.int64, ndmin=2)
     outcome.detail |= {"gateway": sent, "calls": world.told.calls, "calls_repeated": world.told.repeats}
+    outcome.detail["asked_across"] = len(asked_across)
+    if not asked_across:
+        outcome.broken.append("no service asked another")
     if sent["sent"] != sent["acknowledged"] or sent["problems"]:
         outcome.broken.append(f"{sent['sent'] - sent['acknowledged']} batches not acknowledged; {sent['problems']}")
     hub = fleet.any_hub

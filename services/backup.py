@@ -1,4 +1,5 @@
-"""Backups that can be trusted: `python -m services.backup dump FILE`, `... restore FILE`, and `... keep FOLDER` for every night.
+"""Backups that can be trusted: `python -m services.backup dump FILE`, `... restore FILE`, and `... keep FOLDER` for every night;
+`... list FOLDER` and `... print FILE` hand them out of a volume.
 
 A dump is one file of pg_dump, and beside it FILE.json: what stood in every table at that moment (rows and a digest of their
 content) and every sequence. A restore goes into an empty database and counts all of it again. See docs/operations.md.
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -25,7 +27,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from services.common.database import CONNECT_TIMEOUT_S, Connection
 from services.migrate import SCHEMAS
 
-USAGE = "usage: python -m services.backup dump|restore FILE, or keep|restore FOLDER"
+USAGE = "usage: python -m services.backup dump|restore|print FILE, or keep|restore|list FOLDER"
 READ_BYTES = 1024 * 1024
 
 
@@ -380,12 +382,28 @@ def _told(command: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _show(path: Path) -> None:
+    """The dumps of a folder with their sizes, or a file as it is, on standard output. Raises BackupError."""
+    try:
+        if path.is_dir():
+            for dump in _dumps_in(path):
+                print(dump.name, dump.stat().st_size)
+            return
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer, READ_BYTES)
+    except OSError as error:
+        raise BackupError(f"{path} cannot be read: {error}.") from error
+
+
 def main(arguments: list[str]) -> int:
     commands = {"dump": dump, "restore": restore, "keep": keep}
-    if len(arguments) != 2 or arguments[0] not in commands:
+    if len(arguments) != 2 or arguments[0] not in {*commands, "list", "print"}:
         print(USAGE, file=sys.stderr)
         return 2
     try:
+        if arguments[0] in ("list", "print"):  # the image has no shell to do this with
+            _show(Path(arguments[1]))
+            return 0
         manifest = asyncio.run(commands[arguments[0]](BackupSettings(), Path(arguments[1])))
     except BackupError as error:
         print(f"backup: {error}", file=sys.stderr)

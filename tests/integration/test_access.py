@@ -24,7 +24,7 @@ from localstack.hub import Hub
 from localstack.servers import Servers
 from services.common.audit import changes_by_call
 from services.common.settings import Settings
-from tests.access_matrix import CALLS, ENDLESS, READ_FIRST, ROUTES
+from tests.access_matrix import CALLS, ENDLESS, NOT_SHOWN, READ_FIRST, ROUTES
 from tests.integration.access_world import EXAMPLES, MARK, SERVICES, World, build, filled
 from tests.oidc import AUDIENCE, ISSUER, running_provider
 
@@ -187,6 +187,9 @@ class Tried:
         self._found = found
         self._observed: dict[str, dict[str, Any]] = {}
         self._wrong: list[str] = []
+        # Asked for another's things and told only that the request was no good; and what was answered well to anybody.
+        self._invalid: set[str] = set()
+        self._good: set[str] = set()
         if not SHOW:
             assert sorted(found) == sorted(table), "tests/access_matrix.py has not what the services have"
 
@@ -225,6 +228,9 @@ class Tried:
             Path(SHOW).with_suffix(f".{self._name.lower()}").write_text(shown)
             return
         assert not self._wrong, "\n".join(sorted(self._wrong))
+        # A request that is good for nobody shows nothing about whose things it names.
+        differ = (self._invalid - self._good) ^ {what for what in NOT_SHOWN if what in self._table}
+        assert not differ, "Not as NOT_SHOWN in tests/access_matrix.py says:\n" + "\n".join(sorted(differ))
 
     def note(
         self,
@@ -239,6 +245,10 @@ class Tried:
         names_things: bool,
         text: str,
     ) -> None:
+        if answer == "OK" or (isinstance(answer, int) and answer < 300):
+            self._good.add(what)
+        if is_invalid and not is_refused and names_things and self.verdict(what, asker) == "own":
+            self._invalid.add(what)
         self._observed.setdefault(what, {})[asker] = answer
         verdict = self.verdict(what, asker)
         is_fine = {

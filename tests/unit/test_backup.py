@@ -1,10 +1,11 @@
 """Which dump of a folder comes back."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from services.backup import BackupError, BackupSettings, manifest_of, restore
+from services.backup import BackupError, BackupSettings, main, manifest_of, restore
 
 SETTINGS = BackupSettings(database_dsn="postgresql://nobody@127.0.0.1:1/none")
 
@@ -19,3 +20,17 @@ async def test_of_a_folder_the_newest_dump_that_is_whole_is_restored(tmp_path: P
             manifest_of(dump).touch()
     with pytest.raises(BackupError, match="hub-20261102T021700Z"):
         await restore(SETTINGS, tmp_path)
+
+
+def test_what_a_volume_holds_can_be_told_and_handed_out(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    dump = tmp_path / "hub-20261101T021700Z.dump"
+    dump.write_bytes(b"\x00dump\xff")
+    manifest_of(dump).write_text("{}")
+    assert main(["list", str(tmp_path)]) == 0
+    assert capfdbinary.readouterr().out == b"hub-20261101T021700Z.dump 6\n"
+    assert main(["print", str(dump)]) == 0
+    sys.stdout.flush()
+    assert capfdbinary.readouterr().out == dump.read_bytes()
+    assert main(["print", str(tmp_path / "none")]) == 1

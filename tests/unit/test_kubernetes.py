@@ -307,6 +307,29 @@ def test_what_the_image_sets_is_read_by_something() -> None:
     assert of_image() <= commands.union(*(fields(name) for name in ENTRIES))
 
 
+def test_the_database_has_a_connection_for_every_process_that_there_may_be() -> None:
+    """At the ceilings of the production overlay, while each kind is being replaced, and with some left for people and jobs."""
+    scaled = yaml.safe_load_all((BASE.parent / "components/keda/scaledobjects.yaml").read_text())
+    by_lag = {
+        one["metadata"]["name"]: one["spec"]["maxReplicaCount"] for one in scaled if one["kind"] == "ScaledObject"
+    }
+    wanted = 0
+    for name in PROCESSES:
+        given = {one["name"]: one.get("value") for one in pod(name)["spec"]["containers"][0]["env"]}
+        pool = int(given.get("SMDIH_DATABASE_POOL_MAX") or Settings.model_fields["database_pool_max"].default)
+        most = by_lag.get(name) or kind("HorizontalPodAutoscaler")[name]["spec"]["maxReplicas"]
+        surge = 1 if name in kind("Deployment") else 0
+        wanted += (most + surge) * (pool + (1 if name == "door" else 0))
+    (database,) = (
+        one
+        for one in yaml.safe_load_all((BASE.parent / "components/timescaledb/timescaledb.yaml").read_text())
+        if one["kind"] == "StatefulSet"
+    )
+    arguments = database["spec"]["template"]["spec"]["containers"][0]["args"]
+    (limit,) = (int(one.partition("=")[2]) for one in arguments if one.startswith("max_connections="))
+    assert wanted + 20 <= limit
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_each_comes_to_the_database_by_its_own_login(name: str) -> None:
     (container,) = pod(name)["spec"]["containers"]
