@@ -209,7 +209,7 @@ async def _ask_across(firm: Firm, stop: asyncio.Event, asked: list[str]) -> None
     while not stop.is_set():
         found = await firm.call("anomaly", "GET", "/v1/alarms?page_size=1", key="firm")
         for alarm in found["alarms"]:
-            await firm.call("anomaly", "GET", f"/v1/alarms/{alarm['id']}/evidence", key="firm")
+            await firm.call("anomaly", "GET", f"/v1/alarms/{alarm['id']}/explain", key="firm")
             asked.append(alarm["id"])
         await asyncio.sleep(ASK_EVERY_S)
 
