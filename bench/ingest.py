@@ -227,6 +227,8 @@ async def door_to_stored_p99(hub: Hub, database: Connection) -> None:
             until = time.monotonic() + STORED_DEADLINE_S
         await asyncio.sleep(PROBE_EVERY_S)
     sent = await sending
+    if len(late_s) < PROBES * PACED_ROUNDS:
+        raise RuntimeError(f"{PROBES * PACED_ROUNDS - len(late_s)} of the probed frames were never found")
     tell(
         "door_to_stored_p99_s",
         float(np.quantile(late_s, 0.99)),
@@ -298,19 +300,26 @@ async def _text_door(
 
 
 async def memory(servers: Servers) -> None:
-    """What each process holds with 1,000,000 registered signals, started anew."""
+    """What each process holds with 1,000,000 registered signals, started anew, after a load from 10,000 of the machines."""
     hub = Hub(servers, LOCAL / "log" / "bench", topic_prefix="memory.")
     try:
         await hub.start()
         cluster = Cluster(hub.settings.kafka_bootstrap, hub.settings.kafka_topic_prefix)
         for _ in range(REGISTERED_SIGNALS // SIGNALS // SMALL_MACHINES):
-            await register(hub.settings.database_dsn, cluster, SMALL_MACHINES)
+            plant = await register(hub.settings.database_dsn, cluster, SMALL_MACHINES)
         for name in hub.processes:
             hub.kill(name)
         await asyncio.sleep(1)
+        for name in hub.processes:
+            await hub.wait_ready(name)
+        await known(hub, plant)
+        database = await asyncpg.connect(hub.settings.database_dsn)
+        async with Progress.of(hub, database) as progress:
+            sent = await send(hub, plant, SMALL_CONNECTIONS, SMALL_ROUNDS, 1)
+            await progress.wait_stored(plant, sent["samples"])
+        await database.close()
         held = {}
         for name, running in hub.processes.items():
-            await hub.wait_ready(name)
             assert running.process is not None
             held[name] = round(psutil.Process(running.process.pid).memory_info().rss / 1e6)
         tell("memory_mb", max(held.values()), "MB", registered_signals=REGISTERED_SIGNALS, **held)

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import httpx
 import numpy as np
 
+from bench import judged
 from bench.report import tell
 from localstack.hub import Hub
 from localstack.servers import LOCAL, Servers
@@ -34,6 +36,8 @@ ROUTED, WARM = 400, 20
 # Distinct texts that are embedded; the vectors of the others are near to one of these.
 EMBEDDED = 300
 ROUTE_MS_GOAL, ROUTE_GRPC_MS_GOAL, ROUND_S_GOAL = 15.0, 30.0, 2.0
+# Of the best total score that any assignment could reach, stable or not.
+ROUND_QUALITY_LEAST = 0.995
 
 _VOCABULARY = """
 gearbox spindle extruder press kiln robot conveyor pump compressor lathe mill furnace mixer boiler chiller palletiser feeder
@@ -190,9 +194,9 @@ def matching_round(ranker: Ranker, embedder: Embedder, known: dict[str, Provider
     assignment = assign(problem)
     took_s, worked_s = time.perf_counter() - began, time.process_time() - worked
     assert not over_committed(problem, assignment)
-    best = optimal_quality(problem, assignment)
     began = time.perf_counter()
-    outcome = place_needs(ranker, waiting, questions, providers=known, refused={})
+    outcome = place_needs(ranker, waiting, questions, providers=known, out={})
+    assert not outcome.blocking_pairs
     tell(
         "matching_round_s",
         took_s,
@@ -208,7 +212,17 @@ def matching_round(ranker: Ranker, embedder: Embedder, known: dict[str, Provider
         placed=len(assignment.offers),
         unplaced=len(assignment.unserved),
         blocking_pairs=outcome.blocking_pairs,
-        quality_to_optimum=round(assignment.quality / best, 5),
+    )
+    best = optimal_quality(problem, assignment)
+    tell(
+        "matching_round_quality",
+        assignment.quality / best,
+        "share of the optimum, at least the limit",
+        ROUND_QUALITY_LEAST,
+        quality=round(assignment.quality, 1),
+        optimum=round(best, 1),
+        needs=ROUND_NEEDS,
+        places=int(capacity[capacity <= ROUND_NEEDS].sum()),
     )
 
 
@@ -279,6 +293,8 @@ async def _all_known(hub: Hub) -> None:
 async def run(servers: Servers) -> None:
     embedder = await asyncio.to_thread(Embedder.installed)
     assert embedder is not None, "the sentence model is not installed"
+    if folder := os.environ.get("SMDIH_BENCH_JUDGED"):
+        judged.run(Path(folder), embedder)
     made = records(random.Random(1))
     known = {record.id: record.for_ranking() for record in made}
     ready = vectors(embedder, [provider.profile for provider in known.values()], 1)

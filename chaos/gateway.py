@@ -1,10 +1,10 @@
 """A sender in a process of its own, so that no fault in the hub can falsify what it writes down:
 
-    python -m chaos.gateway TARGET MACHINES(first:last) START_S SEED LEDGER   (the key in SMDIH_KEY, and SMDIH_TLS_CA)
+    python -m chaos.gateway TARGET MACHINES(first:last) START_S SEED LEDGER [HTTP]   (the key in SMDIH_KEY, and SMDIH_TLS_CA)
 
-Sends batches of new frames until a line comes on standard input, some of them twice and some late, reconnects whatever happens, and
-goes on until all are acknowledged. LEDGER gets a line "machine first_row rows" for each batch, written after its
-acknowledgement only. Ends with one JSON line.
+HTTP: the door's base URL; then two more connections send JSON and line protocol. Sends batches of new frames until a line comes on
+standard input, some of them twice and some late, reconnects whatever happens, and goes on until all are acknowledged.
+LEDGER gets a line "machine first_row rows" for each batch, written after its acknowledgement only. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import random
+import ssl
 import sys
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TextIO
 
 import grpc
+import httpx
 import numpy as np
 
 from bench.plant import SIGNALS
@@ -30,10 +32,10 @@ from smdih.ingest.v1 import telemetry_pb2 as pb
 from smdih.ingest.v1 import telemetry_pb2_grpc
 from smdih_client.tls import Tls, open_channel
 
-CONNECTIONS = 3  # the last one sends by unary calls
 ROWS_A_BATCH = 20
 TURN_S = 0.25
 IN_FLIGHT_MAX = 300
+BATCHES_A_CALL = 50
 REPEAT_SHARE = 0.05
 LATE_SHARE = 0.05
 LATE_TURNS_MAX = 5
@@ -69,7 +71,7 @@ class _Connection:
 
     def __init__(self, number: int, machines: list[int], start_s: int, seed: int, ledger: TextIO) -> None:
         self.source = f"chaos-{seed}-{number}"
-        self._machines, self._start_s, self._ledger = machines, start_s, ledger
+        self._machines, self.start_s, self._ledger = machines, start_s, ledger
         self._random = random.Random(seed * 1_000 + number)
         self._sequence = time.time_ns() // 1_000
         self._row = 0
@@ -111,13 +113,17 @@ class _Connection:
             self._late.remove(item)
             self.to_send.append(item[1])
 
-    def take(self, limit: int) -> pb.StreamBatchesRequest | None:
-        """What goes next, or None; from now on it is in flight."""
+    def take(self, limit: int) -> list[_Batch]:
+        """What goes next; from now on it is in flight."""
         batches = [self.to_send.popleft() for _ in range(min(limit, len(self.to_send)))]
+        self.in_flight.extend(batches)
+        return batches
+
+    def take_message(self, limit: int) -> pb.StreamBatchesRequest | None:
+        batches = self.take(limit)
         if not batches:
             return None
-        self.in_flight.extend(batches)
-        return pb.StreamBatchesRequest(source=self.source, batches=[batch.message(self._start_s) for batch in batches])
+        return pb.StreamBatchesRequest(source=self.source, batches=[batch.message(self.start_s) for batch in batches])
 
     def acknowledge(self, count: int) -> None:
         for _ in range(count):
@@ -143,7 +149,7 @@ async def _stream(stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub, mine: _Con
 
     async def requests() -> AsyncIterator[pb.StreamBatchesRequest]:
         while mine.current is this:
-            request = mine.take(IN_FLIGHT_MAX - len(mine.in_flight))
+            request = mine.take_message(IN_FLIGHT_MAX - len(mine.in_flight))
             if request is None:
                 await asyncio.sleep(0.02)
             else:
@@ -170,7 +176,7 @@ async def _stream(stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub, mine: _Con
 
 async def _unary(stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub, mine: _Connection, key: str) -> None:
     while True:
-        taken = mine.take(50)
+        taken = mine.take_message(BATCHES_A_CALL)
         if taken is None:
             await asyncio.sleep(0.02)
             continue
@@ -183,32 +189,87 @@ async def _unary(stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub, mine: _Conn
         mine.acknowledge(len(answer.results))
 
 
-async def _for_ever(target: str, mine: _Connection, key: str, number: int) -> None:
-    send = _unary if number == CONNECTIONS - 1 else _stream
+def _json_body(mine: _Connection, batches: list[_Batch]) -> tuple[str, bytes]:
+    """Where it is posted, and what."""
+    made = []
+    for batch in batches:
+        rows = np.arange(batch.first_row, batch.first_row + ROWS_A_BATCH, dtype=np.int64)
+        of_rows = zip(rows.tolist(), frames(batch.machine, rows).tolist(), strict=True)
+        sent = [
+            {"ts": (mine.start_s + row) * 1000, "values": dict(zip(_NAMES, of, strict=True))} for row, of in of_rows
+        ]
+        made.append({"machine": batch.machine, "sequence": batch.sequence, "frames": sent})
+    return "/v1/telemetry", json.dumps({"source": mine.source, "batches": made}).encode()
+
+
+def _lines_body(mine: _Connection, batches: list[_Batch]) -> tuple[str, bytes]:
+    lines = []
+    for batch in batches:
+        rows = np.arange(batch.first_row, batch.first_row + ROWS_A_BATCH, dtype=np.int64)
+        for row, of in zip(rows.tolist(), frames(batch.machine, rows).tolist(), strict=True):
+            fields = ",".join(f"{name}={value}" for name, value in zip(_NAMES, of, strict=True))
+            lines.append(f"chaos,machine={batch.machine} {fields} {mine.start_s + row}")
+    return "/api/v2/write?precision=s", "\n".join(lines).encode()
+
+
+_NAMES = [f"s{number}" for number in range(SIGNALS)]
+_BODIES = {"json": _json_body, "lines": _lines_body}
+
+
+async def _post(client: httpx.AsyncClient, mine: _Connection, kind: str) -> None:
     while True:
-        async with open_channel(target, Tls.named_in()) as channel:
-            stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub = telemetry_pb2_grpc.TelemetryServiceStub(channel)
-            try:
-                await send(stub, mine, key)
-            except (grpc.aio.AioRpcError, TimeoutError) as error:
-                if isinstance(error, grpc.aio.AioRpcError) and error.code() in _FINAL:
-                    mine.problems.append(f"{error.code().name}: {error.details()}")
-                    return
-                mine.lost_connection()
+        taken = mine.take(BATCHES_A_CALL)
+        if not taken:
+            await asyncio.sleep(0.02)
+            continue
+        path, body = _BODIES[kind](mine, taken)
+        answer = await client.post(path, content=body)
+        if answer.status_code in (429, 503):
+            raise TimeoutError(answer.text)
+        if answer.status_code not in (200, 204):
+            mine.problems.append(f"{kind}: {answer.status_code} {answer.text[:200]}")
+            return
+        mine.acknowledge(len(taken))
+
+
+async def _for_ever(target: str, http: str, mine: _Connection, key: str, kind: str) -> None:
+    while not mine.problems:
+        try:
+            if kind in _BODIES:
+                headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+                verify = ssl.create_default_context(cafile=os.environ.get("SMDIH_TLS_CA") or None)
+                async with httpx.AsyncClient(
+                    base_url=http, headers=headers, timeout=CALL_TIMEOUT_S, verify=verify
+                ) as client:
+                    await _post(client, mine, kind)
+            else:
+                async with open_channel(target, Tls.named_in()) as channel:
+                    stub: telemetry_pb2_grpc.TelemetryServiceAsyncStub = telemetry_pb2_grpc.TelemetryServiceStub(
+                        channel
+                    )
+                    await (_unary if kind == "unary" else _stream)(stub, mine, key)
+        except (grpc.aio.AioRpcError, TimeoutError, httpx.TransportError) as error:
+            if isinstance(error, grpc.aio.AioRpcError) and error.code() in _FINAL:
+                mine.problems.append(f"{error.code().name}: {error.details()}")
+            mine.lost_connection()
         await asyncio.sleep(0.2)
 
 
 _FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT)
 
 
-async def main(target: str, machines: range, start_s: int, seed: int, ledger_path: str) -> None:
+async def main(target: str, machines: range, start_s: int, seed: int, ledger_path: str, http: str = "") -> None:
     key = os.environ["SMDIH_KEY"]
+    kinds = ("stream", "stream", "unary", *(_BODIES if http else ()))
     with Path(ledger_path).open("w") as ledger:  # noqa: ASYNC230  a few lines at a time
         connections = [
-            _Connection(number, list(machines[number::CONNECTIONS]), start_s, seed, ledger)
-            for number in range(CONNECTIONS)
+            _Connection(number, list(machines[number :: len(kinds)]), start_s, seed, ledger)
+            for number in range(len(kinds))
         ]
-        senders = [asyncio.create_task(_for_ever(target, mine, key, number)) for number, mine in enumerate(connections)]
+        senders = [
+            asyncio.create_task(_for_ever(target, http, mine, key, kind))
+            for mine, kind in zip(connections, kinds, strict=True)
+        ]
         told = asyncio.create_task(asyncio.to_thread(sys.stdin.readline))
         while not told.done():
             for mine in connections:
@@ -229,6 +290,6 @@ async def main(target: str, machines: range, start_s: int, seed: int, ledger_pat
 
 
 if __name__ == "__main__":
-    target, span, start_s, seed, ledger_path = sys.argv[1:]
+    target, span, start_s, seed, ledger_path, *http = sys.argv[1:]
     first, last = (int(part) for part in span.split(":"))
-    asyncio.run(main(target, range(first, last + 1), int(start_s), int(seed), ledger_path))
+    asyncio.run(main(target, range(first, last + 1), int(start_s), int(seed), ledger_path, *http))

@@ -42,7 +42,6 @@ BUFFER_DISK_BYTES = 768 * 1024
 BUFFER_SEGMENT_BYTES = 128 * 1024
 BUFFER_TURN_S = 0.5
 GATEWAY_DEADLINE_S = 240.0
-HISTORY_S = 5 * 86_400
 FAULT_EVERY_S = (1.0, 8.0)
 AT_ONCE_MAX = 2
 CAUGHT_UP_WITHIN_S = 60.0
@@ -240,7 +239,7 @@ def roles() -> tuple[str, ...]:
 
 async def _play(stage: Stage, hub: Hub, mosquitto: Mosquitto, rng: random.Random) -> Outcome:
     outcome = Outcome()
-    start_s = int(time.time()) - HISTORY_S
+    start_s = telemetry.start_of_history_s()
     # First, so that the bridge knows them when they begin.
     nodes, machines = await _nodes(hub, mosquitto, start_s)
     plant = await register(hub.settings.database_dsn, telemetry.cluster_of(hub), MACHINES)

@@ -1,4 +1,5 @@
-"""Places under fire: reserved, confirmed, cancelled and expired at once, while workers, connections and the database die.
+"""Places under fire: reserved, confirmed, cancelled and expired at once, while capacities change and workers, connections and the
+database die.
 
 A round is more than 50,000 operations by three processes over one set of ids, through the production store; twenty rounds are
 a million. Nothing may ever be promised twice or beyond capacity, nothing that was acknowledged may be lost.
@@ -6,11 +7,12 @@ a million. Nothing may ever be promised twice or beyond capacity, nothing that w
 
 import asyncio
 import contextlib
+import functools
 import json
 import random
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -18,7 +20,7 @@ from typing import Any
 
 import asyncpg
 
-from chaos.places_worker import BATCHES_AT_ONCE, CAPACITY_MAX, PROVIDERS, WORKERS, Batch, plan
+from chaos.places_worker import BATCHES_AT_ONCE, CAPACITY_MAX, PROVIDERS, WORKERS, Batch, plan, provider_id
 from chaos.stage import Outcome, Round, Scenario, Stage
 from services.common.settings import Settings
 from services.matching.store import places as places_store
@@ -31,15 +33,12 @@ SCHEMA = "matching"
 
 
 @dataclass
-class _Worker:
+class Worker:
     """A worker process, started again with what it has not told of."""
 
-    dsn: str
-    seed: int
-    number: int
-    quarter: date
-    operations: int
-    batches: list[Batch]
+    # The module and what it is called with, but for the first batch.
+    command: Sequence[str]
+    batches: Sequence[Batch]
     answers: dict[int, Any] = field(default_factory=dict)
     restarts: int = -1
     repeats: int = 0
@@ -58,8 +57,7 @@ class _Worker:
         first = len(self.answers) // BATCHES_AT_ONCE * BATCHES_AT_ONCE
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "chaos.places_worker", self.dsn, str(self.seed), str(self.number)),
-            *(self.quarter.isoformat(), str(first), str(self.operations)),
+            *("-m", *self.command, str(first)),
             stdout=asyncio.subprocess.PIPE,
             limit=16 * 1024 * 1024,
         )
@@ -70,29 +68,29 @@ class _Worker:
                     self.answers[told["batch"]] = told["answer"]
                     self.repeats += told["attempts"] - 1
         if await self.process.wait() > 0:
-            raise RuntimeError(f"worker {self.number} failed")
+            raise RuntimeError(f"{self.command[0]} failed")
 
     def kill(self) -> None:
         if self.process is not None and self.process.returncode is None:
             self.process.kill()
 
 
-Fault = Callable[[Stage, list[_Worker], random.Random], Awaitable[None]]
+Fault = Callable[[Stage, list[Worker], random.Random], Awaitable[None]]
 
 
-async def kill_worker(_: Stage, workers: list[_Worker], rng: random.Random) -> None:
+async def kill_worker(_: Stage, workers: list[Worker], rng: random.Random) -> None:
     rng.choice(workers).kill()
 
 
-async def cut_connections(stage: Stage, _: list[_Worker], rng: random.Random) -> None:
-    async with _connection(stage.servers.database_dsn) as connection:
+async def cut_connections(stage: Stage, _: list[Worker], rng: random.Random) -> None:
+    async with connected(stage.servers.database_dsn) as connection:
         await connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'smdih-matching' "
             "AND pid <> pg_backend_pid() AND random() < 0.5"
         )
 
 
-async def kill_database(stage: Stage, _: list[_Worker], rng: random.Random) -> None:
+async def kill_database(stage: Stage, _: list[Worker], rng: random.Random) -> None:
     stage.local.kill_postgres()
     await asyncio.sleep(rng.uniform(0.1, 1))
     await stage.local.restart_postgres()
@@ -103,7 +101,7 @@ FAULTS: tuple[Fault, ...] = (kill_worker, cut_connections, kill_worker, cut_conn
 
 
 @asynccontextmanager
-async def _connection(dsn: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+async def connected(dsn: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     connection = await asyncpg.connect(dsn, server_settings={"search_path": f"{SCHEMA},public"})
     try:
         yield connection
@@ -119,7 +117,7 @@ async def places(stage: Stage) -> AsyncIterator[Round]:
         database_dsn=stage.servers.database_dsn,
     )
     await migrate_all(settings)
-    async with _connection(settings.database_dsn) as connection:
+    async with connected(settings.database_dsn) as connection:
         await _put_providers(connection)
     played = 0
 
@@ -144,7 +142,7 @@ async def _put_providers(connection: "asyncpg.Connection[asyncpg.Record]") -> No
         "sic_excluded, sizes_served, skills, capacity_per_quarter, lead_days, conflict_firm_ids, active, change, changed) "
         "VALUES ($1, 'expert', 1, $1, $1, '', false, '{}', '{}', '{}', '{}', '{}', $2, 0, '{}', true, $3, now()) "
         "ON CONFLICT (id) DO NOTHING",
-        [(f"chaos-{number:04d}", rng.randint(1, CAPACITY_MAX), first + number) for number in range(PROVIDERS)],
+        [(provider_id(number), rng.randint(1, CAPACITY_MAX), first + number) for number in range(PROVIDERS)],
     )
 
 
@@ -152,9 +150,23 @@ async def _play(stage: Stage, rng: random.Random, quarter: date) -> Outcome:
     seed = rng.randrange(2**31)
     share = OPERATIONS // WORKERS + 1
     workers = [
-        _Worker(stage.servers.database_dsn, seed, number, quarter, share, plan(seed, number, share))
+        Worker(
+            (
+                "chaos.places_worker",
+                *(stage.servers.database_dsn, str(seed), str(number), str(share), quarter.isoformat()),
+            ),
+            plan(seed, number, share),
+        )
         for number in range(WORKERS)
     ]
+    faults, most = await under_fire(stage, workers, rng, functools.partial(_over_committed, stage, quarter))
+    return await _judged(stage, seed, quarter, workers, faults, most)
+
+
+async def under_fire(
+    stage: Stage, workers: list[Worker], rng: random.Random, look: Callable[[], Awaitable[int]]
+) -> tuple[list[str], int]:
+    """Let them work while things die. Returns what died, and the most that a look found meanwhile."""
     faults: list[str] = []
     most = 0
     async with asyncio.timeout(ROUND_DEADLINE_S), asyncio.TaskGroup() as group:
@@ -165,13 +177,13 @@ async def _play(stage: Stage, rng: random.Random, quarter: date) -> Outcome:
             fault: Fault = kill_database if len(faults) == database_at else rng.choice(FAULTS)
             faults.append(fault.__name__)
             await fault(stage, workers, rng)
-            most = max(most, await _over_committed(stage, quarter))
-    return await _judged(stage, seed, quarter, workers, faults, most)
+            most = max(most, await look())
+    return faults, most
 
 
 async def _over_committed(stage: Stage, quarter: date) -> int:
     """Places promised beyond capacity at this moment, counted place by place."""
-    async with _connection(stage.servers.database_dsn) as connection:
+    async with connected(stage.servers.database_dsn) as connection:
         found: int = await connection.fetchval(
             "SELECT coalesce(sum(greatest(held - capacity, 0)), 0)::int FROM (SELECT p.provider_id, count(*) AS held "
             "FROM place p WHERE p.quarter = $1 AND p.state <> 'released' GROUP BY p.provider_id) h "
@@ -182,7 +194,7 @@ async def _over_committed(stage: Stage, quarter: date) -> int:
 
 
 async def _judged(
-    stage: Stage, seed: int, quarter: date, workers: list[_Worker], faults: list[str], most: int
+    stage: Stage, seed: int, quarter: date, workers: list[Worker], faults: list[str], most: int
 ) -> Outcome:
     held: set[str] = set()
     confirmed: set[str] = set()
@@ -198,14 +210,20 @@ async def _judged(
                 held |= {place_id for place_id, what in answer.items() if what in ("held", "released")}
             elif batch.kind == "confirm":
                 confirmed |= set(answer)
-            else:
+            elif batch.kind in ("cancel", "expire"):
                 given_back.update(answer)
-    async with _connection(stage.servers.database_dsn) as connection:
+    async with connected(stage.servers.database_dsn) as connection:
         # What was left over from an earlier round may expire in this one.
         rows = await connection.fetch(
             "SELECT id, state, why FROM place WHERE quarter = $1 OR id = ANY($2::text[])", quarter, list(given_back)
         )
         wrong = await places_store.mismatches(connection)
+        # Above what its provider takes now a quarter has what was promised, and no place more.
+        too_many: int = await connection.fetchval(
+            "SELECT count(*) FROM provider_quarter q JOIN provider p ON p.id = q.provider_id WHERE q.quarter = $1 "
+            "AND q.capacity <> greatest(p.capacity_per_quarter, q.taken)",
+            quarter,
+        )
     states = {row["id"]: (row["state"], row["why"]) for row in rows}
     lost = {
         "held": [each for each in held if each not in states],
@@ -233,6 +251,8 @@ async def _judged(
     )
     if wrong:
         outcome.broken.append(f"{len(wrong)} quarters do not agree with their places, the first {wrong[0]}")
+    if too_many:
+        outcome.broken.append(f"{too_many} quarters have more places than their provider and what is promised")
     if outcome.detail["over_committed"]:
         outcome.broken.append("places were promised beyond capacity")
     return outcome

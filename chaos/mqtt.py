@@ -13,13 +13,15 @@ import aiomqtt
 import asyncpg
 import httpx
 
+from chaos import rollups
 from chaos.stage import Outcome, Round, Scenario, Stage, poll
+from chaos.telemetry import start_of_history_s
 from localstack.hub import Hub
 from localstack.mosquitto import Mosquitto
 from localstack.servers import LOCAL
 from smdih.sparkplug.v1 import payload_pb2
 
-ROUNDS = 5
+ROUNDS = 20
 FAULTS_A_ROUND = 3
 # Shares 6 and 1 of 8: of two bridges each has one.
 FIRMS = ("acme", "birch")
@@ -27,7 +29,8 @@ PASSWORD = "chaos"  # noqa: S105  of a broker that lives as long as this run
 TURN_S = 0.01
 SILENT_S = 15.0
 DRAINED_WITHIN_S = 60.0
-HISTORY_MS = 5 * 86_400_000
+# The gateways' own clock goes faster than ours, so that minutes and an hour are closed in each round.
+STEP_MS = 1_000
 PLAIN, FRAME, SPARKPLUG = 0, 1, 2
 SIGNALS = ("plain", "frame", "sparkplug")
 ALIAS = 7
@@ -91,7 +94,7 @@ class Gateway:
             await asyncio.sleep(self.turn_s)
 
     async def _plain(self, client: aiomqtt.Client, position: int, turn: int) -> None:
-        topic, at, measured = f"smdih/v1/{self.machine}", self.start_ms + turn, value(turn, position)
+        topic, at, measured = f"smdih/v1/{self.machine}", self.start_ms + turn * STEP_MS, value(turn, position)
         if position == PLAIN:
             topic, body = f"{topic}/{SIGNALS[PLAIN]}", {"timestamp_ms": at, "value": measured}
         else:
@@ -112,7 +115,7 @@ class Gateway:
 
     def _data(self, sequence: int) -> bytes:
         metric = payload_pb2.Metric(alias=ALIAS, double_value=value(self._turn, SPARKPLUG))
-        data = payload_pb2.Payload(timestamp=self.start_ms + self._turn, seq=sequence, metrics=[metric])
+        data = payload_pb2.Payload(timestamp=self.start_ms + self._turn * STEP_MS, seq=sequence, metrics=[metric])
         return data.SerializeToString()
 
     def _death_sequence(self) -> payload_pb2.Metric:
@@ -167,6 +170,12 @@ async def silence_kafka(stage: Stage, _: Hub, __: Mosquitto, ___: random.Random)
         stage.local.pause_kafka(False)
 
 
+async def kill_database(stage: Stage, _: Hub, __: Mosquitto, rng: random.Random) -> None:
+    stage.local.kill_postgres()
+    await asyncio.sleep(rng.uniform(0.2, 4))
+    await stage.local.restart_postgres()
+
+
 async def kill_historian(_: Stage, hub: Hub, __: Mosquitto, rng: random.Random) -> None:
     hub.kill("historian")
     await asyncio.sleep(rng.uniform(0.5, 2))
@@ -176,7 +185,7 @@ FAULTS: dict[str, Fault] = {
     fault.__name__: fault
     for fault in (
         *(kill_bridge, kill_both_bridges, pause_bridge, restart_mqtt_broker, kill_kafka, silence_kafka),
-        kill_historian,
+        *(kill_historian, kill_database),
     )
 }
 
@@ -239,7 +248,8 @@ async def _play(
     stage: Stage, hub: Hub, mosquitto: Mosquitto, machines: dict[str, dict[str, Any]], rng: random.Random
 ) -> Outcome:
     outcome = Outcome(faults=rng.sample(sorted(FAULTS), FAULTS_A_ROUND))
-    start_ms = int(time.time() * 1000) - HISTORY_MS
+    began_s = time.time()
+    start_ms = start_of_history_s() * 1000
     await asyncio.gather(hub.wait_ready("mqtt-bridge"), hub.wait_ready("mqtt-bridge-2"))
     await asyncio.sleep(2)  # the bridges' directories follow
     gateways = [Gateway(mosquitto, firm, machine["path"], start_ms) for firm, machine in machines.items()]
@@ -268,7 +278,7 @@ async def _play(
             await judge(database, gateway, machine["id"], outcome)
         quarantined = await database.fetch(
             "SELECT reason, sum(samples) AS samples FROM ingest.quarantine WHERE received > to_timestamp($1) GROUP BY reason",
-            (start_ms + HISTORY_MS) / 1000,
+            began_s,
         )
     finally:
         await database.close()
@@ -296,7 +306,7 @@ async def judge(database: Any, gateway: Gateway, machine_id: int, outcome: Outco
         for row in rows:
             for position, number in enumerate(row["values"]):
                 if number is not None:
-                    stored[position, row["ms"] - gateway.start_ms] = number
+                    stored[position, (row["ms"] - gateway.start_ms) // STEP_MS] = number
         return stored.keys() >= gateway.ledger
 
     try:
@@ -305,7 +315,7 @@ async def judge(database: Any, gateway: Gateway, machine_id: int, outcome: Outco
         outcome.broken.append(f"{gateway.firm}: {error}")
     outcome.acknowledged += len(gateway.ledger)
     outcome.lost += len(gateway.ledger - stored.keys())
-    outcome.duplicated += len(rows) - len({row["ms"] for row in rows})
+    await rollups.judge(database, [machine_id], outcome)
     wrong = sum(number != value(turn, position) for (position, turn), number in stored.items())
     if wrong:
         outcome.broken.append(f"{gateway.firm}: {wrong} values are not those that were sent")

@@ -60,7 +60,11 @@ class Told:
     frames: Counter[int] = field(default_factory=Counter)
     calls: int = 0
     repeats: int = 0
+    # Answers that said "not yet", as what one service tells another takes a moment.
+    waits: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    # What was answered to the calls that were repeated.
+    failures: Counter[str] = field(default_factory=Counter)
 
 
 class Caller:
@@ -87,6 +91,7 @@ class Caller:
         headers = {"Authorization": f"Bearer {self.keys[key]}"}
         self._told.calls += 1
         while True:
+            reason = ""
             try:
                 async with httpx.AsyncClient(timeout=CALL_TIMEOUT_S) as client:
                     answer = await client.request(method, self._address(service) + path, json=body, headers=headers)
@@ -104,7 +109,11 @@ class Caller:
                     raise Unanswered(f"{method} {service}{path}: {problem}")
             if time.monotonic() > until:
                 raise Unanswered(f"{method} {service}{path}: no good answer in {CALL_DEADLINE_S:.0f} s: {problem}")
-            self._told.repeats += 1
+            if reason in later:
+                self._told.waits += 1
+            else:
+                self._told.repeats += 1
+                self._told.failures[problem[:200]] += 1
             await asyncio.sleep(0.2)
 
 

@@ -272,7 +272,9 @@ async def _play(fleet: _Fleet, old: Path, rng: random.Random) -> Outcome:
     finally:
         await database.close()
     if world.told.repeats:
-        outcome.broken.append(f"{world.told.repeats} requests failed and were sent again")
+        outcome.broken.append(
+            f"{world.told.repeats} requests failed and were sent again: {dict(world.told.failures.most_common(3))}"
+        )
     return outcome
 
 

@@ -29,8 +29,7 @@ from services.ingest.domain import Sender
 from services.ingest.mqtt import payload as mqttpayload
 from services.ingest.mqtt import sparkplug
 from services.ingest.registry import claimcodes, machinetable
-from services.ingest.telemetry import api as telemetry_api
-from services.ingest.telemetry import lineprotocol
+from services.ingest.telemetry import jsonbatches, lineprotocol
 from services.ingest.telemetry.frames import FrameCheck
 from services.matching.service import checks
 from smdih.directory.v1 import directory_pb2
@@ -78,11 +77,14 @@ def _checked(batch: telemetry_pb2.Batch) -> None:
 
 def _json_telemetry(document: Any) -> None:
     try:
-        _, batches = telemetry_api._batches(document)
-    except telemetry_api._NotTelemetry:
+        _, reads = jsonbatches.read_body(document)
+    except jsonbatches.NotTelemetry:
         return
-    for batch in batches:
-        _checked(batch)
+    for read in reads:
+        for batch in read.batches:
+            _checked(batch)
+        for fault in read.faults.values():
+            read.raw(fault, b"")
 
 
 def _record(body: bytes) -> None:

@@ -1,10 +1,12 @@
 """A gateway's command line.
 
 python -m smdih_client claim CODE --target HOST:PORT: get a key; it goes into smdih.key.
-python -m smdih_client replay --file F --machine PATH --target HOST:PORT: stream a CSV file (key in SMDIH_KEY).
-python -m smdih_client backfill PATH --machine PATH --target HOST:PORT: send history, CSV or Parquet (key in SMDIH_KEY).
-python -m smdih_client opcua run --config gateway.toml: read OPC UA servers for ever (key in SMDIH_KEY).
+python -m smdih_client replay --file F --machine PATH --target HOST:PORT: stream a CSV file.
+python -m smdih_client backfill PATH --machine PATH --target HOST:PORT: send history, CSV or Parquet.
+python -m smdih_client opcua run --config gateway.toml: read OPC UA servers for ever.
 python -m smdih_client opcua browse URL --machine PATH: propose signals, and write a configuration.
+
+The key goes into SMDIH_KEY, or its file's path into SMDIH_KEY_FILE.
 
 Where the door has TLS: SMDIH_TLS_CA names the file of its authority (or is `system`), SMDIH_TLS_CERTIFICATE and SMDIH_TLS_KEY the
 files of this gateway's own certificate, if the hub asks for one.
@@ -91,7 +93,10 @@ async def forecast(found: Sequence[Job], *, target: str, key: str) -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m smdih_client", epilog="The key goes into SMDIH_KEY.")
+    parser = argparse.ArgumentParser(
+        prog="python -m smdih_client",
+        epilog="The key goes into SMDIH_KEY, or the path of its file into SMDIH_KEY_FILE.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "replay", help="stream a CSV file: first column a timestamp, the others signals by name"
@@ -173,13 +178,14 @@ def main() -> int:
         return _claim(arguments.code, arguments.target, arguments.key_file)
     if arguments.command == "opcua" and arguments.opcua == "browse":
         return _browse(arguments)
-    key = os.environ.get("SMDIH_KEY", "")
-    if not key:
-        print("put a device key into the environment variable SMDIH_KEY", file=sys.stderr)
+    key, key_file = os.environ.get("SMDIH_KEY", ""), os.environ.get("SMDIH_KEY_FILE", "")
+    if not (key or key_file):
+        print("put a device key into SMDIH_KEY, or its file's path into SMDIH_KEY_FILE", file=sys.stderr)
         return 2
     if arguments.command == "opcua":
-        return _gateway(arguments.config, key)
+        return _gateway(arguments.config, key or Path(key_file))
     try:
+        key = key or Path(key_file).read_text().strip()
         return 1 if asyncio.run(_run(arguments, key)) else 0
     except (NotARecording, Refused, BufferFull, BufferInUse, OSError) as error:
         print(error, file=sys.stderr)
@@ -195,12 +201,12 @@ def _claim(code: str, target: str, key_file: Path) -> int:
     except (KeyFileExists, Refused, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f'The key is in {claimed.key_file}. Use it with: export SMDIH_KEY="$(cat {claimed.key_file})"')
+    print(f"The key is in {claimed.key_file}. Use it with: export SMDIH_KEY_FILE={claimed.key_file.resolve()}")
     print(f"It is for {claimed.machine or 'machines of ' + claimed.site}.")
     return 0
 
 
-def _gateway(config: Path, key: str) -> int:
+def _gateway(config: Path, key: str | Path) -> int:
     from smdih_client import opcua  # large, and nobody else's
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,6 @@ class BufferInUse(Exception):
     """Another process has this buffer open; give every gateway a folder of its own."""
 
 
-class BufferDamaged(Exception):
-    """A record does not have the checksum it was written with; opening the buffer again sets it aside."""
-
-
 @dataclass(frozen=True)
 class Record:
     sequence: int
@@ -66,12 +62,18 @@ class _Segment:
     path: Path
     last: int
     size: int
+    # Of its whole records.
+    samples: int = 0
+    # Places of damage, and where the next whole record begins.
+    damages: dict[int, int] = field(default_factory=dict)
 
 
 class DiskBuffer:
     """One gateway's buffer in a folder; sequences grow by one from record to record, over restarts too.
 
-    Not for several threads at once, except `sync`. Raises BufferInUse, OSError.
+    A record that does not have the checksum it was written with (a disk that fails) is passed over, and kept in a file of its own
+    for someone to look at; `lost_samples` counts what was in it. Not for several threads at once, except `sync`. Raises
+    BufferInUse, OSError.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class DiskBuffer:
         self._is_dirty = False
         self._synced_s = time.monotonic()
         self.waiting_samples = 0
+        self.lost_samples = 0
         for path in sorted(folder.glob("*.log")):
             segment = self._opened(path)
             if segment.size:
@@ -112,6 +115,7 @@ class DiskBuffer:
         # What is read next: a segment and a place in it.
         self._reading = 0
         self._offset = 0
+        self._read_samples = 0  # of whole records of this segment
         self._read_last = self.acknowledged
         self._last_written = last_written
         self._drop_acknowledged()
@@ -156,6 +160,7 @@ class DiskBuffer:
                 raise
             raise BufferFull(f"{self._folder}: no space left on the disk")
         segment.size += len(record)
+        segment.samples += samples
         segment.last = self._last = self._last_written = sequence
         self.waiting_samples += samples
         self._is_dirty = True
@@ -174,7 +179,7 @@ class DiskBuffer:
                 os.fdatasync(self._current)
 
     def read(self, *, records_max: int, bytes_max: int) -> list[Record]:
-        """The next records in order, at least one if there is one; each is given once. Raises BufferDamaged, OSError."""
+        """The next records in order, at least one if there is one; each is given once. Raises OSError."""
         found: list[Record] = []
         size = 0
         while self._reading < len(self._segments) and len(found) < records_max and size < bytes_max:
@@ -182,20 +187,29 @@ class DiskBuffer:
             if self._offset >= segment.size:
                 if self._reading == len(self._segments) - 1:
                     break
-                self._reading, self._offset = self._reading + 1, 0
+                self._reading, self._offset, self._read_samples = self._reading + 1, 0, 0
                 continue
             with segment.path.open("rb") as file:
                 file.seek(self._offset)
                 while self._offset < segment.size and len(found) < records_max and size < bytes_max:
-                    record = _read_record(file.read(_HEADER.size), file.read)
+                    is_damaged = self._offset in segment.damages
+                    record = None if is_damaged else _read_record(file.read(_HEADER.size), file.read)
                     if record is None:
-                        raise BufferDamaged(f"{segment.path}, byte {self._offset}: {BufferDamaged.__doc__}")
+                        self._pass_over(segment)
+                        file.seek(self._offset)
+                        continue
+                    self._read_samples += record.samples
                     self._offset += _HEADER.size + len(record.payload)
                     if record.sequence > self.acknowledged:
                         found.append(record)
                         size += len(record.payload)
                     self._read_last = max(self._read_last, record.sequence)
         return found
+
+    def set_aside(self, sequence: int, samples: int, payload: bytes) -> None:
+        """The hub will never take this record, the first of those that wait: keep it in a file of its own. Raises OSError."""
+        (self._folder / f"{sequence:020d}.refused").write_bytes(payload)
+        self.acknowledge(sequence, samples)
 
     def acknowledge(self, sequence: int, samples: int) -> None:
         """Everything up to this sequence (`samples` samples since the last call) is in the hub. Raises OSError."""
@@ -243,40 +257,58 @@ class DiskBuffer:
             if self._reading:
                 self._reading -= 1
             else:
-                self._offset = 0
+                self._offset = self._read_samples = 0
 
     def _opened(self, path: Path) -> _Segment:
-        """The segment up to its first record that is not whole; what is behind is cut off."""
+        """The segment up to its last whole record; what is behind is cut off."""
         content = path.read_bytes()
-        at = last = 0
-        while at < len(content):
-            start = at
-
-            def take(size: int, start: int = start) -> bytes:
-                return content[start + _HEADER.size : start + _HEADER.size + size]
-
-            record = _read_record(content[at : at + _HEADER.size], take)
-            if record is None or record.sequence <= last:
-                break
-            at += _HEADER.size + len(record.payload)
-            last = record.sequence
+        segment = _Segment(path, 0, 0)
+        while segment.size < len(content):
+            record = _record_at(content, segment.size)
+            if record is None or record.sequence <= segment.last:
+                behind = _next_whole(content, segment.size)
+                if behind == len(content):
+                    self._cut(path, content, segment.size)
+                    break
+                _keep_damaged(path, segment.size, content[segment.size : behind])
+                segment.damages[segment.size] = behind
+                segment.size = behind
+                continue
+            segment.size += _HEADER.size + len(record.payload)
+            segment.samples += record.samples
+            segment.last = record.sequence
             if record.sequence > self.acknowledged:
                 self.waiting_samples += record.samples
-        if at < len(content):
-            self._cut(path, content, at)
-        return _Segment(path, last, at)
+        return segment
 
     def _cut(self, path: Path, content: bytes, at: int) -> None:
         rest = content[at:]
         size = _HEADER.unpack_from(rest)[0] if len(rest) >= _HEADER.size else 0
         if len(rest) < _HEADER.size + size:
             log.warning("%s: %d bytes of a record that was being written at a crash are cut off", path, len(rest))
-        else:
-            # Not the end of a write: the disk gave back something else. Kept for someone to look at.
-            aside = path.with_suffix(".damaged")
-            aside.write_bytes(rest)
-            log.error("%s: %d bytes have a wrong checksum and are set aside in %s", path, len(rest), aside)
+        else:  # not the end of a write
+            _keep_damaged(path, at, rest)
         os.truncate(path, at)
+
+    def _pass_over(self, segment: _Segment) -> None:
+        """Go on reading behind the damage at the present place."""
+        at = self._offset
+        if at in segment.damages:  # known since the opening, and not counted
+            self._offset = segment.damages[at]
+            return
+        content = segment.path.read_bytes()[: segment.size]
+        self._offset = segment.damages[at] = _next_whole(content, at)
+        _keep_damaged(segment.path, at, content[at : self._offset])
+        if self._offset < segment.size:
+            _, _, sequence, samples = _HEADER.unpack_from(content, at)
+            lost = samples if sequence > self.acknowledged else 0
+            self._read_samples += samples
+        else:
+            lost = segment.samples - self._read_samples
+            self._read_last = max(self._read_last, segment.last)
+        lost = min(lost, self.waiting_samples)
+        self.waiting_samples -= lost
+        self.lost_samples += lost
 
     def _read_acknowledged(self) -> int:
         content = os.pread(self._state, _SLOT_OFFSETS[-1] + _SLOT.size, 0)
@@ -306,6 +338,29 @@ def _read_record(header: bytes, take: Callable[[int], bytes]) -> Record | None:
     if len(payload) < size or zlib.crc32(header[_CHECKED_FROM:] + payload) != crc:
         return None
     return Record(sequence, samples, payload)
+
+
+def _record_at(content: bytes, at: int) -> Record | None:
+    start = at + _HEADER.size
+    return _read_record(content[at:start], lambda size: content[start : start + size])
+
+
+def _next_whole(content: bytes, at: int) -> int:
+    """Where the record behind a damaged one begins, if its length is still to be believed; else the end."""
+    if len(content) >= at + _HEADER.size:
+        behind: int = at + _HEADER.size + _HEADER.unpack_from(content, at)[0]
+        if behind < len(content) and _record_at(content, behind) is not None:
+            return behind
+    return len(content)
+
+
+def _keep_damaged(path: Path, at: int, rest: bytes) -> None:
+    aside = path.with_name(f"{path.stem}-{at}.damaged")
+    log.error("%s: %d bytes have a wrong checksum and are set aside in %s", path, len(rest), aside)
+    try:
+        aside.write_bytes(rest)
+    except OSError as error:  # what is whole must not wait for it
+        log.error("%s: %s", aside, error.strerror)
 
 
 def _locked(path: Path) -> int:

@@ -25,15 +25,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
 
 from smdih_client.buffer import BufferFull
-from smdih_client.telemetry import Refused, TelemetryClient
+from smdih_client.telemetry import TelemetryClient
 from smdih_client.tls import Tls
 
 log = logging.getLogger(__name__)
 
 RECONNECT_DELAY_S = 0.5
 RECONNECT_DELAY_S_MAX = 30.0
-# A hub that refuses the key is asked again after this; meanwhile values wait in memory.
-REFUSED_DELAY_S = 30.0
 REQUEST_TIMEOUT_S = 10.0
 CHECK_EVERY_S = 1.0
 SEND_EVERY_S = 1.0
@@ -44,6 +42,8 @@ UNCHANGED_S = 60.0
 QUEUE_SIZE = 1_000
 NODES_PER_REQUEST_MAX = 500
 ROWS_PER_BATCH_MAX = 500
+# Rows x signals of a batch: 800 kB.
+CELLS_PER_BATCH_MAX = 100_000
 WAITING_SAMPLES_MAX = 1_000_000
 BROWSE_NODES_MAX = 100_000
 
@@ -220,7 +220,7 @@ class Totals:
     unusable: int = 0
     # Of the same signal and time as a later one.
     replaced: int = 0
-    # The disk buffer is full, or the hub has refused the key for so long that memory is.
+    # The disk buffer is full.
     refused: int = 0
 
 
@@ -250,12 +250,13 @@ class Waiting:
         row[variable.signal] = number
 
     async def send(self, client: TelemetryClient) -> None:
-        """Into the disk buffer; what raises stays here, but for what does not fit. Raises Refused, OSError."""
+        """Into the disk buffer; what raises stays here, but for what does not fit. Raises OSError."""
         for machine in list(self._machines):
             rows = self._machines[machine]
             while rows:
                 times = sorted(rows)[:ROWS_PER_BATCH_MAX]
                 names = sorted({name for at in times for name in rows[at]})
+                times = times[: max(1, CELLS_PER_BATCH_MAX // len(names))]
                 values = np.array([[rows[at].get(name, np.nan) for name in names] for at in times])
                 samples = sum(len(rows[at]) for at in times)
                 try:
@@ -315,6 +316,8 @@ class Source:
                 await self._connection()
             except _AWAY as error:
                 log.warning("%s: connection lost or refused: %r", self._server.url, error)
+            except Exception:  # whatever a server makes the library stumble over: it may be different the next time
+                log.exception("%s: connection given up", self._server.url)
             if time.monotonic() - started_s > RECONNECT_DELAY_S_MAX:
                 delay_s = RECONNECT_DELAY_S
             await asyncio.sleep(delay_s * random.uniform(1, 1.5))  # noqa: S311  spreads, hides nothing
@@ -375,7 +378,7 @@ class Source:
 class Gateway:
     """All servers of a configuration, and the way to the hub."""
 
-    def __init__(self, configuration: Configuration, key: str, tls: Tls | None = None) -> None:
+    def __init__(self, configuration: Configuration, key: str | Path, tls: Tls | None = None) -> None:
         self._configuration = configuration
         self._key = key
         self._tls = tls
@@ -386,12 +389,7 @@ class Gateway:
         """Until cancelled; then what waits goes to the disk. Raises BufferInUse, OSError."""
         readers = [asyncio.create_task(source.run()) for source in self.sources]
         try:
-            while True:
-                try:
-                    await self._send()
-                except Refused as error:
-                    log.error("the hub refuses this gateway; values wait in memory until it does not: %s", error)
-                await asyncio.sleep(REFUSED_DELAY_S)
+            await self._send()
         finally:
             for reader in readers:
                 reader.cancel()

@@ -45,6 +45,14 @@ AWAY = (
     asyncpg.InsufficientResourcesError,
 )
 
+# What it raises for content that it will never take, such as a NUL in a text or a number beyond its column.
+REFUSED = (
+    asyncpg.DataError,
+    asyncpg.CheckViolationError,
+    asyncpg.NotNullViolationError,
+    asyncpg.ProgramLimitExceededError,
+)
+
 
 # The setting that policies and views look at: a firm's id, or tenancy.ALL.
 FIRM_SETTING: Final = "smdih.firm_id"

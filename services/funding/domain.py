@@ -435,24 +435,28 @@ def checked_costs(costs: tuple[Cost, ...]) -> tuple[Cost, ...]:
 
 def checked_declaration(declaration: Declaration) -> Declaration:
     """Raises Refused when a figure, date or number of entries is out of range."""
-    size = declaration.size
-    if len(size.relations) > RELATIONS_MAX:
-        raise Refused(f"relations: at most {RELATIONS_MAX} are taken.", "DECLARATION_INVALID")
+    check_size("size", declaration.size)
     if len(declaration.earlier_assistance) > EARLIER_ASSISTANCE_MAX:
         raise Refused(f"earlier_assistance: at most {EARLIER_ASSISTANCE_MAX} are taken.", "DECLARATION_INVALID")
-    check_figures("size", size)
-    for number, relation in enumerate(size.relations):
-        check_figures(f"relations[{number}]", relation)
-        _check_decimal(f"relations[{number}].percent", relation.percent, 100)
-    if size.period_start:
-        checked_date("size.period_start", size.period_start)
     for number, item in enumerate(declaration.earlier_assistance):
         checked_date(f"earlier_assistance[{number}].given_on", item.given_on)
         checked_amount(f"earlier_assistance[{number}].amount_pence", item.amount_pence)
     return declaration
 
 
-def check_figures(where: str, figures: SizeFigures | Relation) -> None:
+def check_size(where: str, size: SizeFigures) -> None:
+    """Of the applicant or of a partner. Raises Refused when a figure or date is out of range, or holdings are too many."""
+    if len(size.relations) > RELATIONS_MAX:
+        raise Refused(f"{where}.relations: at most {RELATIONS_MAX} are taken.", "DECLARATION_INVALID")
+    _check_figures(where, size)
+    for number, relation in enumerate(size.relations):
+        _check_figures(f"{where}.relations[{number}]", relation)
+        _check_decimal(f"{where}.relations[{number}].percent", relation.percent, 100)
+    if size.period_start:
+        checked_date(f"{where}.period_start", size.period_start)
+
+
+def _check_figures(where: str, figures: SizeFigures | Relation) -> None:
     _check_decimal(f"{where}.headcount", figures.headcount, HEADCOUNT_MAX)
     for name, minor in (("turnover_minor", figures.turnover_minor), ("balance_minor", figures.balance_minor)):
         if not 0 <= minor <= FIGURE_MINOR_MAX:

@@ -14,7 +14,7 @@ from services.funding.domain import (
     Question,
     Refused,
     Terms,
-    check_figures,
+    check_size,
     checked_amount,
     checked_costs,
     checked_date,
@@ -169,7 +169,7 @@ def _check_partner(partner: ProjectPartner) -> None:
             f"{partner.name}: a business states its figures (size), other organisations do not.", "PARTNER_INVALID"
         )
     if partner.size is not None:
-        check_figures(f"{partner.name}: size", partner.size)
+        check_size(f"{partner.name}: size", partner.size)
 
 
 def _check_attachment(attachment: Attachment) -> None:

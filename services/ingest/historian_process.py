@@ -40,6 +40,7 @@ async def start(runtime: Runtime, settings: Settings) -> None:
             topic_names=[topics.SAMPLES],
             group="smdih.ingest.historian",
             handler=historian.store,
+            note=functools.partial(historian.note_numbers, topics.SAMPLES),
             records_max=HISTORIAN_RECORDS_MAX,
             poll_bytes_max=HISTORIAN_POLL_BYTES_MAX,
             on_change=historian.forget,
@@ -54,6 +55,7 @@ async def start(runtime: Runtime, settings: Settings) -> None:
         topic_names=[topics.QUARANTINE],
         group="smdih.ingest.quarantine",
         handler=set_aside.store_quarantine,
+        note=functools.partial(set_aside.note_numbers, topics.QUARANTINE),
         on_change=set_aside.forget,
     )
     entrance = open_entrance(runtime, settings, takes_keys=False)

@@ -19,17 +19,31 @@ from services.matching.assignment import (
     threshold_of,
 )
 
+WIDEN_BY = 4
+GAIN_MIN = 1e-4
+"""Wider lists that add a smaller share than this are the last."""
 
-def optimal_quality(round_: Round, assignment: Assignment, candidates: int = FIRST_CANDIDATES) -> float:
-    """The most total score any assignment could reach (min-cost flow), stable or not.
 
-    Over each need's best `candidates` pairs and the pairs of `assignment`, so it is never below `assignment.quality`
-    when scores are positive; the reported gap is 1 - quality / optimum. Pairs with a negative score are left out:
-    leaving a need alone is then better.
+def optimal_quality(round_: Round, assignment: Assignment) -> float:
+    """The most total score any assignment could reach (min-cost flow), stable or not, to a share of GAIN_MIN.
+
+    Over each need's best pairs and the pairs of `assignment`, so it is never below `assignment.quality` when scores are
+    positive; lists grow until that adds nothing any more. The reported gap is 1 - quality / optimum. Pairs with a
+    negative score are left out: leaving a need alone is then better.
     """
-    needs, providers = len(round_.need_ids), len(round_.provider_ids)
-    if not needs or not providers:
+    if not round_.need_ids or not round_.provider_ids:
         return 0.0
+    candidates, best = FIRST_CANDIDATES, _optimum(round_, assignment, FIRST_CANDIDATES)
+    while candidates < len(round_.provider_ids):
+        candidates *= WIDEN_BY
+        before, best = best, _optimum(round_, assignment, candidates)
+        if best - before <= GAIN_MIN * best:
+            break
+    return best
+
+
+def _optimum(round_: Round, assignment: Assignment, candidates: int) -> float:
+    needs, providers = len(round_.need_ids), len(round_.provider_ids)
     tails, heads, points = _edges(round_, assignment, candidates)
     source, sink = needs + providers, needs + providers + 1
     every_need, every_provider = np.arange(needs), needs + np.arange(providers)

@@ -76,7 +76,7 @@ def router(matching: Matching) -> APIRouter:
 
     @routes.post("/revoke")
     async def revoke_consent(caller: Authenticated, body: FirmBody | None = None) -> RevokedView:
-        """From now on no alarm opens a need."""
+        """From now on no alarm opens a need, and those that were opened and are not matched are closed."""
         ended = await matching.consents.revoke_consent(caller, body.firm_id if body else 0)
         return RevokedView(consent=None if ended is None else _consent_view(ended))
 

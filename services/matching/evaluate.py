@@ -49,12 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("evaluate: the sentence model is not installed, ranking by words alone", file=sys.stderr)
     try:
         if options.needs:
-            needs = _json_lines(options.needs, need_from_json)
-            providers = _json_lines(options.providers, provider_from_json)
-            lines = rank_needs(needs, providers, embedder)
+            lines = rank_needs(needs_of_file(options.needs), providers_of_file(options.providers), embedder)
         else:
-            queries = _tab_lines(options.queries, repeated=False)
-            lines = rank_texts(queries, _tab_lines(options.corpus, repeated=True), embedder)
+            queries = texts_of_file(options.queries, repeated=False)
+            lines = rank_texts(queries, texts_of_file(options.corpus, repeated=True), embedder)
         _write(options.output, lines)
     except (BadInputError, MatchingError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
@@ -83,6 +81,31 @@ def rank_texts(
     for query_id, text in queries:
         for found, score in catalogue.search(text, PER_QUERY_MAX):
             yield query_id, found, score
+
+
+def needs_of_file(path: Path) -> list[Need]:
+    """Raises BadInputError, as the others do."""
+    return _json_lines(path, need_from_json)
+
+
+def providers_of_file(path: Path) -> list[Provider]:
+    return _json_lines(path, provider_from_json)
+
+
+def texts_of_file(path: Path, *, repeated: bool) -> list[tuple[str, str]]:
+    """(id, text); `repeated`: an id may come several times."""
+    rows: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    for place, line in _lines(path):
+        text_id, tab, text = line.partition("\t")
+        text_id = text_id.strip()
+        if not (text_id and tab and text.strip()):
+            raise BadInputError(f"{place}: expected an id, a tab and a text")
+        if text_id in seen and not repeated:
+            raise BadInputError(f"{place}: id {text_id} comes twice")
+        seen.add(text_id)
+        rows.append((text_id, text.replace("\t", " ").strip()))
+    return _not_empty(path, rows)
 
 
 def need_from_json(fields: Mapping[str, Any]) -> Need:
@@ -160,21 +183,6 @@ def _json_lines(path: Path, build: Callable[[Mapping[str, Any]], Item]) -> list[
         seen.add(fields["id"])
         items.append(item)
     return _not_empty(path, items)
-
-
-def _tab_lines(path: Path, *, repeated: bool) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    seen: set[str] = set()
-    for place, line in _lines(path):
-        text_id, tab, text = line.partition("\t")
-        text_id = text_id.strip()
-        if not (text_id and tab and text.strip()):
-            raise BadInputError(f"{place}: expected an id, a tab and a text")
-        if text_id in seen and not repeated:
-            raise BadInputError(f"{place}: id {text_id} comes twice")
-        seen.add(text_id)
-        rows.append((text_id, text.replace("\t", " ").strip()))
-    return _not_empty(path, rows)
 
 
 def _not_empty(path: Path, items: list[Item]) -> list[Item]:

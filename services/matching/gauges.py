@@ -1,6 +1,7 @@
 """How needs, offers, matches and places stand, counted in the database for those who watch."""
 
 from collections import Counter as Count
+from datetime import timedelta
 
 from prometheus_client import Gauge
 
@@ -13,7 +14,7 @@ INTERVAL_S = 15.0
 needs = Gauge("smdih_matching_needs", "In the database: needs", ["state"])
 needs_waiting = Gauge("smdih_matching_needs_waiting", "In the database: open needs without an offer")
 need_waiting_seconds = Gauge(
-    "smdih_matching_need_waiting_seconds", "In the database: age of the oldest open need without an offer"
+    "smdih_matching_need_waiting_seconds", "In the database: how long an open need has had no offer, at most"
 )
 offers_open = Gauge("smdih_matching_offers_open", "In the database: offers that nobody has answered yet")
 matches = Gauge("smdih_matching_matches_current", "In the database: matches", ["state"])
@@ -26,17 +27,20 @@ MATCH_STATES = ("accepted", "engaged", "finished", "closed", "cancelled", "expir
 
 
 class LifeGauges:
-    def __init__(self, pool: Pool, clock: Clock) -> None:
+    def __init__(self, pool: Pool, clock: Clock, *, need_lifetime: timedelta) -> None:
         self._pool = pool
         self._clock = clock
+        self._need_lifetime = need_lifetime
 
     async def measure(self) -> None:
         """Raises TryAgain."""
         async with transaction(self._pool) as connection:
             of_needs = await connection.fetch("SELECT state, count(*) AS n FROM need GROUP BY state")
             waiting = await connection.fetchrow(
-                "SELECT count(*) AS n, coalesce(extract(epoch FROM now() - min(opened)), 0)::float8 AS oldest "
-                "FROM need WHERE state = 'open' AND offers = 0"
+                # A need expires so long after it was opened, or after its last offer ended.
+                "SELECT count(*) AS n, coalesce(extract(epoch FROM now() - (min(expires) - $1::interval)), 0)::float8 AS longest "
+                "FROM need WHERE state = 'open' AND offers = 0",
+                self._need_lifetime,
             )
             open_offers = await connection.fetchval("SELECT count(*) FROM offer WHERE state = 'made'")
             of_matches = await connection.fetch("SELECT state, count(*) AS n FROM match GROUP BY state")
@@ -57,7 +61,7 @@ class LifeGauges:
             for state in states:
                 gauge.labels(state).set(counts[state])
         needs_waiting.set(waiting["n"])
-        need_waiting_seconds.set(waiting["oldest"])
+        need_waiting_seconds.set(waiting["longest"])
         offers_open.set(open_offers)
         places.labels("taken").set(of_places["taken"])
         places.labels("free").set(of_places["free"])

@@ -9,7 +9,6 @@ from datetime import date
 from typing import TypeVar
 
 import asyncpg
-import numpy as np
 from prometheus_client import Gauge, Histogram
 
 from services.common.clock import Clock, today
@@ -23,7 +22,7 @@ from services.matching.providers import ProviderRecord
 from services.matching.ranking import Ranker, Ranking
 from services.matching.store import providers as store
 from services.matching.store.providers import ChangedProvider
-from services.matching.text import Embedder
+from services.matching.text import Embedder, Vector, stored, vector_of
 
 log = get_logger(__name__)
 
@@ -105,11 +104,11 @@ class ProviderIndex:
         if self._waiting >= RANKS_WAITING_MAX:
             raise SlowDown("Too many needs wait to be ranked; send again in a moment.", retry_after_s=1)
 
-    async def rank(self, need: Need, limit: int) -> Ranking:
+    async def rank(self, need: Need, limit: int, *, question: Vector | None = None) -> Ranking:
         """The best providers for the need; see Ranker.rank. The loop goes on meanwhile."""
         self._waiting += 1
         try:
-            return await self._in_thread(lambda: self._timed(need, limit))
+            return await self._in_thread(lambda: self._timed(need, limit, question))
         finally:
             self._waiting -= 1
 
@@ -176,9 +175,9 @@ class ProviderIndex:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _timed(self, need: Need, limit: int) -> Ranking:
+    def _timed(self, need: Need, limit: int, question: Vector | None) -> Ranking:
         started = time.perf_counter()
-        ranking = self._ranker.rank(need, limit)
+        ranking = self._ranker.rank(need, limit, question=question)
         rank_seconds.observe(time.perf_counter() - started)
         return ranking
 
@@ -194,10 +193,10 @@ class ProviderIndex:
             ranked, text = provider.for_ranking(), (provider.title, provider.text)
             vector = None
             if self._texts.get(provider.id) != text and each.vector is not None:
-                vector = np.frombuffer(each.vector, dtype="<f4").astype(np.float32)
+                vector = vector_of(each.vector)
             elif self._texts.get(provider.id) != text and self._embedder is not None:
                 vector = self._embedder.embed([ranked.profile])[0]
-                computed.append((provider, vector.astype("<f4").tobytes()))
+                computed.append((provider, stored(vector)))
             self._ranker.upsert(ranked, vector)
             self._texts[provider.id] = text
         return computed

@@ -43,6 +43,9 @@ class MatchingSettings(Settings):
     matching_engage_within_s: int = Field(
         180 * 24 * 3600, ge=60, le=1000 * 24 * 3600, description="a match that nobody engages in this time expires"
     )
+    matching_need_lifetime_s: int = Field(
+        180 * 24 * 3600, ge=60, le=1000 * 24 * 3600, description="a need that gets no offer for so long is closed"
+    )
     matching_round_every_s: int = Field(
         24 * 3600, ge=0, le=366 * 24 * 3600, description="a round begins by itself so often while needs wait; 0: never"
     )
@@ -76,6 +79,7 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
         episode_gap=timedelta(seconds=settings.matching_episode_gap_s),
         engage_within=timedelta(seconds=settings.matching_engage_within_s),
         scores_for=timedelta(seconds=settings.matching_scores_for_s),
+        need_lifetime=timedelta(seconds=settings.matching_need_lifetime_s),
         round_every=timedelta(seconds=settings.matching_round_every_s),
         regional_head_start=timedelta(seconds=settings.matching_regional_head_start_s),
     )
@@ -93,7 +97,12 @@ async def start_api(runtime: Runtime, settings: MatchingSettings) -> None:
         internal_calls=INTERNAL_CALLS,
     )
     runtime.background("providers", index.run())
-    runtime.background("gauges", keep_measuring(LifeGauges(pool, clock).measure, interval_s=GAUGES_INTERVAL_S))
+    runtime.background(
+        "gauges",
+        keep_measuring(
+            LifeGauges(pool, clock, need_lifetime=limits.need_lifetime).measure, interval_s=GAUGES_INTERVAL_S
+        ),
+    )
 
     async def alarms_into_needs() -> None:
         # Profiles of firms and providers first, so that the first needs are as good as the later ones.

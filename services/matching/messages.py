@@ -12,7 +12,7 @@ from services.common.logs import accepted_correlation_id
 from services.common.messages import message_of, number_of, word_of
 from services.matching.alarms import Alarm
 from services.matching.consents import Severity
-from services.matching.matches import Match
+from services.matching.matches import Match, MatchState
 from services.matching.needs import Offer, event_id
 from services.matching.rooms import Room
 from services.matching.sessions import Booking, Session
@@ -77,18 +77,24 @@ def offer_event(offer: Offer) -> bytes:
 
 
 def match_event(match: Match) -> bytes:
-    """The event of the change that brought the match into its state."""
+    """The event of the change that brought the match into its state, or corrected its result."""
+    change = (
+        f"{match.state}-{to_us(match.finished)}"
+        if match.state is MatchState.FINISHED and match.finished
+        else match.state
+    )
     return message_of(
-        pb.MatchEvent, match, event_id=event_id(match.id, match.state), change=match.state, match_id=match.id
+        pb.MatchEvent, match, event_id=event_id(match.id, change), change=match.state, match_id=match.id
     ).SerializeToString()
 
 
 def booking_event(booking: Booking, session: Session) -> bytes:
-    """The event of the change that brought the booking into its state."""
+    """The event of the change that brought the booking into its state, or moved its session."""
     return message_of(
         pb.BookingEvent,
         booking,
-        event_id=event_id(booking.id, f"{booking.state}-{booking.sequence}"),
+        event_id=event_id(booking.id, f"{booking.state}-{booking.sequence + session.sequence}"),
+        changed_us=max(booking.changed, session.changed or booking.changed),
         booking_id=booking.id,
         provider_id=session.provider_id,
         title=session.title,

@@ -32,6 +32,10 @@ class ShowBody(Body):
     shown: bool
 
 
+class CloseBody(Body):
+    reason: str
+
+
 class ProposalBody(Body):
     provider_id: str
     # To the firm.
@@ -61,6 +65,9 @@ class NeedView(Body):
     wait_for_round: bool
     shown_to_partners: bool
     esco_skills: list[str]
+    # Why it was closed, such as BY_FIRM or EXPIRED, and in whose words.
+    close_reason: str
+    close_note: str
 
 
 class NeedsPage(Body):
@@ -165,6 +172,11 @@ def _needs(matching: Matching) -> APIRouter:
         """Let partners see the text of an open need, not whose it is, and propose themselves; or not any more."""
         return _need_view(await matching.needs.show_need(caller, need_id, shown=body.shown))
 
+    @routes.post("/{need_id}/close")
+    async def close_need(caller: Authenticated, need_id: str, body: CloseBody) -> NeedView:
+        """It is not to be answered any more, for a reason; its offers lapse. A matched one is closed by cancelling its match."""
+        return _need_view(await matching.needs.close_need(caller, need_id, body.reason))
+
     @routes.get("/{need_id}")
     async def get_need(caller: Authenticated, need_id: str) -> NeedView:
         return _need_view(await matching.needs.get_need(caller, need_id))
@@ -197,13 +209,13 @@ def _offers(matching: Matching) -> APIRouter:
 
     @routes.post("/{offer_id}/accept")
     async def accept_offer(caller: Authenticated, offer_id: str) -> AcceptedView:
-        """Take a place of the provider and make the match. 409 with reason CAPACITY_FULL: no place is left this quarter."""
+        """Take a place of the provider and make the match. 409 with reason CAPACITY_FULL: no place is left, the offer lapses."""
         match, offer = await matching.offers.accept_offer(caller, offer_id)
         return AcceptedView(match=match_view(match), offer=_offer_view(offer))
 
     @routes.post("/{offer_id}/decline")
     async def decline_offer(caller: Authenticated, offer_id: str, body: DeclineBody) -> OfferView:
-        """By the firm, or by the partner for its provider."""
+        """By the firm, or by the partner for its provider. The firm's last no closes the need; after a partner's others follow."""
         return _offer_view(await matching.offers.decline_offer(caller, offer_id, body.reason))
 
     return routes
@@ -254,6 +266,8 @@ def _need_view(need: Need) -> NeedView:
         wait_for_round=need.waits,
         shown_to_partners=need.shown,
         esco_skills=list(need.esco_skills),
+        close_reason=need.close_reason,
+        close_note=need.close_note,
     )
 
 

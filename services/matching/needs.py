@@ -47,6 +47,26 @@ class Lapse(StrEnum):
     EXPIRED = "EXPIRED"
     OTHER_ACCEPTED = "OTHER_ACCEPTED"
     PROVIDER_GONE = "PROVIDER_GONE"
+    # The firm accepted it when its provider had no place left.
+    FULL = "FULL"
+    NEED_CLOSED = "NEED_CLOSED"
+
+
+class CloseReason(StrEnum):
+    """Why a need was closed."""
+
+    # By its firm, or for it, in words.
+    BY_FIRM = "BY_FIRM"
+    # The firm declined the last of its offers.
+    DECLINED = "DECLINED"
+    # The firm let the last of its offers run out.
+    NOT_ANSWERED = "NOT_ANSWERED"
+    # Nobody could be offered for as long as needs are kept open.
+    EXPIRED = "EXPIRED"
+    # Its match came to nothing, and it with it.
+    MATCH_ENDED = "MATCH_ENDED"
+    # It was made from an alarm, and the firm's consent does not cover that any more.
+    CONSENT_ENDED = "CONSENT_ENDED"
 
 
 class NoOffer(StrEnum):
@@ -57,6 +77,8 @@ class NoOffer(StrEnum):
     ALL_FULL = "ALL_FULL"
     # It was matched and is open again; new offers follow.
     MATCH_ENDED = "MATCH_ENDED"
+    # Somebody else than its firm ended the last of its offers; others follow.
+    OFFERS_ENDED = "OFFERS_ENDED"
     # It gets one in the next round.
     WAITS_FOR_ROUND = "WAITS_FOR_ROUND"
 
@@ -80,11 +102,15 @@ class Need:
     state: NeedState = NeedState.OPEN
     alarm_ids: tuple[str, ...] = ()
     consent_id: str = ""
+    # Made for it by the hub or a round in this attempt; 0: it waits for some. Proposals of partners do not count.
     offers: int = 0
     no_offer_reason: str = ""
     match_id: str = ""
     ended: datetime | None = None
-    # Counts up when it is opened again.
+    close_reason: str = ""
+    # In the words of who closed it.
+    close_note: str = ""
+    # Counts up each time that it is to get offers again.
     attempt: int = 1
     # No offers before the next round.
     waits: bool = False
@@ -140,6 +166,8 @@ class Offer:
     holds_place: bool = False
     # Of the partner to the firm.
     message: str = ""
+    # The consent that its need was made under has ended, and the need with it.
+    unshared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +184,8 @@ class Limits:
     engage_within: timedelta = field(default=timedelta(days=180))
     # Scores may be given and changed for so long after the work is finished.
     scores_for: timedelta = field(default=timedelta(days=30))
+    # A need that gets no offer for so long is closed.
+    need_lifetime: timedelta = field(default=timedelta(days=180))
     # How often a round is begun by itself while needs wait; 0: only by operators.
     round_every: timedelta = field(default=timedelta(0))
     # For so long partners of its region alone are shown a need.
@@ -176,7 +206,7 @@ def match_id(offer_id: str) -> str:
 
 
 def event_id(of: str, change: str) -> str:
-    """Of an offer or a match, which goes through each change once at most."""
+    """Of something that goes through each change once at most."""
     return _derived("event", of, change)
 
 

@@ -66,8 +66,14 @@ class ProviderRecord:
     @property
     def offered_until(self) -> date | None:
         """First day on which it is not offered: expired, due for review, or without a document that it needs."""
-        ends = [self.expires_on, self.review_on, *(each.expires_on for each in self.evidence if each.required)]
-        return min((end for end in ends if end is not None), default=None)
+        return min((day for day, _ in self.ends), default=None)
+
+    @property
+    def ends(self) -> list[tuple[date, str]]:
+        """What takes it out of the offers, and on which day."""
+        papers = [(each.expires_on, f'its document "{each.title}" runs out') for each in self.evidence if each.required]
+        ends = [(self.expires_on, "it expires"), (self.review_on, "its review is due"), *papers]
+        return [(day, what) for day, what in ends if day is not None]
 
     def is_live(self, day: date) -> bool:
         """May be offered and accepted on that day."""

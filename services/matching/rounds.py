@@ -19,7 +19,8 @@ from services.matching.assignment import (
 )
 from services.matching.assignment import Round as Problem
 from services.matching.domain import Need, Provider
-from services.matching.ranking import Ranked, Ranker
+from services.matching.needs import NoOffer
+from services.matching.ranking import Ranked, Ranker, UnknownProviderError
 from services.matching.text import Vectors
 
 NEEDS_MAX = 10_000
@@ -74,7 +75,10 @@ class Place:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     places: Sequence[Place]
-    unserved: Sequence[str]
+    # Needs that nobody could take, and why.
+    unserved: Mapping[str, NoOffer]
+    # Needs whose provider was withdrawn meanwhile.
+    lost: Sequence[str]
     blocking_pairs: int
 
 
@@ -89,11 +93,11 @@ def place_needs(
     questions: Vectors,
     *,
     providers: Mapping[str, Provider],
-    refused: Mapping[str, Set[str]],
+    out: Mapping[str, Set[str]],
 ) -> Outcome:
     """Give each need one provider with a free place (`Provider.places_left`), stably; see `assignment`.
 
-    Needs come in order of id, one question each. `refused` names the providers that a need is not to be given again.
+    Needs come in order of id, one question each. `out` names the providers that a need is not to be given.
     """
     provider_ids = sorted(providers)
     column = {provider_id: index for index, provider_id in enumerate(provider_ids)}
@@ -101,7 +105,7 @@ def place_needs(
     def scores(block: slice) -> Scores:
         table = ranker.score_table(needs[block], questions[block], provider_ids)
         for row, need in enumerate(needs[block]):
-            for provider_id in refused.get(need.id, frozenset()) & column.keys():
+            for provider_id in out.get(need.id, frozenset()) & column.keys():
                 table[row, column[provider_id]] = -np.inf
         return table
 
@@ -114,11 +118,25 @@ def place_needs(
         floor=FLOOR_DEGRADED if ranker.degraded else FLOOR,
     )
     assignment = assign(problem)
+    places = _explained(ranker, needs, questions, problem, assignment)
+    placed = {place.need_id for place in places}
     return Outcome(
-        places=_explained(ranker, needs, questions, problem, assignment),
-        unserved=assignment.unserved,
+        places=places,
+        unserved=_why_unserved(problem, assignment),
+        lost=[offer.need_id for offer in assignment.offers if offer.need_id not in placed],
         blocking_pairs=len(blocking_pairs(problem, assignment)),
     )
+
+
+def _why_unserved(problem: Problem, assignment: Assignment) -> dict[str, NoOffer]:
+    """Somebody fits a need, but is full; or nobody does."""
+    unserved = set(assignment.unserved)
+    fits = (problem.points >= problem.floor_points) | (problem.safety_net & (problem.points > NOT_FEASIBLE))
+    return {
+        need_id: NoOffer.ALL_FULL if fits[row].any() else NoOffer.NONE_FITS
+        for row, need_id in enumerate(problem.need_ids)
+        if need_id in unserved
+    }
 
 
 def _explained(
@@ -129,12 +147,16 @@ def _explained(
     for offer in assignment.offers:
         row = rows[offer.need_id]
         least = np.int32(round(offer.score * POINTS_PER_UNIT))
+        try:
+            ranked = ranker.explain(needs[row], offer.provider_id, question=questions[row])
+        except UnknownProviderError:  # it left the index since the scores were computed
+            continue
         wished = problem.points[row] > max(least, problem.floor_points - 1, NOT_FEASIBLE)
         places.append(
             Place(
                 need_id=offer.need_id,
                 provider_id=offer.provider_id,
-                ranked=ranker.explain(needs[row], offer.provider_id, question=questions[row]),
+                ranked=ranked,
                 better=int(wished.sum()),
                 from_safety_net=offer.from_safety_net,
             )

@@ -131,6 +131,10 @@ class MatchingServicer(matching_pb2_grpc.MatchingServiceServicer):
         need = await self._matching.needs.show_need(current_caller(), request.need_id, shown=request.shown)
         return pb.ShowNeedResponse(need=need_message(need))
 
+    async def CloseNeed(self, request: pb.CloseNeedRequest, context: Any) -> pb.CloseNeedResponse:
+        need = await self._matching.needs.close_need(current_caller(), request.need_id, request.reason)
+        return pb.CloseNeedResponse(need=need_message(need))
+
     async def ListShownNeeds(self, request: pb.ListShownNeedsRequest, context: Any) -> pb.ListShownNeedsResponse:
         found, token = await self._matching.desk.shown_needs(
             current_caller(), page_size=request.page_size, page_token=request.page_token

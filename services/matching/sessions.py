@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+NO_SEAT = "NO_SEAT"
+"""End of a booking that waited until the session began."""
+
 
 class SessionState(StrEnum):
     OPEN = "open"
@@ -11,7 +14,7 @@ class SessionState(StrEnum):
 
 
 class BookingState(StrEnum):
-    """confirmed or waiting -> offered -> confirmed; any -> cancelled; offered -> expired."""
+    """confirmed or waiting -> offered -> confirmed; any -> cancelled; offered or waiting -> expired."""
 
     # It has a seat.
     CONFIRMED = "confirmed"
@@ -20,7 +23,7 @@ class BookingState(StrEnum):
     # A seat has come free and is kept for it until `confirm_by`.
     OFFERED = "offered"
     CANCELLED = "cancelled"
-    # A seat was offered and not confirmed in time.
+    # A seat was offered and not confirmed in time, or none came free before the session began.
     EXPIRED = "expired"
 
     @property

@@ -27,8 +27,18 @@ ROUTING_TOKENS_MAX = 64
 """Tokens of a need that are embedded while its sender waits: about 45 words. Time grows with tokens."""
 NO_MODEL_ID = "none"
 
+Vector = NDArray[np.float32]
 Vectors = NDArray[np.float32]
 Slots = NDArray[np.int32]
+
+
+def stored(vector: Vector) -> bytes:
+    """As the database keeps it."""
+    return vector.astype("<f4").tobytes()
+
+
+def vector_of(kept: bytes) -> Vector:
+    return np.frombuffer(kept, dtype="<f4").astype(np.float32)
 
 
 class Embedder:

@@ -6,12 +6,16 @@ import asyncpg
 
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
+from services.matching.domain import MatchingError
 from services.matching.service import Matching
+from services.matching.service.consents import CLOSINGS_AT_ONCE_MAX as CONSENT_CLOSINGS_AT_ONCE_MAX
 from services.matching.service.matches import CLOSINGS_AT_ONCE_MAX, EXPIRIES_AT_ONCE_MAX
+from services.matching.service.needs import CLOSINGS_AT_ONCE_MAX as NEED_CLOSINGS_AT_ONCE_MAX
 from services.matching.service.notices import FORGOTTEN_AT_ONCE_MAX
 from services.matching.service.offers import LAPSES_AT_ONCE_MAX
 from services.matching.service.rooms import EXPIRIES_AT_ONCE_MAX as ROOM_EXPIRIES_AT_ONCE_MAX
-from services.matching.service.sessions import CONFIRMATIONS_AT_ONCE_MAX
+from services.matching.service.rooms import FORGOTTEN_AT_ONCE_MAX as ROOMS_FORGOTTEN_AT_ONCE_MAX
+from services.matching.service.sessions import EXPIRIES_AT_ONCE_MAX as BOOKING_EXPIRIES_AT_ONCE_MAX
 
 log = get_logger(__name__)
 
@@ -25,12 +29,12 @@ async def run_rounds(matching: Matching) -> None:
             await matching.rounds.start_scheduled()
             while await matching.rounds.carry_out():
                 pass
-        except (asyncpg.PostgresError, TryAgain) as error:
+        except (asyncpg.PostgresError, TryAgain, MatchingError) as error:
             log.warning("rounds wait", error=repr(error))
         await asyncio.sleep(INTERVAL_S)
 
 
-async def run(matching: Matching) -> None:
+async def run(matching: Matching, *, interval_s: float = INTERVAL_S) -> None:
     """Until cancelled. Several processes may run it: each thing is done by whoever locks it first."""
     while True:
         try:
@@ -40,13 +44,20 @@ async def run(matching: Matching) -> None:
                 pass
             while await matching.matches.close_due_matches() >= CLOSINGS_AT_ONCE_MAX:
                 pass
-            while await matching.sessions.expire_due_bookings() >= CONFIRMATIONS_AT_ONCE_MAX:
+            while await matching.sessions.expire_due_bookings() >= BOOKING_EXPIRIES_AT_ONCE_MAX:
+                pass
+            while await matching.consents.close_unshared_needs() >= CONSENT_CLOSINGS_AT_ONCE_MAX:
+                pass
+            while await matching.needs.expire_due_needs() >= NEED_CLOSINGS_AT_ONCE_MAX:
                 pass
             while await matching.rooms.expire_due_rooms() >= ROOM_EXPIRIES_AT_ONCE_MAX:
                 pass
+            while await matching.rooms.forget_old_rooms() >= ROOMS_FORGOTTEN_AT_ONCE_MAX:
+                pass
             while await matching.notices.forget_old() >= FORGOTTEN_AT_ONCE_MAX:
                 pass
+            await matching.providers.tell_of_due_providers()
             await matching.offers.offer_again()
         except (asyncpg.PostgresError, TryAgain) as error:
             log.warning("upkeep waits", error=repr(error))
-        await asyncio.sleep(INTERVAL_S)
+        await asyncio.sleep(interval_s)

@@ -255,7 +255,7 @@ async def running_hub(
         if taking_alarms:
             tasks.append(asyncio.create_task(alarm_consumer(cluster, pool, publisher, matching).run()))
         if upkeep_runs:
-            tasks.append(asyncio.create_task(upkeep.run(matching)))
+            tasks.append(asyncio.create_task(upkeep.run(matching, interval_s=0.1)))
         app = application("SMDIH matching", runtime=Runtime(), directory=directory, routers=edges.routers(matching))
         http_port = await stack.enter_async_context(serve_http(app, host="127.0.0.1", port=0))
         grpc_port = await stack.enter_async_context(

@@ -351,7 +351,7 @@ async def test_what_cannot_be_stored_is_quarantined_with_a_reason_and_the_rest_i
         (b'{"batches": [{"machine": "acme/leeds/press-1", "frames": []}]}', 422, "EMPTY_BATCH"),
         (
             b'{"batches": [{"machine": "acme/leeds/press-1", "frames": [{"ts": 1, "values": {"current": "hot"}}]}]}',
-            400,
+            422,
             "WRONG_TYPE",
         ),
         (
@@ -359,7 +359,12 @@ async def test_what_cannot_be_stored_is_quarantined_with_a_reason_and_the_rest_i
             400,
             "MALFORMED",
         ),
-        (b'{"batches": [{"machine": 0, "frames": [{"ts": "soon", "values": {"current": 1}}]}]}', 400, "WRONG_TYPE"),
+        (
+            b'{"batches": [{"machine": "acme/leeds/press-1", "frames": [{"ts": 1, "values": {"a\\u0000b": "hot"}}]}]}',
+            422,
+            "WRONG_TYPE",
+        ),
+        (b'{"batches": [{"machine": 0, "frames": [{"ts": "soon", "values": {"current": 1}}]}]}', 422, "WRONG_TYPE"),
         (
             b'{"batches": [{"machine": "acme/leeds/press-1", "frames": [{"ts": 1, "values": {"current": 1}}]}]}',
             422,
@@ -378,6 +383,47 @@ async def test_bad_input_at_the_http_door_gets_a_reason_and_stands_in_quarantine
         return bool(await plant.quarantined(reason))
 
     await eventually(there)
+
+
+async def test_one_machines_bad_json_keeps_nothing_of_the_others_back(plant: Plant) -> None:
+    good, torn = await plant.new_machine("json-good"), await plant.new_machine("json-torn")
+    at = _now_s() * 1_000
+    batches: list[Any] = [
+        {"machine": good["path"], "sequence": 1, "frames": [{"ts": at, "values": {"temperature": 1, "current": 2}}]},
+        {
+            "machine": torn["id"],
+            "sequence": 2,
+            "frames": [
+                {"ts": at, "values": {"temperature": 1.5, "current": "hot", "speed": [1]}},
+                {"ts": "soon", "values": {"temperature": 3, "speed": 4, "current": None}},
+                {"ts": at + 2_000, "values": {"current": 5.5}},
+            ],
+        },
+        "no object",
+        {"machine": "acme/leeds/nobody", "sequence": 4, "frames": [{"ts": at, "values": {"a": 1}}]},
+        {"machine": good["path"], "sequence": 5, "frames": [{"ts": at + 1_000, "values": {"speed": 3}}]},
+    ]
+    answer = (await plant.http.post("/v1/telemetry", json={"source": "torn", "batches": batches})).json()
+    assert (answer["accepted"], answer["quarantined"]) == (5, 5)
+    told = [
+        (one["sequence"], one["accepted"], [(p["reason"], p["samples"]) for p in one["problems"]])
+        for one in answer["results"]
+    ]
+    assert told == [
+        (1, 2, []),
+        (2, 2, [("WRONG_TYPE", 4)]),
+        (0, 0, [("WRONG_TYPE", 0)]),
+        (4, 0, [("UNKNOWN_MACHINE", 1)]),
+        (5, 1, []),
+    ]
+
+    async def all_there() -> bool:
+        items = [item for item in await plant.quarantined("WRONG_TYPE") if item["source"] == "torn"]
+        rows = [(await plant.frames(machine["id"])) for machine in (good, torn)]
+        return list(map(len, rows)) == [2, 2] and sorted(item["samples"] for item in items) == [0, 4]
+
+    await eventually(all_there)
+    assert [values for _, values in await plant.frames(torn["id"])] == [[1.5, None, None], [None, 5.5, None]]
 
 
 async def test_wrong_keys_are_refused_at_every_door(plant: Plant) -> None:

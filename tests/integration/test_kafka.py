@@ -2,17 +2,19 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import asyncpg
 import httpx
 import pytest
 from aiokafka import ConsumerRecord
+from aiokafka.admin import AIOKafkaAdminClient
 
 from services.common import outbox, topics
 from services.common.database import Connection, create_pool, transaction
 from services.common.errors import TryAgain
-from services.common.kafka import Cluster, PositionedConsumer, Publisher, TooManyDeadLetters
+from services.common.kafka import Cluster, Message, PositionedConsumer, Publisher, TooManyDeadLetters
+from services.common.kafka.deadletters import dead_letters_total
 from services.common.outbox import OutboxRelay
 from tests.polling import eventually
 
@@ -87,6 +89,44 @@ async def test_unreadable_records_go_to_the_dead_letters_and_too_many_in_a_row_s
     await pool.close()
 
 
+async def test_a_record_that_the_database_refuses_goes_to_the_dead_letters_and_those_beside_it_are_stored(
+    cluster: Cluster, dsn: str, publisher: Publisher
+) -> None:
+    pool = await create_pool(dsn, schema="anomaly", size_max=4)
+    owner = await asyncpg.connect(dsn)
+    await owner.execute("CREATE TABLE anomaly.kept (value text); GRANT ALL ON anomaly.kept TO smdih_anomaly")
+    noted: list[int] = []
+
+    async def note(_: Connection, records: Sequence[ConsumerRecord]) -> None:
+        noted.extend(record.offset for record in records)
+
+    async def keep(connection: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        await connection.executemany("INSERT INTO kept VALUES ($1)", [(record.value.decode(),) for record in records])
+        return []
+
+    before = dead_letters_total.labels(topics.QUARANTINE)._value.get()
+    for value in (b"one", b"a\0b", b"two"):
+        await publisher.publish(topics.QUARANTINE, value, key=b"k", partition=0)
+    consumer = PositionedConsumer(
+        cluster, pool, publisher, topic_names=[topics.QUARANTINE], group="smdih.test.nul", handler=keep, note=note
+    )
+    running = asyncio.create_task(consumer.run())
+
+    async def all_taken() -> bool:
+        query = "SELECT sum(next_offset) FROM position WHERE topic = $1"
+        return bool(running.done() or await pool.fetchval(query, cluster.name(topics.QUARANTINE)) == 3)
+
+    await eventually(all_taken)
+    assert not running.done(), running.exception()
+    assert [row["value"] for row in await owner.fetch("SELECT value FROM anomaly.kept")] == ["one", "two"]
+    assert dead_letters_total.labels(topics.QUARANTINE)._value.get() == before + 1
+    assert set(noted) == {0, 1, 2}
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await owner.close()
+    await pool.close()
+
+
 async def test_a_database_with_no_connection_left_is_asked_again(dsn: str) -> None:
     owner = await asyncpg.connect(dsn)
     role = f"few_{secrets.token_hex(4)}"
@@ -106,3 +146,70 @@ async def test_a_database_with_no_connection_left_is_asked_again(dsn: str) -> No
         await pool.close()
         await owner.execute(f"DROP ROLE {role}")
         await owner.close()
+
+
+async def test_a_rebalance_while_positions_are_loaded_loses_nothing_and_repeats_nothing(
+    cluster: Cluster, dsn: str, publisher: Publisher
+) -> None:
+    pool = await create_pool(dsn, schema="anomaly", size_max=4)
+    owner = await asyncpg.connect(dsn, server_settings={"search_path": "anomaly"})
+    await owner.execute("CREATE TABLE seen (value text); GRANT ALL ON seen TO smdih_anomaly")
+    holder = await asyncpg.connect(dsn, server_settings={"search_path": "anomaly"})
+
+    async def keep(connection: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        await connection.executemany("INSERT INTO seen VALUES ($1)", [(record.value.decode(),) for record in records])
+        return []
+
+    def member() -> PositionedConsumer:
+        return PositionedConsumer(
+            cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.test.loading", handler=keep
+        )
+
+    async def publish(numbers: range) -> None:
+        values = [str(number).encode() for number in numbers]
+        await publisher.publish_all([Message(topics.OFFERS, value, key=value) for value in values])
+
+    async def seen() -> list[int]:
+        return sorted(int(row["value"]) for row in await owner.fetch("SELECT value FROM seen"))
+
+    async def is_loading() -> bool:
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO position%'"
+        return bool(await owner.fetchval(waiting))
+
+    async def is_rebalancing() -> bool:
+        (answer,) = await admin.describe_consumer_groups([cluster.name("smdih.test.loading")])
+        return "PreparingRebalance" in str(answer)
+
+    admin = AIOKafkaAdminClient(bootstrap_servers=cluster.bootstrap)
+    await admin.start()
+    first = asyncio.create_task(member().run())
+    running = [first]
+    try:
+        await publish(range(100))
+        await eventually(lambda: _equals(seen, list(range(100))))
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await publish(range(100, 200))
+        lock = holder.transaction()
+        await lock.start()
+        of_topic = "SELECT next_offset FROM position WHERE topic = $1 FOR UPDATE"
+        await holder.execute(of_topic, cluster.name(topics.OFFERS))
+        running = [asyncio.create_task(member().run())]
+        await eventually(is_loading)
+        running.append(asyncio.create_task(member().run()))
+        await eventually(is_rebalancing)
+        await lock.rollback()
+        await publish(range(200, 300))
+        await eventually(lambda: _equals(seen, list(range(300))))
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await admin.close()
+        await holder.close()
+        await owner.close()
+        await pool.close()
+
+
+async def _equals(ask: Callable[[], Awaitable[object]], expected: object) -> bool:
+    return await ask() == expected

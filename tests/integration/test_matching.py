@@ -12,9 +12,14 @@ import pytest
 import pytest_asyncio
 
 from services.common import topics
+from services.common.clock import from_us
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
 from services.matching.messages import raised_alarm
+from services.matching.needs import quarter_of
+from services.matching.store import needs as needs_store
+from services.matching.store.needs import Tried
+from services.matching.text import stored
 from smdih.matching.v1 import events_pb2, matching_pb2
 from tests.integration.matching_hub import (
     FIRM,
@@ -23,6 +28,7 @@ from tests.integration.matching_hub import (
     PROVIDERS,
     Hub,
     alarm_event,
+    bearer,
     machine_id,
     offer_events,
     publish_world,
@@ -253,10 +259,12 @@ async def test_twenty_at_once_never_take_more_than_three_places(hub: Hub) -> Non
         await hub.pool.execute("UPDATE provider_quarter SET taken = taken + 1 WHERE provider_id = 'forming'")
     # A smaller capacity keeps what is promised and gives no more; a larger one gives places again.
     await hub.put_providers("forming", capacity_per_quarter=1)
-    full = next(offer for offer, answer in zip(offers, answers, strict=False) if answer.status_code == 409)
-    assert (await hub.call("firm", "POST", f"/v1/offers/{full}/accept")).json()["reason"] == "CAPACITY_FULL"
-    await hub.put_providers("forming", capacity_per_quarter=4)
-    await hub.ok("firm", "POST", f"/v1/offers/{full}/accept")
+    assert (await open_need(hub))["need"]["no_offer_reason"] == "ALL_FULL"
+    # Nor does a place that is given back above it.
+    await hub.ok("firm", "POST", f"/v1/matches/{won[0]}/cancel", {"reason": "solved it", "close_need": True})
+    assert (await open_need(hub))["need"]["no_offer_reason"] == "ALL_FULL"
+    await hub.put_providers("forming", capacity_per_quarter=3)
+    await hub.matched("forming")
 
 
 async def test_a_need_is_matched_once_whichever_offers_are_accepted_together(hub: Hub) -> None:
@@ -293,6 +301,18 @@ async def test_a_need_without_any_provider_says_so_and_gets_offers_once_there_is
         await open_need(hub, f"Gears whine, case {number}.", machine_id=machine_id(FIRM, 9)) for number in range(25)
     ]
     assert {(each["need"]["offers"], each["need"]["no_offer_reason"]) for each in needs} == {(0, "NO_PROVIDER")}
+
+    async def all_tried() -> bool:
+        """Nobody is tried again before something has changed."""
+        against = Tried(hub.index.change, quarter_of(from_us(hub.clock.now_us()).date()))
+        async with hub.pool.acquire() as connection:
+            return await needs_store.needs_to_try(connection, against, limit=1) == []
+
+    await eventually(all_tried)
+    # What it was searched with is used again, not its text.
+    first = needs[0]["need"]["id"]
+    vector = await hub.index.compute(lambda ranker: ranker.question(PROVIDERS["gear-rigs"]["text"]))
+    await hub.pool.execute("UPDATE need_vector SET vector = $2 WHERE need_id = $1", first, stored(vector))
     await hub.put_providers("gear-rigs", region_bound=True, region="Scotland", regions_served=[])
     opened = await open_need(hub)
     assert (opened["offers"], opened["need"]["no_offer_reason"]) == ([], "NONE_FITS")
@@ -302,9 +322,12 @@ async def test_a_need_without_any_provider_says_so_and_gets_offers_once_there_is
         return all(need["offers"] == 1 for need in await hub.needs_of(machine_id(FIRM, 9)))
 
     await eventually(all_offered)
+    [near], [far] = [await offers_of(hub, need_id) for need_id in (first, needs[1]["need"]["id"])]
+    assert near["parts"]["meaning"] > far["parts"]["meaning"] + 0.3
+    await eventually(all_tried)
 
 
-async def test_offers_lapse_by_the_upkeep_and_the_need_closes(hub: Hub, cluster: Cluster) -> None:
+async def test_offers_that_run_out_unanswered_close_the_need_and_its_firm_is_told(hub: Hub, cluster: Cluster) -> None:
     await hub.put_providers("gear-rigs", "iot-basics")
     opened = await open_need(hub)
     need_id, (first, second) = opened["need"]["id"], opened["offers"]
@@ -319,7 +342,9 @@ async def test_offers_lapse_by_the_upkeep_and_the_need_closes(hub: Hub, cluster:
     await eventually(functools.partial(states, ("lapsed", "PROVIDER_GONE"), ("lapsed", "EXPIRED")))
     refused = await hub.call("firm", "POST", f"/v1/offers/{second['id']}/accept")
     assert (refused.status_code, refused.json()["reason"]) == (409, "OFFER_LAPSED")
-    assert (await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["state"] == "closed"
+    need = await hub.ok("firm", "GET", f"/v1/needs/{need_id}")
+    assert (need["state"], need["close_reason"]) == ("closed", "NOT_ANSWERED")
+    assert await told(hub, need_id) == ["need_closed"]
 
     async def published() -> bool:
         changes = [event.change for event in await events_of(cluster, need_id)]
@@ -328,7 +353,18 @@ async def test_offers_lapse_by_the_upkeep_and_the_need_closes(hub: Hub, cluster:
     await eventually(published)
 
 
-async def test_a_declined_offer_keeps_its_reason_and_the_last_one_closes_the_need(hub: Hub) -> None:
+async def told(hub: Hub, need_id: str) -> list[str]:
+    """What the firm was told of the need, newest first."""
+    found = (await hub.ok("firm", "GET", "/v1/notices?page_size=500"))["notices"]
+    return [each["kind"] for each in found if each["subject_id"] == need_id]
+
+
+async def offered(hub: Hub, need_id: str) -> set[str]:
+    """Providers whose offers stand."""
+    return {each["provider_id"] for each in await offers_of(hub, need_id) if each["state"] == "made"}
+
+
+async def test_a_declined_offer_keeps_its_reason_and_the_firms_last_no_closes_the_need(hub: Hub) -> None:
     await hub.put_providers("gear-rigs", "iot-basics")
     opened = await open_need(hub)
     first, second = opened["offers"]
@@ -339,10 +375,161 @@ async def test_a_declined_offer_keeps_its_reason_and_the_last_one_closes_the_nee
     assert repeated["decision_reason"] == "too far away"
     assert (await hub.call("firm", "POST", f"/v1/offers/{first['id']}/accept")).json()["reason"] == "OFFER_DECLINED"
     assert (await hub.ok("firm", "GET", f"/v1/needs/{opened['need']['id']}"))["state"] == "open"
+    await hub.ok("firm", "POST", f"/v1/offers/{second['id']}/decline", {"reason": "no time"})
+    need = await hub.ok("firm", "GET", f"/v1/needs/{opened['need']['id']}")
+    assert (need["state"], need["close_reason"], need["close_note"]) == ("closed", "DECLINED", "")
+    assert await told(hub, need["id"]) == ["need_closed"]
+
+
+async def test_a_need_whose_last_offer_others_end_stays_open_and_gets_others(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs")
+    opened = await open_need(hub)
+    need_id, [offer] = opened["need"]["id"], opened["offers"]
     # The partner says no for its provider, without learning who asked.
-    by_partner = await hub.ok("partner", "POST", f"/v1/offers/{second['id']}/decline", {"reason": "no time"})
+    by_partner = await hub.ok("partner", "POST", f"/v1/offers/{offer['id']}/decline", {"reason": "no time"})
     assert (by_partner["state"], by_partner["firm_id"]) == ("declined", 0)
-    assert (await hub.ok("firm", "GET", f"/v1/needs/{opened['need']['id']}"))["state"] == "closed"
+    assert await told(hub, need_id) == ["offers_ended"]
+
+    async def nobody_else() -> bool:
+        need = await hub.ok("firm", "GET", f"/v1/needs/{need_id}")
+        return (need["state"], need["offers"], need["no_offer_reason"]) == ("open", 0, "NONE_FITS")
+
+    await eventually(nobody_else)
+    await hub.put_providers("iot-basics")
+
+    async def by(provider_id: str) -> bool:
+        return await offered(hub, need_id) == {provider_id}
+
+    await eventually(functools.partial(by, "iot-basics"))
+    # Withdrawn: the hub looks on, and who declined is not asked again.
+    await hub.put_providers("dashboards")
+    await hub.ok("partner", "POST", "/v1/providers/iot-basics/withdraw")
+    await eventually(functools.partial(by, "dashboards"))
+    assert await told(hub, need_id) == ["offers_made", "offers_ended"] * 2
+    [last] = [each for each in await offers_of(hub, need_id) if each["state"] == "made"]
+    await hub.ok("firm", "POST", f"/v1/offers/{last['id']}/accept")
+
+
+async def test_offers_that_are_all_full_lapse_and_others_follow(hub: Hub) -> None:
+    expert = {**PROVIDERS["forming"], "region": "East Midlands", "capacity_per_quarter": 1}
+    for number in range(5):
+        await hub.ok("partner", "PUT", f"/v1/providers/full-{number}", expert)
+    opened = await open_need(hub, "Our pressings split.")
+    need_id = opened["need"]["id"]
+    assert len(opened["offers"]) == 5
+    for each in opened["offers"]:
+        await hub.matched(each["provider_id"], "Our pressings split.", "other_firm")
+    for number, each in enumerate(opened["offers"]):
+        full = await hub.call("firm", "POST", f"/v1/offers/{each['id']}/accept")
+        assert (full.status_code, full.json()["reason"]) == (409, "CAPACITY_FULL")
+        if number == 0:  # the firm need not find out one by one
+            assert {(one["state"], one["decision_reason"]) for one in await offers_of(hub, need_id)} == {
+                ("lapsed", "FULL")
+            }
+    again = await hub.call("firm", "POST", f"/v1/offers/{opened['offers'][0]['id']}/accept")
+    assert again.json()["reason"] == "CAPACITY_FULL"
+    assert (await offers_of(hub, need_id))[0]["decision_reason"] == "FULL"
+
+    async def all_full() -> bool:
+        return bool((await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["no_offer_reason"] == "ALL_FULL")
+
+    await eventually(all_full)
+    assert "offers_ended" in await told(hub, need_id)
+    # One has a place again: it may be offered once more.
+    await hub.ok("partner", "PUT", "/v1/providers/full-3", {**expert, "capacity_per_quarter": 2})
+
+    async def has_place() -> bool:
+        return await offered(hub, need_id) == {"full-3"}
+
+    await eventually(has_place)
+    [offer] = [each for each in await offers_of(hub, need_id) if each["state"] == "made"]
+    await hub.ok("firm", "POST", f"/v1/offers/{offer['id']}/accept")
+
+
+async def test_a_firm_closes_its_need_with_a_reason(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", "iot-basics")
+    opened = await open_need(hub)
+    need_id, path = opened["need"]["id"], f"/v1/needs/{opened['need']['id']}/close"
+    for who, body, status in (
+        ("other_firm", {"reason": "spite"}, 404),
+        ("partner", {"reason": "spite"}, 403),
+        ("firm", {"reason": " "}, 400),
+        ("firm", {"reason": "x" * 501}, 400),
+    ):
+        assert (await hub.call(who, "POST", path, body)).status_code == status
+    closed = await hub.ok("firm", "POST", path, {"reason": "A false alarm."})
+    assert (closed["state"], closed["close_reason"], closed["close_note"]) == ("closed", "BY_FIRM", "A false alarm.")
+    assert await hub.ok("firm", "POST", path, {"reason": "again"}) == closed
+    states = {(each["state"], each["decision_reason"]) for each in await offers_of(hub, need_id)}
+    assert states == {("lapsed", "NEED_CLOSED")}
+    assert await told(hub, need_id) == ["need_closed"]
+    match = await hub.matched("gear-rigs")
+    matched = await hub.call("firm", "POST", f"/v1/needs/{match['need_id']}/close", {"reason": "solved it"})
+    assert (matched.status_code, matched.json()["reason"]) == (409, "NEED_MATCHED")
+    # By gRPC, also one that nobody was offered for.
+    await hub.withdraw_all()
+    waiting = await open_need(hub)
+    request = matching_pb2.CloseNeedRequest(need_id=waiting["need"]["id"], reason="solved it")
+    answer = await hub.stub.CloseNeed(request, metadata=bearer("firm"))
+    assert (answer.need.state, answer.need.close_note) == (matching_pb2.NEED_STATE_CLOSED, "solved it")
+
+
+async def test_what_a_consent_shared_ends_with_it(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", "iot-basics")
+    shares = [*SHARE_ALL, "partners"]
+    machine = machine_id(FIRM, 30)
+
+    async def raised(alarm_id: str, machine: int, **consent: Any) -> str:
+        await give_consent(hub, shared=shares, **consent)
+        await hub.raise_alarm(alarm_id, machine)
+
+        async def is_open() -> bool:
+            return [alarm_id] in [each["alarm_ids"] for each in await hub.needs_of(machine)]
+
+        await eventually(is_open)
+        need_id: str = (await hub.needs_of(machine))[0]["id"]
+        return need_id
+
+    async def seen_by_partner(need_id: str) -> tuple[bool, set[str]]:
+        desk = {each["id"] for each in (await hub.ok("partner", "GET", "/v1/desk/needs"))["needs"]}
+        return need_id in desk, {each["need_text"] for each in await offers_of(hub, need_id, "partner")}
+
+    async def closed(need_id: str) -> bool:
+        return bool((await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["close_reason"] == "CONSENT_ENDED")
+
+    # Revoked.
+    need_id = await raised("shared-1", machine)
+    shown, texts = await seen_by_partner(need_id)
+    assert shown
+    assert "" not in texts
+    await hub.ok("firm", "POST", "/v1/consents/revoke")
+    assert await closed(need_id)
+    assert await seen_by_partner(need_id) == (False, {""})
+    assert {each["state"] for each in await offers_of(hub, need_id)} == {"lapsed"}
+    assert (await told(hub, need_id))[0] == "need_closed"
+    # Under a new consent the same fault is a new need. One that shares the same goes on with it, one that shares less hides or ends
+    # it.
+    need_id = await raised("shared-2", machine)
+    await give_consent(hub, shared=SHARE_ALL, machine_ids=[machine])
+    assert (await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["state"] == "open"
+    assert (await seen_by_partner(need_id))[0] is False
+    await give_consent(hub, shared=["fault"])
+    assert await closed(need_id)
+    # Run out.
+    need_id = await raised("shared-3", machine_id(FIRM, 31), until_us=hub.clock.now_us() + 3_600_000_000)
+    hub.clock.shift = timedelta(hours=1, seconds=1)
+    await eventually(functools.partial(closed, need_id))
+
+
+async def test_a_need_that_nobody_could_be_offered_for_is_closed_in_the_end(hub: Hub) -> None:
+    need_id = (await open_need(hub))["need"]["id"]
+    hub.clock.shift = timedelta(days=180, seconds=1)
+
+    async def closed() -> bool:
+        return bool((await hub.ok("firm", "GET", f"/v1/needs/{need_id}"))["close_reason"] == "EXPIRED")
+
+    await eventually(closed)
+    assert await told(hub, need_id) == ["need_closed"]
 
 
 async def test_a_repeated_request_opens_no_second_need(hub: Hub) -> None:

@@ -1,7 +1,9 @@
 """What becomes of a match: engaged, finished, scored, cancelled, expired; and its place meanwhile."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,11 +12,17 @@ import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from services.common import topics
+from services.common.clock import from_us
+from services.common.database import transaction
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
+from services.matching.messages import room_event
+from services.matching.rooms import Room, RoomState
+from services.matching.service.rooms import end_room
 from services.matching.store import places as places_store
+from services.matching.store import rooms as rooms_store
 from smdih.matching.v1 import events_pb2, matching_pb2
-from tests.integration.matching_hub import KEYS, Hub, publish_world, running_hub
+from tests.integration.matching_hub import FIRM, KEYS, PARTNER, Hub, publish_world, running_hub
 from tests.polling import eventually
 
 
@@ -38,6 +46,12 @@ async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
 async def taken(hub: Hub, provider_id: str) -> int:
     found: int = (await hub.ok("partner", "GET", f"/v1/providers/{provider_id}"))["taken_this_quarter"]
     return found
+
+
+async def told(hub: Hub, who: str, match: dict[str, Any]) -> list[tuple[str, int | None]]:
+    """What a side was told of the match, newest first, and by when it is to act."""
+    found = (await hub.ok(who, "GET", "/v1/notices?page_size=500"))["notices"]
+    return [(each["kind"], each["act_by_us"]) for each in found if each["subject_id"] == match["id"]]
 
 
 async def match_events(cluster: Cluster, match_id: str) -> list[events_pb2.MatchEvent]:
@@ -72,6 +86,15 @@ async def test_a_match_is_engaged_finished_scored_by_both_and_closed(hub: Hub, c
     assert await hub.ok("partner", "POST", f"{path}/finish", {"result": "solved"}) == finished
     other = await hub.call("partner", "POST", f"{path}/finish", {"result": "partly"})
     assert other.json()["reason"] == "MATCH_FINISHED"
+    assert await told(hub, "firm", match) == [("match_finished", finished["scores_until_us"]), ("match_engaged", None)]
+    assert await told(hub, "partner", match) == [
+        ("match_finished", finished["scores_until_us"]),
+        ("offer_accepted", match["engage_by_us"]),
+    ]
+    # The firm has the last word on what its need came to.
+    for result in ("partly", "solved"):
+        corrected = await hub.ok("firm", "POST", f"{path}/finish", {"result": result, "note": "New bearings."})
+    assert (corrected["result"], corrected["scores_until_us"]) == ("solved", finished["scores_until_us"])
     await hub.ok("firm", "POST", f"{path}/score", {"points": 2, "comment": "slow"})
     scored = await hub.ok("firm", "POST", f"{path}/score", {"points": 5, "comment": "good after all"})
     assert [(each["side"], each["points"], each["comment"]) for each in scored["scores"]] == [
@@ -92,17 +115,22 @@ async def test_a_match_is_engaged_finished_scored_by_both_and_closed(hub: Hub, c
     assert (late.status_code, late.json()["reason"]) == (409, "MATCH_CLOSED")
 
     async def published() -> bool:
-        return len(await match_events(cluster, match["id"])) == 4
+        return len(await match_events(cluster, match["id"])) == 6
 
     await eventually(published)
     events = await match_events(cluster, match["id"])
     assert [event.change for event in events] == [
         events_pb2.MATCH_CHANGE_ACCEPTED,
         events_pb2.MATCH_CHANGE_ENGAGED,
-        events_pb2.MATCH_CHANGE_FINISHED,
+        *[events_pb2.MATCH_CHANGE_FINISHED] * 3,
         events_pb2.MATCH_CHANGE_CLOSED,
     ]
-    assert events[2].result == events_pb2.RESULT_SOLVED
+    assert [event.result for event in events[2:5]] == [
+        events_pb2.RESULT_SOLVED,
+        events_pb2.RESULT_PARTLY,
+        events_pb2.RESULT_SOLVED,
+    ]
+    assert len({event.event_id for event in events}) == 6
     assert {event.correlation_id for event in events} == {match["correlation_id"]}
 
 
@@ -180,6 +208,45 @@ async def test_what_nobody_engages_in_time_expires_and_engaging_races_with_it(hu
     assert await hub.pool.fetchval("SELECT taken FROM provider_quarter WHERE provider_id = 'gear-rigs'") == quarter - 1
     late = await hub.call("partner", "POST", f"/v1/matches/{waiting['id']}/engage")
     assert late.json()["reason"] == "MATCH_EXPIRED"
+
+
+async def test_a_room_that_ended_long_ago_is_forgotten_here_and_in_its_topic(hub: Hub, cluster: Cluster) -> None:
+    match = await hub.matched("gear-rigs")
+    long_ago = from_us(hub.clock.now_us()) - timedelta(days=401)
+    room = Room(
+        id=uuid.uuid4().hex,
+        match_id=match["id"],
+        firm_id=FIRM,
+        partner_id=PARTNER,
+        provider_id="gear-rigs",
+        machine_ids=(1,),
+        signal_ids=(1,),
+        purpose="Long ago.",
+        data_from=long_ago - timedelta(days=2),
+        data_until=long_ago,
+        opens=long_ago - timedelta(days=1),
+        closes=long_ago,
+        opened_by=1,
+        correlation_id="",
+    )
+    ended = replace(room, state=RoomState.EXPIRED, ended=long_ago)
+    async with transaction(hub.pool) as connection:
+        await rooms_store.add_room(connection, room, request_id="", request_sha256=b"")
+        await end_room(connection, ended, by=None)
+    values: list[bytes | None] = []
+    async with AIOKafkaConsumer(
+        cluster.name(topics.ROOMS), bootstrap_servers=cluster.bootstrap, group_id=None, auto_offset_reset="earliest"
+    ) as consumer:
+
+        async def forgotten() -> bool:
+            for records in (await consumer.getmany(timeout_ms=200)).values():
+                values.extend(record.value for record in records if record.key == room.id.encode())
+            return len(values) == 2
+
+        await eventually(forgotten)
+    assert values == [room_event(ended), None]
+    async with transaction(hub.pool) as connection:
+        assert await rooms_store.room(connection, room.id) is None
 
 
 async def test_matches_of_others_are_not_there(hub: Hub) -> None:

@@ -174,6 +174,13 @@ async def test_notices_are_read_page_by_page_by_their_side_only_and_by_grpc(hub:
         if not token:
             break
     assert [len(page) for page in pages] == [2, 1]
+    # What a later release tells, while both run.
+    await hub.pool.execute(
+        "INSERT INTO notice (id, firm_id, kind, subject_id, text, made, correlation_id) VALUES "
+        "(repeat('f', 32), $1, 'of_tomorrow', '', '', now(), '')",
+        FIRM,
+    )
+    assert len(await told(hub, "firm")) == 3
     newest = pages[0][0]
     for _ in range(2):  # the second is a repeat
         read = await hub.ok("firm", "POST", f"/v1/notices/{newest}/read")

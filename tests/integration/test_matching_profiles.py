@@ -10,6 +10,7 @@ import pytest_asyncio
 from services.common.clock import from_us
 from services.common.kafka import Publisher
 from services.common.settings import Settings
+from services.matching.notices import LONDON
 from smdih.matching.v1 import (
     matching_pb2,
     maturity_pb2,
@@ -88,6 +89,28 @@ async def test_a_provider_is_offered_until_its_review_is_due_or_a_document_it_ne
     assert (await hub.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."}))["offers"]
     hub.clock.shift = timedelta(days=45)
     assert (await hub.ok("firm", "POST", "/v1/needs", {"text": "Our gears whine."}))["offers"] == []
+
+
+async def test_a_partner_is_told_ahead_of_what_takes_its_provider_out_of_the_offers(hub: Hub) -> None:
+    papers = [document(expires_on=day(hub, 20), required=True), document(title="Picture", expires_on=day(hub, 3))]
+    await hub.put_providers("forming", review_on=day(hub, 200), evidence=papers)
+    act_by = day(hub, 20)
+
+    async def told() -> list[dict[str, Any]]:
+        found = (await hub.ok("partner", "GET", "/v1/notices?page_size=500"))["notices"]
+        return [each for each in found if (each["kind"], each["subject_id"]) == ("provider_due", "forming")]
+
+    for days, texts in ((1, 1), (2, 1), (14, 2), (21, 3)):
+        hub.clock.shift = timedelta(days=days)
+
+        async def as_many(texts: int = texts) -> bool:
+            return len(await told()) == texts
+
+        await eventually(as_many)
+    over, soon, ahead = await told()
+    assert "is not offered any more" in over["text"]
+    assert soon["text"].endswith('its document "Insurance" runs out. Put the profile anew to keep it offered.')
+    assert from_us(ahead["act_by_us"]).astimezone(LONDON).date().isoformat() == act_by
 
 
 async def test_skills_of_esco_that_a_need_names_bring_who_offers_them_nearer(hub: Hub) -> None:

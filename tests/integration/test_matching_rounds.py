@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,12 +13,27 @@ import pytest_asyncio
 
 from services.common.clock import from_us
 from services.common.kafka import Publisher
+from services.common.outbox import OutboxRelay
 from services.common.settings import Settings
+from services.matching.index import ProviderIndex
 from services.matching.needs import Limits
-from services.matching.service.rounds import CHUNK_NEEDS
+from services.matching.ranking import Ranker
+from services.matching.rounds import Outcome
+from services.matching.service.rounds import CHUNK_NEEDS, Rounds
 from services.matching.store import places as places_store
+from services.matching.store import rounds as rounds_store
 from smdih.matching.v1 import matching_pb2, rounds_pb2, rounds_pb2_grpc
-from tests.integration.matching_hub import FIRM, KEYS, Hub, bearer, publish_world, refused_by_grpc, running_hub
+from tests.integration.matching_hub import (
+    FIRM,
+    KEYS,
+    OTHER_FIRM,
+    PROVIDERS,
+    Hub,
+    bearer,
+    publish_world,
+    refused_by_grpc,
+    running_hub,
+)
 from tests.polling import eventually
 
 GEARS = "Our gears whine and the oil is full of debris."
@@ -43,8 +58,8 @@ async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
     one_hub.clock.shift = timedelta(0)
 
 
-async def wait_for_round(hub: Hub, text: str = GEARS, **fields: Any) -> str:
-    opened = await hub.ok("firm", "POST", "/v1/needs", {"text": text, "wait_for_round": True, **fields})
+async def wait_for_round(hub: Hub, text: str = GEARS, *, who: str = "firm", **fields: Any) -> str:
+    opened = await hub.ok(who, "POST", "/v1/needs", {"text": text, "wait_for_round": True, **fields})
     assert (opened["offers"], opened["need"]["no_offer_reason"]) == ([], "WAITS_FOR_ROUND")
     need_id: str = opened["need"]["id"]
     return need_id
@@ -265,6 +280,84 @@ async def test_a_round_that_is_cut_off_is_finished_by_whoever_comes_next(hub: Hu
     )
     assert {row["provider_id"]: row["count"] for row in rows} == {"gear-rigs": 700, "iot-basics": count - 700}
     assert await hub.pool.fetchval("SELECT count(DISTINCT need_id) FROM offer WHERE round_id = 'cut-off'") == count
+
+
+async def test_a_proposal_takes_a_need_out_of_no_round_and_its_end_closes_none(hub: Hub) -> None:
+    expert = {**PROVIDERS["forming"], "capacity_per_quarter": 9}
+    for name in ("one", "two"):
+        await hub.ok("partner", "PUT", f"/v1/providers/poor-{name}", expert)
+    need_id = await wait_for_round(hub, show_to_partners=True)
+
+    async def propose(provider_id: str) -> str:
+        offer = await hub.ok("partner", "POST", f"/v1/desk/needs/{need_id}/propose", {"provider_id": provider_id})
+        offer_id: str = offer["id"]
+        return offer_id
+
+    one, two = await propose("poor-one"), await propose("poor-two")
+    await hub.ok("firm", "POST", f"/v1/offers/{one}/decline", {"reason": "does not fit"})
+    await hub.ok("partner", "POST", f"/v1/offers/{two}/decline", {"reason": "no time"})
+    need = await hub.ok("firm", "GET", f"/v1/needs/{need_id}")
+    assert (need["state"], need["offers"], need["wait_for_round"]) == ("open", 0, True)
+    await hub.put_providers("gear-rigs")
+    await run_round(hub, "after-proposals")
+    need = await hub.ok("firm", "GET", f"/v1/needs/{need_id}")
+    assert (need["state"], need["offers"]) == ("open", 1)
+    [placed] = [each for each in await offers_of(hub, need_id) if each["state"] == "made"]
+    assert (placed["provider_id"], placed["origin"]) == ("gear-rigs", "round")
+
+
+class Meanwhile:
+    """The index, with something that happens while a round is computed."""
+
+    def __init__(self, index: ProviderIndex, happens: Callable[[], Awaitable[object]]) -> None:
+        self._index = index
+        self._happens = happens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._index, name)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    async def compute(self, work: Callable[[Ranker], Any]) -> Any:
+        answer = await self._index.compute(work)
+        if isinstance(answer, Outcome):
+            await self._happens()
+        return answer
+
+
+async def test_a_provider_withdrawn_while_a_round_computes_is_not_offered_by_it(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", "iot-basics")
+    need_id = await wait_for_round(hub)
+
+    async def withdraw() -> None:
+        await hub.ok("partner", "POST", "/v1/providers/gear-rigs/withdraw")
+
+    index: Any = Meanwhile(hub.index, withdraw)
+    relay = OutboxRelay(hub.pool, hub.publisher, schema="matching")
+    rounds = Rounds(hub.pool, index, relay, hub.matching.offers, clock=hub.clock, limits=Limits())
+    await hub.ok("operator", "POST", "/v1/rounds", {"round_id": "withdrawn"})
+    assert await rounds.carry_out()
+    offer = await only_offer(hub, need_id)
+    assert (offer["provider_id"], offer["state"]) == ("iot-basics", "made")
+
+
+async def test_a_round_tells_a_full_hub_from_one_without_help_and_takes_new_needs_first(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs", capacity_per_quarter=1, conflict_firm_ids=[OTHER_FIRM])
+    needs = [await wait_for_round(hub, f"{GEARS} Line {number}.") for number in range(2)]
+    stranger = await wait_for_round(hub, who="other_firm")
+    assert (await run_round(hub, "full"))["unplaced"] == 2
+    reasons = [(await hub.ok("operator", "GET", f"/v1/needs/{each}"))["no_offer_reason"] for each in (*needs, stranger)]
+    assert sorted(reasons) == ["", "ALL_FULL", "NONE_FITS"], reasons
+    newer = await wait_for_round(hub, "Newer.")
+    async with hub.pool.acquire() as connection:
+        waiting = await rounds_store.waiting_needs(connection, opened_by=from_us(hub.clock.now_us()), limit=1)
+    assert [each.id for each in waiting] == [newer]
+
+
+async def offers_of(hub: Hub, need_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await hub.ok("firm", "GET", f"/v1/needs/{need_id}/offers"))["offers"]
+    return found
 
 
 async def test_partners_see_their_regions_needs_first_and_propose_themselves(hub: Hub) -> None:

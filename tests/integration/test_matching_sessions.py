@@ -11,17 +11,19 @@ from zoneinfo import ZoneInfo
 import asyncpg
 import pytest
 import pytest_asyncio
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from icalendar import Calendar
 
-from services.common.clock import to_us
+from services.common import topics
+from services.common.clock import from_us, to_us
 from services.common.errors import Forbidden, NotFound
 from services.common.identity import Caller, Role
-from services.common.kafka import Publisher
+from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
 from services.matching.sessions import BookingState, SessionState
 from services.matching.store import sessions as sessions_store
 from smdih.matching.v1 import events_pb2, sessions_pb2
-from tests.integration.matching_hub import KEYS, Hub, publish_world, refused_by_grpc, running_hub
+from tests.integration.matching_hub import KEYS, PROVIDERS, Hub, publish_world, refused_by_grpc, running_hub
 from tests.polling import eventually
 
 LONDON = ZoneInfo("Europe/London")
@@ -104,6 +106,91 @@ async def test_a_freed_seat_goes_to_the_first_in_line_who_has_a_deadline(hub: Hu
     assert await state_of(hub, late) == "offered"
     fewer = await hub.call("partner", "PUT", "/v1/sessions/day-1", {**_put_of(session), "seats": 2})
     assert (fewer.status_code, fewer.json()["reason"]) == (409, "SEATS_TAKEN")
+
+
+async def told(hub: Hub, booking: dict[str, Any], who: str = "firm") -> list[dict[str, Any]]:
+    found = (await hub.ok(who, "GET", "/v1/notices?page_size=500"))["notices"]
+    return [each for each in found if each["subject_id"] == booking["id"]]
+
+
+async def test_who_booked_a_session_that_is_moved_is_told_and_no_seat_is_kept_beyond_its_beginning(
+    hub: Hub, cluster: Cluster
+) -> None:
+    session = await put(hub, "moved", seats=1, confirm_within_s=30 * 86_400)
+    first, second, third = await book(hub, "moved"), await book(hub, "moved", "other_firm"), await book(hub, "moved")
+    await hub.ok("firm", "POST", f"/v1/bookings/{first['id']}/cancel")
+    assert await state_of(hub, second) == "offered"
+    earlier = session["starts_us"] - 10 * 86_400_000_000
+    moved = {**_put_of(session), "starts_us": earlier, "place": "Room 5, Bath"}
+    await hub.ok("partner", "PUT", "/v1/sessions/moved", moved)
+    assert (await hub.ok("other_firm", "GET", f"/v1/bookings/{second['id']}"))["confirm_by_us"] == earlier
+    for who, booking, act_by in (("other_firm", second, earlier), ("firm", third, earlier)):
+        notice = (await told(hub, booking, who))[0]
+        assert (notice["kind"], notice["act_by_us"]) == ("session_moved", act_by)
+        assert "Room 5, Bath" in notice["text"]
+    assert await told(hub, first) == []
+    # More seats alone are no move.
+    await hub.ok("partner", "PUT", "/v1/sessions/moved", {**moved, "seats": 2})
+    assert [each["kind"] for each in await told(hub, third)] == ["seat_offered", "session_moved"]
+
+    async def published() -> bool:
+        events = [event for event in await booking_events(cluster) if event.booking_id == second["id"]]
+        assert len({event.event_id for event in events}) == len(events)
+        return [(event.starts_us, event.state) for event in events[-1:]] == [
+            (earlier, events_pb2.BOOKING_STATE_OFFERED)
+        ]
+
+    await eventually(published)
+
+
+async def booking_events(cluster: Cluster) -> list[events_pb2.BookingEvent]:
+    consumer = AIOKafkaConsumer(bootstrap_servers=cluster.bootstrap, group_id=None, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        name = cluster.name(topics.BOOKINGS)
+        partitions = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name) or {0}]
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        await consumer.seek_to_beginning(*partitions)
+        events: list[events_pb2.BookingEvent] = []
+        for partition in partitions:
+            while await consumer.position(partition) < ends[partition]:
+                for records in (await consumer.getmany(partition, timeout_ms=200)).values():
+                    events += [events_pb2.BookingEvent.FromString(record.value) for record in records]
+        return events
+    finally:
+        await consumer.stop()
+
+
+async def test_the_line_ends_when_the_session_begins(hub: Hub) -> None:
+    await put(hub, "begun", seats=1, days=2)
+    await book(hub, "begun", "other_firm")
+    waiting = await book(hub, "begun")
+    assert waiting["state"] == "waiting"
+    hub.clock.shift = timedelta(days=2, minutes=1)
+
+    async def ended() -> bool:
+        return await state_of(hub, waiting) == "expired"
+
+    await eventually(ended)
+    assert [each["kind"] for each in await told(hub, waiting)] == ["no_seat"]
+
+
+async def test_firms_are_not_shown_sessions_of_providers_that_are_not_offered_any_more(hub: Hub) -> None:
+    day = from_us(hub.clock.now_us()).date()
+    until = (day + timedelta(days=5)).isoformat()
+    provider = {**PROVIDERS["dashboards"], "review_on": until}
+    await hub.ok("partner", "PUT", "/v1/providers/reviewed", provider)
+    await put(hub, "reviewed", provider_id="reviewed")
+
+    async def listed(who: str) -> bool:
+        return "reviewed" in {each["id"] for each in (await hub.ok(who, "GET", "/v1/sessions"))["sessions"]}
+
+    assert await listed("firm")
+    hub.clock.shift = timedelta(days=6)
+    assert not await listed("firm")
+    assert await listed("partner")
+    assert (await hub.call("firm", "POST", "/v1/bookings", {"session_id": "reviewed"})).status_code == 409
 
 
 def _put_of(session: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from localstack.hub import Hub
 from localstack.mosquitto import BRIDGE, Mosquitto
 from localstack.servers import Servers
 from services.common.settings import Settings
+from services.ingest.mqtt import link
 from services.ingest.mqtt.link import Broker, Link, LinkLost, LinkRefused
 from tests.integration.mqtt_plant import (
     FIRMS,
@@ -195,6 +196,22 @@ async def test_a_sparkplug_device_is_stored_by_its_aliases(plant: Plant) -> None
     assert {key: value for key, value in after.items() if key not in before} == expected()
     found = (await plant.quarantined(machine["firm_id"]))[-2:]
     assert sorted(found) == [("BAD_QUALITY", 1), ("WRONG_TYPE", 1)]
+
+
+async def test_a_message_that_repeats_a_metric_beyond_all_measure_stops_nobody(plant: Plant) -> None:
+    machine = plant.machines["acme"]
+    at = now_ms() - 60_000
+    async with edge_node(plant, "acme", "works:gateway-9") as node:
+        await node.birth()
+        await node.send("DBIRTH", _device_birth(), device="press-1")
+        await node.send("DDATA", [metric(n, alias=1) for n in range(10_002)], device="press-1", timestamp=at)
+        await node.send("DDATA", [metric(7.0, alias=1)], device="press-1", timestamp=at + 1)
+
+    async def both_there() -> bool:
+        found = await plant.stored(machine["id"])
+        return found.get((0, at)) == 10_001.0 and found.get((0, at + 1)) == 7.0
+
+    await eventually(both_there)
 
 
 async def test_a_gap_an_unknown_alias_and_data_before_a_birth_ask_for_a_rebirth_and_deaths_count_once(
@@ -431,6 +448,40 @@ async def test_nothing_is_lost_though_bridges_are_killed_kafka_is_away_and_the_b
         await eventually(all_there, deadline_s=40)
         reasons = (await plant.quarantined(machine["firm_id"]))[before[firm] :]
         assert sorted(reasons) == [("MALFORMED", 0)] * (turns // bad_every)
+
+
+async def test_a_share_comes_back_though_the_broker_sends_more_than_it_may_before_it_answers(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mosquitto 2.0.11 keeps to our Receive Maximum only until the first acknowledgement on a session that was taken up again."""
+    machine, at, bridges = plant.machines["acme"], now_ms() - 7_000_000, ("mqtt-bridge", "mqtt-bridge-2")
+    monkeypatch.setattr(link, "WAITING_MESSAGES_MAX", 100_000)
+    for name in bridges:
+        await plant.hub.pause(name)
+    try:
+        async with plant.client("acme") as client:
+            for number in range(4_000):
+                await client.publish("smdih/v1/acme/works/press-1/current", plain(number, at + number), qos=0)
+            await client.publish("smdih/v1/acme/works/press-1/current", plain(4_000, at + 4_000), qos=1)
+        broker = Broker("127.0.0.1", plant.mosquitto.port, BRIDGE, plant.mosquitto.passwords[BRIDGE])
+        prefix = plant.hub.settings.kafka_topic_prefix
+        async with Link(broker, client_id=f"{prefix}smdih-bridge-6", session_expiry_s=3600) as stolen:
+            first = await stolen.messages(messages_max=100, timeout_s=5)
+            stolen.ack(first)
+            sent = len(first)
+            while more := await stolen.messages(messages_max=5_000, timeout_s=1):
+                sent += len(more)
+            assert sent > 2_500
+    finally:
+        for name in bridges:
+            plant.hub.resume(name)
+    for name in bridges:
+        await plant.hub.wait_ready(name)
+
+    async def stored() -> int:
+        return sum(1 for _, ms in await plant.stored(machine["id"]) if at <= ms <= at + 4_000)
+
+    await eventually(lambda: _equals(stored, 4_001 - len(first)))
 
 
 async def test_the_ways_in_come_up_while_the_database_is_away_and_what_they_take_is_stored_afterwards(

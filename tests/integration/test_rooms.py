@@ -14,7 +14,12 @@ import pytest
 import pytest_asyncio
 
 from localstack.servers import Servers
+from services.common.clock import SystemClock
+from services.common.errors import TryAgain
+from services.common.identity import Caller, Role
+from services.common.kafka import Cluster
 from services.common.settings import Settings
+from services.ingest.queries.rooms import Rooms
 from smdih.ingest.v1.rooms_pb2 import ListRoomReadsRequest
 from smdih.ingest.v1.rooms_pb2_grpc import RoomReadServiceStub
 from smdih.matching.v1 import events_pb2, rooms_pb2, rooms_pb2_grpc
@@ -154,10 +159,13 @@ async def test_exactly_the_lent_signals_of_exactly_the_lent_time_may_be_read_and
         answer = await world.read(who, signal, start, end)
         assert answer.status_code == status, (who, signal, start, end, answer.text)
     # The other ways to read know of the room too.
-    plot = await world.door["partner"].get(
-        f"/v1/plot?signal_id={current}&signal_id={speed}&from_us={world.start_us}&to_us={world.start_us + 10 * MINUTE_US}"
-    )
-    assert plot.status_code == 200, plot.text
+    for path in ("plot?", "buckets?width_s=60&", "export?"):
+        for signal, minutes, status in ((speed, 10, 200), (speed, 11, 403), (secret, 10, 404)):
+            query = f"signal_id={current}&signal_id={signal}&from_us={world.start_us}&to_us={world.start_us + minutes * MINUTE_US}"
+            answer = await world.door["partner"].get(f"/v1/{path}{query}")
+            assert answer.status_code == status, (path, signal, minutes, answer.text)
+            if path == "export?" and status == 200:
+                assert len(answer.text.splitlines()) == 601
     details = await world.ok("partner", "GET", f"/v1/rooms/{room['id']}")
     assert [(each["name"], each["unit"]) for each in details["signals"]] == [("current", "A"), ("speed", "A")]
     # Both see the log: a row for each signal, minute and key, however often it was read.
@@ -225,6 +233,93 @@ async def test_a_recall_takes_effect_within_a_second(world: World) -> None:
         assert time.monotonic() - began < RECALL_S_MAX
         assert await world.ok("firm", "POST", f"/v1/rooms/{room['id']}/recall") == recalled
         assert (await world.ok("partner", "GET", f"/v1/rooms/{room['id']}"))["signals"] == []
+
+
+async def test_a_recall_ends_an_export_that_runs(world: World) -> None:
+    match_id = await world.engaged()
+    long = await world.plant.machine("press-long", [{"name": name, "unit": "A"} for name in ("one", "two")])
+    rows = 300_000
+    times = world.start_us + np.arange(rows) * 1_000
+    await world.plant.store(long, times, np.random.default_rng(1).normal(20, 3, (rows, 2)), rollups=False)
+    one, two = [signal["id"] for signal in long["signals"]]
+    lent = [{"machine_id": long["id"], "signal_ids": [one, two]}]
+    room = await world.open_room(match_id, signals=lent)
+    await eventually(lambda: world.may_read(one), deadline_s=5)
+    query = f"signal_id={one}&signal_id={two}&from_us={world.start_us}&to_us={world.start_us + 10 * MINUTE_US}&layout=narrow"
+    async with world.door["partner"].stream("GET", f"/v1/export?{query}") as answer:
+        chunks = answer.aiter_raw()
+        got = len(await anext(chunks))
+        await world.ok("firm", "POST", f"/v1/rooms/{room['id']}/recall")
+
+        async def is_over() -> bool:
+            return not await world.may_read(one)
+
+        await eventually(is_over, deadline_s=5)
+
+        async def rest() -> None:
+            nonlocal got
+            async for chunk in chunks:
+                got += len(chunk)
+
+        with pytest.raises(httpx.RemoteProtocolError):
+            await rest()
+    whole = await world.door["firm"].get(f"/v1/export?{query}")
+    assert got < len(whole.content)
+
+
+async def test_what_is_lent_is_not_read_while_it_cannot_be_known(settings: Settings) -> None:
+    """A recall could have been missed; the other reads go on."""
+    cluster, fresh_s_max = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix), 2.0
+    rooms = Rooms(cluster, clock=SystemClock(), fresh_s_max=fresh_s_max)
+    partner = Caller(credential_id=1, role=Role.PARTNER, partner_id=1)
+
+    async def known() -> bool:
+        try:
+            rooms.grants(partner)
+        except TryAgain:
+            return False
+        return True
+
+    with pytest.raises(TryAgain) as refused:
+        rooms.grants(partner)
+    assert refused.value.reason == "ROOMS_UNKNOWN"
+    following = asyncio.create_task(rooms.run())
+    await eventually(known, deadline_s=10)
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+
+    async def unknown() -> bool:
+        return not await known()
+
+    await eventually(unknown, deadline_s=2 * fresh_s_max)
+    assert rooms.grants(Caller(credential_id=2, role=Role.FIRM, firm_id=1)) == []
+
+
+async def test_the_log_of_a_room_comes_page_by_page(world: World) -> None:
+    room = await world.open_room(await world.engaged())
+    path = f"/v1/rooms/{room['id']}/reads"
+    await eventually(lambda: world.may_read(world.signals[0]), deadline_s=5)
+    await world.plant.database.execute(
+        "INSERT INTO room_read (room_id, signal_id, credential_id, minute, reads, data_from, data_until) "
+        "SELECT $1, $2, key, date_trunc('minute', now()) - n * interval '1 minute', 1, now(), now() "
+        "FROM generate_series(1, 600) n, (VALUES (-5), (7)) AS k (key)",
+        room["id"],
+        world.signals[0],
+    )
+    seen: list[tuple[int, int, int]] = []
+    token, pages = "", 0
+    while True:
+        page = (await world.door["firm"].get(f"{path}?page_size=500&page_token={token}")).json()
+        seen += [(each["minute_us"], each["signal_id"], each["credential_id"]) for each in page["reads"]]
+        token, pages = page["next_page_token"], pages + 1
+        if not token:
+            break
+    assert pages == 3
+    assert len(seen) == len(set(seen)) >= 1201
+    assert [minute for minute, _, _ in seen] == sorted((minute for minute, _, _ in seen), reverse=True)
+    for odd in ("x", "1.2", "9999999999999999.1.1" + "0" * 30):
+        assert (await world.door["firm"].get(f"{path}?page_token={odd}")).status_code == 400
+    await world.ok("firm", "POST", f"/v1/rooms/{room['id']}/recall")
 
 
 async def test_a_room_ends_with_its_time_and_with_its_match(world: World) -> None:
@@ -325,6 +420,12 @@ async def test_rooms_by_grpc_and_across_a_restart_of_the_door(world: World) -> N
             with pytest.raises(grpc.aio.AioRpcError) as nobody:
                 await reads.ListRoomReads(asked)
             assert nobody.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        await world.plant.database.execute(
+            "INSERT INTO room_read (room_id, signal_id, credential_id, minute, reads, data_from, data_until) "
+            "VALUES ($1, $2, 7, now() - interval '401 days', 1, now(), now())",
+            opened.room.id,
+            world.signals[0],
+        )
         world.plant.hub.kill("door")
 
         async def readable_again() -> bool:
@@ -334,5 +435,11 @@ async def test_rooms_by_grpc_and_across_a_restart_of_the_door(world: World) -> N
                 return False
 
         await eventually(readable_again, deadline_s=90)
+
+        async def old_reads_are_forgotten() -> bool:
+            log = (await world.door["firm"].get(f"/v1/rooms/{opened.room.id}/reads")).json()["reads"]
+            return bool(log) and 7 not in {each["credential_id"] for each in log}
+
+        await eventually(old_reads_are_forgotten)
         recalled = await stub.RecallRoom(pb.RecallRoomRequest(room_id=opened.room.id), metadata=key("firm"))
         assert recalled.room.state == events_pb2.ROOM_STATE_RECALLED

@@ -34,6 +34,39 @@ def samples(offset: int, numbers: tuple[str, bytes], machine_id: int, time_us: i
     return ConsumerRecord(topics.SAMPLES, 0, offset, 0, 0, None, value, None, 0, len(value), [numbers])
 
 
+async def test_the_rest_of_a_batch_that_comes_with_another_poll_corrects_as_its_beginning_did(dsn: str) -> None:
+    pool = await create_pool(dsn, schema="ingest", size_max=2)
+    try:
+        clock = SystemClock()
+        historian, now_us = Historian(clock), clock.now_us()
+
+        def frames(sequence: int, value: float, at_us: int, *, more: bool = False) -> ConsumerRecord:
+            batch = records_pb2.FrameBatch(
+                firm_id=1,
+                machine_id=77,
+                width=1,
+                source="split",
+                sequence=sequence,
+                more=more,
+                times_us=struct.pack("<q", at_us),
+                values=struct.pack("<d", value),
+                received_us=now_us,
+            )
+            value_bytes = records_pb2.SamplesRecord(batches=[batch]).SerializeToString()
+            return ConsumerRecord(topics.SAMPLES, 0, 0, 0, 0, None, value_bytes, None, 0, len(value_bytes), [])
+
+        first_us, second_us = now_us - 2 * SECOND_US, now_us - SECOND_US
+        corrections = [frames(2, 2.0, first_us, more=True), frames(2, 2.0, second_us)]
+        again = [frames(2, 9.0, first_us, more=True), frames(2, 9.0, second_us)]
+        for record in (frames(1, 1.0, first_us), frames(1, 1.0, second_us), *corrections, *again):
+            async with transaction(pool) as connection:
+                assert await historian.store(connection, [record]) == []
+        rows = await pool.fetch("SELECT values FROM frame WHERE machine_id = 77 ORDER BY ts")
+        assert [row["values"] for row in rows] == [[2.0], [2.0]]
+    finally:
+        await pool.close()
+
+
 async def test_a_record_that_was_acknowledged_and_never_came_is_counted_once(dsn: str) -> None:
     pool = await create_pool(dsn, schema="ingest", size_max=2)
     try:
@@ -45,6 +78,7 @@ async def test_a_record_that_was_acknowledged_and_never_came_is_counted_once(dsn
 
         async def store(*records: ConsumerRecord) -> float | None:
             async with transaction(pool) as connection:
+                await historian.note_numbers(topics.SAMPLES, connection, records)
                 assert await historian.store(connection, records) == []
             await gauges.measure()
             return REGISTRY.get_sample_value("smdih_ingest_missing_batches")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smdih_client.buffer import BufferDamaged, BufferFull, BufferInUse, DiskBuffer, Record, Sync
+from smdih_client.buffer import BufferFull, BufferInUse, DiskBuffer, Record, Sync
 
 
 def opened(folder: Path, *, bytes_max: int = 1 << 20, segment_bytes_max: int = 1024) -> DiskBuffer:
@@ -87,21 +87,49 @@ def test_a_crash_at_every_byte_of_the_last_record_loses_only_that_record(tmp_pat
     assert not list(tmp_path.glob("*.damaged"))
 
 
-def test_a_changed_byte_is_noticed_and_set_aside(tmp_path: Path) -> None:
+def _flip(segment: Path, at: int) -> bytes:
+    """The file's bytes before."""
+    content = segment.read_bytes()
+    segment.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    return content
+
+
+def test_a_damaged_record_is_passed_over_and_kept_for_someone_to_look_at(tmp_path: Path) -> None:
     buffer = opened(tmp_path)
-    first = put(buffer, b"first")
-    end = buffer.bytes_kept
-    put(buffer, b"second")
+    sequences = [put(buffer, bytes([n]) * 20, samples=n) for n in range(10)]
     (segment,) = tmp_path.glob("*.log")
-    content = bytearray(segment.read_bytes())
-    content[-1] ^= 1
-    segment.write_bytes(content)
-    with pytest.raises(BufferDamaged):
-        everything(buffer)
+    record_bytes = buffer.bytes_kept // 10
+    content = _flip(segment, 3 * record_bytes - 1)
+    for _ in range(2):  # noticed while it is read, then at the opening
+        assert [record.sequence for record in everything(buffer)] == sequences[:2] + sequences[3:]
+        assert buffer.waiting_samples == sum(range(10)) - 2
+        aside = tmp_path / f"{segment.stem}-{2 * record_bytes}.damaged"
+        damaged = bytearray(content[2 * record_bytes : 3 * record_bytes])
+        damaged[-1] ^= 1
+        assert aside.read_bytes() == damaged
+        aside.unlink()
+        buffer.close()
+        buffer = opened(tmp_path)
+    assert buffer.lost_samples == 0  # never counted as waiting
+    everything(buffer)
+    buffer.acknowledge(sequences[-1], sum(range(10)) - 2)
+    assert (buffer.waiting_samples, buffer.has_unread) == (0, False)
+    assert put(buffer, b"goes on") > sequences[-1]
     buffer.close()
+
+
+def test_behind_a_damaged_length_the_segment_is_given_up_and_the_next_one_read(tmp_path: Path) -> None:
     buffer = opened(tmp_path)
-    assert [record.sequence for record in everything(buffer)] == [first]
-    assert segment.with_suffix(".damaged").read_bytes() == content[end:]
+    sequences = [put(buffer, b"x" * 100, samples=10) for _ in range(30)]
+    first, second, *_ = sorted(tmp_path.glob("*.log"))
+    in_first = first.stat().st_size // 120
+    _flip(first, 2 * 120)
+    assert [record.sequence for record in everything(buffer)] == sequences[:2] + sequences[in_first:]
+    assert (buffer.lost_samples, buffer.has_unread) == ((in_first - 2) * 10, False)
+    assert buffer.waiting_samples == 300 - buffer.lost_samples
+    buffer.acknowledge(sequences[-1], buffer.waiting_samples)
+    assert not first.exists()
+    assert second.exists() is False
     buffer.close()
 
 

@@ -1,21 +1,25 @@
 """The door keeps one sender from taking the room of the others."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
 
 from services.common.directory import Directory
-from services.common.errors import HubError, SlowDown
+from services.common.errors import HubError, SlowDown, TooLarge
+from services.common.identity import Caller, Role
 from services.common.kafka import Cluster, Publisher
+from services.common.rpc import _caller
 from services.ingest.diagnosis.sightings import Sightings
 from services.ingest.domain import Sender
 from services.ingest.telemetry import door
 from services.ingest.telemetry.buckets import Buckets
 from services.ingest.telemetry.door import Door
-from services.ingest.telemetry.groupcommit import GroupCommit
+from services.ingest.telemetry.groupcommit import PAYLOAD_BYTES_MAX, GroupCommit
+from services.ingest.telemetry.rpc import STREAM_BATCHES_MAX, STREAM_BYTES_MAX, TelemetryServicer
 from smdih.directory.v1 import directory_pb2
-from smdih.ingest.v1 import telemetry_pb2
+from smdih.ingest.v1 import records_pb2, telemetry_pb2
 from tests.unit.test_frames import NOW_US, FixedClock
 
 
@@ -87,3 +91,73 @@ async def test_bytes_count_as_well_as_batches() -> None:
         one.take(sender(1), [large])
     one.take(sender(2), [large])
     publisher.go.set()
+
+
+async def test_what_no_record_can_hold_fails_alone() -> None:
+    publisher = HeldPublisher()
+    group_commit = GroupCommit(cast(Publisher, publisher), partitions=1)
+    before = group_commit.put_frames(records_pb2.FrameBatch(machine_id=1))
+    large = group_commit.put_frames(records_pb2.FrameBatch(machine_id=1, values=bytes(PAYLOAD_BYTES_MAX)))
+    after = group_commit.put_frames(records_pb2.FrameBatch(machine_id=1))
+    publisher.go.set()
+    with pytest.raises(TooLarge):
+        await large.commit.wait()
+    await asyncio.gather(before.commit.wait(), after.commit.wait())
+
+
+async def test_nobody_is_told_that_another_senders_batch_is_too_large() -> None:
+    """As from a broker that takes less than we think."""
+    publisher = HeldPublisher()
+    publisher.error = TooLarge()
+    group_commit = GroupCommit(cast(Publisher, publisher), partitions=1)
+    shares = [group_commit.put_frames(records_pb2.FrameBatch(machine_id=1)) for _ in range(2)]
+    await asyncio.sleep(0)  # they are on their way together
+    shares.append(group_commit.put_frames(records_pb2.FrameBatch(machine_id=1)))
+    publisher.go.set()
+    settled = await asyncio.gather(*(share.commit.wait() for share in shares), return_exceptions=True)
+    assert [getattr(each, "reason", "") for each in settled] == ["TRY_AGAIN"] * 3
+
+
+def test_rows_are_taken_some_at_a_time_and_none_is_left_out() -> None:
+    sent = [telemetry_pb2.Batch(sequence=n, times_us=range(rows)) for n, rows in enumerate((1, 9_999, 1, 30_000, 2, 3))]
+    assert [[one.sequence for one in part] for part in door.parts(sent)] == [[0, 1], [2], [3], [4, 5]]
+    assert list(door.parts([])) == []
+    assert [len(part) for part in door.parts([batch()] * 20_001)] == [10_000, 10_000, 1]
+
+
+@pytest.mark.parametrize(("rows", "a_message", "read_most"), [(1, 100, STREAM_BATCHES_MAX // 100), (10_000, 1, 35)])
+async def test_a_stream_is_read_no_further_than_may_be_on_its_way_and_goes_on_once_it_is_durable(
+    rows: int, a_message: int, read_most: int
+) -> None:
+    """By batches or by bytes, which are 24 a row here."""
+    assert 34 * 10_000 * 24 < STREAM_BYTES_MAX <= 35 * 10_000 * 24
+    publisher = HeldPublisher()
+    servicer = TelemetryServicer(door_with(publisher))
+    _caller.set(Caller(1, Role.DEVICE, firm_id=1))
+    large = telemetry_pb2.Batch(machine_id=5, times_us=range(NOW_US - rows, NOW_US), values=[0.5] * rows * 2)
+    messages, read = read_most * 2, 0
+
+    async def requests() -> AsyncIterator[telemetry_pb2.StreamBatchesRequest]:
+        nonlocal read
+        while read < messages:
+            read += 1
+            batches = [large] * a_message
+            for number, one in enumerate(batches):
+                one.sequence = read * a_message + number
+            yield telemetry_pb2.StreamBatchesRequest(source="s", batches=batches)
+
+    last = telemetry_pb2.StreamBatchesResponse()
+
+    async def listen() -> None:
+        async for answer in servicer.StreamBatches(requests(), None):
+            last.CopyFrom(answer)
+
+    listening = asyncio.create_task(listen())
+    for _ in range(messages * 3):
+        await asyncio.sleep(0)
+    assert read == read_most + 1  # one more is in hand, and not taken
+    assert last.acknowledged_batches == 0
+    publisher.go.set()
+    await asyncio.wait_for(listening, 30)
+    assert (read, last.acknowledged_batches) == (messages, messages * a_message)
+    assert last.accepted == messages * a_message * rows * 2

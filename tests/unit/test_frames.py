@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from services.common.directory import Directory
 from services.common.kafka import Cluster
 from services.ingest.domain import Sender
-from services.ingest.telemetry.frames import FrameCheck
+from services.ingest.telemetry.frames import (
+    DETAIL_LENGTH_MAX,
+    FRAMES_BYTES_MAX,
+    QUARANTINED_BYTES_MAX,
+    FrameCheck,
+    quarantined,
+)
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import telemetry_pb2
 
@@ -99,6 +105,49 @@ def test_a_quarantined_part_holds_exactly_its_samples_and_can_be_sent_again() ->
     assert (list(late.times_us), list(late.values)) == ([0], [3.0, 4.0])
     outside = CHECK.check(SENDER, by_reason["OUT_OF_RANGE"])
     assert (outside.accepted, [record.samples for record in outside.quarantine]) == (0, [1])
+
+
+def wide(signals: int) -> FrameCheck:
+    return check_with(*(directory_pb2.Signal(id=n + 1, name=f"s{n}") for n in range(signals)))
+
+
+@pytest.mark.parametrize("columns", [1, 200, 450])
+def test_frames_of_one_batch_are_split_before_they_are_too_large_for_a_record(columns: int) -> None:
+    rows = 5_300 if columns == 1 else 1_000
+    times = list(range(NOW_US - rows, NOW_US))
+    cells = np.arange(rows * columns, dtype=np.float64).reshape(rows, columns)
+    sent = batch(times_us=times, positions=list(range(columns)), values=cells.ravel().tolist(), sequence=7)
+    checked = wide(450 if columns == 450 else 200).check(SENDER, sent)
+    assert (checked.accepted, checked.quarantine) == (rows * columns, [])
+    assert max(frames.ByteSize() for frames in checked.frames) < FRAMES_BYTES_MAX + 1_000
+    assert [frames.more for frames in checked.frames] == [True] * (len(checked.frames) - 1) + [False]
+    found = np.full((rows, 450), np.nan)
+    for frames in checked.frames:
+        at = np.frombuffer(frames.times_us, "<i8") - times[0]
+        first = frames.first_position
+        found[at, first : first + frames.width] = np.frombuffer(frames.values, "<f8").reshape(-1, frames.width)
+    np.testing.assert_array_equal(found[:, :columns], cells)
+    assert np.isnan(found[:, columns:]).all()
+
+
+def test_rows_that_would_grow_past_all_bounds_are_quarantined_with_what_to_send_instead() -> None:
+    rows = 20_001
+    sent = batch(times_us=range(NOW_US - rows, NOW_US), positions=[3], values=[1.0] * rows)
+    (record,) = wide(200).check(SENDER, sent).quarantine
+    assert (record.reason, record.samples) == ("TOO_LARGE", rows)
+    assert "send at most 20000 rows" in record.detail
+    assert len(record.batch) > 0
+
+
+def test_a_batch_too_large_for_quarantine_is_kept_in_its_beginning() -> None:
+    record = quarantined(SENDER, "X", "", 1, NOW_US, batch=b"x" * (QUARANTINED_BYTES_MAX + 1))
+    assert (record.batch, len(record.raw)) == (b"", 64 * 1024)
+
+
+def test_a_quarantine_record_holds_only_text_that_can_be_stored() -> None:
+    record = quarantined(SENDER, "WRONG_TYPE", "a\0b\x1b" + "x" * 100_000, 1, NOW_US)
+    assert record.detail.startswith("a?b?x")
+    assert len(record.detail) == DETAIL_LENGTH_MAX
 
 
 def test_the_same_content_is_the_same_quarantine_record() -> None:

@@ -13,6 +13,7 @@ from services.funding.domain import (
     Assessment,
     Call,
     CallState,
+    Content,
     Cost,
     CostCategory,
     Declaration,
@@ -20,6 +21,7 @@ from services.funding.domain import (
     Pledge,
     ProjectPartner,
     Refused,
+    Relation,
     SizeFigures,
     Terms,
 )
@@ -28,11 +30,16 @@ from services.funding.parameters import load_parameters
 from services.funding.rules.assistance import AssistanceKind
 from services.funding.rules.intensity import Category, Organisation
 from services.funding.rules.match import PledgeKind
-from services.funding.rules.size import Definition, Size
+from services.funding.rules.size import Definition, Investor, Size
+from services.funding.terms import checked_content
 
 TABLE = load_parameters()
 DAY = date(2026, 11, 23)
 SMALL = SizeFigures(headcount="38", turnover_minor=420_000_000, balance_minor=210_000_000, period_start="2026-01-01")
+
+HOLDING = Relation(
+    percent="60", upstream=True, investor=Investor.COMPANY, headcount="10", turnover_minor=1, balance_minor=1
+)
 
 
 def call(**changes: Any) -> Call:
@@ -303,6 +310,23 @@ def test_each_partner_has_its_own_cap_and_the_project_their_sum() -> None:
     assert found.max_grant_pence == 31_500_00 + 2_500_00 + 7_000_00 + 10_000_00
     assert codes(assess(partners=(business, academic, research), requested=51_000_00)) == []
     assert codes(assess(partners=(business, academic, research), requested=51_000_01)) == ["INTENSITY_EXCEEDED"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"period_start": "next spring"}, "DATE_INVALID"),
+        ({"period_start": "\x00"}, "DATE_INVALID"),
+        ({"relations": (replace(HOLDING, turnover_minor=-1),)}, "AMOUNT_OUT_OF_RANGE"),
+        ({"relations": (replace(HOLDING, percent="100.01"),)}, "DECIMAL_INVALID"),
+        ({"relations": (HOLDING,) * 201}, "DECLARATION_INVALID"),
+    ],
+)
+def test_a_partners_figures_are_checked_as_the_applicants_are(changes: dict[str, Any], reason: str) -> None:
+    business = partner(1_00, Organisation.BUSINESS, size=replace(SMALL, **changes))
+    with pytest.raises(Refused) as refused:
+        checked_content(Content(partners=(business,)), Terms())
+    assert refused.value.reason == reason
 
 
 def test_the_research_share_of_a_project_is_limited_to_the_penny() -> None:

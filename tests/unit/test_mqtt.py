@@ -3,17 +3,24 @@
 import asyncio
 import random
 import struct
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from localstack.mosquitto import ACCESS, CONFIG
 from localstack.servers import ROOT
+from services.common.clock import SystemClock
+from services.common.directory import Directory
+from services.common.errors import Invalid
+from services.common.kafka import Cluster
 from services.ingest.domain import Reason, Sender
 from services.ingest.mqtt.batches import ROWS_MAX, Gathered
-from services.ingest.mqtt.bridge import REBIRTH_DELAY_S, REBIRTH_DELAY_S_MAX, _Rebirths
-from services.ingest.mqtt.link import WAITING_MESSAGES_MAX, Broker, Link, LinkLost, LinkRefused
+from services.ingest.mqtt.bridge import REBIRTH_DELAY_S, REBIRTH_DELAY_S_MAX, Births, Share, _Rebirths
+from services.ingest.mqtt.link import WAITING_MESSAGES_MAX, Broker, Link, LinkLost, LinkRefused, Received
 from services.ingest.mqtt.payload import Sample, read
+from services.ingest.telemetry.door import Door
 
 SENDER = Sender(1, 0, "mqtt", "mqtt", "c")
 
@@ -82,6 +89,45 @@ def test_nothing_is_lost_or_doubled_whatever_comes_together_and_no_batch_is_larg
             for i, j in np.argwhere(absent == 0)
         ]
     assert sorted(found) == sorted(sent)
+
+
+class RefusingDoor:
+    """Takes nothing, and keeps what is set aside."""
+
+    def __init__(self) -> None:
+        self.aside: list[tuple[str, bytes]] = []
+
+    def take(self, *_: Any) -> None:
+        raise Invalid("as no batch should be")
+
+    async def set_aside(self, sender: Sender, reason: str, detail: str, raw: bytes, *_: Any, **__: Any) -> None:
+        self.aside.append((reason, raw))
+
+
+class AckedLink:
+    def __init__(self) -> None:
+        self.acked: list[Received] = []
+
+    def ack(self, messages: Sequence[Received]) -> None:
+        self.acked += messages
+
+
+async def test_a_message_that_the_door_refuses_is_set_aside_and_acknowledged_so_that_no_bridge_gets_it_again() -> None:
+    door, link = RefusingDoor(), AckedLink()
+    clock = SystemClock()
+    share = Share(
+        *(0, 1),
+        broker=Broker("nowhere", 1),
+        client_id="c",
+        births=cast(Births, None),
+        directory=Directory(Cluster("nowhere"), clock=clock, kinds=("machine",)),
+        door=cast(Door, door),
+        clock=clock,
+    )
+    message = Received("smdih/v1/acme/works/press-1/a", b'{"timestamp_ms": 1764000000000, "value": 1}', 1)
+    await share._turn(cast(Link, link), [message])
+    assert door.aside == [("INVALID", message.payload)]
+    assert link.acked == [message]
 
 
 def test_a_node_that_does_not_answer_is_asked_less_and_less_often() -> None:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from services.matching import evaluate
+from services.matching.assignment import Scores
 from services.matching.catalogue import Catalogue, passages
 from services.matching.domain import (
     FilterCode,
@@ -26,6 +28,7 @@ from services.matching.domain import (
     sector_closeness,
 )
 from services.matching.ranking import Ranked, Ranker, UnknownProviderError
+from services.matching.rounds import place_needs
 from services.matching.text import PROFILE_TOKENS_MAX, Embedder, is_name, plain_name
 
 TODAY = date(2026, 3, 2)
@@ -554,3 +557,30 @@ class TestCommand:
             self._run(*arguments)
         assert stopped.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+class Leaving(Ranker):
+    """Loses a provider once the scores of a round were asked for, as a refresh in another thread does."""
+
+    leaves = ""
+
+    def score_table(self, *args: Any) -> Scores:
+        table = super().score_table(*args)
+        self.remove(self.leaves)
+        return table
+
+
+def test_a_round_whose_provider_leaves_while_it_is_computed_places_its_needs_anew() -> None:
+    ranker = Leaving(None, today=lambda: TODAY)
+    for provider in PROVIDERS:
+        ranker.upsert(provider)
+    needs = [need for need, _ in JUDGED[:3]]
+    questions = np.stack([ranker.question(need.text) for need in needs])
+    ranker.leaves = ranker.rank(needs[0], 1).ranked[0].provider_id
+    known = {provider.id: provider for provider in PROVIDERS}
+    outcome = place_needs(ranker, needs, questions, providers=known, out={})
+    assert needs[0].id in outcome.lost
+    assert ranker.leaves not in {place.provider_id for place in outcome.places}
+    assert {place.need_id for place in outcome.places} | set(outcome.lost) | outcome.unserved.keys() == {
+        need.id for need in needs
+    }

@@ -179,6 +179,18 @@ def test_a_dead_device_does_not_speak() -> None:
     assert heard.rebirth
 
 
+def test_a_node_whose_record_no_message_log_could_hold_is_told_what_to_do() -> None:
+    edge = Edge().born()
+    names = [metric(f"{n:05d}" + "x" * 4_000, double_value=1.0) for n in range(200)]
+    faults = [
+        fault for n in range(10) for fault in edge.hear("DBIRTH", body(*names, seq=(n + 2) % 256), f"saw-{n}").faults
+    ]
+    assert {fault.reason for fault in faults} == {Reason.TOO_LARGE}
+    assert edge.node.record(1).ByteSize() < 7 * 1024 * 1024
+    # Born again it counts once.
+    assert edge.hear("DBIRTH", body(*names, seq=20), "saw-0").is_changed
+
+
 def test_a_node_is_known_again_from_its_record_with_its_aliases_and_any_next_sequence() -> None:
     before = Edge().born(death_sequence=6)
     before.hear("DBIRTH", body(metric("speed", 2, INT32, int_value=1), seq=2), "saw")

@@ -19,7 +19,7 @@ from aiokafka.errors import (
 from prometheus_client import Counter, Gauge
 
 from services.common import tracing
-from services.common.database import AWAY, Connection, Pool
+from services.common.database import AWAY, REFUSED, Connection, Pool
 from services.common.errors import TryAgain
 from services.common.kafka.cluster import Cluster
 from services.common.kafka.deadletters import DeadLetters, dead_letters_total
@@ -33,6 +33,7 @@ RETRY_DELAY_S_MAX = 5
 # A consumer that has work and stores nothing for this long is stuck and should be started anew.
 STALLED_S_MAX = 60
 OFFSET_COMMIT_INTERVAL_S = 5
+REASON_LENGTH_MAX = 300
 
 # Records whose effects are stored, by the group that took them.
 consumed_total = Counter("smdih_kafka_consumed_total", "Records taken in", ["topic", "group"])
@@ -48,6 +49,7 @@ class Fenced(Exception):
     """Another process has stored past our position: the partition is no longer ours."""
 
 
+Note = Callable[[Connection, Sequence[ConsumerRecord]], Awaitable[None]]
 Handler = Callable[[Connection, Sequence[ConsumerRecord]], Awaitable[Sequence[tuple[ConsumerRecord, str]]]]
 
 
@@ -56,8 +58,11 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
 
     `handler(connection, records)` gets the records of one poll, in order within each partition, and stores their effects through
     the connection; the consumer opens and commits the transaction. It returns the records that it could not read, each with the
-    reason; they are in the dead letters, durably, before the position moves past them. A crash at any point therefore
-    loses nothing and repeats nothing.
+    reason; they are in the dead letters, durably, before the position moves past them. So are records whose content the database
+    refuses: after such a refusal the records of the poll are handed over one by one. A crash at any point therefore loses nothing
+    and repeats nothing.
+
+    `note` is told of all records first, in the same transaction; what it stores stays, whatever becomes of a record.
 
     Kafka's own rebalancing decides who reads a partition; the database decides whose work counts: the position is a fence, so
     a process that was declared dead but still runs cannot store anything.
@@ -72,6 +77,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         topic_names: Sequence[str],
         group: str,
         handler: Handler,
+        note: Note | None = None,
         records_max: int = 500,
         poll_bytes_max: int = 16 * 1024 * 1024,
         on_change: Callable[[], Awaitable[None]] | None = None,
@@ -82,6 +88,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         self._group = cluster.name(group)
         self._group_label = group
         self._handler = handler
+        self._note = note
         self._records_max = records_max
         self._poll_bytes_max = poll_bytes_max
         self._on_change = on_change
@@ -169,8 +176,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         # is kept for it.
         try:
             async with self._working:
-                if self._on_change is not None:
-                    await self._on_change()
+                await self._changed()
                 self._positions = await self._load_positions(assigned)
                 self._seek(self._positions)
             self._last_progress = time.monotonic()
@@ -214,10 +220,14 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         runs: dict[TopicPartition, int] = {}
         tracing.remember(records)
         delay_s = 0.1
+        one_by_one = False
         while True:
             try:
                 async with self._pool.acquire(timeout=10) as connection, connection.transaction():
-                    bad = await self._handler(connection, records)
+                    if self._note is not None:
+                        await self._note(connection, records)
+                    handle = self._handle_one_by_one if one_by_one else self._handler
+                    bad = await handle(connection, records)
                     for partition, found in by_partition.items():
                         mine = [one for one in bad if (one[0].topic, one[0].partition) == tuple(partition)]
                         runs[partition] = await self._dead_letters.bury(
@@ -227,22 +237,43 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 break
             except Fenced:
                 log.warning("fenced: another process stored these records")
-                if self._on_change is not None:
-                    await self._on_change()
+                await self._changed()
                 self._positions.update(await self._load_positions(list(ends)))
                 self._seek({partition: self._positions[partition] for partition in ends})
                 return
+            except REFUSED as error:
+                if one_by_one:
+                    raise  # what is refused is not of one record
+                log.warning("the database refuses a record, looking which", error=repr(error))
+                one_by_one = True
+                await self._changed()
             except (*AWAY, asyncpg.DeadlockDetectedError, asyncpg.SerializationError, TryAgain) as error:
                 # The outcome of a COMMIT may be open: the position in the database tells, and the fence refuses a repeat.
                 log.warning("store failed, trying again", error=repr(error), delay_s=delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
-                if self._on_change is not None:
-                    await self._on_change()
+                await self._changed()
         self._positions.update(ends)
         self._unreadable_in_a_row.update(runs)
         for partition, found in by_partition.items():
             consumed_total.labels(self._topics[partition.topic], self._group_label).inc(len(found))
+
+    async def _handle_one_by_one(
+        self, connection: Connection, records: Sequence[ConsumerRecord]
+    ) -> Sequence[tuple[ConsumerRecord, str]]:
+        bad: list[tuple[ConsumerRecord, str]] = []
+        for record in records:
+            try:
+                async with connection.transaction():
+                    bad += await self._handler(connection, [record])
+            except REFUSED as error:
+                bad.append((record, f"REFUSED_BY_DATABASE: {error}"[:REASON_LENGTH_MAX]))
+                await self._changed()
+        return bad
+
+    async def _changed(self) -> None:
+        if self._on_change is not None:
+            await self._on_change()
 
     async def _move(self, connection: Connection, partition: TopicPartition, end: int, run: int) -> None:
         expected = self._positions[partition]

@@ -23,7 +23,7 @@ from services.ingest.diagnosis import proposal_store
 from services.ingest.diagnosis import sightings_store as store
 from services.ingest.diagnosis.proposal_store import ProposalKey, Seen
 from services.ingest.diagnosis.sightings_store import MachineSeen, RefusalKey, Refused
-from services.ingest.domain import BadName, Reason, Sender, UnknownSignal, check_signal_name
+from services.ingest.domain import BadName, Reason, Sender, UnknownSignal, check_signal_name, showable
 from smdih.directory.v1 import directory_pb2 as pb
 
 log = get_logger(__name__)
@@ -43,7 +43,6 @@ keys_refused_total = Counter("smdih_ingest_keys_refused_total", "Keys refused", 
 unnoted_total = Counter("smdih_ingest_door_unnoted_total", "Refusals and proposals not noted")
 
 _KEY = re.compile(rf"smdih_({'|'.join(KEY_ROLES)})_[A-Za-z0-9_-]{{4,}}")
-_UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,9 @@ class Sightings:
         """Input of a known sender that was put aside or sent back."""
         if not sender.is_live:
             return
-        key = RefusalKey(sender.firm_id, machine_id, sender.credential_id, _shown(subject), reason)
+        key = RefusalKey(
+            sender.firm_id, machine_id, sender.credential_id, showable(subject, length_max=TEXT_LENGTH_MAX), reason
+        )
         self._note(key, sender.source, sender.door, samples, detail, clock_off_us)
 
     def key_refused(self, key: str, credential: pb.Credential | None, reason: str, detail: str) -> None:
@@ -153,7 +154,8 @@ class Sightings:
         now_us = self._clock.now_us()
         times, first_us = (before.times, before.first_us) if before else (0, now_us)
         samples += before.samples if before else 0
-        return Refused(times + 1, samples, first_us, now_us, source, door, _shown(detail), clock_off_us)
+        detail = showable(detail, length_max=TEXT_LENGTH_MAX)
+        return Refused(times + 1, samples, first_us, now_us, source, door, detail, clock_off_us)
 
     def take(self, *, with_machines: bool) -> Notes:
         """The notes so far; they are the caller's now. Without the machines those stay here."""
@@ -270,8 +272,3 @@ def _is_signal_name(name: str) -> bool:
         return check_signal_name(name) == name
     except BadName:
         return False
-
-
-def _shown(text: str) -> str:
-    """What a sender wrote, as it can be stored and shown."""
-    return _UNSHOWABLE.sub("?", text[:TEXT_LENGTH_MAX])

@@ -6,7 +6,7 @@ rest, late, repeated or corrected, are merged value by value, many at a time, an
 
 import io
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import asyncpg
@@ -15,7 +15,7 @@ from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.common import topics, tracing
+from services.common import tracing
 from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
@@ -29,6 +29,10 @@ log = get_logger(__name__)
 
 MINUTE_US = 60 * 1_000_000
 MINUTES_AN_HOUR = 60
+DAY_US = 24 * 3600 * 1_000_000
+# Buckets of one statement times the chunks that each is looked for in. Five years of one row a minute, 131,072 rows in a poll: 6 s
+# in any order; one statement for all of them took 11 s in order, and more than COMMAND_TIMEOUT_S where each hour had one row.
+LOOKUPS_MAX = 4_000
 NOTHING_STORED_US = np.iinfo(np.int64).min
 
 # Samples taken out of the message log, by the way they went: in_order (new rows by COPY) or merged (late, repeated, corrected).
@@ -109,6 +113,7 @@ class _Resolution:
     width_us: int
     # What a bucket is made anew from: the minute from frames, the hour from its minutes, which are closed and written before it.
     source: str
+    source_chunk_us: int
 
 
 _MINUTE = _Resolution(
@@ -116,13 +121,15 @@ _MINUTE = _Resolution(
     "rollup_1m",
     MINUTE_US,
     "buckets_from_frames(touched.machine_id, touched.first_position, touched.ts, touched.ts + INTERVAL '1 minute', "
-    "INTERVAL '1 minute')",
+    "INTERVAL '1 minute', {lo}, {hi})",
+    source_chunk_us=7 * DAY_US,
 )
 _HOUR = _Resolution(
     "hour",
     "rollup_1h",
     MINUTE_US * MINUTES_AN_HOUR,
-    "hours_from_minutes(touched.machine_id, touched.first_position, touched.ts, touched.ts + INTERVAL '1 hour')",
+    "hours_from_minutes(touched.machine_id, touched.first_position, touched.ts, touched.ts + INTERVAL '1 hour', {lo}, {hi})",
+    source_chunk_us=30 * DAY_US,
 )
 
 
@@ -196,12 +203,16 @@ class Historian:
     async def store(
         self, connection: Connection, records: Sequence[ConsumerRecord]
     ) -> list[tuple[ConsumerRecord, str]]:
-        """Store samples records in the caller's transaction; return the unreadable ones, each with its reason."""
+        """Store samples records in the caller's transaction; return the unreadable ones, each with its reason.
+
+        The commit does not wait for the disk: what a crash of the server takes back it takes back with the position, and the
+        records are read again.
+        """
         started = time.perf_counter()
+        await connection.execute("SET LOCAL synchronous_commit TO off")
         bad: list[tuple[ConsumerRecord, str]] = []
         read: list[tuple[int, records_pb2.FrameBatch]] = []
         oldest_us = self._clock.now_us()
-        await self._check_numbers(connection, topics.SAMPLES, records)
         for record in records:
             try:
                 batches = records_pb2.SamplesRecord.FromString(record.value).batches
@@ -235,7 +246,6 @@ class Historian:
         """The same for quarantine records."""
         bad: list[tuple[ConsumerRecord, str]] = []
         rows = []
-        await self._check_numbers(connection, topics.QUARANTINE, records)
         for record in records:
             try:
                 item = records_pb2.QuarantineRecord.FromString(record.value)
@@ -259,8 +269,8 @@ class Historian:
         quarantine_items_total.inc(len(rows))
         return bad
 
-    async def _check_numbers(self, connection: Connection, topic: str, records: Sequence[ConsumerRecord]) -> None:
-        """Note how far each door has come, and what is missing."""
+    async def note_numbers(self, topic: str, connection: Connection, records: Sequence[ConsumerRecord]) -> None:
+        """Note how far each door has come in the topic (named without prefix), and what is missing."""
         numbered = [(record.partition, found) for record in records if (found := numbers_of(record.headers))]
         if not numbered:
             return
@@ -320,7 +330,8 @@ class Historian:
             if batch.sequence:
                 # Of this poll's own batches those behind their head: a batch of several channel groups is not behind itself.
                 is_repeat = batch.sequence <= before[key] or batch.sequence < self._heads[key]
-                self._heads[key] = max(self._heads[key], batch.sequence)
+                if not batch.more:  # the rest of a batch that was split may come in the next poll
+                    self._heads[key] = max(self._heads[key], batch.sequence)
             parts.append(_Part(batch, is_repeat))
         moved = [(*key, str(self._heads[key])) for key, was in before.items() if self._heads[key] > was]
         if moved:
@@ -385,21 +396,15 @@ class Historian:
         self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats, repeats: Bools
     ) -> None:
         await connection.execute(_LATE_TABLE)
-        # A statement takes each frame once, so what was delivered several times goes in in turns.
-        row = np.arange(len(slots))
-        is_first = np.concatenate([[True], (np.diff(slots) != 0) | (np.diff(times) != 0)])
-        turns = row - np.maximum.accumulate(np.where(is_first, row, 0))
-        for turn in range(int(turns.max()) + 1):
-            for merge, chosen in ((_MERGE_CORRECTING, ~repeats), (_MERGE_REPEATED, repeats)):
-                some = np.flatnonzero((turns == turn) & chosen)
-                if not len(some):
-                    continue
-                rows = keyed_rows(
-                    lane.machine_ids[slots[some]], lane.first_positions[slots[some]], times[some], [values[some]]
-                )
-                await _copy(connection, "late_frame", (*_KEY_COLUMNS, "values"), rows)
-                await connection.execute(merge)
-                await connection.execute("DELETE FROM late_frame")
+        # A statement takes each frame once. Of corrections the last value counts; what was sent again fills what is missing still.
+        for merge, chosen in ((_MERGE_CORRECTING, ~repeats), (_MERGE_REPEATED, repeats)):
+            if not chosen.any():
+                continue
+            of, at, merged = _one_each(slots[chosen], times[chosen], values[chosen], last=merge is _MERGE_CORRECTING)
+            rows = keyed_rows(lane.machine_ids[of], lane.first_positions[of], at, [merged])
+            await _copy(connection, "late_frame", (*_KEY_COLUMNS, "values"), rows)
+            await connection.execute(merge)
+            await connection.execute("DELETE FROM late_frame")
         samples_total.labels("merged").inc(int(np.count_nonzero(~np.isnan(values))))
         for resolution, opened in ((_MINUTE, lane.minutes), (_HOUR, lane.hours)):
             touched = np.unique(np.stack([slots, times // resolution.width_us]), axis=1)
@@ -440,15 +445,30 @@ class StoredGauges:
 
 
 async def _remake(connection: Connection, lane: _Lane, resolution: _Resolution, slots: Ints, buckets: Ints) -> None:
-    if not len(slots):
-        return
-    await connection.execute(
-        _REMAKE.format(table=resolution.table, source=resolution.source),
-        lane.machine_ids[slots].tolist(),
-        lane.first_positions[slots].tolist(),
-        [from_us(int(bucket) * resolution.width_us) for bucket in buckets],
-    )
+    times = buckets * resolution.width_us
+    for some in _lookups(times, resolution.source_chunk_us):
+        starts = [from_us(time_us) for time_us in times[some].tolist()]
+        lo, hi = f"'{starts[0]}'::timestamptz", f"'{from_us(int(times[some[-1]]) + resolution.width_us)}'::timestamptz"
+        await connection.execute(
+            _REMAKE.format(table=resolution.table, source=resolution.source.format(lo=lo, hi=hi)),
+            lane.machine_ids[slots[some]].tolist(),
+            lane.first_positions[slots[some]].tolist(),
+            starts,
+        )
     buckets_total.labels(resolution.name, "remade").inc(len(slots))
+
+
+def _lookups(times: Ints, chunk_us: int) -> Iterator[Ints]:
+    """Which of these buckets to look for together, in order of time: a few may lie far apart, many only close to each other."""
+    order = np.argsort(times, kind="stable")
+    chunks = times[order] // chunk_us
+    first = 0
+    while first < len(order):
+        rest = chunks[first : first + LOOKUPS_MAX]
+        lookups = np.arange(1, len(rest) + 1) * (rest - rest[0] + 1)
+        count = int(np.searchsorted(lookups, LOOKUPS_MAX, side="right"))  # they only grow
+        yield order[first : first + count]
+        first += count
 
 
 async def _copy(connection: Connection, table: str, columns: Sequence[str], rows: bytes) -> None:
@@ -459,6 +479,22 @@ async def _copy(connection: Connection, table: str, columns: Sequence[str], rows
     except asyncpg.UniqueViolationError as error:
         # Retention closed a bucket that is still open in memory. Read again how far each machine has come.
         raise TryAgain("What is held in memory is behind the database.") from error
+
+
+def _one_each(slots: Ints, times: Ints, values: Floats, *, last: bool) -> tuple[Ints, Ints, Floats]:
+    """Of frames sorted by (slot, time) one each: cell by cell the last value that there is, or the first."""
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(slots) != 0) | (np.diff(times) != 0)]))
+    if len(starts) == len(slots):
+        return slots, times, values
+    row = np.arange(len(slots))[:, None]
+    present = ~np.isnan(values)
+    if last:
+        chosen = np.maximum.reduceat(np.where(present, row, 0), starts, axis=0)
+    else:
+        chosen = np.minimum.reduceat(np.where(present, row, len(slots) - 1), starts, axis=0)
+    # Where there is none, the row chosen means nothing.
+    some = np.logical_or.reduceat(present, starts, axis=0)
+    return slots[starts], times[starts], np.where(some, np.take_along_axis(values, chosen, axis=0), np.nan)
 
 
 def _fits(batch: records_pb2.FrameBatch) -> bool:

@@ -21,7 +21,7 @@ from prometheus_client import Counter, Gauge
 from services.common import topics
 from services.common.clock import Clock
 from services.common.directory import Directory
-from services.common.errors import SlowDown, TryAgain
+from services.common.errors import HubError, SlowDown, TryAgain
 from services.common.kafka import Cluster, Message, Publisher
 from services.common.logs import correlated, current_correlation_id, get_logger, new_correlation_id
 from services.ingest.domain import Reason, Sender
@@ -30,8 +30,8 @@ from services.ingest.mqtt import sparkplug
 from services.ingest.mqtt.batches import Gathered
 from services.ingest.mqtt.link import TAKEN_OVER, Broker, Link, LinkLost, LinkRefused, Received, Will
 from services.ingest.mqtt.payload import Fault
-from services.ingest.telemetry.door import Door, durable
-from smdih.ingest.v1 import births_pb2
+from services.ingest.telemetry.door import Door, Taken, durable, parts
+from smdih.ingest.v1 import births_pb2, telemetry_pb2
 
 log = get_logger(__name__)
 
@@ -178,29 +178,43 @@ class Share:
             self._nodes = {key: sparkplug.Node(*key, record) for key, record in records.items()}
             self._firms = {}
             self._count_nodes()
-            await self._subscribe(link)
-            self.is_connected = True
-            shares_connected.inc()
-            log.info("share connected", share=self._number, firms=len(self._firms), nodes=len(self._nodes))
+            subscribing = asyncio.create_task(self._subscribe(link, self._new_firms()))
             try:
                 while True:
                     messages = await link.messages(messages_max=MESSAGES_PER_TURN_MAX, timeout_s=TURN_TIMEOUT_S)
-                    await self._subscribe(link)
+                    if subscribing.done():
+                        await subscribing
+                        self._connected()
+                        if new := self._new_firms():
+                            subscribing = asyncio.create_task(self._subscribe(link, new))
                     await self._turn(link, messages)
             finally:
-                self.is_connected = False
-                shares_connected.dec()
+                subscribing.cancel()
+                await asyncio.gather(subscribing, return_exceptions=True)
+                if self.is_connected:
+                    self.is_connected = False
+                    shares_connected.dec()
 
-    async def _subscribe(self, link: Link) -> None:
-        """Subscribe for firms that are new here."""
+    def _connected(self) -> None:
+        if not self.is_connected:
+            self.is_connected = True
+            shares_connected.inc()
+            log.info("share connected", share=self._number, firms=len(self._firms), nodes=len(self._nodes))
+
+    def _new_firms(self) -> list[str]:
+        """Short names of this share's firms that are new here."""
         if len(self._directory.firms) == len(self._firms):
-            return
+            return []
         new = {firm.slug: firm.id for firm in self._directory.firms.values() if firm.slug not in self._firms}
-        ours = [slug for slug in new if share_of(slug, self._shares) == self._number]
-        await link.subscribe([f for slug in ours for f in (f"{ROOT}/{slug}/#", f"{sparkplug.NAMESPACE}/{slug}/#")])
         self._firms |= new
-        ours = [slug for slug in self._firms if share_of(slug, self._shares) == self._number]
-        firms_subscribed.labels(str(self._number)).set(len(ours))
+        return [slug for slug in new if share_of(slug, self._shares) == self._number]
+
+    async def _subscribe(self, link: Link, slugs: Sequence[str]) -> None:
+        """Beside the turns: the broker's answer stands behind what waits for us, which may be more than we read ahead."""
+        if slugs:
+            await link.subscribe([f for slug in slugs for f in (f"{ROOT}/{slug}/#", f"{sparkplug.NAMESPACE}/{slug}/#")])
+        ours = sum(share_of(slug, self._shares) == self._number for slug in self._firms)
+        firms_subscribed.labels(str(self._number)).set(ours)
 
     async def _turn(self, link: Link, messages: Sequence[Received]) -> None:
         with correlated(new_correlation_id()):
@@ -210,10 +224,14 @@ class Share:
                 try:
                     await self._keep(turn)
                     break
-                except (SlowDown, TryAgain) as error:
-                    log.warning("messages cannot be kept yet", share=self._number, error=str(error))
-                    _count(messages, "again")
-                    await asyncio.sleep(error.retry_after_s or delay_s)
+                except HubError as error:
+                    if isinstance(error, SlowDown | TryAgain) or error.retry_after_s:
+                        log.warning("messages cannot be kept yet", share=self._number, error=str(error))
+                        _count(messages, "again")
+                        await asyncio.sleep(error.retry_after_s or delay_s)
+                    else:  # sent again they would be refused again, by every bridge in turn
+                        log.error("messages are set aside", share=self._number, reason=error.reason, error=str(error))
+                        turn = self._whole_aside(messages, error)
         link.ack(messages)
         _count(messages, "taken")
         for sender, machine_id, detail in turn.gone:  # after what came before it has been noted as taken
@@ -243,6 +261,15 @@ class Share:
             if len(turn.rebirths) < REBIRTHS_PER_TURN_MAX and self._rebirths.may_ask(key, now_s):
                 turn.rebirths[key] = why
         return turn
+
+    def _whole_aside(self, messages: Sequence[Received], error: HubError) -> _Turn:
+        fault = Fault(error.reason, error.detail, 0)
+        aside = []
+        for message in messages:
+            levels = message.topic.split("/")
+            slug = levels[2] if message.topic.startswith(f"{ROOT}/") else levels[1]
+            aside.append(_Aside(self._sender(slug, "mqtt"), 0, fault, message.payload))
+        return _Turn(Gathered(), aside, [], {}, {})
 
     def _read_plain(self, message: Received, turn: _Turn) -> None:
         path = message.topic.removeprefix(f"{ROOT}/")
@@ -287,16 +314,11 @@ class Share:
         turn.aside.extend(_Aside(sender, machine_id, fault, message.payload) for fault in heard.faults)
 
     async def _keep(self, turn: _Turn) -> None:
-        """Return when Kafka holds what the turn's messages hold. Raises SlowDown, TryAgain."""
-        taken = []
+        """Return when Kafka holds what the turn's messages hold. Raises SlowDown, TryAgain, and what else the door refuses."""
+        taken: list[Taken] = []
         for sender, batches in turn.gathered.batches().items():
-            try:
-                taken += self._door.take(sender, batches)
-            except SlowDown as error:
-                if error.reason != Reason.QUOTA_SAMPLES:
-                    raise
-                # Nobody can be told to wait, and the other firms of the share must not.
-                await self._door.keep_aside(sender, Reason.QUOTA_SAMPLES, _OVER_QUOTA, batches)
+            for part in parts(batches):
+                taken = await self._take(sender, part, taken)
         await asyncio.gather(
             durable(taken),
             *(
@@ -313,6 +335,20 @@ class Share:
         )
         if turn.births:
             await self._births.write(self._number, turn.births)
+
+    async def _take(self, sender: Sender, part: Sequence[telemetry_pb2.Batch], taken: list[Taken]) -> list[Taken]:
+        """What is on its way with this part, after `taken`."""
+        try:
+            return taken + self._door.take(sender, part)
+        except SlowDown as error:
+            if error.reason == Reason.QUOTA_SAMPLES:
+                # Nobody can be told to wait, and the other firms of the share must not.
+                await self._door.keep_aside(sender, Reason.QUOTA_SAMPLES, _OVER_QUOTA, part)
+                return taken
+            if not taken:
+                raise
+        await durable(taken)  # this turn's own takes the room
+        return await self._take(sender, part, [])
 
     def _sender(self, slug: str, source: str) -> Sender:
         # The broker's access list is what binds an account to its firm's topics; no key of the hub takes part.

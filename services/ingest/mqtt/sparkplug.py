@@ -22,6 +22,8 @@ SEQUENCES: Final = 256
 # How long a message that was overtaken may still come before the node is asked for a rebirth.
 REORDER_S: Final = 2.0
 METRICS_PER_NODE_MAX: Final = 20_000
+# The names of a node's metrics and devices stand in one record of the message log.
+NAMES_BYTES_PER_NODE_MAX: Final = 6 * 1024 * 1024
 GOOD_QUALITY: Final = 192
 
 _DEVICE_KINDS = ("DBIRTH", "DDATA", "DDEATH")
@@ -146,6 +148,7 @@ class Node:
         self.node = node
         self._death_sequence = _NO_SEQUENCE
         self._devices: dict[str, dict[str, _Known]] = {}
+        self._names_bytes: dict[str, int] = {}
         self._online: set[str] = set()
         self._aliases: dict[int, _Known] = {}
         self._order = _Order()
@@ -244,11 +247,21 @@ class Node:
         if topic.kind == "NBIRTH":
             # Devices are there again when they are born again.
             self._devices.clear()
+            self._names_bytes.clear()
             self._online.clear()
             self._aliases.clear()
             self._death_sequence = _death_sequence(payload)
-        if len(known) + sum(map(len, self._devices.values())) > METRICS_PER_NODE_MAX:
+        names_bytes = _names_bytes(topic.device, known)
+        others = [device for device in self._devices if device != topic.device]
+        detail = ""
+        if len(known) + sum(len(self._devices[device]) for device in others) > METRICS_PER_NODE_MAX:
             detail = f"{self.node} has more than {METRICS_PER_NODE_MAX} metrics; spread its devices over several nodes."
+        elif names_bytes + sum(self._names_bytes[device] for device in others) > NAMES_BYTES_PER_NODE_MAX:
+            detail = (
+                f"The names of the metrics of {self.node} have more than {NAMES_BYTES_PER_NODE_MAX} bytes; "
+                "spread its devices over several nodes."
+            )
+        if detail:
             return Heard(faults=[Fault(Reason.TOO_LARGE, detail, _values(payload.metrics))])
         self._learn(topic.device, known)
         heard = self._data(topic, payload)
@@ -260,6 +273,7 @@ class Node:
             if old.alias is not None and self._aliases.get(old.alias) is old:
                 del self._aliases[old.alias]
         self._devices[device] = {known.name: known for known in metrics}
+        self._names_bytes[device] = _names_bytes(device, self._devices[device].values())
         self._aliases |= {known.alias: known for known in self._devices[device].values() if known.alias is not None}
         self._online.add(device)
 
@@ -318,6 +332,11 @@ class Node:
             return self._devices[device].get(metric.name)
         found = self._aliases.get(metric.alias) if metric.HasField("alias") else None
         return found if found is not None and found.device == device else None
+
+
+def _names_bytes(device: str, metrics: Iterable[_Known]) -> int:
+    """With what a record holds beside each name."""
+    return len(device.encode()) + 16 + sum(len(known.name.encode()) + 16 for known in metrics)
 
 
 def _has_value(metric: payload_pb2.Metric) -> bool:

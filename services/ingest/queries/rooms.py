@@ -5,6 +5,7 @@ read for FRESH_S_MAX, nothing that is lent may be read, since a recall might hav
 """
 
 import asyncio
+import re
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -18,12 +19,13 @@ from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge
 
 from services.common import topics
-from services.common.clock import Clock, from_us
+from services.common.clock import Clock, from_us, to_us
 from services.common.database import AWAY, Connection, Pool, transaction, transaction_for_all_firms
-from services.common.errors import NotFound, TryAgain
+from services.common.errors import Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.kafka import Cluster
 from services.common.logs import get_logger
+from services.ingest.asked import page_size_of
 from services.ingest.queries.access import Grant
 from smdih.matching.v1 import events_pb2 as pb
 
@@ -38,6 +40,11 @@ FLUSH_INTERVAL_S = 1.0
 # Reads counted in memory before a reader waits for them to be stored.
 PENDING_MAX = 50_000
 READS_PAGE_MAX = 1_000
+# As long as the rooms themselves, which matching forgets so long after their end.
+READS_KEPT_FOR = timedelta(days=400)
+FORGOTTEN_AT_ONCE_MAX = 5_000
+FORGET_INTERVAL_S = 3600.0
+_PAGE_TOKEN = re.compile(r"(\d{1,16})\.(\d{1,18})\.(-?\d{1,18})")
 
 # Rooms that are open, whether or not their time has come.
 rooms_open = Gauge("smdih_ingest_rooms_open", "Rooms that lend signals")
@@ -48,12 +55,14 @@ room_reads_total = Counter("smdih_ingest_room_reads_total", "Signals read throug
 class Rooms:
     """What is lent to whom now; a source of grants."""
 
-    def __init__(self, cluster: Cluster, *, clock: Clock) -> None:
+    def __init__(self, cluster: Cluster, *, clock: Clock, fresh_s_max: float = FRESH_S_MAX) -> None:
         self._cluster = cluster
         self._clock = clock
+        self._fresh_s_max = fresh_s_max
         self._rooms: dict[str, pb.RoomEvent] = {}
         # Of a partner, and of the provider itself.
         self._by_borrower: dict[int | str, set[str]] = defaultdict(set)
+        self._open: set[str] = set()
         self._fresh_at: float | None = None
 
     def grants(self, caller: Caller) -> Iterable[Grant]:
@@ -61,7 +70,7 @@ class Rooms:
         if caller.role not in (Role.PARTNER, Role.PROVIDER):
             return []
         borrower = caller.partner_id if caller.role is Role.PARTNER else caller.provider_id
-        if self._fresh_at is None or time.monotonic() - self._fresh_at > FRESH_S_MAX:
+        if self._fresh_at is None or time.monotonic() - self._fresh_at > self._fresh_s_max:
             raise TryAgain(
                 "What is lent to you cannot be checked now; ask again.", reason="ROOMS_UNKNOWN", retry_after_s=1
             )
@@ -117,6 +126,7 @@ class Rooms:
                 for records in (await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS)).values():
                     for record in records:
                         self._apply(record)
+                rooms_open.set(len(self._open))
         finally:
             await consumer.stop()
 
@@ -126,6 +136,7 @@ class Rooms:
         if known is not None:
             for borrower in _borrowers(known):
                 self._by_borrower[borrower].discard(room_id)
+        self._open.discard(room_id)
         if record.value is None:
             return
         try:
@@ -137,7 +148,8 @@ class Rooms:
         self._rooms[room_id] = room
         for borrower in _borrowers(room):
             self._by_borrower[borrower].add(room_id)
-        rooms_open.set(sum(each.state == pb.ROOM_STATE_OPEN for each in self._rooms.values()))
+        if room.state == pb.ROOM_STATE_OPEN:
+            self._open.add(room_id)
 
 
 def _borrowers(room: pb.RoomEvent) -> tuple[int, str]:
@@ -191,18 +203,27 @@ class RoomReads:
                 await _store(connection, now)
             self._stored |= {(read.room_id, read.signal_id, read.credential_id, read.minute) for read in now}
 
-    async def reads(self, caller: Caller, room_id: str) -> list[RoomRead]:
-        """The newest reads of a room of the caller's. Raises NotFound."""
+    async def page(self, caller: Caller, room_id: str, page_size: int, page_token: str) -> tuple[list[RoomRead], str]:
+        """A page of the reads of a room of the caller's, newest first, and the token of the next ("": there is none). Raises
+        NotFound."""
         self._rooms.room_seen_by(caller, room_id)
+        limit = page_size_of(page_size, READS_PAGE_MAX, READS_PAGE_MAX)
+        minute, signal_id, credential_id = _token(page_token)
         await self.flush()
         async with transaction(self._pool) as connection:
             rows = await connection.fetch(
                 "SELECT room_id, signal_id, credential_id, minute, reads, data_from, data_until FROM room_read "
-                "WHERE room_id = $1 ORDER BY minute DESC, signal_id, credential_id LIMIT $2",
+                "WHERE room_id = $1 AND ($2::timestamptz IS NULL OR minute < $2 OR "
+                "(minute = $2 AND (signal_id, credential_id) > ($3, $4))) "
+                "ORDER BY minute DESC, signal_id, credential_id LIMIT $5",
                 room_id,
-                READS_PAGE_MAX,
+                minute,
+                signal_id,
+                credential_id,
+                limit + 1,
             )
-        return [RoomRead(**dict(row)) for row in rows]
+        reads = [RoomRead(**dict(row)) for row in rows[:limit]]
+        return reads, _token_of(reads[-1]) if len(rows) > limit else ""
 
     async def flush(self) -> None:
         """Store what was counted."""
@@ -218,13 +239,42 @@ class RoomReads:
             raise
 
     async def run(self) -> None:
-        """Store what was counted, again and again, until cancelled."""
+        """Store what was counted and forget what is old, again and again, until cancelled."""
+        forget_at = time.monotonic()
         while True:
             await asyncio.sleep(FLUSH_INTERVAL_S)
             try:
                 await self.flush()
+                if time.monotonic() >= forget_at and await self._forget_some() < FORGOTTEN_AT_ONCE_MAX:
+                    forget_at = time.monotonic() + FORGET_INTERVAL_S
             except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
                 log.warning("reads through rooms cannot be stored now", error=repr(error))
+
+    async def _forget_some(self) -> int:
+        """Forget reads older than READS_KEPT_FOR; returns how many."""
+        before = from_us(self._clock.now_us()) - READS_KEPT_FOR
+        async with transaction_for_all_firms(self._pool) as connection:
+            gone = await connection.fetch(
+                "DELETE FROM room_read WHERE (room_id, minute, signal_id, credential_id) IN (SELECT room_id, minute, signal_id, "
+                "credential_id FROM room_read WHERE minute < $1 ORDER BY minute LIMIT $2) RETURNING minute",
+                before,
+                FORGOTTEN_AT_ONCE_MAX,
+            )
+        return len(gone)
+
+
+def _token_of(read: RoomRead) -> str:
+    return f"{to_us(read.minute)}.{read.signal_id}.{read.credential_id}"
+
+
+def _token(page_token: str) -> tuple[datetime | None, int, int]:
+    """Minute, signal and key of the last row of the page before. Raises Invalid."""
+    if not page_token:
+        return None, 0, 0
+    found = _PAGE_TOKEN.fullmatch(page_token)
+    if found is None:
+        raise Invalid("page_token: send back exactly what the page before gave.", reason="BAD_PAGE_TOKEN")
+    return from_us(int(found[1])), int(found[2]), int(found[3])
 
 
 def _minute_of(time_us: int) -> datetime:

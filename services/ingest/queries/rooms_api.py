@@ -25,15 +25,21 @@ class RoomReadView(_Body):
 
 class RoomReadsView(_Body):
     reads: list[RoomReadView]
+    # Empty: that was the last page.
+    next_page_token: str
 
 
 def rooms_router(log: RoomReads) -> APIRouter:
     routes = APIRouter(prefix="/v1/rooms", tags=["rooms"])
 
     @routes.get("/{room_id}/reads")
-    async def room_reads(caller: Authenticated, room_id: str) -> RoomReadsView:
-        """Who read what through the room, a row a minute, signal and key; the newest 1,000. For both sides."""
+    async def room_reads(
+        caller: Authenticated, room_id: str, page_size: int = 0, page_token: str = ""
+    ) -> RoomReadsView:
+        """Who read what through the room, a row a minute, signal and key, newest first, at most 1,000 a page. For both sides."""
+        found, token = await log.page(caller, room_id, page_size, page_token)
         return RoomReadsView(
+            next_page_token=token,
             reads=[
                 RoomReadView(
                     signal_id=read.signal_id,
@@ -43,8 +49,8 @@ def rooms_router(log: RoomReads) -> APIRouter:
                     data_from_us=to_us(read.data_from),
                     data_until_us=to_us(read.data_until),
                 )
-                for read in await log.reads(caller, room_id)
-            ]
+                for read in found
+            ],
         )
 
     return routes

@@ -14,5 +14,5 @@ class RoomReadServicer(rooms_pb2_grpc.RoomReadServiceServicer):
         self._log = log
 
     async def ListRoomReads(self, request: pb.ListRoomReadsRequest, context: Any) -> pb.ListRoomReadsResponse:
-        found = await self._log.reads(current_caller(), request.room_id)
-        return pb.ListRoomReadsResponse(reads=[message_of(pb.RoomRead, each) for each in found])
+        found, token = await self._log.page(current_caller(), request.room_id, request.page_size, request.page_token)
+        return pb.ListRoomReadsResponse(reads=[message_of(pb.RoomRead, each) for each in found], next_page_token=token)

@@ -1,9 +1,7 @@
 """HTTP edges of the telemetry door."""
 
-import math
 import zlib
-from collections.abc import Callable, Coroutine
-from datetime import datetime
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import orjson
@@ -11,12 +9,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from services.common.clock import to_us
 from services.common.errors import HubError, Invalid, TooLarge
 from services.common.http import BODY_BYTES_MAX, Authenticated, authenticated, problem
 from services.common.logs import get_logger
-from services.ingest.domain import Reason
+from services.ingest.domain import Reason, Sender
 from services.ingest.telemetry.door import Door, LinesResult
+from services.ingest.telemetry.jsonbatches import NotTelemetry, Read, read_body
 from services.ingest.telemetry.lineprotocol import PRECISIONS
 from smdih.ingest.v1 import telemetry_pb2
 
@@ -40,7 +38,8 @@ def telemetry_router(door: Door) -> APIRouter:
         Body: `{"source": "gateway-1", "batches": [{"machine": "acme/leeds/press-3", "sequence": 7, "frames":
         [{"ts": 1764000000000, "values": {"temperature": 21.5}}]}]}`. `ts`: milliseconds since 1970 UTC or RFC 3339;
         `machine`: path or id; a value that is missing or null is absent; `source` and `sequence` may be left out.
-        200: all or part is durable; 422: all of it went to quarantine; 503 and 429: send again after Retry-After seconds.
+        200: all or part is durable; 422: all of it went to quarantine; 400: no batches could be found in the body, which is in
+        quarantine whole; 503 and 429: send again after Retry-After seconds. `results` has one entry for each batch, in order.
         """
         raw = await request.body()
         sender = door.sender(caller, "", "http")
@@ -51,16 +50,12 @@ def telemetry_router(door: Door) -> APIRouter:
             await door.set_aside(sender, Reason.MALFORMED, detail, raw)
             return problem(Invalid(detail, reason=Reason.MALFORMED))
         try:
-            source, batches = _batches(document)
-            sender = door.sender(caller, source, "http")
-        except _NotTelemetry as error:
+            source, reads = read_body(document)
+        except NotTelemetry as error:
             await door.set_aside(sender, error.reason, str(error), raw)
             return problem(Invalid(str(error), reason=error.reason))
-        if not batches:
-            await door.set_aside(sender, Reason.EMPTY_BATCH, "The body holds no batches.", raw)
-            return problem(Invalid("The body holds no batches.", reason=Reason.EMPTY_BATCH))
-        results = await door.send(sender, batches)
-        return _answer(results)
+        sender = door.sender(caller, source, "http")
+        return _answer(await _taken(door, sender, reads, raw))
 
     return router
 
@@ -182,7 +177,36 @@ def _lines_answer(result: LinesResult) -> Response:
     return JSONResponse(body, status_code=status)
 
 
-def _answer(results: list[telemetry_pb2.BatchResult]) -> Response:
+async def _taken(door: Door, sender: Sender, reads: Sequence[Read], raw: bytes) -> list[telemetry_pb2.BatchResult]:
+    """Send what could be read, set aside what could not; one result for each batch of the body. Raises SlowDown, TryAgain."""
+    sent = iter(await door.send(sender, [batch for read in reads for batch in read.batches]))
+    results = []
+    for read in reads:
+        result = telemetry_pb2.BatchResult(sequence=read.sequence)
+        for _ in read.batches:
+            _add(result, next(sent))
+        for fault in read.faults.values():
+            machine_id = door.machine_id(sender, read.machine_id, read.machine_path)
+            whole = read.raw(fault, raw)
+            await door.set_aside(sender, fault.reason, fault.sentence, whole, fault.samples, machine_id=machine_id)
+            result.quarantined += fault.samples
+            result.problems.add(reason=fault.reason, detail=fault.sentence, samples=fault.samples)
+        results.append(result)
+    return results
+
+
+def _add(result: telemetry_pb2.BatchResult, more: telemetry_pb2.BatchResult) -> None:
+    result.accepted += more.accepted
+    result.quarantined += more.quarantined
+    told = {one.reason: one for one in result.problems}
+    for one in more.problems:
+        if one.reason in told:
+            told[one.reason].samples += one.samples
+        else:
+            result.problems.append(one)
+
+
+def _answer(results: Sequence[telemetry_pb2.BatchResult]) -> Response:
     problems = [one for result in results for one in result.problems]
     body: dict[str, Any] = {
         "accepted": sum(result.accepted for result in results),
@@ -201,102 +225,6 @@ def _answer(results: list[telemetry_pb2.BatchResult]) -> Response:
         body |= {"status": 422, "reason": problems[0].reason, "detail": problems[0].detail}
         return JSONResponse(body, status_code=422)
     return JSONResponse(body)
-
-
-class _NotTelemetry(Exception):
-    """The body is JSON, but not telemetry."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason = reason
-        super().__init__(detail)
-
-
-def _batches(document: Any) -> tuple[str, list[telemetry_pb2.Batch]]:
-    if not isinstance(document, dict) or not isinstance(document.get("batches"), list):
-        raise _NotTelemetry(Reason.MALFORMED, 'The body should be {"batches": [...]}.')
-    source = document.get("source", "")
-    if not isinstance(source, str):
-        raise _NotTelemetry(Reason.WRONG_TYPE, "source: a text.")
-    return source, [_batch(number, batch) for number, batch in enumerate(document["batches"])]
-
-
-def _batch(number: int, batch: Any) -> telemetry_pb2.Batch:
-    where = f"batches.{number}"
-    if not isinstance(batch, dict):
-        raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}: an object.")
-    machine, sequence, frames = batch.get("machine"), batch.get("sequence", 0), batch.get("frames", [])
-    if (
-        not isinstance(machine, str | int)
-        or isinstance(machine, bool)
-        or (isinstance(machine, int) and not 0 < machine < 2**63)
-    ):
-        raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.machine: a path or an id.")
-    if not isinstance(sequence, int) or isinstance(sequence, bool) or not 0 <= sequence < 2**64:
-        raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.sequence: a number from 0 up.")
-    if not isinstance(frames, list):
-        raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.frames: a list.")
-    times: list[int] = []
-    rows: list[dict[str, Any]] = []
-    for index, frame in enumerate(frames):
-        if not isinstance(frame, dict) or not isinstance(frame.get("values"), dict):
-            raise _NotTelemetry(Reason.WRONG_TYPE, f'{where}.frames.{index}: {{"ts": ..., "values": {{...}}}}.')
-        ts = frame.get("ts")
-        times.append(ts * 1000 if type(ts) is int and 0 < ts < 2**53 else _time_us(ts, f"{where}.frames.{index}"))
-        rows.append(frame["values"])
-    names = list(rows[0]) if rows else []
-    values, absent = [value for row in rows for value in row.values()], b""
-    if not (_NUMBERS.issuperset(map(type, values)) and all(list(row) == names for row in rows)):
-        # Not every value in every frame in the same order, or not every one a number.
-        names, values, absent = _ragged(rows, where)
-    path, machine_id = (machine, 0) if isinstance(machine, str) else ("", machine)
-    return telemetry_pb2.Batch(
-        sequence=sequence,
-        machine_path=path,
-        machine_id=machine_id,
-        times_us=times,
-        signals=names,
-        values=values,
-        absent=absent,
-    )
-
-
-_NUMBERS = frozenset((float, int, bool))
-
-
-def _ragged(rows: list[dict[str, Any]], where: str) -> tuple[list[str], list[Any], bytes]:
-    """Names, the values of every row for all of them, and which of these are absent."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    values: list[Any] = []
-    absent = bytearray((len(rows) * len(names) + 7) // 8)
-    for index, row in enumerate(rows):
-        for name in names:
-            value = row.get(name)
-            if value is None:
-                absent[len(values) >> 3] |= 1 << (len(values) & 7)
-                values.append(0.0)
-            elif isinstance(value, bool | int | float):
-                values.append(value)
-            else:
-                raise _NotTelemetry(
-                    Reason.WRONG_TYPE,
-                    f"{where}.frames.{index}.values.{name}: a number, true, false or null, not {value!r:.40}.",
-                )
-    return names, values, bytes(absent) if any(absent) else b""
-
-
-def _time_us(ts: Any, where: str) -> int:
-    if isinstance(ts, int | float) and not isinstance(ts, bool) and math.isfinite(ts):
-        time_us = round(ts * 1000)
-        if -(2**63) <= time_us < 2**63:
-            return time_us
-    if isinstance(ts, str):
-        try:
-            parsed = datetime.fromisoformat(ts)
-            if parsed.tzinfo is not None:
-                return to_us(parsed)
-        except ValueError:
-            pass
-    raise _NotTelemetry(Reason.WRONG_TYPE, f"{where}.ts: milliseconds since 1970 UTC, or RFC 3339 with a zone.")
 
 
 async def note_too_large(request: Request, size: int, *, door: Door) -> None:

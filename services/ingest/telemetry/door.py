@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import Counter
@@ -28,7 +28,7 @@ BATCHES_IN_FLIGHT_MAX = 20_000
 BYTES_IN_FLIGHT_MAX = WAITING_BYTES_MAX // 4
 LINES_BYTES_AT_ONCE = 64 * 1024
 # A row of one sample grows when it is spread over all signals of its machine; this bounds what stands in memory at a time.
-LINES_ROWS_AT_ONCE = 10_000
+ROWS_AT_ONCE = 10_000
 
 # What came in at the door, in samples, by what became of it. sent = accepted + quarantined + refused.
 samples_total = Counter("smdih_ingest_door_samples_total", "Samples at the door", ["door", "outcome"])
@@ -65,6 +65,10 @@ class Taken:
     def is_settled(self) -> bool:
         return all(share.commit.is_settled for share in self.shares)
 
+    @property
+    def bytes(self) -> int:
+        return sum([share.bytes for share in self.shares])
+
     def check(self) -> None:
         """Of a batch that is settled: raise what kept it from becoming durable."""
         for share in self.shares:
@@ -96,6 +100,18 @@ def _result(checked: Checked) -> telemetry_pb2.BatchResult:
         quarantined=sum(record.samples for record in checked.quarantine),
         problems=problems,
     )
+
+
+def parts(batches: Sequence[telemetry_pb2.Batch]) -> Iterator[Sequence[telemetry_pb2.Batch]]:
+    """As many at a time as may be taken together, in order; a batch is never split."""
+    first = rows = 0
+    for number, batch in enumerate(batches):
+        rows += len(batch.times_us)
+        if number > first and (rows > ROWS_AT_ONCE or number - first >= BATCHES_PER_REQUEST_MAX):
+            yield batches[first:number]
+            first, rows = number, len(batch.times_us)
+    if first < len(batches):
+        yield batches[first:]
 
 
 def _check_number(batches: Sequence[telemetry_pb2.Batch]) -> None:
@@ -190,8 +206,20 @@ class Door:
         _check_number(batches)
         return [_result(self._check.check(sender, batch)) for batch in batches]
 
-    def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[Taken]:
-        """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid."""
+    def check_number(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> None:
+        """Raise Invalid for more batches than one request may have."""
+        try:
+            _check_number(batches)
+        except Invalid as error:
+            self._count_refused(sender, batches)
+            self.note_refused(sender, error)
+            raise
+
+    def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch], *, before: int = 0) -> list[Taken]:
+        """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid.
+
+        `before`: the sequence of what is taken next, if that is known.
+        """
         _requests_total(sender.door).inc()
         try:
             _check_number(batches)
@@ -199,10 +227,14 @@ class Door:
             self._in_flight.check_room(sender.credential_id)
             bucket = self._buckets.checked(sender.firm_id)
         except HubError as error:
-            samples_total.labels(sender.door, "refused").inc(sum(len(batch.values) for batch in batches))
+            self._count_refused(sender, batches)
             self.note_refused(sender, error)
             raise
-        taken = [self._take(sender, batch) for batch in batches]
+        sequences = [batch.sequence for batch in batches]
+        taken = [
+            self._take(sender, batch, more=bool(following) and following == batch.sequence)
+            for batch, following in zip(batches, [*sequences[1:], before], strict=True)
+        ]
         accepted = sum([one.checked.accepted for one in taken])
         bucket.spend(accepted + sum([record.samples for one in taken for record in one.checked.quarantine]))
         _accepted_total(sender.door).inc(accepted)
@@ -212,14 +244,26 @@ class Door:
         return taken
 
     async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
-        """Take batches and wait until they are durable. Raises SlowDown, TryAgain, Invalid."""
-        taken = self.take(sender, batches)
-        try:
-            await durable(taken)
-        except HubError as error:
-            self.note_refused(sender, error)
-            raise
-        return [one.result() for one in taken]
+        """Take any number of batches and wait until they are durable. Raises SlowDown, TryAgain.
+
+        Batches of one sequence after each other are one batch of the sender's. Many rows are taken part by part: after an error
+        some may be durable already; sent again they are stored once.
+        """
+        results: list[telemetry_pb2.BatchResult] = []
+        for part in parts(batches):
+            rest = batches[len(results) + len(part) :]
+            try:
+                taken = self.take(sender, part, before=rest[0].sequence if rest else 0)
+            except HubError:
+                self._count_refused(sender, rest)
+                raise
+            try:
+                await durable(taken)
+            except HubError as error:
+                self.note_refused(sender, error)
+                raise
+            results += [one.result() for one in taken]
+        return results
 
     async def send_lines(self, sender: Sender, body: bytes, precision: str) -> LinesResult:
         """Take line protocol and wait until it is durable. Raises SlowDown, TryAgain, TooLarge (too many machines or faults).
@@ -244,23 +288,17 @@ class Door:
             )
             self.note_refused(sender, too_many)
             raise too_many
-        results: list[telemetry_pb2.BatchResult] = []
-        together: list[telemetry_pb2.Batch] = []
-        rows = 0
-        for batch in to_send:
-            together.append(batch)
-            rows += len(batch.times_us)
-            if rows >= LINES_ROWS_AT_ONCE:
-                results += await self.send(sender, together)
-                together, rows = [], 0
-        if together:
-            results += await self.send(sender, together)
+        results = await self.send(sender, to_send)
         for faults in by_reason(reading.faults):
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             detail = f"line {faults[0].line}: {faults[0].detail}{more}"
             raw = b"\n".join(dict.fromkeys(fault.raw for fault in faults))
             await self.set_aside(sender, faults[0].reason, detail, raw, sum(fault.samples for fault in faults))
         return LinesResult(results, reading.faults)
+
+    def machine_id(self, sender: Sender, machine_id: int, path: str) -> int:
+        """The machine of the sender's firm that is named so; 0: there is none."""
+        return self._check.machine_id(sender, machine_id, path)
 
     def note_refused(self, sender: Sender, error: HubError) -> None:
         """Telemetry was sent back with this error and is not kept: whoever looks for it shall find out."""
@@ -304,8 +342,14 @@ class Door:
             sender = self.sender(caller, "", "grpc")
             await self.set_aside(sender, Reason.MALFORMED, f"The body is not a message of {method}.", raw)
 
-    def _take(self, sender: Sender, batch: telemetry_pb2.Batch) -> Taken:
+    @staticmethod
+    def _count_refused(sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> None:
+        samples_total.labels(sender.door, "refused").inc(sum(len(batch.values) for batch in batches))
+
+    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, *, more: bool) -> Taken:
         checked = self._check.check(sender, batch)
+        if more and checked.frames:
+            checked.frames[-1].more = True
         shares = [self._group_commit.put_frames(frames) for frames in checked.frames]
         if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)

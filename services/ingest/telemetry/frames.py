@@ -13,7 +13,15 @@ import numpy.typing as npt
 
 from services.common.clock import Clock, from_us
 from services.common.directory import Directory
-from services.ingest.domain import CHANNEL_GROUP, FUTURE_S_MAX, PAST_DAYS_MAX, Reason, Sender, UnknownSignal
+from services.ingest.domain import (
+    CHANNEL_GROUP,
+    FUTURE_S_MAX,
+    PAST_DAYS_MAX,
+    Reason,
+    Sender,
+    UnknownSignal,
+    showable,
+)
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import records_pb2, telemetry_pb2
 
@@ -22,6 +30,13 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 RAW_BYTES_MAX = 64 * 1024
+DETAIL_LENGTH_MAX = 1_000
+# Of a batch that goes to quarantine whole; of a larger one only its beginning is kept.
+QUARANTINED_BYTES_MAX = 6 * 1024 * 1024
+# Of times and values; frames of one batch beyond it go as several.
+FRAMES_BYTES_MAX = 1024 * 1024
+# What one batch may become: every row is made as wide as its machine has signals, however few of them it names.
+CELLS_MAX = 4_000_000
 # Of one batch; a machine whose signals are all unknown is found out about in a few.
 PROPOSED_AT_ONCE_MAX = 200
 _DAY_US = 86_400 * 1_000_000
@@ -109,8 +124,9 @@ class FrameCheck:
         plain = not (batch.signals or batch.positions or batch.absent) and columns == machine.width <= CHANNEL_GROUP
         if plain and _is_clean(machine, times, values.reshape(rows, columns), earliest, latest):
             # Nearly all batches: every signal in order, nothing wrong. The rest of this function would find the same, slower.
-            whole = _frame_batch(sender, batch.sequence, machine.id, 0, columns, times, values, received_us)
-            return Checked(batch.sequence, len(values), [whole], [], machine.id, received_us, int(times[-1]))
+            matrix = values.reshape(rows, columns)
+            whole = _frame_batches(sender, batch.sequence, machine.id, 0, times, matrix, received_us)
+            return Checked(batch.sequence, len(values), whole, [], machine.id, received_us, int(times[-1]))
         if batch.absent and present is None:
             return refuse_all(
                 Reason.SHAPE_MISMATCH,
@@ -128,6 +144,18 @@ class FrameCheck:
         known = positions[positions >= 0]
         if len(np.unique(known)) != len(known):
             return refuse_all(Reason.SHAPE_MISMATCH, "A signal is named for two columns of values.", machine.id)
+
+        cells_a_row = sum(
+            min(CHANNEL_GROUP, machine.width - group * CHANNEL_GROUP)
+            for group in set((known // CHANNEL_GROUP).tolist())
+        )
+        if rows * cells_a_row > CELLS_MAX:
+            return refuse_all(
+                Reason.TOO_LARGE,
+                f"{rows} rows of a machine that has {machine.width} signals are too many for one batch; "
+                f"send at most {CELLS_MAX // cells_a_row} rows in each.",
+                machine.id,
+            )
 
         matrix = values.reshape(rows, columns)
         good = np.ones((rows, columns), dtype=bool) if present is None else present.reshape(rows, columns)
@@ -192,6 +220,11 @@ class FrameCheck:
         machine = self._machine(sender, machine_id, path)
         return () if machine is None else machine.positions
 
+    def machine_id(self, sender: Sender, machine_id: int, path: str) -> int:
+        """The machine of the sender's firm that is named so; 0: there is none."""
+        machine = self._machine(sender, machine_id, path)
+        return 0 if machine is None else machine.id
+
     def _is_proposing(self, firm_id: int) -> bool:
         firm = self._directory.firms.get(firm_id)
         return firm is not None and firm.propose_unknown_signals
@@ -221,30 +254,21 @@ class FrameCheck:
         good: Bools,
         received_us: int,
     ) -> list[records_pb2.FrameBatch]:
-        keep = good.any(axis=1)
-        if not keep.all():
-            times, matrix, good = times[keep], matrix[keep], good[keep]
         if not good.all():
             matrix = np.where(good, matrix, np.nan)
-        frames = []
+        frames: list[records_pb2.FrameBatch] = []
         for first in range(0, machine.width, CHANNEL_GROUP):
             width = min(CHANNEL_GROUP, machine.width - first)
-            if first == 0 and len(positions) == width == machine.width and (positions == np.arange(width)).all():
-                dense, group_times = matrix, times  # the usual case: every signal, in order
-            else:
-                here = (positions >= first) & (positions < first + width)
-                if not here.any():
-                    continue
-                dense = np.full((len(times), width), np.nan)
-                dense[:, positions[here] - first] = matrix[:, here]
-                filled = ~np.isnan(dense).all(axis=1)
-                dense, group_times = dense[filled], times[filled]
-                if not len(dense):
-                    continue
-            frames.append(
-                _frame_batch(sender, batch.sequence, machine.id, first, width, group_times, dense, received_us)
-            )
-        return frames
+            here = np.flatnonzero((positions >= first) & (positions < first + width))
+            filled = np.flatnonzero(good[:, here].any(axis=1))
+            rows_max = _rows_max(width)
+            # Spread over all signals, many rows with few values are large: not all of them stand here at a time.
+            for at in range(0, len(filled), rows_max):
+                some = filled[at : at + rows_max]
+                dense = np.full((len(some), width), np.nan)
+                dense[:, positions[here] - first] = matrix[np.ix_(some, here)]
+                frames += _frame_batches(sender, batch.sequence, machine.id, first, times[some], dense, received_us)
+        return _following(frames)
 
 
 def _is_clean(machine: _MachineView, times: Ints, matrix: Floats, earliest: int, latest: int) -> bool:
@@ -256,28 +280,44 @@ def _is_clean(machine: _MachineView, times: Ints, matrix: Floats, earliest: int,
     return bool((matrix >= machine.low).all() and (matrix <= machine.high).all())
 
 
-def _frame_batch(
+def _rows_max(width: int) -> int:
+    return FRAMES_BYTES_MAX // (8 * (width + 1))
+
+
+def _frame_batches(
     sender: Sender,
     sequence: int,
     machine_id: int,
     first_position: int,
-    width: int,
     times: Ints,
     values: Floats,
     received_us: int,
-) -> records_pb2.FrameBatch:
-    return records_pb2.FrameBatch(
-        firm_id=sender.firm_id,
-        machine_id=machine_id,
-        first_position=first_position,
-        width=width,
-        times_us=times.astype("<i8", copy=False).tobytes(),
-        values=values.astype("<f8", copy=False).tobytes(),
-        source=sender.source,
-        sequence=sequence,
-        received_us=received_us,
-        correlation_id=sender.correlation_id,
-    )
+) -> list[records_pb2.FrameBatch]:
+    width = values.shape[1]
+    rows_max = _rows_max(width)
+    frames = [
+        records_pb2.FrameBatch(
+            firm_id=sender.firm_id,
+            machine_id=machine_id,
+            first_position=first_position,
+            width=width,
+            times_us=times[at : at + rows_max].astype("<i8", copy=False).tobytes(),
+            values=values[at : at + rows_max].astype("<f8", copy=False).tobytes(),
+            source=sender.source,
+            sequence=sequence,
+            received_us=received_us,
+            correlation_id=sender.correlation_id,
+        )
+        for at in range(0, len(times), rows_max)
+    ]
+    return _following(frames)
+
+
+def _following(frames: list[records_pb2.FrameBatch]) -> list[records_pb2.FrameBatch]:
+    """The frames of one batch, each but the last with a note that more of them follow."""
+    for frame in frames[:-1]:
+        frame.more = True
+    return frames
 
 
 def quarantined(
@@ -295,13 +335,15 @@ def quarantined(
     digest = hashlib.sha256(f"{sender.firm_id}/{sender.source}/{reason}/".encode())
     digest.update(batch)
     digest.update(raw)
+    if len(batch) > QUARANTINED_BYTES_MAX:
+        batch, raw = b"", batch
     return records_pb2.QuarantineRecord(
         id=digest.hexdigest()[:32],
         firm_id=sender.firm_id,
         credential_id=sender.credential_id,
         source=sender.source,
         reason=reason,
-        detail=detail,
+        detail=showable(detail, length_max=DETAIL_LENGTH_MAX),
         samples=samples,
         received_us=received_us,
         correlation_id=sender.correlation_id,

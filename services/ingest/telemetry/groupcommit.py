@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from prometheus_client import Counter
 
-from services.common.errors import HubError, SlowDown
-from services.common.kafka import Message, Publisher
+from services.common.errors import HubError, SlowDown, TooLarge, TryAgain
+from services.common.kafka import REQUEST_BYTES_MAX, Message, Publisher
 from services.common.logs import get_logger
 from services.common.metrics import watch_queue_bytes
 from services.common.topics import QUARANTINE, SAMPLES
@@ -22,6 +22,8 @@ from smdih.ingest.v1 import records_pb2
 log = get_logger(__name__)
 
 RECORD_BYTES_MAX = 1024 * 1024
+# What is put in at once, less room for a record's own; the door makes nothing that is as large.
+PAYLOAD_BYTES_MAX = REQUEST_BYTES_MAX - 64 * 1024
 WAITING_BYTES_MAX = 64 * 1024 * 1024
 QUARANTINE_AT_ONCE_MAX = 200
 RETRY_AFTER_S = 2
@@ -86,7 +88,11 @@ class _Queue:
         self.waiting_bytes = 0
 
     def put(self, payload: bytes) -> Commit:
-        """The publish that will carry it."""
+        """The publish that will carry it; one that has failed where no record could."""
+        if len(payload) > PAYLOAD_BYTES_MAX:
+            refused = Commit()
+            refused.fail(TooLarge())
+            return refused
         if self._open_items and (
             self._open_bytes + len(payload) > self._bytes_max or self._open_items >= self._items_max
         ):
@@ -119,8 +125,10 @@ class _Queue:
                     if not isinstance(error, HubError):
                         log.exception("publish failed in an unknown way")
                         error = HubError(retry_after_s=RETRY_AFTER_S)
+                    if isinstance(error, TooLarge) and len(payloads) > 1:
+                        error = _behind()  # what is too large is their record, not what they sent
                     commit.fail(error)
-                    self._fail_rest(error)
+                    self._fail_rest()
                 else:
                     commit.succeed()
                 finally:
@@ -128,14 +136,19 @@ class _Queue:
         finally:
             self._sender = None
 
-    def _fail_rest(self, error: HubError) -> None:
+    def _fail_rest(self) -> None:
         # What waited behind a failure must not become durable before it: its senders send both again, in order.
+        error = _behind()
         for payload, commit in self._waiting:
             self.waiting_bytes -= len(payload)
             if not commit.is_settled:
                 commit.fail(error)
         self._waiting.clear()
         self._open, self._open_bytes, self._open_items = Commit(), 0, 0
+
+
+def _behind() -> TryAgain:
+    return TryAgain("What goes with it was not acknowledged; send again.", retry_after_s=RETRY_AFTER_S)
 
 
 class GroupCommit:

@@ -7,7 +7,7 @@ from typing import Any
 
 from services.common.errors import Invalid, TryAgain
 from services.common.rpc import current_caller
-from services.ingest.telemetry.door import Door, Taken
+from services.ingest.telemetry.door import Door, Taken, parts
 from smdih.ingest.v1 import (
     telemetry_pb2,
     telemetry_pb2_grpc,
@@ -15,6 +15,7 @@ from smdih.ingest.v1 import (
 
 # Batches of one stream that may be on their way; past it the stream is not read, which its sender feels as back-pressure.
 STREAM_BATCHES_MAX = 2_000
+STREAM_BYTES_MAX = 8 * 1024 * 1024
 
 
 class TelemetryServicer(telemetry_pb2_grpc.TelemetryServiceServicer):
@@ -27,6 +28,7 @@ class TelemetryServicer(telemetry_pb2_grpc.TelemetryServiceServicer):
         sender = self._door.sender(current_caller(), request.source, "grpc")
         if not request.batches:
             raise Invalid("The request holds no batches.", reason="EMPTY_REQUEST")
+        self._door.check_number(sender, request.batches)
         return telemetry_pb2.SendBatchesResponse(results=await self._door.send(sender, request.batches))
 
     async def CheckBatches(
@@ -48,8 +50,10 @@ class TelemetryServicer(telemetry_pb2_grpc.TelemetryServiceServicer):
             try:
                 request: telemetry_pb2.StreamBatchesRequest | None = first
                 while request is not None:
-                    await window.room()
-                    window.add(self._door.take(sender, request.batches))
+                    self._door.check_number(sender, request.batches)
+                    for part in parts(request.batches):
+                        await window.room()
+                        window.add(self._door.take(sender, part))
                     request = await anext(request_iterator, None)
             finally:
                 window.end()
@@ -75,13 +79,15 @@ class _Window:
         self._changed = asyncio.Event()
         self._roomy = asyncio.Event()
         self._ended = False
+        self._bytes = 0
 
     def add(self, taken: list[Taken]) -> None:
         self._taken.extend(taken)
+        self._bytes += sum([one.bytes for one in taken])
         self._changed.set()
 
     async def room(self) -> None:
-        while len(self._taken) >= STREAM_BATCHES_MAX:
+        while len(self._taken) >= STREAM_BATCHES_MAX or self._bytes >= STREAM_BYTES_MAX:
             self._roomy.clear()
             await self._roomy.wait()
 
@@ -103,6 +109,7 @@ class _Window:
             del answer.problems[:]
             while self._taken and self._taken[0].is_settled:
                 one = self._taken.popleft()
+                self._bytes -= one.bytes
                 one.check()
                 answer.acknowledged_sequence = max(answer.acknowledged_sequence, one.checked.sequence)
                 answer.acknowledged_batches += 1

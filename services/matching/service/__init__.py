@@ -12,6 +12,7 @@ from services.matching.service.consents import Consents
 from services.matching.service.desk import Desk
 from services.matching.service.matches import Matches
 from services.matching.service.maturity import Maturity
+from services.matching.service.need_life import NeedLife
 from services.matching.service.needs import Needs
 from services.matching.service.notices import Notices
 from services.matching.service.offers import Offers
@@ -36,15 +37,16 @@ class Matching:
         limits: Limits,
     ) -> None:
         self.providers = Providers(pool, index, directory, clock=clock)
-        self.consents = Consents(pool, Known(directory), clock=clock)
-        self.offers = Offers(pool, index, relay, clock=clock, limits=limits)
+        life = NeedLife(clock=clock, limits=limits)
+        self.consents = Consents(pool, relay, Known(directory), life, clock=clock)
+        self.offers = Offers(pool, index, relay, life, clock=clock, limits=limits)
         self.desk = Desk(pool, index, relay, directory, self.offers, clock=clock, limits=limits)
         self.rounds = Rounds(pool, index, relay, self.offers, clock=clock, limits=limits)
-        self.matches = Matches(pool, index, relay, clock=clock, limits=limits)
+        self.matches = Matches(pool, index, relay, life, clock=clock, limits=limits)
         self.assessors = Assessors(pool, index, directory)
         self.rooms = Rooms(pool, relay, directory, Known(directory), clock=clock)
         self.sessions = Sessions(pool, relay, Known(directory), clock=clock)
-        self.needs = Needs(pool, index, relay, directory, self.offers, clock=clock, limits=limits)
+        self.needs = Needs(pool, index, relay, directory, self.offers, life, clock=clock, limits=limits)
         self.maturity = Maturity(pool, Known(directory), self.needs, clock=clock)
         self.notices = Notices(pool, clock=clock)
         self.reports = Reports(pool, clock=clock)

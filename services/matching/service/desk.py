@@ -96,7 +96,11 @@ class Desk:
             need = await needs_store.lock_need(connection, need_id)
             assert need is not None  # it was seen
             offers = await offers_store.offers_of_need(connection, need_id)
-            before = [each for each in offers if each.provider_id == provider_id and each.attempt == need.attempt]
+            before = [
+                each
+                for each in offers
+                if each.provider_id == provider_id and (each.attempt == need.attempt or each.state is OfferState.MADE)
+            ]
             if before:
                 return offer_as_seen_by(caller, before[0])
             if need.state is not NeedState.OPEN or not need.shown:
@@ -124,7 +128,6 @@ class Desk:
             with correlated(need.correlation_id):
                 await self._offers.make(connection, [offer])
                 await tell_of_offers(connection, [offer])
-                await needs_store.set_need_offers(connection, need_id, need.offers + 1, no_offer_reason="")
         self._relay.kick()
         log.info("provider proposed", need=need_id, provider=provider_id, by=caller.credential_id)
         return offer_as_seen_by(caller, offer)

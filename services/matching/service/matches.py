@@ -12,7 +12,7 @@ from services.common.outbox import OutboxRelay
 from services.matching import notices
 from services.matching.index import ProviderIndex
 from services.matching.matches import POINTS_MAX, POINTS_MIN, Match, MatchState, Result, Score, Side
-from services.matching.needs import Limits, NeedState, OfferState
+from services.matching.needs import CloseReason, Limits, NoOffer, OfferState
 from services.matching.service.checks import (
     NOTE_CHARACTERS_MAX,
     before_token,
@@ -20,6 +20,7 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.need_life import NeedLife
 from services.matching.service.publishing import publish_match, publish_offers
 from services.matching.service.rooms import end_rooms_of_match
 from services.matching.service.sight import SUPPLIERS, match_seen_by
@@ -42,10 +43,13 @@ _PARTIES = (Role.FIRM, *SUPPLIERS, Role.OPERATOR)
 class Matches:
     """Firms and providers that were brought together, and what comes of it."""
 
-    def __init__(self, pool: Pool, index: ProviderIndex, relay: OutboxRelay, *, clock: Clock, limits: Limits) -> None:
+    def __init__(
+        self, pool: Pool, index: ProviderIndex, relay: OutboxRelay, life: NeedLife, *, clock: Clock, limits: Limits
+    ) -> None:
         self._pool = pool
         self._index = index
         self._relay = relay
+        self._life = life
         self._clock = clock
         self._limits = limits
 
@@ -82,17 +86,22 @@ class Matches:
                 _require(match, MatchState.ACCEPTED)
                 await places_store.confirm(connection, [match.id])
                 match = await self._keep(connection, replace(match, state=MatchState.ENGAGED, engaged=self._now()))
+                offer = await offers_store.offer(connection, match.offer_id)
+                assert offer is not None  # by foreign key
+                told = [notices.of_engaged_match(match, offer, side) for side in _others(caller)]
+                await notices_store.add_notices(connection, told)
         self._relay.kick()
         return _as_seen_by(caller, match)
 
     async def finish(self, caller: Caller, match_id: str, result: Result, note: str) -> Match:
-        """The work is done. Both sides may score it for a while. A repeat with the same result changes nothing."""
+        """The work is done. Both sides are asked to score it within a while, in which the firm may correct the result. A repeat
+        with the same result changes nothing."""
         caller.require(*_PARTIES)
         check_text("note", note, NOTE_CHARACTERS_MAX)
         async with transaction(self._pool) as connection:
             match = await self._lock(connection, caller, match_id)
             if match.finished is None or match.result is not result:
-                _require(match, MatchState.ENGAGED)
+                _require(match, MatchState.ENGAGED, *([MatchState.FINISHED] if caller.role is Role.FIRM else []))
                 now = self._now()
                 match = await self._keep(
                     connection,
@@ -102,9 +111,13 @@ class Matches:
                         finished=now,
                         result=result,
                         result_note=note.strip(),
-                        scores_until=now + self._limits.scores_for,
+                        scores_until=match.scores_until or now + self._limits.scores_for,
                     ),
                 )
+                offer = await offers_store.offer(connection, match.offer_id)
+                assert offer is not None  # by foreign key
+                told = [notices.of_finished_match(match, offer, side) for side in Side]
+                await notices_store.add_notices(connection, told)
         self._relay.kick()
         return _as_seen_by(caller, match)
 
@@ -226,16 +239,21 @@ class Matches:
             await publish_offers(connection, [cancelled])
         if offer.machine_id:
             await needs_store.lock_machines(connection, {offer.machine_id})
-        reopened = reopen and await needs_store.reopen_need(connection, match.need_id)
+        reopened = reopen and await self._life.seek_again(connection, match.need_id, NoOffer.MATCH_ENDED)
         if not reopened:
-            await needs_store.end_need(connection, match.need_id, NeedState.CLOSED, ended=match.ended)
-        told = [side for side in (Side.FIRM, Side.PARTNER) if by is None or by.role.value != side.value]
-        await notices_store.add_notices(
-            connection, [notices.of_ended_match(match, offer, side, reopened=reopened) for side in told]
-        )
+            await needs_store.close_need(
+                connection, match.need_id, CloseReason.MATCH_ENDED, note=reason, ended=match.ended
+            )
+        told = [notices.of_ended_match(match, offer, side, reopened=reopened) for side in _others(by)]
+        await notices_store.add_notices(connection, told)
 
     def _now(self) -> datetime:
         return from_us(self._clock.now_us())
+
+
+def _others(by: Caller | None) -> list[Side]:
+    """The sides that did not do it themselves; None: the hub did."""
+    return [side for side in Side if by is None or by.role.value != side.value]
 
 
 def _as_seen_by(caller: Caller, match: Match) -> Match:

@@ -10,7 +10,7 @@ from prometheus_client import Counter
 from services.common.clock import Clock, from_us
 from services.common.database import Connection, Pool, transaction
 from services.common.directory import Directory
-from services.common.errors import Invalid
+from services.common.errors import Conflict, Invalid
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, current_correlation_id, get_logger
 from services.common.outbox import OutboxRelay
@@ -18,9 +18,10 @@ from services.matching.alarms import Alarm, need_text, urgency_of
 from services.matching.consents import Consent, Coverage, SharedItem
 from services.matching.domain import Source, Urgency
 from services.matching.index import ProviderIndex
-from services.matching.needs import Limits, Need, NeedState, NoOffer, Offer, alarm_need_id
+from services.matching.needs import CloseReason, Limits, Need, NeedState, NoOffer, Offer, alarm_need_id
 from services.matching.ranking import Ranking
 from services.matching.service.checks import (
+    NOTE_CHARACTERS_MAX,
     TEXT_CHARACTERS_MAX,
     Known,
     before_token,
@@ -32,15 +33,18 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.need_life import NeedLife, standing_offers
 from services.matching.service.notices import tell_of_offers
 from services.matching.service.offers import Offers
 from services.matching.service.sight import need_seen_by
 from services.matching.store import consents as consents_store
 from services.matching.store import needs as needs_store
 from services.matching.store import offers as offers_store
+from services.matching.text import stored
 
 log = get_logger(__name__)
 
+CLOSINGS_AT_ONCE_MAX = 200
 
 # Raised alarms by whether the firm's consent covered them ("opened", "attached", "repeated", or why not).
 alarms_total = Counter("smdih_matching_alarms_total", "Raised alarms taken in", ["outcome"])
@@ -83,6 +87,7 @@ class Needs:
         relay: OutboxRelay,
         directory: Directory,
         offers: Offers,
+        life: NeedLife,
         *,
         clock: Clock,
         limits: Limits,
@@ -93,6 +98,7 @@ class Needs:
         self._directory = directory
         self._known = Known(directory)
         self._offers = offers
+        self._life = life
         self._clock = clock
         self._limits = limits
 
@@ -152,6 +158,38 @@ class Needs:
             await needs_store.set_shown(connection, need_id, shown=shown)
         log.info("need shown" if shown else "need hidden", need=need_id, by=caller.credential_id)
         return replace(need, shown=shown)
+
+    async def close_need(self, caller: Caller, need_id: str, reason: str) -> Need:
+        """The firm does not want it answered any more: its offers lapse. A repeat changes nothing."""
+        caller.require(Role.FIRM, Role.OPERATOR)
+        if not reason.strip():
+            raise Invalid("Say why; it makes the next offers better.", reason="REASON_MISSING")
+        check_text("reason", reason, NOTE_CHARACTERS_MAX)
+        async with transaction(self._pool) as connection:
+            await need_seen_by(connection, caller, need_id)
+            need = await needs_store.lock_need(connection, need_id)
+            assert need is not None  # it was seen
+            if need.state is NeedState.MATCHED:
+                raise Conflict("This need is matched; cancel its match, and the need with it.", reason="NEED_MATCHED")
+            if need.state is NeedState.OPEN:
+                need = await self._life.close(connection, need, CloseReason.BY_FIRM, note=reason.strip())
+        self._relay.kick()
+        self._index.kick()
+        return need
+
+    async def expire_due_needs(self) -> int:
+        """Close needs that had no offer for as long as needs are kept open; returns how many."""
+        now, expired = self._now(), 0
+        async with transaction(self._pool) as connection:
+            due = await needs_store.due_expiries(connection, now=now, limit=CLOSINGS_AT_ONCE_MAX)
+        for need_id in due:
+            async with transaction(self._pool) as connection:
+                need = await needs_store.lock_need(connection, need_id)
+                assert need is not None  # it was found
+                if need.state is NeedState.OPEN and not await standing_offers(connection, need_id):
+                    await self._life.close(connection, need, CloseReason.EXPIRED)
+                    expired += 1
+        return expired
 
     async def opened_need(self, caller: Caller, need_id: str) -> OpenedNeed:
         """A need with its offers, as it is now."""
@@ -259,10 +297,12 @@ class Needs:
         if not need.waits:
             offers, why = await self._offers.choose(connection, need, ranking)
         need = replace(need, offers=len(offers), no_offer_reason=why)
-        await needs_store.add_need(connection, need, request_id=request_id, request_sha256=request_sha256)
+        expires = need.opened + self._limits.need_lifetime
+        await needs_store.add_need(
+            connection, need, expires=expires, request_id=request_id, request_sha256=request_sha256
+        )
         if ranking.question is not None:
-            vector = ranking.question.astype("<f4").tobytes()
-            await needs_store.keep_vectors(connection, {need.id: vector}, model=ranking.model_id)
+            await needs_store.keep_vectors(connection, {need.id: stored(ranking.question)}, model=ranking.model_id)
         for alarm_id in need.alarm_ids:
             await needs_store.attach_alarm(connection, need.id, alarm_id, raised=raised or need.opened)
         await self._offers.make(connection, offers)

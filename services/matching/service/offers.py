@@ -1,9 +1,9 @@
 """The use cases of offers: made from a ranking, seen, accepted, declined, lapsed, made again."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 
 from prometheus_client import Counter
 
@@ -18,6 +18,7 @@ from services.matching.domain import FilterCode
 from services.matching.index import ProviderIndex
 from services.matching.matches import Match
 from services.matching.needs import (
+    CloseReason,
     Lapse,
     Limits,
     Need,
@@ -40,6 +41,7 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
+from services.matching.service.need_life import NeedLife, standing_offers
 from services.matching.service.notices import tell_of_offers
 from services.matching.service.publishing import publish_match, publish_offers
 from services.matching.service.sight import SUPPLIERS, need_seen_by, offer_as_seen_by, sees_offer
@@ -49,7 +51,9 @@ from services.matching.store import notices as notices_store
 from services.matching.store import offers as offers_store
 from services.matching.store import places as places_store
 from services.matching.store import providers as providers_store
-from services.matching.store.places import Held, Why
+from services.matching.store.needs import Tried
+from services.matching.store.places import Held
+from services.matching.text import Vector, stored, vector_of
 
 log = get_logger(__name__)
 
@@ -57,7 +61,8 @@ log = get_logger(__name__)
 CANDIDATES_FIRST = 20
 WIDEN_BY = 10
 LAPSES_AT_ONCE_MAX = 200
-RETRIES_AT_ONCE_MAX = 20
+# Needs without offers that are ranked anew in one turn of the upkeep, some milliseconds each.
+TRIES_AT_ONCE_MAX = 50
 # A place that is reserved for an offer outlasts it by so much: giving it back is the offer's lapse, not the place's.
 PLACE_GRACE = timedelta(hours=1)
 
@@ -68,22 +73,23 @@ capacity_refused_total = Counter("smdih_matching_capacity_refused_total", "Accep
 class Offers:
     """Providers proposed for needs, and what becomes of it."""
 
-    def __init__(self, pool: Pool, index: ProviderIndex, relay: OutboxRelay, *, clock: Clock, limits: Limits) -> None:
+    def __init__(
+        self, pool: Pool, index: ProviderIndex, relay: OutboxRelay, life: NeedLife, *, clock: Clock, limits: Limits
+    ) -> None:
         self._pool = pool
         self._index = index
         self._relay = relay
+        self._life = life
         self._clock = clock
         self._limits = limits
-        # What the needs without offers were last ranked against: another try makes sense once it differs.
-        self._tried: tuple[int, date] | None = None
 
-    async def rank(self, need: Need, limit: int = CANDIDATES_FIRST) -> Ranking:
-        return await self._index.rank(need.for_ranking(), limit)
+    async def rank(self, need: Need, limit: int = CANDIDATES_FIRST, *, question: Vector | None = None) -> Ranking:
+        return await self._index.rank(need.for_ranking(), limit, question=question)
 
     async def choose(self, connection: Connection, need: Need, ranking: Ranking) -> tuple[list[Offer], str]:
         """The best providers with a free place, or why there is none. Looks further down than `ranking` while places are short."""
         now = self._now()
-        refused = await offers_store.providers_refused(connection, need.id) if need.attempt > 1 else set()
+        out = (await offers_store.providers_out(connection, [need.id])).get(need.id, set())
         limit = CANDIDATES_FIRST
         while True:
             bookable = await providers_store.bookable_providers(
@@ -92,15 +98,15 @@ class Offers:
                 quarter=quarter_of(now.date()),
                 today=now.date(),
             )
-            chosen = [each for each in ranking.ranked if each.provider_id in bookable.keys() - refused]
+            chosen = [each for each in ranking.ranked if each.provider_id in bookable.keys() - out]
             chosen = chosen[: self._limits.offers_max]
             whole = len(ranking.ranked) < limit or limit >= self._limits.candidates_max
             if len(chosen) == self._limits.offers_max or whole:
                 break
             limit = min(limit * WIDEN_BY, self._limits.candidates_max)
-            ranking = await self.rank(need, limit)
+            ranking = await self.rank(need, limit, question=ranking.question)
         if not chosen:
-            why = _why_none(len(self._index), ranking)
+            why = _why_none(len(self._index), ranking, out)
             log.info("no offers", need=need.id, reason=why, filtered_out=dict(ranking.excluded_counts))
             return [], why
         return [
@@ -159,32 +165,42 @@ class Offers:
         return [offer_as_seen_by(caller, offer) for offer in found[:limit]], token
 
     async def accept_offer(self, caller: Caller, offer_id: str) -> tuple[Match, Offer]:
-        """Take a place of the provider and make the match; the need's other offers lapse. A repeat gives the same answer."""
+        """Take a place of the provider and make the match; the need's other offers lapse. A repeat gives the same answer.
+
+        Raises Conflict where the provider is full; the offer has lapsed then, as have others that are full, and more follow if none
+        is left.
+        """
         caller.require(Role.FIRM, Role.OPERATOR)
         async with transaction(self._pool) as connection:
             offer, need = await self._lock_offer(connection, caller, offer_id)
             if offer.state is OfferState.ACCEPTED:
                 return await self._accepted(connection, offer)
+            if offer.state is OfferState.LAPSED and offer.decision_reason == Lapse.FULL:
+                raise _full()
             _check_open(offer)
             with correlated(need.correlation_id):
                 match = await self._match(connection, caller, offer)
-                await self._lapse(
-                    connection,
-                    [
-                        each
-                        for each in await offers_store.offers_of_need(connection, need.id)
-                        if each.state is OfferState.MADE
-                    ],
-                    Lapse.OTHER_ACCEPTED,
-                )
-                await needs_store.end_need(connection, need.id, NeedState.MATCHED, ended=match.accepted)
-                accepted = await self._accepted(connection, offer)
+                if match is None:
+                    full = await self._full_too(connection, need)
+                    await self._life.lapse(
+                        connection, [offer, *(each for each in full if each.id != offer.id)], Lapse.FULL
+                    )
+                    await self._life.bereft(connection, need)
+                else:
+                    others = await standing_offers(connection, need.id)
+                    await self._life.lapse(connection, others, Lapse.OTHER_ACCEPTED)
+                    await needs_store.match_need(connection, need.id, ended=match.accepted)
+                    accepted = await self._accepted(connection, offer)
         self._relay.kick()
         self._index.kick()
+        if match is None:
+            capacity_refused_total.inc()
+            raise _full()
         log.info("offer accepted", offer=offer.id, need=need.id, match=match.id, provider=offer.provider_id)
         return accepted
 
-    async def _match(self, connection: Connection, caller: Caller, offer: Offer) -> Match:
+    async def _match(self, connection: Connection, caller: Caller, offer: Offer) -> Match | None:
+        """None: the provider has no place left."""
         now = self._now()
         # Before the provider: see next_provider_change.
         await providers_store.next_provider_change(connection)
@@ -215,11 +231,7 @@ class Offers:
         if offer.holds_place and held is Held.HELD:
             await places_store.extend(connection, [match.id], now + self._limits.engage_within)
         if held is not Held.HELD:
-            capacity_refused_total.inc()
-            raise Conflict(
-                "The provider has no place left in this quarter; accept another offer of the need.",
-                reason="CAPACITY_FULL",
-            )
+            return None
         await matches_store.add_match(connection, match)
         await publish_match(connection, match)
         await notices_store.add_notices(connection, [notices.of_acceptance(match, offer)])
@@ -229,17 +241,25 @@ class Offers:
         await publish_offers(connection, [accepted])
         return match
 
+    async def _full_too(self, connection: Connection, need: Need) -> list[Offer]:
+        """Offers of the need that cannot be accepted either, so that the firm need not find out one by one."""
+        day = self._now().date()
+        asked = [each for each in await standing_offers(connection, need.id) if not each.holds_place]
+        ids = [each.provider_id for each in asked]
+        live = await providers_store.providers_by_id(connection, ids)
+        bookable = await providers_store.bookable_providers(connection, ids, quarter=quarter_of(day), today=day)
+        return [each for each in asked if live[each.provider_id].is_live(day) and each.provider_id not in bookable]
+
     async def _accepted(self, connection: Connection, offer: Offer) -> tuple[Match, Offer]:
-        match, current = (
-            await matches_store.match_of_offer(connection, offer.id),
-            await offers_store.offer(connection, offer.id),
-        )
+        match = await matches_store.match_of_offer(connection, offer.id)
         assert match is not None, f"offer {offer.id} is accepted and has no match"
-        assert current is not None
-        return match, current
+        return match, await self._offer(connection, offer.id)
 
     async def decline_offer(self, caller: Caller, offer_id: str, reason: str) -> Offer:
-        """By the firm, or by the partner for its provider. A repeat changes nothing. The last one closes the need."""
+        """By the firm, or by the partner for its provider. A repeat changes nothing.
+
+        The firm's own no to the last one closes the need; after anybody else's others follow.
+        """
         caller.require(Role.FIRM, *SUPPLIERS, Role.OPERATOR)
         if not reason.strip():
             raise Invalid("Say why; it makes the next offers better.", reason="REASON_MISSING")
@@ -249,20 +269,16 @@ class Offers:
             if offer.state is not OfferState.DECLINED:
                 _check_open(offer)
                 with correlated(need.correlation_id):
-                    now = self._now()
-                    offer = replace(offer, state=OfferState.DECLINED, decided=now, decision_reason=reason.strip())
-                    await offers_store.decide_offer(
-                        connection,
-                        offer.id,
-                        offer.state,
-                        decided=now,
-                        by=caller.credential_id,
-                        reason=offer.decision_reason,
+                    await self._life.end_offers(
+                        connection, [offer], OfferState.DECLINED, reason.strip(), by=caller.credential_id
                     )
-                    await self._give_back(connection, [offer])
-                    await publish_offers(connection, [offer])
-                    await self._close_if_done(connection, need)
+                    if caller.role is Role.FIRM:
+                        await self._life.answered(connection, need, CloseReason.DECLINED)
+                    else:
+                        await self._life.bereft(connection, need)
+                    offer = await self._offer(connection, offer.id)
         self._relay.kick()
+        self._index.kick()
         return offer_as_seen_by(caller, offer)
 
     async def _lock_offer(self, connection: Connection, caller: Caller, offer_id: str) -> tuple[Offer, Need]:
@@ -271,10 +287,13 @@ class Offers:
         if found is None or not sees_offer(caller, found):
             raise NotFound()
         need = await needs_store.lock_need(connection, found.need_id)
-        current = await offers_store.offer(connection, offer_id)
         assert need is not None  # by foreign key
-        assert current is not None
-        return current, need
+        return await self._offer(connection, offer_id), need
+
+    async def _offer(self, connection: Connection, offer_id: str) -> Offer:
+        found = await offers_store.offer(connection, offer_id)
+        assert found is not None  # offers are never removed
+        return found
 
     async def lapse_due_offers(self) -> int:
         """Let offers lapse whose time has run out or whose provider is gone; returns how many."""
@@ -290,70 +309,55 @@ class Offers:
                 need = await needs_store.lock_need(connection, need_id)
                 assert need is not None  # by foreign key
                 with correlated(need.correlation_id):
-                    for offer in await offers_store.offers_of_need(connection, need_id):
-                        if offer.id in why and offer.state is OfferState.MADE:
-                            await self._lapse(connection, [offer], why[offer.id])
+                    for offer in await standing_offers(connection, need_id):
+                        if offer.id in why:
+                            await self._life.lapse(connection, [offer], why[offer.id])
                             lapsed += 1
-                    await self._close_if_done(connection, need)
+                    if Lapse.EXPIRED in why.values():
+                        await self._life.answered(connection, need, CloseReason.NOT_ANSWERED)
+                    else:
+                        await self._life.bereft(connection, need)
         if lapsed:
             self._relay.kick()
+            self._index.kick()
             log.info("offers lapsed", offers=lapsed)
         return lapsed
 
     async def offer_again(self) -> int:
-        """Make offers for open needs that have none, once there is something new to offer; returns for how many."""
-        against = (self._index.change, quarter_of(today(self._clock)))
-        if against == self._tried:
-            return 0
+        """Make offers for open needs that have none, where there is something new to offer; returns for how many.
+
+        A bounded number a call, those that were tried longest ago first; so the upkeep goes on meanwhile.
+        """
+        against = Tried(self._index.change, quarter_of(today(self._clock)))
+        model = self._index.model_id
+        async with transaction(self._pool) as connection:
+            needs = await needs_store.needs_to_try(connection, against, limit=TRIES_AT_ONCE_MAX)
+            vectors = await needs_store.vectors(connection, [need.id for need in needs], model=model)
         offered = 0
-        after: tuple[datetime, str] | None = None
-        while True:
+        for need in needs:
+            known = vectors.get(need.id)
+            # Before the transaction: neither a connection nor the need is held while a thread computes.
+            ranking = await self.rank(need, question=None if known is None else vector_of(known))
             async with transaction(self._pool) as connection:
-                needs = await needs_store.lock_needs_without_offers(connection, after=after, limit=RETRIES_AT_ONCE_MAX)
-                for need in needs:
-                    offered += await self._offer_again(connection, need)
-            if len(needs) < RETRIES_AT_ONCE_MAX:
-                break
-            after = (needs[-1].opened, needs[-1].id)
-        self._tried = against
+                current = await needs_store.lock_need(connection, need.id)
+                assert current is not None  # it was found
+                if current.state is not NeedState.OPEN or current.offers or current.waits:
+                    continue
+                if known is None and ranking.question is not None:
+                    await needs_store.keep_vectors(connection, {need.id: stored(ranking.question)}, model=model)
+                offered += await self._offer_again(connection, current, ranking, against)
         if offered:
             self._relay.kick()
             log.info("offers made for needs that had none", needs=offered)
         return offered
 
-    async def _offer_again(self, connection: Connection, need: Need) -> bool:
+    async def _offer_again(self, connection: Connection, need: Need, ranking: Ranking, against: Tried) -> bool:
         with correlated(need.correlation_id):
-            offers, why = await self.choose(connection, need, await self.rank(need))
-            await needs_store.set_need_offers(connection, need.id, len(offers), no_offer_reason=why)
+            offers, why = await self.choose(connection, need, ranking)
+            await needs_store.set_need_offers(connection, need.id, len(offers), no_offer_reason=why, tried=against)
             await self.make(connection, offers)
             await tell_of_offers(connection, offers)
         return bool(offers)
-
-    async def _lapse(self, connection: Connection, offers: Sequence[Offer], why: Lapse) -> None:
-        if not offers:
-            return
-        now = self._now()
-        for offer in offers:
-            await offers_store.decide_offer(connection, offer.id, OfferState.LAPSED, decided=now, by=None, reason=why)
-        await self._give_back(connection, offers)
-        await publish_offers(
-            connection,
-            [replace(offer, state=OfferState.LAPSED, decided=now, decision_reason=why) for offer in offers],
-        )
-
-    async def _give_back(self, connection: Connection, offers: Sequence[Offer]) -> None:
-        held = [match_id(offer.id) for offer in offers if offer.holds_place]
-        if held:
-            await places_store.release(connection, held, Why.CANCELLED)
-            self._index.kick()
-
-    async def _close_if_done(self, connection: Connection, need: Need) -> None:
-        if need.state is not NeedState.OPEN:
-            return
-        if any(offer.state is OfferState.MADE for offer in await offers_store.offers_of_need(connection, need.id)):
-            return
-        await needs_store.end_need(connection, need.id, NeedState.CLOSED, ended=self._now())
-        log.info("need closed", need=need.id)
 
     # --- shared checks ---------------------------------------------------------------------------------------------
 
@@ -395,11 +399,20 @@ def offer_for(
     )
 
 
-def _why_none(providers: int, ranking: Ranking) -> NoOffer:
+def _why_none(providers: int, ranking: Ranking, out: Set[str]) -> NoOffer:
     if not providers:
         return NoOffer.NO_PROVIDER
-    full = ranking.ranked or any(each.codes == (FilterCode.NO_CAPACITY,) for each in ranking.excluded)
+    left = {each.provider_id for each in ranking.ranked} - out
+    full = left or any(each.codes == (FilterCode.NO_CAPACITY,) for each in ranking.excluded)
     return NoOffer.ALL_FULL if full else NoOffer.NONE_FITS
+
+
+def _full() -> Conflict:
+    return Conflict(
+        "The provider has no place left in this quarter, so this offer has lapsed; accept another offer of the need. If this was "
+        "its last, others follow.",
+        reason="CAPACITY_FULL",
+    )
 
 
 def _check_open(offer: Offer) -> None:

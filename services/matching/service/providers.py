@@ -11,6 +11,7 @@ from services.common.directory import Directory
 from services.common.errors import Forbidden, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
+from services.matching import notices
 from services.matching.domain import Assesses, Kind
 from services.matching.index import ProviderIndex
 from services.matching.needs import quarter_of
@@ -28,6 +29,7 @@ from services.matching.service.checks import (
     chosen_id,
     page_size_of,
 )
+from services.matching.store import notices as notices_store
 from services.matching.store import providers as providers_store
 
 log = get_logger(__name__)
@@ -37,6 +39,12 @@ LEAD_DAYS_MAX = 366
 
 # Who puts a profile has looked through it; two years on it is looked through again.
 REVIEW_WITHIN_MAX = timedelta(days=731)
+
+# So many days before a provider is not offered any more its partner is told; 0: once it is not.
+TOLD_DAYS_AHEAD = (30, 7, 0)
+# What ended longer ago than this is no news.
+TOLD_AFTERWARDS = timedelta(days=30)
+ENDING_AT_ONCE_MAX = 500
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIVISION = re.compile(r"\d{2}|any")
@@ -50,6 +58,7 @@ class Providers:
         self._index = index
         self._directory = directory
         self._clock = clock
+        self._told_on: date | None = None
 
     async def put_provider(self, caller: Caller, provider: ProviderRecord) -> ProviderRecord:
         """Create or replace. On return this process ranks it; the others do within POLL_INTERVAL_S."""
@@ -128,6 +137,28 @@ class Providers:
         token = found[limit - 1].id if len(found) > limit else ""
         return [_as_seen_by(caller, each) for each in found[:limit]], token
 
+    async def tell_of_due_providers(self) -> None:
+        """Tell partners of providers that are soon not offered any more, once for each of TOLD_DAYS_AHEAD; looked at once a day."""
+        day = today(self._clock)
+        if day == self._told_on:
+            return
+        after_id = ""
+        while True:
+            async with transaction(self._pool) as connection:
+                ending = await providers_store.ending_providers(
+                    connection,
+                    after=day - TOLD_AFTERWARDS,
+                    until=day + timedelta(days=max(TOLD_DAYS_AHEAD)),
+                    after_id=after_id,
+                    limit=ENDING_AT_ONCE_MAX,
+                )
+                told = [notices.of_due_provider(each, _days_ahead(each, day), made=self._now()) for each in ending]
+                await notices_store.add_notices(connection, told)
+            if len(ending) < ENDING_AT_ONCE_MAX:
+                break
+            after_id = ending[-1].id
+        self._told_on = day
+
     async def _provider(self, connection: Connection, provider_id: str) -> ProviderRecord:
         found = await providers_store.provider(connection, provider_id, quarter=quarter_of(today(self._clock)))
         if found is None:
@@ -136,6 +167,12 @@ class Providers:
 
     def _now(self) -> datetime:
         return from_us(self._clock.now_us())
+
+
+def _days_ahead(provider: ProviderRecord, day: date) -> int:
+    """The least of TOLD_DAYS_AHEAD that its end is within."""
+    assert provider.offered_until is not None, "it was found by its end"
+    return min(days for days in TOLD_DAYS_AHEAD if provider.offered_until <= day + timedelta(days=days))
 
 
 def _as_seen_by(caller: Caller, provider: ProviderRecord) -> ProviderRecord:

@@ -36,3 +36,7 @@ async def publish_room(connection: Connection, room: Room) -> None:
     """Compacted by room: whoever reads the topic knows what is lent now."""
     await outbox.write(connection, topics.ROOMS, key=room.id, value=room_event(room))
     rooms_total.labels(room.state).inc()
+
+
+async def forget_rooms(connection: Connection, room_ids: Sequence[str]) -> None:
+    await outbox.write_all(connection, topics.ROOMS, [(room_id, None) for room_id in room_ids])

@@ -26,7 +26,7 @@ from services.matching.service.checks import (
     page_size_of,
     page_token_of,
 )
-from services.matching.service.publishing import publish_room
+from services.matching.service.publishing import forget_rooms, publish_room
 from services.matching.service.sight import SUPPLIERS, match_seen_by
 from services.matching.store import needs as needs_store
 from services.matching.store import rooms as rooms_store
@@ -38,6 +38,9 @@ MACHINES_MAX = 50
 ROOMS_OF_A_MATCH_MAX = 20
 OPEN_FOR_MAX = timedelta(days=92)
 EXPIRIES_AT_ONCE_MAX = 200
+# After its end; the log of reads at the ingest service is kept as long.
+KEPT_FOR = timedelta(days=400)
+FORGOTTEN_AT_ONCE_MAX = 200
 
 
 class Rooms:
@@ -172,6 +175,19 @@ class Rooms:
         if expired:
             self._relay.kick()
         return expired
+
+    async def forget_old_rooms(self) -> int:
+        """Forget rooms that ended longer ago than KEPT_FOR, here and in the topic; returns how many."""
+        async with transaction(self._pool) as connection:
+            forgotten = await rooms_store.forget(
+                connection, ended_before=self._now() - KEPT_FOR, limit=FORGOTTEN_AT_ONCE_MAX
+            )
+            if forgotten:
+                await forget_rooms(connection, forgotten)
+        if forgotten:
+            self._relay.kick()
+            log.info("rooms forgotten", rooms=len(forgotten))
+        return len(forgotten)
 
     async def _signals(self, caller: Caller, machine_id: int, new: NewRoom) -> Sequence[int]:
         await self._known.check_machine(caller.firm_id, machine_id)

@@ -21,11 +21,12 @@ from services.matching.service.checks import CHOSEN_ID
 from services.matching.service.notices import tell_of_offers
 from services.matching.service.offers import PLACE_GRACE, Offers, offer_for
 from services.matching.store import needs as needs_store
+from services.matching.store import offers as offers_store
 from services.matching.store import places as places_store
 from services.matching.store import providers as providers_store
 from services.matching.store import rounds as rounds_store
 from services.matching.store.places import Ask, Held
-from services.matching.text import Vectors
+from services.matching.text import Vectors, stored, vector_of
 
 log = get_logger(__name__)
 
@@ -105,10 +106,11 @@ class Rounds:
             outcome, lost = await self._pass(running)
             if not lost:
                 break
-        unplaced = [*outcome.unserved, *lost]
+        unplaced = {**outcome.unserved, **dict.fromkeys(lost, NoOffer.ALL_FULL)}
+        if not len(self._index):
+            unplaced = dict.fromkeys(unplaced, NoOffer.NO_PROVIDER)
         async with transaction(self._pool) as connection:
-            why = NoOffer.NONE_FITS if len(self._index) else NoOffer.NO_PROVIDER
-            await rounds_store.set_unplaced(connection, unplaced, why=why)
+            await rounds_store.set_unplaced(connection, unplaced, now=self._now())
             await rounds_store.end_round(
                 connection,
                 running.id,
@@ -132,18 +134,18 @@ class Rounds:
                 limit=needs_at_once(len(providers)),
             )
             waiting.sort(key=lambda need: need.id)
-            refused = await rounds_store.refusals(connection, [need.id for need in waiting])
+            out = await offers_store.providers_out(connection, [need.id for need in waiting])
         if not waiting:
-            return Outcome(places=(), unserved=(), blocking_pairs=0), ()
+            return Outcome(places=(), unserved={}, lost=(), blocking_pairs=0), ()
         needs = [need.for_ranking() for need in waiting]
         questions = await self._questions(waiting)
 
         def compute(ranker: Ranker) -> Outcome:
             known = {each: providers[each] for each in ranker.provider_ids() if each in providers}
-            return place_needs(ranker, needs, questions, providers=known, refused=refused)
+            return place_needs(ranker, needs, questions, providers=known, out=out)
 
         outcome = await self._index.compute(compute)
-        lost: list[str] = []
+        lost = list(outcome.lost)
         for start in range(0, len(outcome.places), CHUNK_NEEDS):
             lost += await self._store(running, outcome.places[start : start + CHUNK_NEEDS])
         return outcome, lost
@@ -159,7 +161,7 @@ class Rounds:
             async with transaction(self._pool) as connection:
                 await needs_store.keep_vectors(connection, made, model=model)
             known |= made
-        return np.stack([np.frombuffer(known[need.id], dtype="<f4").astype(np.float32) for need in needs])
+        return np.stack([vector_of(known[need.id]) for need in needs])
 
     async def _store(self, running: Round, places: Sequence[Place]) -> list[str]:
         """Make the offers, each with its place reserved; returns the needs whose place was gone."""
@@ -168,7 +170,11 @@ class Rounds:
         expires = now + self._limits.offer_lifetime
         async with transaction(self._pool) as connection:
             needs = await rounds_store.lock_waiting(connection, [place.need_id for place in places])
-            standing = [place for place in places if place.need_id in needs]
+            # Before the providers are looked at: none is withdrawn from here on; see next_provider_change.
+            await providers_store.next_provider_change(connection)
+            known = await providers_store.providers_by_id(connection, [place.provider_id for place in places])
+            live = {each.id: each for each in known.values() if each.is_live(now.date())}
+            standing = [place for place in places if place.need_id in needs and place.provider_id in live]
             ids = {
                 place.need_id: offer_id(place.need_id, place.provider_id, needs[place.need_id].attempt)
                 for place in standing
@@ -179,12 +185,11 @@ class Rounds:
             ]
             held = await places_store.reserve(connection, asks)
             got = [place for place in standing if held[match_id(ids[place.need_id])] is Held.HELD]
-            providers = await providers_store.providers_by_id(connection, [place.provider_id for place in got])
             offers = [
                 replace(
                     offer_for(
                         needs[place.need_id],
-                        providers[place.provider_id],
+                        live[place.provider_id],
                         place.ranked,
                         rank=1,
                         ranker_version=self._index.version,
@@ -206,7 +211,7 @@ class Rounds:
             )
         self._relay.kick()
         placed = {offer.need_id for offer in offers}
-        return [place.need_id for place in standing if place.need_id not in placed]
+        return [place.need_id for place in places if place.need_id in needs.keys() - placed]
 
     async def _begin(self, connection: Connection, round_id: str, *, by: int | None) -> None:
         begun = await rounds_store.begin_round(
@@ -220,4 +225,4 @@ class Rounds:
 
 
 def _made(needs: Sequence[Need], ranker: Ranker) -> dict[str, bytes]:
-    return {need.id: ranker.question(need.text).astype("<f4").tobytes() for need in needs}
+    return {need.id: stored(ranker.question(need.text)) for need in needs}

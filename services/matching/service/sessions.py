@@ -34,7 +34,7 @@ from services.matching.service.checks import (
     session_token,
 )
 from services.matching.service.sight import SUPPLIERS, match_seen_by
-from services.matching.sessions import Booking, BookingState, Session, SessionState
+from services.matching.sessions import NO_SEAT, Booking, BookingState, Session, SessionState
 from services.matching.store import needs as needs_store
 from services.matching.store import notices as notices_store
 from services.matching.store import providers as providers_store
@@ -49,10 +49,12 @@ LENGTH_MAX = timedelta(days=31)
 AHEAD_MAX = timedelta(days=3 * 366)
 CONFIRM_WITHIN_MIN, CONFIRM_WITHIN_MAX = timedelta(minutes=5), timedelta(days=30)
 CALENDAR_EVENTS_MAX = 500
-CONFIRMATIONS_AT_ONCE_MAX = 200
+EXPIRIES_AT_ONCE_MAX = 200
 
 # Bookings by the state that they came into.
 bookings_total = Counter("smdih_matching_bookings_total", "Bookings confirmed, waiting, offered and ended", ["state"])
+
+_WHY_EXPIRED = {BookingState.OFFERED: "NOT_CONFIRMED", BookingState.WAITING: NO_SEAT}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Sessions:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     async def put_session(self, caller: Caller, session: Session) -> Session:
-        """Create or change a date or slot. More seats go to those in line; fewer than are taken are refused."""
+        """Create or change a date or slot; who booked is told of a move. More seats go to those in line; fewer than are taken are
+        refused."""
         caller.require(*SUPPLIERS, Role.OPERATOR)
         _check_session(session, self._now())
         async with transaction_for_all_firms(self._pool) as connection:
@@ -92,6 +95,8 @@ class Sessions:
                 moved = shown != (session.title, session.place, session.starts, session.ends)
                 changed = replace(session, sequence=before.sequence + moved, changed=now)
                 await sessions_store.put_session(connection, changed)
+                if moved:
+                    await self._move_bookings(connection, before)
                 await self._fill(connection, session.id)
             stored = await self._session(connection, session.id)
             if stored.provider_id != session.provider_id:
@@ -139,7 +144,7 @@ class Sessions:
                 connection,
                 provider_id=chosen_id(provider_id) if provider_id else "",
                 starts_from=self._now(),
-                open_only=caller.role is Role.FIRM,
+                live_on=today(self._clock) if caller.role is Role.FIRM else None,
                 after=session_token(page_token),
                 limit=limit + 1,
             )
@@ -269,7 +274,7 @@ class Sessions:
                 connection,
                 provider_id=chosen_id(provider_id),
                 starts_from=self._now(),
-                open_only=False,
+                live_on=None,
                 after=None,
                 limit=CALENDAR_EVENTS_MAX,
             )
@@ -285,16 +290,16 @@ class Sessions:
     # --- upkeep ----------------------------------------------------------------------------------------------------
 
     async def expire_due_bookings(self) -> int:
-        """Pass on seats that were offered and not confirmed in time; returns how many."""
+        """Pass on seats that were offered and not confirmed in time, and end the line of what has begun; returns how many."""
         now, expired = self._now(), 0
         async with transaction_for_all_firms(self._pool) as connection:
-            due = await sessions_store.due_confirmations(connection, now=now, limit=CONFIRMATIONS_AT_ONCE_MAX)
+            due = await sessions_store.due_bookings(connection, now=now, limit=EXPIRIES_AT_ONCE_MAX)
         for booking_id, session_id in due:
             async with transaction_for_all_firms(self._pool) as connection:
                 await sessions_store.lock_session(connection, session_id)
                 booking = await sessions_store.booking(connection, booking_id)
-                if booking is not None and booking.state is BookingState.OFFERED:
-                    await self._end(connection, booking, BookingState.EXPIRED, "NOT_CONFIRMED", now)
+                if booking is not None and booking.state in _WHY_EXPIRED:
+                    await self._end(connection, booking, BookingState.EXPIRED, _WHY_EXPIRED[booking.state], now)
                     await self._fill(connection, session_id)
                     expired += 1
         if expired:
@@ -321,6 +326,16 @@ class Sessions:
                 confirm_by=min(now + session.confirm_within, session.starts),
             )
             await self._tell(connection, first.id)
+
+    async def _move_bookings(self, connection: Connection, before: Session) -> None:
+        """The session is another than those who booked it know; no seat is kept beyond its beginning."""
+        await sessions_store.keep_until_start(connection, before.id)
+        session = await self._session(connection, before.id)
+        standing = await sessions_store.standing_bookings(connection, before.id)
+        events = [(booking.id, booking_event(booking, session)) for booking in standing]
+        await outbox.write_all(connection, topics.BOOKINGS, events)
+        moved = [notices.of_moved_session(booking, before, session) for booking in standing]
+        await notices_store.add_notices(connection, moved)
 
     async def _end(
         self, connection: Connection, booking: Booking, state: BookingState, reason: str, now: datetime

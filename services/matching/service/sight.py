@@ -38,7 +38,9 @@ def sees_offer(caller: Caller, offer: Offer) -> bool:
 
 
 def offer_as_seen_by(caller: Caller, offer: Offer) -> Offer:
-    """A partner or provider learns whose need it is once the firm has accepted."""
-    if caller.role in SUPPLIERS and offer.state is not OfferState.ACCEPTED:
-        return replace(offer, firm_id=0, machine_id=0, alarm_id="")
-    return offer
+    """A partner or provider learns whose need it is once the firm has accepted, and nothing of one that is not shared any more."""
+    if caller.role not in SUPPLIERS or offer.state is OfferState.ACCEPTED:
+        return offer
+    if offer.unshared:
+        offer = replace(offer, need_text="", reasons=())
+    return replace(offer, firm_id=0, machine_id=0, alarm_id="")

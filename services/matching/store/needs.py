@@ -1,24 +1,27 @@
 """SQL of needs and the alarms behind them."""
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import date, datetime
 
 import asyncpg
 
 from services.common.database import Connection
 from services.matching.domain import Source, Urgency
-from services.matching.needs import Need, NeedState, NoOffer
+from services.matching.needs import CloseReason, Need, NeedState, NoOffer
 
 Row = asyncpg.Record
 
 
-async def add_need(connection: Connection, need: Need, *, request_id: str = "", request_sha256: bytes = b"") -> None:
+async def add_need(
+    connection: Connection, need: Need, *, expires: datetime, request_id: str = "", request_sha256: bytes = b""
+) -> None:
     await connection.execute(
         """
         INSERT INTO need (id, firm_id, source, state, text, urgency, sic, region, size, machine_id, consent_id, offers,
             no_offer_reason, opened, opened_by, request_id, request_sha256, correlation_id,
-            waits, shown, esco_skills)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
+            waits, shown, esco_skills, expires)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)
         """,
         need.id,
         need.firm_id,
@@ -41,6 +44,7 @@ async def add_need(connection: Connection, need: Need, *, request_id: str = "", 
         need.waits,
         need.shown,
         need.esco_skills,
+        expires,
     )
 
 
@@ -103,20 +107,44 @@ async def list_needs(
     return [need_of_row(row) for row in rows]
 
 
-async def end_need(connection: Connection, need_id: str, state: NeedState, *, ended: datetime) -> None:
-    await connection.execute("UPDATE need SET state = $2, ended = $3 WHERE id = $1", need_id, state, ended)
+async def match_need(connection: Connection, need_id: str, *, ended: datetime) -> None:
+    await connection.execute("UPDATE need SET state = 'matched', ended = $2 WHERE id = $1", need_id, ended)
 
 
-async def reopen_need(connection: Connection, need_id: str) -> bool:
-    """Open it again, for offers of a new attempt; False where its machine has another open need by now."""
-    reopened = await connection.fetchval(
-        "UPDATE need n SET state = 'open', ended = NULL, attempt = attempt + 1, offers = 0, no_offer_reason = $2 "
-        "WHERE id = $1 AND (source <> 'anomaly' OR NOT EXISTS (SELECT FROM need o WHERE o.machine_id = n.machine_id "
-        "AND o.source = 'anomaly' AND o.state = 'open')) RETURNING 1",
+async def close_need(
+    connection: Connection, need_id: str, reason: CloseReason, *, note: str = "", ended: datetime
+) -> None:
+    await connection.execute(
+        "UPDATE need SET state = 'closed', ended = $2, close_reason = $3, close_note = $4 WHERE id = $1",
         need_id,
-        NoOffer.MATCH_ENDED,
+        ended,
+        reason,
+        note,
     )
-    return reopened is not None
+
+
+async def seek_again(connection: Connection, need_id: str, why: NoOffer, *, expires: datetime) -> bool:
+    """It is open and gets offers of a new attempt; False, and nothing changes, where its machine has another open need."""
+    sought = await connection.fetchval(
+        "UPDATE need n SET state = 'open', ended = NULL, attempt = attempt + 1, offers = 0, no_offer_reason = $2, "
+        "expires = $3, tried_change = -1 WHERE id = $1 AND (source <> 'anomaly' OR NOT EXISTS (SELECT FROM need o "
+        "WHERE o.machine_id = n.machine_id AND o.source = 'anomaly' AND o.state = 'open' AND o.id <> n.id)) RETURNING 1",
+        need_id,
+        why,
+        expires,
+    )
+    return sought is not None
+
+
+async def due_expiries(connection: Connection, *, now: datetime, limit: int) -> list[str]:
+    """Ids of open needs that had no offer for as long as needs are kept open."""
+    rows = await connection.fetch(
+        "SELECT n.id FROM need n WHERE n.state = 'open' AND n.expires <= $1 AND NOT EXISTS "
+        "(SELECT FROM offer o WHERE o.need_id = n.id AND o.state = 'made') ORDER BY n.expires, n.id LIMIT $2",
+        now,
+        limit,
+    )
+    return [row["id"] for row in rows]
 
 
 async def vectors(connection: Connection, need_ids: Sequence[str], *, model: str) -> dict[str, bytes]:
@@ -153,26 +181,61 @@ async def shown_needs(
     return [need_of_row(row) for row in rows]
 
 
-async def set_need_offers(connection: Connection, need_id: str, offers: int, *, no_offer_reason: str) -> None:
+@dataclass(frozen=True)
+class Tried:
+    """What a need without offers was ranked against: another try makes sense once providers or quarter have changed."""
+
+    change: int
+    quarter: date
+
+
+async def set_need_offers(
+    connection: Connection, need_id: str, offers: int, *, no_offer_reason: str, tried: Tried
+) -> None:
     await connection.execute(
-        "UPDATE need SET offers = $2, no_offer_reason = $3 WHERE id = $1", need_id, offers, no_offer_reason
+        "UPDATE need SET offers = $2, no_offer_reason = $3, tried_change = $4, tried_quarter = $5 WHERE id = $1",
+        need_id,
+        offers,
+        no_offer_reason,
+        tried.change,
+        tried.quarter,
     )
 
 
-async def lock_needs_without_offers(
-    connection: Connection, *, after: tuple[datetime, str] | None, limit: int
-) -> list[Need]:
-    """Open needs that nobody could be offered for yet, the oldest first; those that another process works on are left out."""
-    opened, need_id = after or (None, "")
+async def needs_to_try(connection: Connection, against: Tried, *, limit: int) -> list[Need]:
+    """Open needs without offers that were not ranked against this yet, those that were tried longest ago first."""
     rows = await connection.fetch(
         f"{NEEDS} WHERE n.state = 'open' AND n.offers = 0 AND NOT n.waits "
-        "AND ($1::timestamptz IS NULL OR (n.opened, n.id) > ($1, $2)) "
-        "ORDER BY n.opened, n.id LIMIT $3 FOR NO KEY UPDATE OF n SKIP LOCKED",
-        opened,
-        need_id,
+        "AND (n.tried_change < $1 OR n.tried_quarter < $2) ORDER BY n.tried_change, n.opened, n.id LIMIT $3",
+        against.change,
+        against.quarter,
         limit,
     )
     return [need_of_row(row) for row in rows]
+
+
+async def hide_alarm_needs(connection: Connection, firm_id: int) -> None:
+    """Partners see none of the firm's open needs that were made from alarms."""
+    await connection.execute(
+        "UPDATE need SET shown = false WHERE firm_id = $1 AND consent_id IS NOT NULL AND state = 'open' AND shown",
+        firm_id,
+    )
+
+
+async def unshared_needs(connection: Connection, *, firm_id: int, now: datetime, limit: int) -> list[str]:
+    """Ids of open needs made under a consent whose firm has none in force that covers the machine and lets as much through. Firm
+    0: of all firms."""
+    rows = await connection.fetch(
+        "SELECT n.id FROM need n JOIN consent o ON o.id = n.consent_id WHERE n.state = 'open' "
+        "AND ($1::bigint = 0 OR n.firm_id = $1) "
+        "AND NOT EXISTS (SELECT FROM consent c WHERE c.firm_id = n.firm_id AND c.ended IS NULL AND c.valid_from <= $2 "
+        "AND (c.valid_until IS NULL OR c.valid_until > $2) AND (c.machine_ids = '{}' OR n.machine_id = ANY(c.machine_ids)) "
+        "AND array_remove(o.shared, 'partners') <@ c.shared) LIMIT $3",
+        firm_id,
+        now,
+        limit,
+    )
+    return [row["id"] for row in rows]
 
 
 async def lock_machines(connection: Connection, machine_ids: Collection[int]) -> None:
@@ -189,12 +252,14 @@ async def known_alarms(connection: Connection, alarm_ids: Collection[str]) -> se
 
 
 async def need_of_fault(connection: Connection, machine_id: int, *, since: datetime) -> str | None:
-    """The machine's need from alarms that is open, or that had an alarm since then: a further alarm belongs to it."""
+    """The machine's need from alarms that is open, or that had an alarm since then: a further alarm belongs to it. One that ended
+    with a consent is none: under another consent the fault opens a need anew."""
     found: str | None = await connection.fetchval(
         """
         SELECT n.id FROM need n
         WHERE n.machine_id = $1 AND n.source = 'anomaly'
-          AND (n.state = 'open' OR EXISTS (SELECT FROM need_alarm a WHERE a.need_id = n.id AND a.raised > $2))
+          AND (n.state = 'open' OR n.close_reason <> 'CONSENT_ENDED'
+               AND EXISTS (SELECT FROM need_alarm a WHERE a.need_id = n.id AND a.raised > $2))
         ORDER BY n.state = 'open' DESC, n.opened DESC LIMIT 1
         """,
         machine_id,
@@ -215,7 +280,7 @@ async def attach_alarm(connection: Connection, need_id: str, alarm_id: str, *, r
 NEEDS = (
     "SELECT n.id, n.firm_id, n.source, n.state, n.text, n.urgency, n.sic, n.region, n.size, n.machine_id, n.consent_id, "
     "n.offers, n.no_offer_reason, n.opened, n.opened_by, n.ended, n.request_id, n.request_sha256, n.correlation_id, "
-    "n.attempt, n.waits, n.shown, n.esco_skills, m.id AS match_id, "
+    "n.attempt, n.waits, n.shown, n.esco_skills, n.close_reason, n.close_note, m.id AS match_id, "
     "ARRAY(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number) AS alarm_ids "
     "FROM need n LEFT JOIN match m ON m.need_id = n.id AND m.state NOT IN ('cancelled', 'expired')"
 )
@@ -242,6 +307,8 @@ def need_of_row(row: Row) -> Need:
         no_offer_reason=row["no_offer_reason"],
         match_id=row["match_id"] or "",
         ended=row["ended"],
+        close_reason=row["close_reason"],
+        close_note=row["close_note"],
         attempt=row["attempt"],
         waits=row["waits"],
         shown=row["shown"],

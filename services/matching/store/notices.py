@@ -47,10 +47,10 @@ async def list_notices(
     before: tuple[datetime, str] | None,
     limit: int,
 ) -> list[Notice]:
-    """Newest first, of the one side whose id is given."""
+    """Newest first, of the one side whose id is given. Kinds that only a later release knows are left to it."""
     made, notice_id = before or (None, "")
     rows = await connection.fetch(
-        _NOTICE_ROWS + "WHERE firm_id = $1 AND partner_id = $2 AND (NOT $3 OR read IS NULL) "
+        _NOTICE_ROWS + "WHERE firm_id = $1 AND partner_id = $2 AND (NOT $3 OR read IS NULL) AND kind = ANY($7::text[]) "
         "AND ($4::timestamptz IS NULL OR (made, id) < ($4, $5)) ORDER BY made DESC, id DESC LIMIT $6",
         firm_id,
         partner_id,
@@ -58,6 +58,7 @@ async def list_notices(
         made,
         notice_id,
         limit,
+        list(NoticeKind),
     )
     return [_notice(row) for row in rows]
 

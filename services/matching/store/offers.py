@@ -1,6 +1,7 @@
 """SQL of offers."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -131,19 +132,24 @@ async def due_lapses(connection: Connection, *, now: datetime, today: date, limi
     return list(due.values())
 
 
-async def providers_refused(connection: Connection, need_id: str) -> set[str]:
-    """Providers that the need is not to be offered again: declined, or their match came to nothing."""
+async def providers_out(connection: Connection, need_ids: Sequence[str]) -> dict[str, set[str]]:
+    """Providers that a need is not to be offered now, by need: declined, their match came to nothing, or they are offered."""
     rows = await connection.fetch(
-        "SELECT DISTINCT provider_id FROM offer WHERE need_id = $1 AND state IN ('declined', 'cancelled')", need_id
+        "SELECT o.need_id, o.provider_id FROM offer o JOIN need n ON n.id = o.need_id WHERE o.need_id = ANY($1::text[]) "
+        "AND (o.state IN ('declined', 'cancelled', 'made') OR o.attempt = n.attempt)",
+        list(need_ids),
     )
-    return {row["provider_id"] for row in rows}
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        found[row["need_id"]].add(row["provider_id"])
+    return found
 
 
 _OFFERS = (
     "SELECT o.id, o.need_id, o.firm_id, o.provider_id, o.partner_id, o.provider_title, o.provider_kind, o.rank, o.score, "
     "o.parts, o.reasons, o.ranker_version, o.state, o.made, o.expires, o.decided, o.decided_by, o.decision_reason, "
     "o.attempt, o.origin, o.round_id, o.holds_place, o.message, n.text AS need_text, n.machine_id, n.correlation_id, m.id "
-    "AS match_id, "
+    "AS match_id, n.close_reason = 'CONSENT_ENDED' AS unshared, "
     "(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number LIMIT 1) AS alarm_id "
     "FROM offer o JOIN need n ON n.id = o.need_id LEFT JOIN match m ON m.offer_id = o.id"
 )
@@ -179,4 +185,5 @@ def _offer(row: Row) -> Offer:
         round_id=row["round_id"] or "",
         holds_place=row["holds_place"],
         message=row["message"],
+        unshared=row["unshared"],
     )

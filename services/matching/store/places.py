@@ -190,9 +190,11 @@ async def _count(connection: Connection, quarters: Sequence[Quarter], by: int, *
     if not quarters:
         return
     await connection.execute(
-        "UPDATE provider_quarter q SET taken = q.taken + $3 * n.places FROM "
+        # What is given back under a capacity that was lowered meanwhile is nobody else's; see set_quarter_capacities.
+        "UPDATE provider_quarter q SET taken = q.taken + $3 * n.places, capacity = CASE WHEN $3 > 0 OR q.capacity IS NULL "
+        "THEN q.capacity ELSE greatest(p.capacity_per_quarter, q.taken - n.places) END FROM provider p, "
         "(SELECT id, quarter, count(*) AS places FROM unnest($1::text[], $2::date[]) AS t (id, quarter) GROUP BY id, quarter) n "
-        "WHERE (q.provider_id, q.quarter) = (n.id, n.quarter)",
+        "WHERE (q.provider_id, q.quarter) = (n.id, n.quarter) AND p.id = n.id",
         [provider_id for provider_id, _ in quarters],
         [quarter for _, quarter in quarters],
         by,

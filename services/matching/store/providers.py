@@ -87,7 +87,7 @@ async def set_quarter_capacities(
     connection: Connection, provider_id: str, capacity: int | None, *, since: date
 ) -> None:
     """Carry a new capacity into the quarters that have begun to fill. What is promised stays promised: a smaller capacity than
-    is taken means no more places."""
+    is taken means no more places, also not those that are given back above it."""
     await connection.execute(
         "UPDATE provider_quarter SET capacity = CASE WHEN $2::int IS NULL THEN NULL ELSE greatest($2, taken) END "
         "WHERE provider_id = $1 AND quarter >= $3",
@@ -130,6 +130,21 @@ async def live_providers(connection: Connection, *, quarter: date, today: date) 
     """All that may be offered today, with the places taken in the quarter."""
     rows = await connection.fetch(
         f"{_PROVIDERS} WHERE p.active AND (p.offered_until IS NULL OR p.offered_until > $2)", quarter, today
+    )
+    return [_provider(row) for row in rows]
+
+
+async def ending_providers(
+    connection: Connection, *, after: date, until: date, after_id: str, limit: int
+) -> list[ProviderRecord]:
+    """Active ones that are not offered any more from a day in (after, until] on, in order of id; places taken are not looked up."""
+    rows = await connection.fetch(
+        _OUTSIDE_A_QUARTER
+        + "WHERE active AND offered_until > $1 AND offered_until <= $2 AND id > $3 ORDER BY id LIMIT $4",
+        after,
+        until,
+        after_id,
+        limit,
     )
     return [_provider(row) for row in rows]
 

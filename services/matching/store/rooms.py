@@ -111,6 +111,16 @@ async def due_rooms(connection: Connection, *, now: datetime, limit: int) -> lis
     return [row["id"] for row in rows]
 
 
+async def forget(connection: Connection, *, ended_before: datetime, limit: int) -> list[str]:
+    """Returns the ids of those that were forgotten."""
+    rows = await connection.fetch(
+        "DELETE FROM room WHERE id IN (SELECT id FROM room WHERE ended < $1 ORDER BY ended LIMIT $2) RETURNING id",
+        ended_before,
+        limit,
+    )
+    return [row["id"] for row in rows]
+
+
 def _room(row: Row) -> Room:
     return Room(
         id=row["id"],

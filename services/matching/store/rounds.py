@@ -1,13 +1,12 @@
 """SQL of rounds and of the needs that wait for one."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import asyncpg
 
 from services.common.database import Connection
-from services.matching.needs import Need
+from services.matching.needs import Need, NoOffer
 from services.matching.rounds import Round, RoundState
 from services.matching.store.needs import NEEDS, need_of_row
 
@@ -84,9 +83,10 @@ async def any_waiting(connection: Connection) -> bool:
 
 
 async def waiting_needs(connection: Connection, *, opened_by: datetime, limit: int) -> list[Need]:
-    """Open needs without offers, the oldest first."""
+    """Open needs without offers: those that no round was in vain for first, the oldest first."""
     rows = await connection.fetch(
-        f"{NEEDS} WHERE n.state = 'open' AND n.offers = 0 AND n.opened <= $1 ORDER BY n.opened, n.id LIMIT $2",
+        f"{NEEDS} WHERE n.state = 'open' AND n.offers = 0 AND n.opened <= $1 "
+        "ORDER BY n.round_missed NULLS FIRST, n.opened, n.id LIMIT $2",
         opened_by,
         limit,
     )
@@ -103,18 +103,6 @@ async def lock_waiting(connection: Connection, need_ids: Sequence[str]) -> dict[
     return {row["id"]: need_of_row(row) for row in rows}
 
 
-async def refusals(connection: Connection, need_ids: Sequence[str]) -> dict[str, set[str]]:
-    """Providers that a need is not to be offered again, by need."""
-    rows = await connection.fetch(
-        "SELECT need_id, provider_id FROM offer WHERE need_id = ANY($1::text[]) AND state IN ('declined', 'cancelled')",
-        list(need_ids),
-    )
-    found: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        found[row["need_id"]].add(row["provider_id"])
-    return found
-
-
 async def set_placed(connection: Connection, need_ids: Sequence[str]) -> None:
     """Each has one offer now."""
     await connection.execute(
@@ -122,12 +110,14 @@ async def set_placed(connection: Connection, need_ids: Sequence[str]) -> None:
     )
 
 
-async def set_unplaced(connection: Connection, need_ids: Sequence[str], *, why: str) -> None:
-    """The round has come and gone: offers may be made at any time from now on."""
+async def set_unplaced(connection: Connection, unplaced: Mapping[str, NoOffer], *, now: datetime) -> None:
+    """The round has come and gone: offers may be made at any time from now on. The next round takes others first."""
     await connection.execute(
-        "UPDATE need SET no_offer_reason = $2, waits = false WHERE id = ANY($1::text[]) AND state = 'open' AND offers = 0",
-        list(need_ids),
-        why,
+        "UPDATE need SET no_offer_reason = t.why, waits = false, round_missed = $3 "
+        "FROM unnest($1::text[], $2::text[]) AS t (id, why) WHERE need.id = t.id AND state = 'open' AND offers = 0",
+        list(unplaced),
+        list(unplaced.values()),
+        now,
     )
 
 

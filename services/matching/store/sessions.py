@@ -1,6 +1,6 @@
 """SQL of sessions and bookings. Whatever changes seats or the line does so while holding the session."""
 
-from datetime import datetime
+from datetime import date, datetime
 
 import asyncpg
 
@@ -26,19 +26,19 @@ async def list_sessions(
     *,
     provider_id: str,
     starts_from: datetime,
-    open_only: bool,
+    live_on: date | None,
     after: tuple[datetime, str] | None,
     limit: int,
 ) -> list[Session]:
-    """In order of time. "": of all providers."""
+    """In order of time. "": of all providers. `live_on`: only open ones of those that may be offered on that day."""
     starts, session_id = after or (None, "")
     rows = await connection.fetch(
         f"{_SESSIONS} WHERE ($1 = '' OR s.provider_id = $1) AND s.starts >= $2 "
-        "AND (NOT $3 OR (s.state = 'open' AND p.active)) "
+        "AND ($3::date IS NULL OR (s.state = 'open' AND p.active AND (p.offered_until IS NULL OR p.offered_until > $3))) "
         "AND ($4::timestamptz IS NULL OR (s.starts, s.id) > ($4, $5)) ORDER BY s.starts, s.id LIMIT $6",
         provider_id,
         starts_from,
-        open_only,
+        live_on,
         starts,
         session_id,
         limit,
@@ -114,6 +114,15 @@ async def change_booking(
     )
 
 
+async def keep_until_start(connection: Connection, session_id: str) -> None:
+    """Seats that are offered are kept no longer than until the session begins."""
+    await connection.execute(
+        "UPDATE booking SET confirm_by = least(confirm_by, s.starts) FROM session s "
+        "WHERE s.id = $1 AND session_id = s.id AND booking.state = 'offered'",
+        session_id,
+    )
+
+
 async def booking(connection: Connection, booking_id: str) -> Booking | None:
     row = await connection.fetchrow(f"{_BOOKINGS} WHERE b.id = $1", booking_id)
     return None if row is None else _booking(row)
@@ -179,10 +188,12 @@ async def list_bookings(
     return [_booking(row) for row in rows]
 
 
-async def due_confirmations(connection: Connection, *, now: datetime, limit: int) -> list[tuple[str, str]]:
-    """(booking, session) of offered seats that were not confirmed in time."""
+async def due_bookings(connection: Connection, *, now: datetime, limit: int) -> list[tuple[str, str]]:
+    """(booking, session) of offered seats that were not confirmed in time, and of those that wait for what has begun."""
     rows = await connection.fetch(
-        "SELECT id, session_id FROM booking WHERE state = 'offered' AND confirm_by <= $1 ORDER BY confirm_by, id LIMIT $2",
+        "(SELECT id, session_id FROM booking WHERE state = 'offered' AND confirm_by <= $1 ORDER BY confirm_by, id LIMIT $2) "
+        "UNION ALL (SELECT b.id, b.session_id FROM booking b JOIN session s ON s.id = b.session_id "
+        "WHERE b.state = 'waiting' AND s.starts <= $1 ORDER BY b.number LIMIT $2)",
         now,
         limit,
     )
