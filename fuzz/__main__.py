@@ -66,7 +66,7 @@ async def fuzz_doors(wanted: Sequence[str], *, seconds: float, seed: int, folder
 def main() -> int:
     names = [target.name for target in parsers.TARGETS]
     at_doors = [f"grpc-{service}" for service in doors.SERVICES]
-    at_doors += [f"http-{service}-as-{who}" for service in doors.SERVICES for who in ("operator", "firm")]
+    at_doors += [f"http-{service}-as-{who}" for service in doors.SERVICES for who in doors.WHO]
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", choices=[*names, *at_doors], action="append", help="only this one; may be repeated")
     parser.add_argument("--seed", type=int, help="of the first round; random without it")

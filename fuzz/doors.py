@@ -1,4 +1,4 @@
-"""The doors of a real hub: every HTTP route by its own description, every gRPC method with any bytes, as operator and as firm."""
+"""The doors of a real hub: every HTTP route by its own description, every gRPC method with any bytes, in several roles."""
 
 import importlib
 import json
@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import grpc
 import httpx
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
 from hypothesis import strategies as st
 
@@ -23,6 +25,8 @@ from localstack.hub import Hub
 from localstack.servers import Servers
 
 SERVICES: Final = {"ingest": "door", "anomaly": "anomaly", "matching": "matching", "funding": "funding"}
+# With keys, but for the assessor, who comes by token only.
+WHO: Final = ("operator", "firm", "partner", "assessor")
 # They would end the keys that the run uses.
 NOT_CALLED: Final = frozenset({"RevokeCredential", "RotateCredential"})
 NOT_ASKED: Final = r"^/v1/credentials/\{"
@@ -32,6 +36,7 @@ ENDLESS: Final = "/watch$"
 STREAM_S: Final = 0.3
 CALL_S_MAX: Final = 30.0
 FAILURES_MAX: Final = 10
+TOKEN_S: Final = 12 * 3600
 # Schemathesis ends what it is at before it looks at the time again.
 OVERTIME_S_MAX: Final = 90.0
 _OURS: Final = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS})
@@ -49,10 +54,29 @@ class Doors:
         return [name for name, running in self.hub.processes.items() if running.starts > 1]
 
 
+class _Signer:
+    """An issuer of tokens, as far as a file with its key set goes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._key = ed25519.Ed25519PrivateKey.generate()
+        shown = json.loads(jwt.get_algorithm_by_name("EdDSA").to_jwk(self._key.public_key()))
+        file.write_text(json.dumps({"keys": [shown | {"kid": "fuzz", "use": "sig"}]}))
+
+    def token(self, role: str) -> str:
+        """For somebody of this role, for the time of a run."""
+        claims = {"iss": "fuzz", "aud": "hub", "sub": "somebody", "exp": int(time.time()) + TOKEN_S}
+        claims |= {"smdih_role": role, "smdih_provider_id": "somebody"}
+        return jwt.encode(claims, self._key, algorithm="EdDSA", headers={"kid": "fuzz"})
+
+
 @asynccontextmanager
 async def opened(servers: Servers, folder: Path) -> AsyncIterator[Doors]:
-    """A hub with a firm, a machine, and keys of an operator and of the firm."""
-    hub = Hub(servers, folder)
+    """A hub with a firm, a machine, keys of an operator, the firm and a partner, and a token of an assessor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    signer = _Signer(folder / "keys.json")
+    issuer = {"SMDIH_OIDC_ISSUER": "fuzz", "SMDIH_OIDC_AUDIENCE": "hub", "SMDIH_OIDC_KEYS": str(signer.file)}
+    hub = Hub(servers, folder, environment=issuer)
     try:
         await hub.start()
         headers = {"Authorization": f"Bearer {hub.operator_key}"}
@@ -68,7 +92,10 @@ async def opened(servers: Servers, folder: Path) -> AsyncIterator[Doors]:
             signals = [{"name": "a", "unit": "A"}, {"name": "b", "unit": "A"}]
             await made("/v1/machines", site_id=site["id"], path="press", name="press", kind="press", signals=signals)
             key = await made("/v1/credentials", role="firm", firm_id=firm["id"])
-        yield Doors(hub, {"operator": hub.operator_key, "firm": key["key"]})
+            partner = await made("/v1/partners", name="Centre", region="Wales")
+            of_partner = await made("/v1/credentials", role="partner", partner_id=partner["id"])
+        bearers = (hub.operator_key, key["key"], of_partner["key"], signer.token("assessor"))
+        yield Doors(hub, dict(zip(WHO, bearers, strict=True)))
     finally:
         await hub.stop()
 

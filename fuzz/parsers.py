@@ -1,11 +1,15 @@
 """Everything that reads what others wrote, called as the doors call it. What each may raise is what its docstring says, no more."""
 
+import asyncio
+import base64
 import contextlib
 import json
 import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from hypothesis import strategies as st
 
 from fuzz.messages import bodies, damaged, messages, texts
@@ -15,9 +19,10 @@ from services.anomaly import service as alarms
 from services.common.directory import Directory
 from services.common.errors import HubError
 from services.common.evidence import Signer, Statement, Verifier, new_key
-from services.common.identity import bearer_key
+from services.common.identity import Role, bearer_key
 from services.common.kafka import Cluster, Poison
 from services.common.logs import accepted_correlation_id
+from services.common.tokens import Issuer, Tokens, keys_in
 from services.funding import paging
 from services.ingest import asked
 from services.ingest.domain import Sender
@@ -276,6 +281,53 @@ def _evidence(given: Any) -> None:
         assert given == _EVIDENCE, statement
 
 
+# --- tokens of people -------------------------------------------------------------------------------------------------
+
+_KEY: Final = ed25519.Ed25519PrivateKey.generate()
+_JWK: Final = json.loads(jwt.get_algorithm_by_name("EdDSA").to_jwk(_KEY.public_key())) | {"kid": "ed", "use": "sig"}
+_RIGHT: Final = {"iss": "us", "aud": "hub", "sub": "alice", "exp": NOW_US // 1_000_000 + 600, "smdih_role": "operator"}
+_CLAIMS: Final = (*_RIGHT, "iat", "nbf", "smdih_firm_id", "smdih_partner_id", "smdih_provider_id")
+
+
+def _signed(given: tuple[dict[str, Any], dict[str, Any]]) -> str:
+    """By the right key, whatever it says."""
+    claims, header = given
+    parts = [json.dumps(header | {"typ": "JWT"}), json.dumps(_RIGHT | claims)]
+    text = b".".join(base64.urlsafe_b64encode(part.encode()).rstrip(b"=") for part in parts)
+    return (text + b"." + base64.urlsafe_b64encode(_KEY.sign(text)).rstrip(b"=")).decode()
+
+
+_roles: Final = st.sampled_from(["firm", "partner", "provider", "assessor", "operator"])
+_signed_tokens: Final = st.tuples(
+    st.dictionaries(st.sampled_from(_CLAIMS), json_values | _roles | texts | st.integers(0, 2**63), max_size=4),
+    st.just({"alg": "EdDSA", "kid": "ed"})
+    | st.fixed_dictionaries({"alg": st.just("EdDSA") | json_values, "kid": st.just("ed") | json_values}),
+).map(_signed)
+_bearers: Final = (
+    _signed_tokens | damaged(_signed_tokens.map(str.encode)).map(lambda raw: raw.decode("latin-1")) | texts
+)
+
+
+def _token(bearer: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"keys": [_JWK]}, file)
+        file.flush()
+        taken = Tokens(Issuer("us", "hub", file.name), clock=_Clock())
+        with contextlib.suppress(HubError):
+            caller = asyncio.run(taken.caller_of(bearer))
+            assert caller.role is not Role.DEVICE
+
+
+_key_sets: Final = damaged(st.just(json.dumps({"keys": [_JWK]}).encode())) | st.fixed_dictionaries(
+    {"keys": json_values | st.lists(st.dictionaries(st.sampled_from(sorted(_JWK)), json_values) | st.just(_JWK))}
+).map(lambda document: json.dumps(document).encode())
+
+
+def _key_set(document: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        keys_in(document)
+
+
 TARGETS: Final = (
     Target("batch", messages(telemetry_pb2.Batch.DESCRIPTOR), _checked),
     Target("json-telemetry", json_values | st.fixed_dictionaries(
@@ -301,5 +353,7 @@ TARGETS: Final = (
     Target("history-file", _histories, _history),
     Target("claim-code", st.text(max_size=80) | texts, _claim_code),
     Target("tokens", _token_texts, _tokens),
+    Target("token", _bearers, _token),
+    Target("key-set", _key_sets, _key_set),
     Target("evidence", _evidence_given(), _evidence),
 )  # fmt: skip

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import asyncpg
 from pydantic import Field
@@ -351,6 +351,8 @@ def _libpq(dsn: str) -> dict[str, str]:
         "PGPASSWORD": unquote(parts.password or ""),
         "PGDATABASE": unquote(parts.path.lstrip("/")),
     }
+    told = dict(parse_qsl(parts.query))
+    found |= {"PGSSLMODE": told.get("sslmode", ""), "PGSSLROOTCERT": told.get("sslrootcert", "")}
     return {name: value for name, value in found.items() if value}
 
 

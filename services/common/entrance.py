@@ -1,5 +1,6 @@
 """What the doors of a process have in common, wired once from the settings."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -14,10 +15,13 @@ from services.common.database import Pool
 from services.common.directory import Directory
 from services.common.gate import Gate
 from services.common.limits import Limits
+from services.common.logs import get_logger
 from services.common.metrics import expect_faults
 from services.common.runtime import Runtime
 from services.common.settings import Settings
 from services.common.tls import BadCertificate, Files, PeerChannel, Tls
+
+log = get_logger(__name__)
 
 if TYPE_CHECKING:
     from services.common.tokens import Tokens
@@ -127,6 +131,8 @@ def open_entrance(runtime: Runtime, settings: Settings, *, takes_keys: bool) -> 
         raise NotForProduction(
             "SMDIH_PRODUCTION is on, and keys would come in the clear: set SMDIH_TLS_CERTIFICATE and SMDIH_TLS_KEY."
         )
+    if settings.production:
+        _tell_what_is_in_the_clear(settings)
     if settings.production and takes_keys and not settings.probe_port:
         raise NotForProduction(
             "SMDIH_PRODUCTION is on, and whoever comes could read /metrics: set SMDIH_PROBE_PORT to a port that only the "
@@ -143,6 +149,14 @@ def open_entrance(runtime: Runtime, settings: Settings, *, takes_keys: bool) -> 
     if tokens is not None:
         runtime.background("token keys", tokens.run())
     return Entrance(runtime, settings, tls=tls, tokens=tokens)
+
+
+def _tell_what_is_in_the_clear(settings: Settings) -> None:
+    """Not refused: inside a cluster the network's policies may be what guards these two ways (docs/threat-model.md)."""
+    if not settings.kafka_security_protocol.endswith("SSL"):
+        log.warning("Kafka is reached without TLS", setting="SMDIH_KAFKA_SECURITY_PROTOCOL")
+    if not re.search(r"[?&]sslmode=(require|verify-ca|verify-full)\b", settings.database_dsn):
+        log.warning("the database may be reached without TLS", setting="SMDIH_DATABASE_DSN", wanted="sslmode")
 
 
 def _tokens(settings: Settings) -> "Tokens":

@@ -181,7 +181,7 @@ class Tokens:
             self._read_s = time.monotonic()
             try:
                 document = await self._read()
-                found = _keys_in(document)
+                found = keys_in(document)
             except (OSError, httpx.HTTPError, ValueError) as error:
                 # The keys that are known go on: an issuer that is away for a while shuts nobody out.
                 key_reads_total.labels("failed").inc()
@@ -240,9 +240,12 @@ class Tokens:
         return caller
 
 
-def _keys_in(data: bytes) -> dict[str, _Key]:
+def keys_in(data: bytes) -> dict[str, _Key]:
     """Keys for signatures of the kinds that are taken, by their ids. Raises ValueError."""
-    document = json.loads(data)
+    try:
+        document = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     listed = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(listed, list):
         raise ValueError("there is no JSON Web Key Set")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.backup import BackupError, BackupSettings, main, manifest_of, restore
+from services.backup import BackupError, BackupSettings, _libpq, main, manifest_of, restore
 
 SETTINGS = BackupSettings(database_dsn="postgresql://nobody@127.0.0.1:1/none")
 
@@ -34,3 +34,16 @@ def test_what_a_volume_holds_can_be_told_and_handed_out(
     sys.stdout.flush()
     assert capfdbinary.readouterr().out == dump.read_bytes()
     assert main(["print", str(tmp_path / "none")]) == 1
+
+
+def test_what_a_dsn_says_of_tls_holds_for_the_dump_too() -> None:
+    found = _libpq("postgresql://u:p%40@db:5433/hub?sslmode=verify-full&sslrootcert=/ca.crt")
+    assert found == {
+        "PGHOST": "db",
+        "PGPORT": "5433",
+        "PGUSER": "u",
+        "PGPASSWORD": "p@",
+        "PGDATABASE": "hub",
+        "PGSSLMODE": "verify-full",
+        "PGSSLROOTCERT": "/ca.crt",
+    }
