@@ -127,6 +127,35 @@ async def test_a_record_that_the_database_refuses_goes_to_the_dead_letters_and_t
     await pool.close()
 
 
+async def test_a_poll_that_takes_too_long_is_stored_in_parts(cluster: Cluster, dsn: str, publisher: Publisher) -> None:
+    pool = await create_pool(dsn, schema="ingest", size_max=4)
+    sizes: list[int] = []
+
+    async def slow(_: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        sizes.append(len(records))
+        if len(records) > 2:
+            raise TimeoutError
+        return []
+
+    for _ in range(7):
+        await publisher.publish(topics.OFFERS, b"x", partition=1)
+    consumer = PositionedConsumer(
+        cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.test.slow", handler=slow
+    )
+    running = asyncio.create_task(consumer.run())
+
+    async def all_taken() -> bool:
+        query = "SELECT sum(next_offset) FROM position WHERE topic = $1"
+        return bool(running.done() or await pool.fetchval(query, cluster.name(topics.OFFERS)) == 7)
+
+    await eventually(all_taken)
+    assert not running.done(), running.exception()
+    assert sum(size for size in sizes if size <= 2) == 7
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await pool.close()
+
+
 async def test_a_database_with_no_connection_left_is_asked_again(dsn: str) -> None:
     owner = await asyncpg.connect(dsn)
     role = f"few_{secrets.token_hex(4)}"

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.ingest.historian.binarycopy import Floats, Ints
-from services.ingest.historian.historian import LOOKUPS_MAX, _lookups
+from services.ingest.historian.historian import DAY_US, LOOKUPS_MAX, MINUTE_US, _lookups
 from services.ingest.historian.rollups import OpenBuckets, Stats
 
 MINUTE = 60
@@ -57,13 +57,14 @@ def test_closed_buckets_hold_exactly_their_frames(seed: int, polls: int) -> None
                 assert np.isnan([mins[column], maxs[column], lasts[column]]).all()
 
 
-@given(st.lists(st.integers(0, 5 * 365 * 24), max_size=300), st.integers(1, 12))
-def test_buckets_are_looked_for_each_once_and_few_where_they_lie_far_apart(hours: list[int], repeats: int) -> None:
-    times = np.repeat(np.array(hours, dtype=np.int64) * 3_600_000_000, repeats)
-    chunk_us = 30 * 24 * 3_600_000_000
-    parts = list(_lookups(times, chunk_us))
-    assert sorted(index for part in parts for index in part.tolist()) == list(range(len(times)))
-    for part in parts:
-        chunks = times[part] // chunk_us
-        assert len(part) * (chunks.max() - chunks.min() + 1) <= LOOKUPS_MAX
-        assert (np.diff(times[part]) >= 0).all()
+@given(st.lists(st.integers(0, 300 * 7 * 1440), max_size=300), st.sampled_from([1, 60, 1_000]))
+def test_touched_buckets_are_looked_for_once_each_and_few_at_a_time_where_they_lie_apart(
+    minutes: list[int], dense: int
+) -> None:
+    times = np.array([minute + n for minute in minutes for n in range(dense)][:20_000], dtype=np.int64) * MINUTE_US
+    found = list(_lookups(times, 7 * DAY_US))
+    assert sorted(int(one) for some in found for one in some) == list(range(len(times)))
+    for some in found:
+        chunks = times[some] // (7 * DAY_US)
+        assert (np.diff(times[some]) >= 0).all()
+        assert len(some) * (chunks[-1] - chunks[0] + 1) <= LOOKUPS_MAX

@@ -212,7 +212,8 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 self._last_progress = time.monotonic()
         await self._tell_broker(consumer)
 
-    async def _store(self, records: Sequence[ConsumerRecord]) -> None:
+    async def _store(self, records: Sequence[ConsumerRecord]) -> bool:
+        """False: another process has stored some of them; they are to be read anew."""
         by_partition: dict[TopicPartition, list[ConsumerRecord]] = {}
         for record in records:
             by_partition.setdefault(TopicPartition(record.topic, record.partition), []).append(record)
@@ -240,7 +241,14 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 await self._changed()
                 self._positions.update(await self._load_positions(list(ends)))
                 self._seek({partition: self._positions[partition] for partition in ends})
-                return
+                return False
+            except TimeoutError as error:
+                log.warning("store took too long, trying half of it", error=repr(error), records=len(records))
+                await self._changed()
+                half = len(records) // 2
+                if half:
+                    return await self._store(records[:half]) and await self._store(records[half:])
+                await asyncio.sleep(RETRY_DELAY_S_MAX)
             except REFUSED as error:
                 if one_by_one:
                     raise  # what is refused is not of one record
@@ -257,6 +265,8 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         self._unreadable_in_a_row.update(runs)
         for partition, found in by_partition.items():
             consumed_total.labels(self._topics[partition.topic], self._group_label).inc(len(found))
+        self._last_progress = time.monotonic()
+        return True
 
     async def _handle_one_by_one(
         self, connection: Connection, records: Sequence[ConsumerRecord]
