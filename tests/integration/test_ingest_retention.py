@@ -57,6 +57,17 @@ class Kept:
         await plant.store(machine, times, rng.normal(10, 1, (len(times), 2)))
         return machine
 
+    async def send(self, machine: dict[str, Any], *times_us: int) -> None:
+        """Frames through the door."""
+        key = await self.plant.key("device", firm_id=machine["firm_id"])
+        frames = [{"ts": time_us // 1000, "values": {"power": 1.0}} for time_us in times_us]
+        door = self.plant.hub.processes["door"].http
+        async with httpx.AsyncClient(base_url=door, headers={"Authorization": f"Bearer {key}"}) as device:
+            answer = await device.post(
+                "/v1/telemetry", json={"batches": [{"machine": machine["id"], "frames": frames}]}
+            )
+        assert answer.json()["accepted"] == len(frames), answer.text
+
     async def frames(self, machine: dict[str, Any]) -> list[int]:
         """Days ago, of each stored frame once a day."""
         rows = await self.plant.database.fetch("SELECT ts FROM frame WHERE machine_id = $1 ORDER BY ts", machine["id"])
@@ -99,13 +110,36 @@ async def kept(servers: Servers, settings: Settings, tmp_path_factory: pytest.Te
 
 async def test_history_that_was_just_loaded_stays_for_a_while(kept: Kept) -> None:
     machine = await kept.machine("loaded-1", 1_000, 500, 10)
-    short = await kept.machine("loaded-2", 500, 10, firm="loaded")
+    short = await kept.machine("loaded-2", 100, firm="loaded")
     rule = {"raw_days": 30, "reason": "less"}
     await kept.plant.operator.put(f"/v1/firms/{short['firm_id']}/retention", json=rule)
+    # A machine of years, and history that is loaded now.
+    await kept.plant.database.execute(
+        "UPDATE machine SET created = created - interval '3 years' WHERE id = $1", short["id"]
+    )
+    await kept.send(short, NOW_US - 500 * DAY_US, NOW_US - 50 * DAY_US)
+
+    async def is_stored() -> bool:
+        return await kept.frames(short) == [500, 100, 50]
+
+    await eventually(is_stored)
     await eventually(kept.by_default.once)
     run = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
     assert (run["chunks_dropped"], run["rows_removed"], run["problem"]) == (0, 0, None)
-    assert (await kept.frames(machine), await kept.frames(short)) == ([1_000, 500, 10], [500, 10])
+    assert (await kept.frames(machine), await kept.frames(short)) == ([1_000, 500, 10], [500, 100, 50])
+    # Sending more of it does not put it off.
+    await kept.plant.database.execute("UPDATE history_loaded SET loaded = loaded - interval '31 days'")
+    await kept.send(short, NOW_US - 40 * DAY_US)
+
+    async def came() -> bool:
+        return await kept.frames(short) == [500, 100, 50, 40]
+
+    await eventually(came)
+    await eventually(kept.by_default.once)
+    assert await kept.frames(short) == []
+    await kept.plant.database.execute(
+        "UPDATE machine SET created = created + interval '3 years' WHERE id = $1", short["id"]
+    )
 
 
 async def test_old_samples_go_by_chunks_and_their_minutes_and_hours_stay(kept: Kept) -> None:

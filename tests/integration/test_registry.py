@@ -148,7 +148,7 @@ async def test_quota_and_use_are_shown_and_changed_by_operators_only(hub: Regist
     assert (await firm.device.get(path)).status_code == 403
     assert (await hub.client("").get(path)).status_code == 401
     assert (await firm.operator.get("/v1/firms/99999999/quota")).status_code == 404
-    for bad in ({"signals": 0}, {"samples_per_s": -1}, {"stored_days": 10**6}):
+    for bad in ({"signals": 0}, {"samples_per_s": -1}, {"stored_days": 10**6}, {"stored_days": 6}):
         assert (await firm.operator.put(path, json=bad)).status_code == 400
     async with grpc.aio.insecure_channel(hub.grpc) as channel:
         stub = quota_pb2_grpc.QuotaServiceStub(channel)

@@ -20,6 +20,7 @@ from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
+from services.ingest.domain import STORED_DAYS_MIN
 from services.ingest.historian.binarycopy import HEADER, TRAILER, Floats, Ints, keyed_rows
 from services.ingest.historian.rollups import Bools, OpenBuckets, Stats
 from services.ingest.numbering import numbers_of
@@ -29,6 +30,7 @@ log = get_logger(__name__)
 
 MINUTE_US = 60 * 1_000_000
 MINUTES_AN_HOUR = 60
+HISTORY_AGE_US = STORED_DAYS_MIN * 86_400 * 1_000_000
 NOTHING_STORED_US = np.iinfo(np.int64).min
 
 # Samples taken out of the message log, by the way they went: in_order (new rows by COPY) or merged (late, repeated, corrected).
@@ -363,6 +365,17 @@ class Historian:
         if not fresh.all():
             late = np.flatnonzero(~fresh)
             await self._merge(connection, lane, slots[late], times[late], values[late], repeats[late])
+        history = times < self._clock.now_us() - HISTORY_AGE_US
+        if history.any():
+            await self._note_history(connection, np.unique(lane.machine_ids[slots[history]]))
+
+    async def _note_history(self, connection: Connection, machine_ids: Ints) -> None:
+        """A firm may keep so little that retention would remove at its next run what has just been loaded."""
+        await connection.execute(
+            "INSERT INTO history_loaded (machine_id, loaded) SELECT machine_id, $2 FROM unnest($1::bigint[]) AS n (machine_id) "
+            "ON CONFLICT (machine_id) DO NOTHING",
+            *(machine_ids.tolist(), from_us(self._clock.now_us())),
+        )
 
     async def _append(self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats) -> None:
         rows = keyed_rows(lane.machine_ids[slots], lane.first_positions[slots], times, [values])

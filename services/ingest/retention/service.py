@@ -222,7 +222,7 @@ class Enforcer:
         self._chunks = self._rows = 0
         now_us = self._clock.now_us()
         async with transaction(self._pool) as connection:
-            run_id = await db.begin_run(connection, now_us)
+            run_id = await db.begin_run(connection, now_us, self._settled_before())
             firm_ids, rules = await db.firm_ids(connection), await db.rules(connection)
         problem = "It was cut off."
         try:
@@ -262,7 +262,7 @@ class Enforcer:
             await self._remove_rows(store, firm_id, from_us(cutoff_us))
 
     def _settled_before(self) -> datetime:
-        """What was made before is old enough for its age to count."""
+        """What was made or loaded before is there for long enough for its age to count."""
         return from_us(self._clock.now_us() - self._grace_us)
 
     async def _drop_chunks(self, store: Store, cutoff_us: int) -> None:
@@ -280,7 +280,7 @@ class Enforcer:
         after = 0
         while True:
             async with transaction(self._pool) as connection:
-                groups = await db.groups_page(connection, 0, after, MACHINES_PER_STEP, from_us(self._clock.now_us()))
+                groups = await db.groups_page(connection, 0, after, MACHINES_PER_STEP)
                 if not groups:
                     return
                 await db.close_buckets(connection, groups, end)
@@ -290,7 +290,7 @@ class Enforcer:
         after = 0
         while True:
             async with transaction(self._pool) as connection:
-                groups = await db.groups_page(connection, firm_id, after, MACHINES_PER_STEP, self._settled_before())
+                groups = await db.groups_page(connection, firm_id, after, MACHINES_PER_STEP)
             for group in groups:
                 while await self._remove_some(store, group, cutoff) >= self._rows_per_step:
                     pass
