@@ -34,6 +34,10 @@ STORES: Final = (
     Store("minute", "rollup_1m", 30, MINUTE_DAYS_DEFAULT),
     Store("hour", "rollup_1h", 365, HOUR_DAYS_DEFAULT),
 )
+# Rows, not chunks, and for all firms the same time.
+QUARANTINE: Final = Store("quarantine", "quarantine", 0, QUARANTINE_DAYS)
+# It is filled by what goes wrong, which is news for some days.
+QUARANTINE_GROWTH_DAYS: Final = 7
 
 
 @dataclass(frozen=True)

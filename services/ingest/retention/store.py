@@ -138,12 +138,15 @@ async def remove_rows(connection: Connection, store: Store, group: Group, cutoff
 
 async def remove_quarantined(connection: Connection, firm_id: int, cutoff: datetime, limit: int) -> int:
     """Remove at most `limit` of the firm's items received before the cutoff; how many there were."""
-    status = await connection.execute(
-        "DELETE FROM quarantine WHERE id = ANY(ARRAY("
-        "SELECT id FROM quarantine WHERE firm_id = $1 AND received < $2 ORDER BY received LIMIT $3))",
+    removed: int = await connection.fetchval(
+        "WITH gone AS (DELETE FROM quarantine WHERE id = ANY(ARRAY("
+        "  SELECT id FROM quarantine WHERE firm_id = $1 AND received < $2 ORDER BY received LIMIT $3"
+        ")) RETURNING quarantine_bytes(batch, raw) AS bytes), "
+        "noted AS (UPDATE quarantine_use SET bytes = greatest(0, bytes - (SELECT coalesce(sum(g.bytes), 0) FROM gone g)) "
+        "WHERE firm_id = $1) SELECT count(*) FROM gone",
         *(firm_id, cutoff, limit),
     )
-    return int(status.rpartition(" ")[2])
+    return removed
 
 
 async def begin_run(connection: Connection, now_us: int, settled_before: datetime) -> int:
@@ -187,6 +190,18 @@ async def chunk_sizes(connection: Connection, store: Store) -> list[ChunkSize]:
         store.table,
     )
     return [ChunkSize(to_us(row["range_start"]), to_us(row["range_end"]), row["size"]) for row in rows]
+
+
+async def quarantine_size(connection: Connection, since: datetime) -> tuple[int, int]:
+    """Bytes of the quarantine's table, and how many came since then."""
+    row = await connection.fetchrow(
+        "SELECT pg_total_relation_size('quarantine') AS size, (SELECT coalesce(sum(n.bytes), 0)::bigint FROM firm f, LATERAL ("
+        "SELECT sum(quarantine_bytes(q.batch, q.raw)) AS bytes FROM quarantine q WHERE q.firm_id = f.id AND q.received >= $1"
+        ") AS n) AS came",
+        since,
+    )
+    assert row is not None
+    return row["size"], row["came"]
 
 
 async def first_machine_us(connection: Connection) -> int | None:
