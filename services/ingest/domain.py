@@ -25,6 +25,11 @@ QUOTA_BURST_S: Final = 60
 QUOTA_SAMPLES_PER_S_MAX: Final = 100_000_000
 QUOTA_SIGNALS_MAX: Final = 10_000_000
 QUOTA_STORED_DAYS_MAX: Final = PAST_DAYS_MAX
+# A shorter time would remove what is still arriving late, and alarms would have nothing to show.
+STORED_DAYS_MIN: Final = 7
+
+# What a firm may have in quarantine. What comes on top is refused there, and counted: senders have been answered by then.
+QUARANTINE_BYTES_PER_FIRM_MAX: Final = 1024**3
 
 REGIONS: Final = (
     "North East",

@@ -177,6 +177,37 @@ async def test_a_plot_shows_chosen_samples_of_a_short_range_and_extremes_of_a_lo
     assert found["series"][0]["values"] == []
 
 
+async def test_the_newest_value_of_a_signal_that_is_seldom_sent_is_found_behind_many_frames(stored: Stored) -> None:
+    plant = stored.plant
+    names = ["always", "this-minute", "this-hour", "days-ago", "never"]
+    machine = await plant.machine("acme/one/changes-1", [{"name": name} for name in names])
+    hour_us = START_US // 3_600_000_000 * 3_600_000_000
+    old = hour_us - 3 * 86_400_000_000 + np.arange(600) * 10_000_000
+    new = hour_us + np.arange(12_400) * 100_000  # 10 Hz, until 40 s into the 21st minute
+    times = np.concatenate([old, new])
+    values = np.full((len(times), 5), np.nan)
+    values[:, 0] = np.arange(len(times))
+    seldom = {"this-minute": len(times) - 350, "this-hour": len(times) - 6_000, "days-ago": 407}
+    for name, row in seldom.items():
+        values[row, names.index(name)] = row
+    await plant.store(machine, times, values)
+
+    async def latest() -> dict[str, tuple[int, float]]:
+        answer = await plant.http.get(f"/v1/machines/{machine['id']}/latest")
+        return {one["name"]: (one["time_us"], one["value"]) for one in answer.json()["values"]}
+
+    expected = {name: (int(times[row]), float(row)) for name, row in seldom.items()}
+    assert await latest() == expected | {"always": (int(times[-1]), len(times) - 1.0)}
+    found = (await plant.http.get(f"/v1/machines/{machine['id']}/diagnosis")).json()["signals"]
+    assert {one["name"] for one in found if one["last_us"]} == set(expected) | {"always"}
+    # Where samples, then minutes, are kept no longer: the time is right to the bucket.
+    for table, width_us in (("frame", 60_000_000), ("rollup_1m", 3_600_000_000)):
+        query = f"DELETE FROM {table} WHERE machine_id = $1 AND ts < to_timestamp($2)"
+        await plant.database.execute(query, machine["id"], hour_us / 1e6)
+        at_us = expected["days-ago"][0] // width_us * width_us
+        assert (await latest())["days-ago"] == (at_us, 407.0)
+
+
 async def test_grpc_answers_the_same(stored: Stored) -> None:
     metadata = (("authorization", f"Bearer {stored.plant.firm_key}"),)
     times: dict[str, Any] = {"from_us": START_US, "to_us": START_US + 4 * 3600 * 1_000_000}

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -16,8 +17,10 @@ from localstack.servers import Servers
 from services.common.clock import SystemClock
 from services.common.database import create_pool
 from services.common.settings import Settings
+from services.ingest.historian.historian import Historian
 from services.ingest.retention import service as retention
 from services.ingest.retention.service import Enforcer
+from smdih.ingest.v1 import records_pb2
 from tests.integration.stored_plant import StoredPlant, stored_plant
 from tests.polling import eventually
 
@@ -56,6 +59,17 @@ class Kept:
         rng = np.random.default_rng(machine["id"])
         await plant.store(machine, times, rng.normal(10, 1, (len(times), 2)))
         return machine
+
+    async def send(self, machine: dict[str, Any], *times_us: int) -> None:
+        """Frames through the door."""
+        key = await self.plant.key("device", firm_id=machine["firm_id"])
+        frames = [{"ts": time_us // 1000, "values": {"power": 1.0}} for time_us in times_us]
+        door = self.plant.hub.processes["door"].http
+        async with httpx.AsyncClient(base_url=door, headers={"Authorization": f"Bearer {key}"}) as device:
+            answer = await device.post(
+                "/v1/telemetry", json={"batches": [{"machine": machine["id"], "frames": frames}]}
+            )
+        assert answer.json()["accepted"] == len(frames), answer.text
 
     async def frames(self, machine: dict[str, Any]) -> list[int]:
         """Days ago, of each stored frame once a day."""
@@ -99,13 +113,36 @@ async def kept(servers: Servers, settings: Settings, tmp_path_factory: pytest.Te
 
 async def test_history_that_was_just_loaded_stays_for_a_while(kept: Kept) -> None:
     machine = await kept.machine("loaded-1", 1_000, 500, 10)
-    short = await kept.machine("loaded-2", 500, 10, firm="loaded")
+    short = await kept.machine("loaded-2", 100, firm="loaded")
     rule = {"raw_days": 30, "reason": "less"}
     await kept.plant.operator.put(f"/v1/firms/{short['firm_id']}/retention", json=rule)
+    # A machine of years, and history that is loaded now.
+    await kept.plant.database.execute(
+        "UPDATE machine SET created = created - interval '3 years' WHERE id = $1", short["id"]
+    )
+    await kept.send(short, NOW_US - 500 * DAY_US, NOW_US - 50 * DAY_US)
+
+    async def is_stored() -> bool:
+        return await kept.frames(short) == [500, 100, 50]
+
+    await eventually(is_stored)
     await eventually(kept.by_default.once)
     run = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
     assert (run["chunks_dropped"], run["rows_removed"], run["problem"]) == (0, 0, None)
-    assert (await kept.frames(machine), await kept.frames(short)) == ([1_000, 500, 10], [500, 10])
+    assert (await kept.frames(machine), await kept.frames(short)) == ([1_000, 500, 10], [500, 100, 50])
+    # Sending more of it does not put it off.
+    await kept.plant.database.execute("UPDATE history_loaded SET loaded = loaded - interval '31 days'")
+    await kept.send(short, NOW_US - 40 * DAY_US)
+
+    async def came() -> bool:
+        return await kept.frames(short) == [500, 100, 50, 40]
+
+    await eventually(came)
+    await eventually(kept.by_default.once)
+    assert await kept.frames(short) == []
+    await kept.plant.database.execute(
+        "UPDATE machine SET created = created + interval '3 years' WHERE id = $1", short["id"]
+    )
 
 
 async def test_old_samples_go_by_chunks_and_their_minutes_and_hours_stay(kept: Kept) -> None:
@@ -204,6 +241,39 @@ async def test_old_items_leave_quarantine_but_not_of_a_firm_on_hold(kept: Kept) 
     await kept.plant.operator.put(f"/v1/firms/{firms[1]}/retention", json={"reason": "closed"})
 
 
+async def test_quarantine_of_a_firm_is_bounded_and_what_is_refused_there_is_counted(kept: Kept) -> None:
+    firms = [(await kept.machine(f"full-{n}", 1, firm=f"full-{n}"))["firm_id"] for n in (1, 2)]
+    database, historian = kept.plant.database, Historian(SystemClock(), quarantine_bytes_max=50_000)
+    long_ago_us = NOW_US - 91 * DAY_US
+
+    def record(firm_id: int, number: int) -> Any:
+        value = records_pb2.QuarantineRecord(
+            id=f"full-{firm_id}-{number}",
+            firm_id=firm_id,
+            reason="MALFORMED",
+            samples=3,
+            received_us=long_ago_us,
+            raw=b"x" * 9_500,
+        )
+        return SimpleNamespace(value=value.SerializeToString())
+
+    async def use(firm_id: int) -> dict[str, Any]:
+        query = "SELECT bytes, refused_items, refused_samples FROM quarantine_use WHERE firm_id = $1"
+        found = await database.fetchrow(query, firm_id)
+        kept_items = await database.fetchval("SELECT count(*) FROM quarantine WHERE firm_id = $1", firm_id)
+        return {**dict(found or {}), "items": kept_items}
+
+    async with database.acquire() as connection, connection.transaction():
+        for first in (0, 4):
+            polled = [record(firms[0], number) for number in range(first, first + 4)] + [record(firms[1], first)]
+            assert await historian.store_quarantine(connection, polled) == []
+    assert await use(firms[0]) == {"bytes": 50_000, "refused_items": 3, "refused_samples": 9, "items": 5}
+    assert await use(firms[1]) == {"bytes": 20_000, "refused_items": 0, "refused_samples": 0, "items": 2}
+    # There is room again when the old has gone.
+    await kept.enforce()
+    assert await use(firms[0]) == {"bytes": 0, "refused_items": 3, "refused_samples": 9, "items": 0}
+
+
 async def test_what_arrives_after_its_time_was_removed_is_stored_and_spoils_no_bucket(kept: Kept) -> None:
     machine = await kept.machine("late-1", 500)
     before = [await kept.buckets(machine, width, 500) for width in (60, 3600)]
@@ -258,7 +328,7 @@ async def test_what_arrives_after_its_time_was_removed_is_stored_and_spoils_no_b
 
 async def test_the_disk_forecast_says_what_there_is_and_for_how_long_it_lasts(kept: Kept) -> None:
     found = (await kept.plant.operator.get("/v1/storage")).json()
-    assert [store["resolution"] for store in found["stores"]] == ["raw", "minute", "hour"]
+    assert [store["resolution"] for store in found["stores"]] == ["raw", "minute", "hour", "quarantine"]
     assert found["database_bytes"] > sum(store["bytes"] for store in found["stores"]) > 0
     assert (found["days_left"], found["reason"]) == (None, "NO_DISK_SIZE")
     # The hub is some seconds old: that says nothing about a day.
@@ -274,6 +344,20 @@ async def test_the_disk_forecast_says_what_there_is_and_for_how_long_it_lasts(ke
         assert few.days_left is not None
         assert 0 <= few.days_left < 1
         assert (many.days_left, many.reason) == (None, "FITS")
+        # What fills quarantine fills the disk: 70 MB in a week, to be kept for 90 days.
+        free = sum(size.full_bytes - size.size_bytes for size in many.stores if size.full_bytes) + many.database_bytes
+        await connection.execute(
+            "INSERT INTO quarantine (id, firm_id, credential_id, source, door, reason, detail, samples, received, "
+            "correlation_id, raw) SELECT 'fills-' || n, $1, 1, '', 'mqtt', 'QUOTA_SAMPLES', '', 0, now(), '', "
+            "convert_to(repeat('x', 7000000), 'UTF8') "
+            "FROM generate_series(1, 10) AS n",
+            kept.plant.firm["id"],
+        )
+        filling = await retention.forecast(connection, NOW_US, int(free) + 1_000_000)
+        assert filling.stores[-1].growth_bytes_a_day == pytest.approx(10e6, rel=0.01)
+        assert filling.stores[-1].full_bytes == pytest.approx(900e6, rel=0.01)
+        assert filling.days_left is not None
+        await connection.execute("DELETE FROM quarantine WHERE id LIKE 'fills-%'")
         await connection.execute(
             "INSERT INTO retention (firm_id, is_on_hold, reason, changed_by) SELECT min(id), true, 'x', 0 FROM firm "
             "ON CONFLICT (firm_id) DO UPDATE SET is_on_hold = true"

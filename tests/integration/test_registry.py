@@ -131,7 +131,8 @@ async def test_quota_and_use_are_shown_and_changed_by_operators_only(hub: Regist
     shown = (await firm.admin.get(path)).json()
     assert (shown["samples_per_s"], shown["signals"]) == (QUOTA_SAMPLES_PER_S_DEFAULT, QUOTA_SIGNALS_DEFAULT)
     assert shown["set_by_operator"] == {"samples_per_s": None, "signals": None, "stored_days": None}
-    assert shown["use"] == {"samples_per_s": 0, "signals": 0, "machines": 0, "oldest_sample_us": None}
+    assert {name for name, used in shown["use"].items() if used} == set()
+    assert {"signals", "quarantine_bytes", "quarantine_refused_samples"} <= set(shown["use"])
     machine = await firm.machine()
     at_ms = int(time.time() * 1000) - 5000
     await firm.send(machine["id"], ts=at_ms)
@@ -148,7 +149,7 @@ async def test_quota_and_use_are_shown_and_changed_by_operators_only(hub: Regist
     assert (await firm.device.get(path)).status_code == 403
     assert (await hub.client("").get(path)).status_code == 401
     assert (await firm.operator.get("/v1/firms/99999999/quota")).status_code == 404
-    for bad in ({"signals": 0}, {"samples_per_s": -1}, {"stored_days": 10**6}):
+    for bad in ({"signals": 0}, {"samples_per_s": -1}, {"stored_days": 10**6}, {"stored_days": 6}):
         assert (await firm.operator.put(path, json=bad)).status_code == 400
     async with grpc.aio.insecure_channel(hub.grpc) as channel:
         stub = quota_pb2_grpc.QuotaServiceStub(channel)

@@ -10,7 +10,6 @@ from services.common.database import Connection
 from services.ingest.diagnosis.causes import Facts, Key, Refusal, SignalSeen
 from services.ingest.domain import CHANNEL_GROUP
 
-FRAMES_LOOKED_AT = 100
 REFUSALS_LOOKED_AT = 200
 KEYS_LOOKED_AT = 200
 
@@ -29,17 +28,14 @@ refusals AS (
         AND r.subject IN (SELECT prefix FROM keys)
     ORDER BY last DESC LIMIT $6
 ),
-newest AS (
-    SELECT g.first_position, f.ts, f.values FROM unnest($2::int[]) AS g (first_position),
-        LATERAL (SELECT ts, values FROM frame WHERE machine_id = $1 AND frame.first_position = g.first_position
-                 ORDER BY ts DESC LIMIT $7) AS f
-),
-cells AS (
-    SELECT DISTINCT ON (n.first_position, u.i) n.first_position + u.i - 1 AS position, n.ts, u.v
-    FROM newest n, unnest(n.values) WITH ORDINALITY AS u (v, i) WHERE u.v IS NOT NULL
-    ORDER BY n.first_position, u.i, n.ts DESC
+cells AS MATERIALIZED (
+    SELECT g.first_position + l.i - 1 AS position, l.ts, l.v
+    FROM unnest($2::int[], $7::int[]) AS g (first_position, width), latest_values($1, g.first_position, g.width) AS l
 )
-SELECT seen.received, seen.newest, seen.credential_id, seen.source, (SELECT max(ts) FROM newest) AS stored,
+SELECT seen.received, seen.newest, seen.credential_id, seen.source,
+    (SELECT max(f.ts) FROM unnest($2::int[]) AS g (first_position), LATERAL (
+        SELECT ts FROM frame WHERE machine_id = $1 AND frame.first_position = g.first_position ORDER BY ts DESC LIMIT 1
+    ) AS f) AS stored,
     (SELECT next_offset FROM position WHERE topic = $3 AND partition = $4) AS next_offset,
     (SELECT json_agg(json_build_array(position, extract(epoch FROM ts) * 1000000, v)) FROM cells) AS cells,
     (SELECT json_agg(to_json(k)) FROM keys k) AS keys,
@@ -50,9 +46,10 @@ FROM m LEFT JOIN machine_seen seen ON seen.machine_id = m.id
 
 async def facts(connection: Connection, machine: Any, *, topic: str, partition: int, now_us: int) -> tuple[Facts, int]:
     """What is known of a machine (a directory entry), and the historian's position in its partition."""
-    groups = list(range(0, max(1, len(machine.signals)), CHANNEL_GROUP))
-    limits = (KEYS_LOOKED_AT, REFUSALS_LOOKED_AT, FRAMES_LOOKED_AT)
-    row = await connection.fetchrow(_FACTS, machine.id, groups, topic, partition, *limits)
+    groups = list(range(0, len(machine.signals), CHANNEL_GROUP))
+    widths = [min(CHANNEL_GROUP, len(machine.signals) - first) for first in groups]
+    limits = (KEYS_LOOKED_AT, REFUSALS_LOOKED_AT)
+    row = await connection.fetchrow(_FACTS, machine.id, groups, topic, partition, *limits, widths)
     if row is None:
         return Facts(machine.id, machine.path, now_us), 0
     cells = {position: (int(ts_us), value) for position, ts_us, value in orjson.loads(row["cells"] or "[]")}

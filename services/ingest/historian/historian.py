@@ -8,6 +8,7 @@ import io
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import asyncpg
 import numpy as np
@@ -20,6 +21,7 @@ from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
+from services.ingest.domain import QUARANTINE_BYTES_PER_FIRM_MAX, STORED_DAYS_MIN
 from services.ingest.historian.binarycopy import HEADER, TRAILER, Floats, Ints, keyed_rows
 from services.ingest.historian.rollups import Bools, OpenBuckets, Stats
 from services.ingest.numbering import numbers_of
@@ -33,6 +35,9 @@ DAY_US = 24 * 3600 * 1_000_000
 # Buckets of one statement times the chunks that each is looked for in. Five years of one row a minute, 131,072 rows in a poll: 6 s
 # in any order; one statement for all of them took 11 s in order, and more than COMMAND_TIMEOUT_S where each hour had one row.
 LOOKUPS_MAX = 4_000
+HISTORY_AGE_US = STORED_DAYS_MIN * 86_400 * 1_000_000
+# As the function quarantine_bytes counts.
+QUARANTINE_ROW_BYTES = 500
 NOTHING_STORED_US = np.iinfo(np.int64).min
 
 # Samples taken out of the message log, by the way they went: in_order (new rows by COPY) or merged (late, repeated, corrected).
@@ -51,8 +56,9 @@ delay_seconds = Histogram(
     "Time from the receipt of the oldest samples of a poll until they are stored",
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800),
 )
-# Quarantined items stored.
+# Quarantined items stored, and those that were refused because their firm's quarantine is full.
 quarantine_items_total = Counter("smdih_ingest_historian_quarantine_items_total", "Quarantined items stored")
+quarantine_refused_total = Counter("smdih_ingest_historian_quarantine_refused_total", "Items refused: quarantine full")
 # Now minus the time of the newest stored sample, over the machines whose partitions are held here and that sent within
 # STILL_SENDING_S: quantiles, 1.0 is the machine that is furthest behind. And how many machines these are.
 freshness_seconds = Gauge(
@@ -171,11 +177,21 @@ class _Part:
     is_repeat: bool
 
 
+@dataclass
+class QuarantineTaken:
+    """What a poll brought of a firm."""
+
+    bytes: int = 0
+    refused_items: int = 0
+    refused_samples: int = 0
+
+
 class Historian:
     """Stores the records of one poll; owned by one consumer, used by one task at a time."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, quarantine_bytes_max: int = QUARANTINE_BYTES_PER_FIRM_MAX) -> None:
         self._clock = clock
+        self._quarantine_bytes_max = quarantine_bytes_max
         self._next_numbers: dict[tuple[str, int, str], int] = {}
         self._lanes: dict[int, _Lane] = {}
         self._slots: dict[tuple[int, int], tuple[_Lane, int]] = {}
@@ -243,16 +259,29 @@ class Historian:
     async def store_quarantine(
         self, connection: Connection, records: Sequence[ConsumerRecord]
     ) -> list[tuple[ConsumerRecord, str]]:
-        """The same for quarantine records."""
+        """The same for quarantine records; those of a firm that has as much there as it may are counted only."""
         bad: list[tuple[ConsumerRecord, str]] = []
-        rows = []
+        items: list[tuple[records_pb2.QuarantineRecord, datetime]] = []
         for record in records:
             try:
                 item = records_pb2.QuarantineRecord.FromString(record.value)
-                received = from_us(item.received_us)
+                items.append((item, from_us(item.received_us)))
             except (DecodeError, OverflowError):
                 bad.append((record, "UNREADABLE"))
+        used = await connection.fetch(
+            "SELECT firm_id, bytes FROM quarantine_use WHERE firm_id = ANY($1::bigint[])",
+            list({item.firm_id for item, _ in items}),
+        )
+        before = {row["firm_id"]: row["bytes"] for row in used}
+        taken: dict[int, QuarantineTaken] = {}
+        rows = []
+        for item, received in items:
+            of_firm = taken.setdefault(item.firm_id, QuarantineTaken())
+            if before.get(item.firm_id, 0) + of_firm.bytes >= self._quarantine_bytes_max:
+                of_firm.refused_items += 1
+                of_firm.refused_samples += item.samples
                 continue
+            of_firm.bytes += QUARANTINE_ROW_BYTES + len(item.batch) + len(item.raw)
             rows.append(
                 (
                     *(item.id, item.firm_id, item.credential_id, item.source, item.door, item.reason, item.detail),
@@ -260,6 +289,7 @@ class Historian:
                     item.machine_id,
                 )
             )
+        await self._note_quarantine(connection, taken)
         await connection.executemany(
             "INSERT INTO quarantine (id, firm_id, credential_id, source, door, reason, detail, samples, received, "
             "correlation_id, batch, raw, machine_id) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) "
@@ -268,6 +298,26 @@ class Historian:
         )
         quarantine_items_total.inc(len(rows))
         return bad
+
+    async def _note_quarantine(self, connection: Connection, taken: dict[int, QuarantineTaken]) -> None:
+        await connection.executemany(
+            "INSERT INTO quarantine_use AS u (firm_id, bytes, refused_items, refused_samples, refused_last) "
+            "VALUES ($1, $2, $3, $4, $5) ON CONFLICT (firm_id) DO UPDATE SET bytes = u.bytes + excluded.bytes, "
+            "refused_items = u.refused_items + excluded.refused_items, "
+            "refused_samples = u.refused_samples + excluded.refused_samples, "
+            "refused_last = coalesce(excluded.refused_last, u.refused_last)",
+            [
+                (firm_id, one.bytes, one.refused_items, one.refused_samples, self._now() if one.refused_items else None)
+                for firm_id, one in sorted(taken.items())
+            ],
+        )
+        for firm_id, one in taken.items():
+            if one.refused_items:
+                quarantine_refused_total.inc(one.refused_items)
+                log.warning("quarantine is full", firm_id=firm_id, items=one.refused_items, samples=one.refused_samples)
+
+    def _now(self) -> datetime:
+        return from_us(self._clock.now_us())
 
     async def note_numbers(self, topic: str, connection: Connection, records: Sequence[ConsumerRecord]) -> None:
         """Note how far each door has come in the topic (named without prefix), and what is missing."""
@@ -370,6 +420,17 @@ class Historian:
         if not fresh.all():
             late = np.flatnonzero(~fresh)
             await self._merge(connection, lane, slots[late], times[late], values[late], repeats[late])
+        history = times < self._clock.now_us() - HISTORY_AGE_US
+        if history.any():
+            await self._note_history(connection, np.unique(lane.machine_ids[slots[history]]))
+
+    async def _note_history(self, connection: Connection, machine_ids: Ints) -> None:
+        """A firm may keep so little that retention would remove at its next run what has just been loaded."""
+        await connection.execute(
+            "INSERT INTO history_loaded (machine_id, loaded) SELECT machine_id, $2 FROM unnest($1::bigint[]) AS n (machine_id) "
+            "ON CONFLICT (machine_id) DO NOTHING",
+            *(machine_ids.tolist(), self._now()),
+        )
 
     async def _append(self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats) -> None:
         rows = keyed_rows(lane.machine_ids[slots], lane.first_positions[slots], times, [values])

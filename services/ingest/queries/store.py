@@ -73,14 +73,12 @@ async def signal_places(connection: Connection, signal_ids: Sequence[int]) -> li
 
 
 async def latest(connection: Connection, machine: pb.Machine) -> list[Latest]:
-    """The newest stored value of each signal of the machine that has one in the newest 100 frames of its group."""
+    """The newest stored value of each signal of the machine that had one within its newest hours (`latest_values`)."""
     found: list[Latest] = []
     for first in range(0, len(machine.signals), CHANNEL_GROUP):
+        width = min(CHANNEL_GROUP, len(machine.signals) - first)
         rows = await connection.fetch(
-            "SELECT DISTINCT ON (u.i) u.i, f.ts, u.v FROM ("
-            "  SELECT ts, values FROM frame WHERE machine_id = $1 AND first_position = $2 ORDER BY ts DESC LIMIT 100"
-            ") f, unnest(f.values) WITH ORDINALITY AS u (v, i) WHERE u.v IS NOT NULL ORDER BY u.i, f.ts DESC",
-            *(machine.id, first),
+            "SELECT i, ts, v FROM latest_values($1, $2, $3) ORDER BY i", *(machine.id, first, width)
         )
         for row in rows:
             signal = machine.signals[first + row["i"] - 1]

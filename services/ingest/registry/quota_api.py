@@ -49,5 +49,7 @@ def _said(quota: QuotaInForce) -> dict[str, Any]:
             "signals": quota.use.signals,
             "machines": quota.use.machines,
             "oldest_sample_us": to_us(quota.use.oldest) if quota.use.oldest else None,
+            "quarantine_bytes": quota.use.quarantine_bytes,
+            "quarantine_refused_samples": quota.use.quarantine_refused_samples,
         },
     }

@@ -30,6 +30,9 @@ class Use:
     signals: int
     machines: int
     oldest: datetime | None
+    # What waits in quarantine, and what was refused there because it was full.
+    quarantine_bytes: int
+    quarantine_refused_samples: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ async def use_of(connection: Connection, firm_id: int, now_us: int) -> Use:
         "(SELECT count(*) FROM signal WHERE firm_id = $1) AS signals, "
         "(SELECT count(*) FROM machine WHERE firm_id = $1) AS machines, "
         "(SELECT min(f.ts) FROM (SELECT id FROM machine WHERE firm_id = $1 ORDER BY id LIMIT $3) m, LATERAL "
-        " (SELECT ts FROM frame WHERE machine_id = m.id AND first_position = 0 ORDER BY ts LIMIT 1) f) AS oldest",
+        " (SELECT ts FROM frame WHERE machine_id = m.id AND first_position = 0 ORDER BY ts LIMIT 1) f) AS oldest, "
+        "coalesce((SELECT bytes FROM quarantine_use WHERE firm_id = $1), 0) AS quarantine_bytes, "
+        "coalesce((SELECT refused_samples FROM quarantine_use WHERE firm_id = $1), 0) AS quarantine_refused_samples",
         *(firm_id, from_us(now_us) - timedelta(seconds=USE_IS_NEWS_S), MACHINES_LOOKED_AT),
     )
     assert row is not None

@@ -15,6 +15,7 @@ from services.ingest.domain import (
     QUOTA_SIGNALS_MAX,
     QUOTA_STORED_DAYS_DEFAULT,
     QUOTA_STORED_DAYS_MAX,
+    STORED_DAYS_MIN,
 )
 from services.ingest.registry import audit_store
 from services.ingest.registry import quota_store as store
@@ -61,13 +62,13 @@ class Quotas:
         """Set a firm's quota; None: the default. The doors know it within a second. Raises NotFound, Invalid."""
         caller.require(Role.OPERATOR)
         check_id(firm_id, "firm_id")
-        for number, most, what in (
-            (quota.samples_per_s, QUOTA_SAMPLES_PER_S_MAX, "samples_per_s"),
-            (quota.signals, QUOTA_SIGNALS_MAX, "signals"),
-            (quota.stored_days, QUOTA_STORED_DAYS_MAX, "stored_days"),
+        for number, least, most, what in (
+            (quota.samples_per_s, 1, QUOTA_SAMPLES_PER_S_MAX, "samples_per_s"),
+            (quota.signals, 1, QUOTA_SIGNALS_MAX, "signals"),
+            (quota.stored_days, STORED_DAYS_MIN, QUOTA_STORED_DAYS_MAX, "stored_days"),
         ):
-            if number is not None and not 0 < number <= most:
-                raise Invalid(f"{what}: from 1 to {most}, or leave it out for the default.")
+            if number is not None and not least <= number <= most:
+                raise Invalid(f"{what}: from {least} to {most}, or leave it out for the default.")
         now_us = self._clock.now_us()
         async with transaction(self._pool) as connection:
             before = await store.quota_of(connection, firm_id)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from services.ingest.domain import QUOTA_STORED_DAYS_DEFAULT
+from services.ingest.domain import QUOTA_STORED_DAYS_DEFAULT, STORED_DAYS_MIN
 
 HOUR_US: Final = 3_600 * 1_000_000
 DAY_US: Final = 24 * HOUR_US
@@ -16,8 +16,6 @@ HOUR_DAYS_DEFAULT: Final = 3_660
 QUARANTINE_DAYS: Final = 90
 # History that was loaded stays so long before its age counts, to be looked at, exported and scored.
 GRACE_DAYS: Final = 30
-# A shorter time would remove what is still arriving late, and alarms would have nothing to show.
-DAYS_MIN: Final = 7
 DAYS_MAX: Final = 36_600
 
 
@@ -36,6 +34,10 @@ STORES: Final = (
     Store("minute", "rollup_1m", 30, MINUTE_DAYS_DEFAULT),
     Store("hour", "rollup_1h", 365, HOUR_DAYS_DEFAULT),
 )
+# Rows, not chunks, and for all firms the same time.
+QUARANTINE: Final = Store("quarantine", "quarantine", 0, QUARANTINE_DAYS)
+# It is filled by what goes wrong, which is news for some days.
+QUARANTINE_GROWTH_DAYS: Final = 7
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Rule:
     def check(self) -> None:
         """Raises ValueError with what is wrong."""
         said = (self.raw_days, self.minute_days, self.hour_days)
-        if not all(number is None or DAYS_MIN <= number <= DAYS_MAX for number in said):
-            raise ValueError(f"days: {DAYS_MIN} to {DAYS_MAX}, or left out")
+        if not all(number is None or STORED_DAYS_MIN <= number <= DAYS_MAX for number in said):
+            raise ValueError(f"days: {STORED_DAYS_MIN} to {DAYS_MAX}, or left out")
         if any(number is not None and number != self.days(store) for number, store in zip(said, STORES, strict=True)):
             raise ValueError("hours must be kept at least as long as minutes, and minutes as long as raw samples")
 

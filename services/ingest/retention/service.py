@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -14,13 +15,16 @@ from services.common.errors import Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from services.ingest.asked import check_id
-from services.ingest.domain import BadName, check_text
+from services.ingest.domain import QUARANTINE_BYTES_PER_FIRM_MAX, BadName, check_text
 from services.ingest.registry import audit_store
 from services.ingest.retention import store as db
 from services.ingest.retention.rules import (
     DAY_US,
     GRACE_DAYS,
+    KNOWN_DAYS_MIN,
+    QUARANTINE,
     QUARANTINE_DAYS,
+    QUARANTINE_GROWTH_DAYS,
     STORES,
     Cutoffs,
     Rule,
@@ -151,6 +155,7 @@ async def forecast(connection: Connection, now_us: int, disk_bytes: int) -> Fore
         size = sum(chunk.size_bytes for chunk in chunks)
         sizes.append(StoreSize(store, size, len(chunks), growth, days, full))
         storage_bytes.labels(store.name).set(size)
+    sizes.append(await _quarantine(connection, rules, now_us if first_us is None else first_us, now_us))
     database = await db.database_bytes(connection)
     database_bytes.set(database)
     disk_bytes_set.set(disk_bytes)
@@ -159,6 +164,18 @@ async def forecast(connection: Connection, now_us: int, disk_bytes: int) -> Fore
     days_left, reason = _days_left(sizes, total, database, disk_bytes)
     storage_left_days.set(float("nan") if days_left is None else days_left)
     return Forecast(database, disk_bytes, sizes, total, days_left, reason)
+
+
+async def _quarantine(connection: Connection, rules: Mapping[int, Rule], first_us: int, now_us: int) -> StoreSize:
+    days_seen = min(QUARANTINE_GROWTH_DAYS, (now_us - first_us) / DAY_US)
+    size, came = await db.quarantine_size(connection, from_us(now_us - QUARANTINE_GROWTH_DAYS * DAY_US))
+    growth = came / days_seen if days_seen >= KNOWN_DAYS_MIN else None
+    full: float = len(await db.firm_ids(connection)) * QUARANTINE_BYTES_PER_FIRM_MAX
+    is_held = any(rule.is_on_hold for rule in rules.values())
+    if not is_held and growth is not None:
+        full = min(full, growth * QUARANTINE_DAYS)
+    storage_bytes.labels(QUARANTINE.name).set(size)
+    return StoreSize(QUARANTINE, size, 0, growth, None if is_held else QUARANTINE_DAYS, max(size, full))
 
 
 def _days_left(
@@ -222,7 +239,7 @@ class Enforcer:
         self._chunks = self._rows = 0
         now_us = self._clock.now_us()
         async with transaction(self._pool) as connection:
-            run_id = await db.begin_run(connection, now_us)
+            run_id = await db.begin_run(connection, now_us, self._settled_before())
             firm_ids, rules = await db.firm_ids(connection), await db.rules(connection)
         problem = "It was cut off."
         try:
@@ -262,7 +279,7 @@ class Enforcer:
             await self._remove_rows(store, firm_id, from_us(cutoff_us))
 
     def _settled_before(self) -> datetime:
-        """What was made before is old enough for its age to count."""
+        """What was made or loaded before is there for long enough for its age to count."""
         return from_us(self._clock.now_us() - self._grace_us)
 
     async def _drop_chunks(self, store: Store, cutoff_us: int) -> None:
@@ -280,7 +297,7 @@ class Enforcer:
         after = 0
         while True:
             async with transaction(self._pool) as connection:
-                groups = await db.groups_page(connection, 0, after, MACHINES_PER_STEP, from_us(self._clock.now_us()))
+                groups = await db.groups_page(connection, 0, after, MACHINES_PER_STEP)
                 if not groups:
                     return
                 await db.close_buckets(connection, groups, end)
@@ -290,7 +307,7 @@ class Enforcer:
         after = 0
         while True:
             async with transaction(self._pool) as connection:
-                groups = await db.groups_page(connection, firm_id, after, MACHINES_PER_STEP, self._settled_before())
+                groups = await db.groups_page(connection, firm_id, after, MACHINES_PER_STEP)
             for group in groups:
                 while await self._remove_some(store, group, cutoff) >= self._rows_per_step:
                     pass

@@ -64,16 +64,15 @@ async def firm_ids(connection: Connection) -> list[int]:
     return [row["id"] for row in await connection.fetch("SELECT id FROM firm ORDER BY id")]
 
 
-async def groups_page(
-    connection: Connection, firm_id: int, after_machine_id: int, machines: int, created_before: datetime
-) -> list[Group]:
-    """The channel groups of the next machines that are so old, in order; firm_id 0: of all firms."""
+async def groups_page(connection: Connection, firm_id: int, after_machine_id: int, machines: int) -> list[Group]:
+    """The channel groups of the firm's next machines without newly loaded history, in order; firm_id 0: of all machines."""
     rows = await connection.fetch(
         "SELECT m.id, g.first_position FROM ("
-        "  SELECT id FROM machine WHERE ($1 = 0 OR firm_id = $1) AND id > $2 AND created < $5 ORDER BY id LIMIT $3"
+        "  SELECT id FROM machine WHERE ($1 = 0 OR firm_id = $1 AND id NOT IN (SELECT machine_id FROM history_loaded)) "
+        "  AND id > $2 ORDER BY id LIMIT $3"
         ") AS m, LATERAL (SELECT coalesce(max(position), 0) AS last FROM signal WHERE machine_id = m.id) AS s, "
         "generate_series(0, s.last / $4 * $4, $4) AS g (first_position) ORDER BY m.id, g.first_position",
-        *(firm_id, after_machine_id, machines, CHANNEL_GROUP, created_before),
+        *(firm_id, after_machine_id, machines, CHANNEL_GROUP),
     )
     return [Group(row["id"], row["first_position"]) for row in rows]
 
@@ -139,16 +138,22 @@ async def remove_rows(connection: Connection, store: Store, group: Group, cutoff
 
 async def remove_quarantined(connection: Connection, firm_id: int, cutoff: datetime, limit: int) -> int:
     """Remove at most `limit` of the firm's items received before the cutoff; how many there were."""
-    status = await connection.execute(
-        "DELETE FROM quarantine WHERE id = ANY(ARRAY("
-        "SELECT id FROM quarantine WHERE firm_id = $1 AND received < $2 ORDER BY received LIMIT $3))",
+    removed: int = await connection.fetchval(
+        "WITH gone AS (DELETE FROM quarantine WHERE id = ANY(ARRAY("
+        "  SELECT id FROM quarantine WHERE firm_id = $1 AND received < $2 ORDER BY received LIMIT $3"
+        ")) RETURNING quarantine_bytes(batch, raw) AS bytes), "
+        "noted AS (UPDATE quarantine_use SET bytes = greatest(0, bytes - (SELECT coalesce(sum(g.bytes), 0) FROM gone g)) "
+        "WHERE firm_id = $1) SELECT count(*) FROM gone",
         *(firm_id, cutoff, limit),
     )
-    return int(status.rpartition(" ")[2])
+    return removed
 
 
-async def begin_run(connection: Connection, now_us: int) -> int:
-    """Also forgets runs older than a year, and doors that wrote their last record long before the message log forgot it."""
+async def begin_run(connection: Connection, now_us: int, settled_before: datetime) -> int:
+    """Also forgets what history was loaded before that time, runs older than a year, and doors that wrote their last record
+    long before the message log forgot it.
+    """
+    await connection.execute("DELETE FROM history_loaded WHERE loaded < $1", settled_before)
     await connection.execute(
         "DELETE FROM door_numbers WHERE missing = 0 AND noted < $1::timestamptz - INTERVAL '30 days'", from_us(now_us)
     )
@@ -185,6 +190,18 @@ async def chunk_sizes(connection: Connection, store: Store) -> list[ChunkSize]:
         store.table,
     )
     return [ChunkSize(to_us(row["range_start"]), to_us(row["range_end"]), row["size"]) for row in rows]
+
+
+async def quarantine_size(connection: Connection, since: datetime) -> tuple[int, int]:
+    """Bytes of the quarantine's table, and how many came since then."""
+    row = await connection.fetchrow(
+        "SELECT pg_total_relation_size('quarantine') AS size, (SELECT coalesce(sum(n.bytes), 0)::bigint FROM firm f, LATERAL ("
+        "SELECT sum(quarantine_bytes(q.batch, q.raw)) AS bytes FROM quarantine q WHERE q.firm_id = f.id AND q.received >= $1"
+        ") AS n) AS came",
+        since,
+    )
+    assert row is not None
+    return row["size"], row["came"]
 
 
 async def first_machine_us(connection: Connection) -> int | None:
