@@ -140,11 +140,14 @@ async def test_a_clamp_meter_alone_gives_states_use_energy_and_carbon_on_the_fir
     ):
         assert found[name] == {"value": None, "reason": reason}
     assert (found["cost"]["pence"], found["cost"]["reason"]) == (None, "NO_TARIFF")
+    assert "POST /v1/tariffs" in found["cost"]["next_step"]
     reporting, grid = found["carbon"]["reporting"], found["carbon"]["grid"]
     assert Decimal(reporting["kg"]) == pytest.approx(Decimal(kwh * 0.177), abs=Decimal("0.0001"))
     assert reporting["years"][0]["factor"]["confirmed_by"] is None
     # Northern Ireland has a grid of its own, and nobody has entered its factor yet.
     assert (grid["region"], grid["kg"], grid["reason"]) == ("Northern Ireland", None, "NO_CARBON_FACTOR")
+    assert "factor of Northern Ireland" in grid["next_step"]
+    assert reporting["next_step"] == ""
 
 
 async def test_states_are_stretches_that_follow_one_another(plant: Plant) -> None:
@@ -293,6 +296,10 @@ async def test_grpc_answers_the_same(plant: Plant) -> None:
     assert kpis.whole.times.working_s == same["times"]["working_s"]
     assert [day.figures.energy_kwh.value for day in kpis.days] == [day["energy_kwh"]["value"] for day in same["days"]]
     assert (kpis.cost_pence, kpis.cost_reason) == (same["cost"]["pence"], same["cost"]["reason"])
+    assert (kpis.cost_next_step, kpis.grid.next_step) == (
+        same["cost"]["next_step"],
+        same["carbon"]["grid"]["next_step"],
+    )
     assert kpis.HasField("cost_pence") == (same["cost"]["pence"] is not None)
     assert kpis.reporting.kg == same["carbon"]["reporting"]["kg"]
     assert len(states.states) == len((await plant.get(f"/v1/machines/{machine}/states"))["states"])

@@ -387,6 +387,26 @@ async def test_millions_of_samples_leave_in_constant_memory_and_parquet_equals_t
     np.testing.assert_array_equal(narrow["value"].to_numpy(), stored.long_values[~np.isnan(stored.long_values)])
 
 
+async def test_a_machine_of_more_than_a_thousand_signals_leaves_whole(stored: Stored) -> None:
+    plant, width = stored.plant, 1_201
+    machine = await plant.machine("acme/one/many-1", [{"name": f"s{n}"} for n in range(width)])
+    times = START_US // 60_000_000 * 60_000_000 + np.arange(130) * 60_000_000
+    values = np.arange(130.0 * width).reshape(130, width)
+    await plant.store(machine, times, values)
+    wanted = {"machine_id": machine["id"], "from_us": 0, "to_us": START_US * 2}
+    rows = list(csv.reader(io.StringIO((await plant.http.get("/v1/export", params=wanted)).text)))
+    assert rows[0] == ["time", *(f"s{n}" for n in range(width))]
+    assert np.array_equal(np.array([row[1:] for row in rows[1:]], dtype=float), values)
+    answer = await plant.http.get("/v1/export", params={**wanted, "format": "parquet", "layout": "narrow"})
+    assert np.array_equal(pq.read_table(io.BytesIO(answer.content))["value"].to_numpy(), values.ravel())
+    minutes = await plant.http.get("/v1/export", params={**wanted, "resolution": "minute"})
+    counts = [row[1::5] for row in csv.reader(io.StringIO(minutes.text))][1:]
+    assert counts == [["1.0"] * width] * 130
+    refused = await plant.http.get("/v1/export", params={**wanted, "format": "parquet"})
+    assert refused.status_code == 400
+    assert "layout=narrow" in refused.json()["detail"]
+
+
 async def test_a_file_whose_database_goes_away_is_seen_to_be_broken(stored: Stored) -> None:
     wanted = {"machine_id": stored.long["id"], "from_us": 0, "to_us": START_US * 2, "layout": "narrow", "gzip": True}
     channel = grpc.aio.insecure_channel(stored.plant.hub.processes["door"].grpc)

@@ -244,6 +244,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
     return {
         "pence": cost.pence,
         "reason": cost.reason,
+        "next_step": cost.next_step,
         "rates": [
             {
                 "tariff_id": one.tariff_id,
@@ -272,6 +273,7 @@ def _carbon(found: Carbon) -> dict[str, Any]:
         "region": found.region,
         "kg": None if found.kg is None else str(found.kg),
         "reason": found.reason,
+        "next_step": found.next_step,
         "years": [
             {
                 "year": one.year,

@@ -67,6 +67,7 @@ class KpiServicer(kpi_pb2_grpc.KpiServiceServicer):
             ],
             cost_pence=found.cost.pence,
             cost_reason=found.cost.reason,
+            cost_next_step=found.cost.next_step,
             reporting=_carbon(found.reporting),
             grid=_carbon(found.grid),
         )
@@ -236,7 +237,12 @@ def _times(times: kpi_figures.Times) -> kpi_pb2.Times:
 
 
 def _carbon(found: Carbon) -> kpi_pb2.Carbon:
-    carbon = kpi_pb2.Carbon(region=found.region, kg="" if found.kg is None else str(found.kg), reason=found.reason)
+    carbon = kpi_pb2.Carbon(
+        region=found.region,
+        kg="" if found.kg is None else str(found.kg),
+        reason=found.reason,
+        next_step=found.next_step,
+    )
     for one in found.years:
         carbon.years.add(
             year=one.year,

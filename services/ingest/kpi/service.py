@@ -97,6 +97,15 @@ class Cost:
     rates: list[RateCost]
     tariffs: list[Tariff]
 
+    @property
+    def next_step(self) -> str:
+        if self.reason != "NO_TARIFF":
+            return ""
+        return (
+            "Enter what a kWh costs at the machine's site, by its contract or bill: POST /v1/tariffs with the site_id. Or ask an "
+            "operator for a tariff of the region."
+        )
+
 
 @dataclass(frozen=True)
 class Carbon:
@@ -106,6 +115,15 @@ class Carbon:
     kg: Decimal | None
     reason: str
     years: list[YearCarbon]
+
+    @property
+    def next_step(self) -> str:
+        if self.reason != "NO_CARBON_FACTOR":
+            return ""
+        return (
+            f"Ask an operator of the hub to enter the published factor of {self.region} for the year, or one before it, with its "
+            "source: POST /v1/carbon-factors."
+        )
 
 
 @dataclass(frozen=True)

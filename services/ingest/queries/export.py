@@ -19,6 +19,7 @@ from services.common.errors import Invalid, NotFound, SlowDown
 from services.common.identity import Caller
 from services.common.metrics import watch_queue
 from services.ingest.asked import check_id, check_one_of
+from services.ingest.domain import SIGNALS_PER_MACHINE_MAX
 from services.ingest.queries import read, store
 from services.ingest.queries.access import Access
 from services.ingest.queries.export_formats import Encoder, Gzip, NarrowCsv, WideCsv
@@ -26,7 +27,10 @@ from services.ingest.queries.queries import check_range
 from services.ingest.queries.read import Floats, Ints
 from services.ingest.queries.store import SignalPlace
 
-SIGNALS_PER_EXPORT_MAX = 1_000
+# As many as a machine may have.
+SIGNALS_PER_EXPORT_MAX = SIGNALS_PER_MACHINE_MAX
+# Parquet keeps a block of each column until it is large enough to be worth its place in the file.
+PARQUET_COLUMNS_MAX = 1_000
 # At a time; each keeps one window of values (see query_read) and the block that is being made of them.
 EXPORTS_MAX = 8
 EXPORTS_PER_KEY_MAX = 2
@@ -126,6 +130,11 @@ class Export:
         signal_ids = list(dict.fromkeys(signal_ids))
         if not 1 <= len(signal_ids) <= SIGNALS_PER_EXPORT_MAX:
             raise Invalid(f"Name a machine_id, or signal_ids: 1 to {SIGNALS_PER_EXPORT_MAX} signals in one file.")
+        if len(signal_ids) > PARQUET_COLUMNS_MAX and (wanted.format, wanted.layout) == ("parquet", "wide"):
+            raise Invalid(
+                f"{len(signal_ids)} signals, and a wide Parquet file has at most {PARQUET_COLUMNS_MAX}: ask for layout=narrow or "
+                "format=csv, or name fewer signals."
+            )
         for signal_id in signal_ids:
             check_id(signal_id, "signal_id")
         async with transaction(self._pool) as connection:

@@ -10,7 +10,7 @@ from services.ingest.queries.read import Floats, Ints
 
 # A row group: large enough for readers to skip by, small enough to be kept until it is full (8 bytes a cell).
 ROW_GROUP_CELLS = 500_000
-# The footer keeps about 150 bytes for each column of each row group; so many columns need larger groups.
+# The footer keeps about 150 bytes for each column of each row group; wide files of many columns need larger groups.
 ROW_GROUP_ROWS_MIN = 5_000
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -37,7 +37,7 @@ class Parquet:
     def window(self, times_us: Ints, values: Floats) -> bytes:
         self._waiting.append((times_us, values))
         rows = sum(len(times) for times, _ in self._waiting)
-        if rows >= max(ROW_GROUP_ROWS_MIN, ROW_GROUP_CELLS // values.shape[1]):
+        if rows >= max(1 if self._narrow else ROW_GROUP_ROWS_MIN, ROW_GROUP_CELLS // values.shape[1]):
             self._flush()
         return self._sink.taken()
 

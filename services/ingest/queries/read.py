@@ -27,6 +27,8 @@ DAY_US = 24 * HOUR_US
 PAGE_CELLS_MAX = 100_000
 PAGE_ROWS_MAX = 20_000
 PAGE_ROWS_MIN = 100
+# Except of so many signals that even these few rows would be large.
+PAGE_CELLS_OF_FEW_ROWS_MAX = 1_000_000
 # A statement over more chunks than this spans (a chunk has 7 days) takes longer to plan than to run.
 PAGE_SPAN_US = 35 * DAY_US
 
@@ -109,7 +111,7 @@ async def samples(
     Each time comes once. What arrives late, behind what has been read already, is not seen.
     """
     cursors = [_Cursor(group, start_us, end_us) for group in groups_of(places)]
-    rows = min(PAGE_ROWS_MAX, max(PAGE_ROWS_MIN, PAGE_CELLS_MAX // len(places)))
+    rows = _page_rows(len(places))
     if start_us >= end_us:
         return
     while True:
@@ -160,8 +162,7 @@ async def stats(
 ) -> AsyncIterator[tuple[Group, Stats]]:
     """Stored buckets that begin in [start, end), page by page, group after group; buckets are numbered from 1970."""
     for group in groups_of(places):
-        span_us = min(PAGE_ROWS_MAX, max(PAGE_ROWS_MIN, PAGE_CELLS_MAX // (5 * len(group.indexes))))
-        span_us *= resolution.width_us
+        span_us = _page_rows(len(BUCKET_FIGURES) * len(group.indexes)) * resolution.width_us
         for page_us in range(start_us, end_us, span_us):
             async with transaction(pool) as connection:
                 found = await buckets(connection, group, resolution, page_us, min(end_us, page_us + span_us))
@@ -181,7 +182,7 @@ async def bucket_rows(
     NaN where a bucket holds no value of a signal; each time comes once.
     """
     groups = groups_of(places)
-    rows = min(PAGE_ROWS_MAX, max(PAGE_ROWS_MIN, PAGE_CELLS_MAX // (len(BUCKET_FIGURES) * len(places))))
+    rows = _page_rows(len(BUCKET_FIGURES) * len(places))
     for page_us in range(start_us, end_us, rows * resolution.width_us):
         page_end_us = min(end_us, page_us + rows * resolution.width_us)
         pages = []
@@ -195,10 +196,15 @@ async def bucket_rows(
             figures = np.stack([page.counts, means, page.mins, page.maxs, page.lasts], axis=2)
             figures[page.counts == 0] = np.nan
             values[np.searchsorted(numbers, page.buckets)[:, None], group.columns] = figures
-        flat = values.reshape(len(numbers), -1)
+        flat = values.reshape(len(numbers), len(places) * len(BUCKET_FIGURES))
         some = ~np.isnan(flat).all(axis=1)
         if some.any():
             yield numbers[some] * resolution.width_us, flat[some]
+
+
+def _page_rows(columns: int) -> int:
+    fewest = min(PAGE_ROWS_MIN, PAGE_CELLS_OF_FEW_ROWS_MAX // columns)
+    return min(PAGE_ROWS_MAX, max(fewest, PAGE_CELLS_MAX // columns))
 
 
 async def frames(connection: Connection, group: Group, start_us: int, end_us: int, limit: int) -> tuple[Ints, Floats]:
