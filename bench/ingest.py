@@ -300,7 +300,7 @@ async def _text_door(
 
 
 async def memory(servers: Servers) -> None:
-    """What each process holds with 1,000,000 registered signals, started anew, after a load from 10,000 of the machines."""
+    """What each process holds with 1,000,000 registered signals: started anew, and after a load from 200,000 of them."""
     hub = Hub(servers, LOCAL / "log" / "bench", topic_prefix="memory.")
     try:
         await hub.start()
@@ -313,18 +313,26 @@ async def memory(servers: Servers) -> None:
         for name in hub.processes:
             await hub.wait_ready(name)
         await known(hub, plant)
+        held = _held(hub)
+        tell("memory_mb", max(held.values()), "MB", registered_signals=REGISTERED_SIGNALS, **held)
         database = await asyncpg.connect(hub.settings.database_dsn)
         async with Progress.of(hub, database) as progress:
             sent = await send(hub, plant, SMALL_CONNECTIONS, SMALL_ROUNDS, 1)
             await progress.wait_stored(plant, sent["samples"])
         await database.close()
-        held = {}
-        for name, running in hub.processes.items():
-            assert running.process is not None
-            held[name] = round(psutil.Process(running.process.pid).memory_info().rss / 1e6)
-        tell("memory_mb", max(held.values()), "MB", registered_signals=REGISTERED_SIGNALS, **held)
+        held = _held(hub)
+        tell("memory_loaded_mb", max(held.values()), "MB", live_signals=SMALL_MACHINES * SIGNALS, **held)
     finally:
         await hub.stop()
+
+
+def _held(hub: Hub) -> dict[str, int]:
+    """Resident memory of each process in MB."""
+    held = {}
+    for name, running in hub.processes.items():
+        assert running.process is not None
+        held[name] = round(psutil.Process(running.process.pid).memory_info().rss / 1e6)
+    return held
 
 
 async def historian(hub: Hub, progress: Progress, limits: dict[str, float]) -> None:
