@@ -20,6 +20,7 @@ from services.common.settings import Settings
 from services.ingest.historian.historian import Historian
 from services.ingest.retention import service as retention
 from services.ingest.retention.service import Enforcer
+from services.ingest.telemetry import quarantine_store
 from smdih.ingest.v1 import records_pb2
 from tests.integration.stored_plant import StoredPlant, stored_plant
 from tests.polling import eventually
@@ -243,7 +244,7 @@ async def test_old_items_leave_quarantine_but_not_of_a_firm_on_hold(kept: Kept) 
 
 async def test_quarantine_of_a_firm_is_bounded_and_what_is_refused_there_is_counted(kept: Kept) -> None:
     firms = [(await kept.machine(f"full-{n}", 1, firm=f"full-{n}"))["firm_id"] for n in (1, 2)]
-    database, historian = kept.plant.database, Historian(SystemClock(), quarantine_bytes_max=50_000)
+    database, historian = kept.plant.database, Historian(SystemClock(), quarantine_bytes_max=45_000)
     long_ago_us = NOW_US - 91 * DAY_US
 
     def record(firm_id: int, number: int) -> Any:
@@ -258,20 +259,44 @@ async def test_quarantine_of_a_firm_is_bounded_and_what_is_refused_there_is_coun
         return SimpleNamespace(value=value.SerializeToString())
 
     async def use(firm_id: int) -> dict[str, Any]:
-        query = "SELECT bytes, refused_items, refused_samples FROM quarantine_use WHERE firm_id = $1"
+        query = "SELECT refused_items, refused_samples FROM quarantine_use WHERE firm_id = $1"
         found = await database.fetchrow(query, firm_id)
-        kept_items = await database.fetchval("SELECT count(*) FROM quarantine WHERE firm_id = $1", firm_id)
-        return {**dict(found or {}), "items": kept_items}
+        told = (await kept.plant.operator.get(f"/v1/firms/{firm_id}/quota")).json()["use"]
+        stands = await database.fetchrow(
+            "SELECT count(*) AS items, coalesce(sum(quarantine_bytes(batch, raw)), 0)::bigint AS bytes FROM quarantine "
+            "WHERE firm_id = $1",
+            firm_id,
+        )
+        assert stands is not None
+        # What is counted is what is in the table.
+        assert told["quarantine_bytes"] == stands["bytes"]
+        return {**dict(found or {}), **dict(stands)}
 
-    async with database.acquire() as connection, connection.transaction():
-        for first in (0, 4):
-            polled = [record(firms[0], number) for number in range(first, first + 4)] + [record(firms[1], first)]
+    async def store(polled: list[Any]) -> None:
+        async with database.acquire() as connection, connection.transaction():
             assert await historian.store_quarantine(connection, polled) == []
+
+    for first in (0, 4):
+        await store([record(firms[0], number) for number in range(first, first + 4)] + [record(firms[1], first)])
     assert await use(firms[0]) == {"bytes": 50_000, "refused_items": 3, "refused_samples": 9, "items": 5}
-    assert await use(firms[1]) == {"bytes": 20_000, "refused_items": 0, "refused_samples": 0, "items": 2}
-    # There is room again when the old has gone.
+    # What is sent again is the same item: it takes no room, also where there is none.
+    for _ in range(5):
+        await store([record(firms[0], 0), record(firms[1], 4), record(firms[1], 4)])
+    assert await use(firms[0]) == {"bytes": 50_000, "refused_items": 3, "refused_samples": 9, "items": 5}
+    assert await use(firms[1]) == {"bytes": 20_000, "items": 2}
+    # There is room again when what was there was replayed, and what then comes again waits again.
+    async with database.acquire() as connection:
+        await quarantine_store.mark_replayed(connection, [f"full-{firms[0]}-{number}" for number in range(4)])
+    assert (await use(firms[0]))["bytes"] == 12_000
+    await store([record(firms[0], number) for number in (0, 5)])
+    assert await use(firms[0]) == {"bytes": 31_500, "refused_items": 3, "refused_samples": 9, "items": 6}
+    async with database.acquire() as connection:
+        item = await quarantine_store.quarantined_item(connection, f"full-{firms[0]}-0")
+    assert (item.replayed, item.raw) == (None, b"x" * 9_500)
+    # And when the old has gone.
     await kept.enforce()
     assert await use(firms[0]) == {"bytes": 0, "refused_items": 3, "refused_samples": 9, "items": 0}
+    assert not await database.fetchval("SELECT count(*) FROM quarantine_day WHERE firm_id = ANY($1)", firms)
 
 
 async def test_what_arrives_after_its_time_was_removed_is_stored_and_spoils_no_bucket(kept: Kept) -> None:
@@ -354,8 +379,9 @@ async def test_the_disk_forecast_says_what_there_is_and_for_how_long_it_lasts(ke
             kept.plant.firm["id"],
         )
         filling = await retention.forecast(connection, NOW_US, int(free) + 1_000_000)
-        assert filling.stores[-1].growth_bytes_a_day == pytest.approx(10e6, rel=0.01)
-        assert filling.stores[-1].full_bytes == pytest.approx(900e6, rel=0.01)
+        growth = 70e6 / (7 + NOW_US % DAY_US / DAY_US)  # in seven whole days and today
+        assert filling.stores[-1].growth_bytes_a_day == pytest.approx(growth, rel=0.01)
+        assert filling.stores[-1].full_bytes == pytest.approx(90 * growth, rel=0.01)
         assert filling.days_left is not None
         await connection.execute("DELETE FROM quarantine WHERE id LIKE 'fills-%'")
         await connection.execute(

@@ -167,8 +167,9 @@ async def forecast(connection: Connection, now_us: int, disk_bytes: int) -> Fore
 
 
 async def _quarantine(connection: Connection, rules: Mapping[int, Rule], first_us: int, now_us: int) -> StoreSize:
-    days_seen = min(QUARANTINE_GROWTH_DAYS, (now_us - first_us) / DAY_US)
-    size, came = await db.quarantine_size(connection, from_us(now_us - QUARANTINE_GROWTH_DAYS * DAY_US))
+    since_us = (now_us // DAY_US - QUARANTINE_GROWTH_DAYS) * DAY_US
+    days_seen = (now_us - max(since_us, first_us)) / DAY_US
+    size, came = await db.quarantine_size(connection, from_us(since_us))
     growth = came / days_seen if days_seen >= KNOWN_DAYS_MIN else None
     full: float = len(await db.firm_ids(connection)) * QUARANTINE_BYTES_PER_FIRM_MAX
     is_held = any(rule.is_on_hold for rule in rules.values())

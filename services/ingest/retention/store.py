@@ -138,15 +138,13 @@ async def remove_rows(connection: Connection, store: Store, group: Group, cutoff
 
 async def remove_quarantined(connection: Connection, firm_id: int, cutoff: datetime, limit: int) -> int:
     """Remove at most `limit` of the firm's items received before the cutoff; how many there were."""
-    removed: int = await connection.fetchval(
-        "WITH gone AS (DELETE FROM quarantine WHERE id = ANY(ARRAY("
+    status = await connection.execute(
+        "DELETE FROM quarantine WHERE id = ANY(ARRAY("
         "  SELECT id FROM quarantine WHERE firm_id = $1 AND received < $2 ORDER BY received LIMIT $3"
-        ")) RETURNING quarantine_bytes(batch, raw) AS bytes), "
-        "noted AS (UPDATE quarantine_use SET bytes = greatest(0, bytes - (SELECT coalesce(sum(g.bytes), 0) FROM gone g)) "
-        "WHERE firm_id = $1) SELECT count(*) FROM gone",
+        "))",
         *(firm_id, cutoff, limit),
     )
-    return removed
+    return int(status.rpartition(" ")[2])
 
 
 async def begin_run(connection: Connection, now_us: int, settled_before: datetime) -> int:
@@ -193,11 +191,10 @@ async def chunk_sizes(connection: Connection, store: Store) -> list[ChunkSize]:
 
 
 async def quarantine_size(connection: Connection, since: datetime) -> tuple[int, int]:
-    """Bytes of the quarantine's table, and how many came since then."""
+    """Bytes of the quarantine's table, and how many of those that stand there came since the beginning of that day."""
     row = await connection.fetchrow(
-        "SELECT pg_total_relation_size('quarantine') AS size, (SELECT coalesce(sum(n.bytes), 0)::bigint FROM firm f, LATERAL ("
-        "SELECT sum(quarantine_bytes(q.batch, q.raw)) AS bytes FROM quarantine q WHERE q.firm_id = f.id AND q.received >= $1"
-        ") AS n) AS came",
+        "SELECT pg_total_relation_size('quarantine') AS size, coalesce((SELECT sum(bytes) FROM quarantine_day "
+        "WHERE day >= ($1::timestamptz AT TIME ZONE 'UTC')::date), 0)::bigint AS came",
         since,
     )
     assert row is not None
