@@ -10,7 +10,7 @@ from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.errors import Conflict
 from services.funding.award_store import award_from
-from services.funding.domain import Application, ApplicationState, Award, Content, Cost, Declaration, Pledge
+from services.funding.domain import Application, ApplicationState, Award, Content, Cost, Declaration, Match, Pledge
 from services.funding.paging import Place
 from services.funding.rules.match import PledgeKind
 
@@ -157,6 +157,27 @@ async def set_submitted(connection: Connection, application_id: str, *, grant_pe
 
 async def set_withdrawn(connection: Connection, application_id: str) -> None:
     await connection.execute("UPDATE application SET state = 'withdrawn' WHERE id = $1", application_id)
+
+
+async def live_of_match(connection: Connection, match_id: str) -> Application | None:
+    """The application on the match that waits to be submitted or decided."""
+    found = await connection.fetchval(
+        "SELECT id FROM application WHERE match_id = $1 AND state IN ('draft', 'submitted')", match_id
+    )
+    return None if found is None else await application_of(connection, found)
+
+
+async def move_to_match(connection: Connection, match: Match) -> Application | None:
+    """The newest live application whose match for the same need has ended rests on this one from now on. None: there is none."""
+    row = await connection.fetchrow(
+        "UPDATE application SET match_id = $1 WHERE id = (SELECT p.id FROM application p JOIN match m ON m.id = p.match_id "
+        "WHERE m.need_id = $2 AND m.firm_id = $3 AND m.ended IS NOT NULL AND p.state IN ('draft', 'submitted') "
+        "ORDER BY p.created DESC, p.id DESC LIMIT 1) RETURNING id",
+        match.id,
+        match.need_id,
+        match.firm_id,
+    )
+    return None if row is None else await application_of(connection, row["id"])
 
 
 async def set_decided(

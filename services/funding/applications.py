@@ -156,6 +156,7 @@ class ApplicationService:
             first = await application_store.application_by_request(connection, match.firm_id, request_id)
             if first is None:
                 self._check_open(call)
+                _check_stands(match)
                 application = dataclasses.replace(application, sic=self._sic(match.firm_id))
                 # Facts that no rule can read are refused now, not at the decision.
                 await self._judge.assess_application(connection, application, call)
@@ -180,6 +181,7 @@ class ApplicationService:
         async with transaction(self._pool) as connection:
             call = await call_of(connection, call_id)
             match = await _match(connection, caller, match_id)
+            _check_stands(match)
             last = await application_store.newest_of(connection, match.firm_id)
         firm = self._directory.firms.get(match.firm_id)
         return Prefill(
@@ -378,6 +380,11 @@ class ApplicationService:
         if not firm.sic:
             raise Invalid("The firm's SIC code is not on record; ask an operator to add it.", reason="SIC_MISSING")
         return str(firm.sic)
+
+
+def _check_stands(match: Match) -> None:
+    if ended := checks.match_ended(match):
+        raise Conflict(f"{ended} Accept another offer and apply for that match.", reason=checks.MATCH_ENDED)
 
 
 async def _match(connection: Connection, caller: Caller, match_id: str) -> Match:

@@ -208,7 +208,7 @@ class Declaration:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """A firm and a provider that found each other: an accepted offer."""
+    """A firm and a provider that found each other: an accepted offer, until it is cancelled or expires."""
 
     id: str
     event_id: str
@@ -219,6 +219,8 @@ class Match:
     provider_title: str
     accepted_us: int
     correlation_id: str
+    # Since when it does not stand any more; None: it stands, or came to its good end.
+    ended_us: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

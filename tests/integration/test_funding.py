@@ -583,6 +583,50 @@ async def test_offers_that_make_no_match_and_records_that_cannot_be_read_do_not_
         await consumer.stop()
 
 
+async def test_an_application_without_its_match_waits_for_another_of_the_same_need(hub: Hub) -> None:
+    call = await hub.call()
+    made = await hub.application(call["id"])
+    path, first = f"/v1/applications/{made['id']}", made["match_id"]
+    await hub.pledge(made["id"], 60_000_00)
+    need_id = f"need-{first}"
+
+    async def published(match_id: str, change: Any) -> None:
+        await hub.publisher.publish(topics.OFFERS, offer_event(match_id, FIRM, change, need_id), key=b"need")
+
+    async def rests_on(match_id: str, *, standing: bool) -> None:
+        async def seen() -> bool:
+            found = await hub.done("GET", path)
+            met = next(one["met"] for one in found["assessment"]["findings"] if one["rule"] == "PROVIDER")
+            return (found["match_id"], met) == (match_id, standing)
+
+        await eventually(seen, deadline_s=40)
+
+    accepted, cancelled = matching_pb2.OFFER_CHANGE_ACCEPTED, matching_pb2.OFFER_CHANGE_CANCELLED
+    await published(first, cancelled)
+    await rests_on(first, standing=False)
+    why = await hub.refused(409, "MATCH_ENDED", "POST", f"{path}/submit", who="firm")
+    assert "Accept another offer for the same need" in why
+    body = application_body(call["id"], first)
+    assert "apply for that match" in await hub.refused(409, "MATCH_ENDED", "POST", "/v1/applications", body, who="firm")
+    # Another provider for the same need, and the draft goes on with its pledge; what was submitted waits in the same way.
+    for _ in range(2):  # the second is a repeat
+        await published("second-match", accepted)
+        await published(first, cancelled)
+    await rests_on("second-match", standing=True)
+    await hub.done("POST", f"{path}/submit", who="firm")
+    await published("second-match", cancelled)
+    await rests_on("second-match", standing=False)
+    assert (await hub.decide(made["id"])).json()["reason"] == "MATCH_ENDED"
+    await published("third-match", accepted)
+    await rests_on("third-match", standing=True)
+    awarded = (await hub.decide(made["id"])).json()
+    assert (awarded["state"], awarded["match_id"]) == ("awarded", "third-match")
+    # An award stands: what becomes of it is a change of its project.
+    await published("third-match", cancelled)
+    await hub.match()
+    assert (await hub.done("GET", path))["state"] == "awarded"
+
+
 async def test_the_commands_tell_by_their_exit_code_whether_the_ledger_is_in_order(hub: Hub) -> None:
     await hub.call()
     connection = await asyncpg.connect(hub.dsn, server_settings={"search_path": "funding"})
