@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date, datetime, time, timedelta
 from enum import StrEnum
 from fractions import Fraction
 from zoneinfo import ZoneInfo
@@ -20,7 +20,8 @@ REQUEST_ID_CHARACTERS_MAX = 100
 DECIMAL_CHARACTERS_MAX = 20
 RELATIONS_MAX = 100
 EARLIER_ASSISTANCE_MAX = 200
-# Also what keeps the award's one event in the ledger within its number of transfers.
+# Those that are promised to it; co-investors of a call's pool may come on top. With the grant all of them are within the number of
+# transfers that the award's one event in the ledger takes.
 PLEDGES_PER_APPLICATION_MAX = 100
 HEADCOUNT_MAX = 10_000_000
 # Yearly figures of a firm or group: a million million pounds or euros.
@@ -362,7 +363,17 @@ class Application:
 
 def uk_day(time_: datetime) -> date:
     """The calendar day in the United Kingdom, by which the rules count."""
-    return time_.astimezone(_UNITED_KINGDOM).date()
+    return uk_time(time_).date()
+
+
+def uk_midnight_after(day: date) -> datetime:
+    """When the day is over in the United Kingdom."""
+    return datetime.combine(day + timedelta(days=1), time(), _UNITED_KINGDOM)
+
+
+def uk_time(time_: datetime) -> datetime:
+    """As the clocks in the United Kingdom show it."""
+    return time_.astimezone(_UNITED_KINGDOM)
 
 
 def is_id(text: str) -> bool:
