@@ -130,6 +130,7 @@ def _assess(facts: Facts, call: Call, fund: Fund, table: ParameterTable, day: da
         match_required_pence=matched.required_p,
         match_counted_pence=matched.counted_p,
         findings=tuple(findings),
+        headroom_pence=assistance.headroom,
         database_entry_due=entry.entry_due_by,
     )
 

@@ -254,6 +254,7 @@ class Assessment:
     """An application, or the idea of one, against every rule, on one day.
 
     `grant_pence` is what would be awarded: what was asked for, else the most that the rules allow (`max_grant_pence`).
+    `headroom_pence` is what the enterprise may still be given as minimal financial assistance.
     """
 
     size: Size | None
@@ -263,6 +264,7 @@ class Assessment:
     match_required_pence: int
     match_counted_pence: int
     findings: tuple[Finding, ...]
+    headroom_pence: int
     database_entry_due: date | None = None
 
     @property
