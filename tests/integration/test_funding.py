@@ -1,12 +1,14 @@
 """The fund as two real processes on one database: from a match to an award, races between the two, kills, the ledger."""
 
 import asyncio
+import math
 import re
 import secrets
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import asyncpg
 import grpc
@@ -14,12 +16,15 @@ import httpx
 import pytest
 import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from prometheus_client import REGISTRY
 
 from localstack.servers import free_port
 from services.common import topics
+from services.common.database import create_pool
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
 from services.funding.domain import uk_day
+from services.funding.gauges import ProgressGauges
 from services.funding.rules.calendar import add_months
 from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, events_pb2, funding_pb2, funding_pb2_grpc
 from smdih.matching.v1 import events_pb2 as matching_pb2
@@ -681,10 +686,22 @@ async def test_an_award_above_the_limit_is_listed_until_its_subsidy_entry_is_mad
     assert 88 <= entry["days_left"] <= 92
     await hub.refused(403, "FORBIDDEN", "GET", where, who="firm")
     await hub.refused(404, "AWARD_UNKNOWN", "POST", f"{where}/{free['id']}", {"reference": "SC1"})
-    for _ in range(2):
-        assert (await hub.ask("POST", f"{where}/{due['id']}", {"reference": "SC10001"})).status_code == 204
-    left = [entry["award_id"] for entry in (await hub.done("GET", where))["entries"]]
-    assert due["id"] not in left
+    pool = await create_pool(hub.dsn, schema="funding", size_max=1)
+
+    async def next_due_s() -> float | None:
+        await ProgressGauges(pool).measure()
+        return REGISTRY.get_sample_value("smdih_funding_subsidy_entry_due_timestamp_seconds")
+
+    try:
+        last_day = datetime.fromisoformat(entry["due"]).replace(tzinfo=ZoneInfo("Europe/London"))
+        assert await next_due_s() == (last_day + timedelta(days=1)).timestamp()
+        for _ in range(2):
+            assert (await hub.ask("POST", f"{where}/{due['id']}", {"reference": "SC10001"})).status_code == 204
+        left = [entry["award_id"] for entry in (await hub.done("GET", where))["entries"]]
+        assert due["id"] not in left
+        assert await next_due_s() == math.inf
+    finally:
+        await pool.close()
 
 
 async def test_a_budget_moves_between_programme_and_call_as_far_as_it_is_free(hub: Hub) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -11,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
 from services.common.clock import to_us
 from services.common.database import Pool, create_pool, transaction
@@ -31,6 +33,7 @@ from services.funding.change_requests import Change, ChangeKind, ChangeService, 
 from services.funding.claims import ClaimService
 from services.funding.decisions import DecisionService
 from services.funding.domain import Cost, CostCategory, Declaration, Match, SizeFigures
+from services.funding.gauges import ProgressGauges
 from services.funding.impact import Figures, ImpactKind, change_between
 from services.funding.impacts import Impact, ImpactService
 from services.funding.journal import Journal
@@ -307,6 +310,22 @@ async def test_who_decides_a_claim_does_not_release_its_money(fund: Fund) -> Non
     assert back.claims[0].state is ClaimState.SUBMITTED
     await fund.claims.decide_claim(SECOND, award_id, claim_id, accept=True, reason="again")
     assert (await fund.settle(award_id, claim_id, caller=FIRST)).paid_pence == 400_00
+
+
+async def test_a_claim_waits_until_the_second_person_has_released_its_money(fund: Fund) -> None:
+    award_id = await fund.award()
+    first = date(2026, 6, 2)
+    claim_id = await fund.claim(award_id, 6, 1_000_00, day=first, period_end=first.isoformat())
+    sent_us = fund.clock.now_us()
+    await fund.decide(award_id, claim_id)
+
+    async def waiting_since() -> float:
+        await ProgressGauges(fund.pool).measure()
+        return time.time() - (REGISTRY.get_sample_value("smdih_funding_claim_waiting_seconds") or 0)
+
+    assert await waiting_since() == pytest.approx(sent_us / 1e6, abs=60)
+    await fund.settle(award_id, claim_id)
+    assert await waiting_since() > sent_us / 1e6 + 86_400
 
 
 async def test_payments_that_race_and_repeat_pay_once(fund: Fund) -> None:
