@@ -13,6 +13,7 @@ from services.common.logs import correlated, get_logger
 from services.funding import application_store, award_store, call_store, checks
 from services.funding.domain import (
     PLEDGES_PER_APPLICATION_MAX,
+    SUPPORTERS_PER_APPLICATION_MAX,
     TITLE_CHARACTERS_MAX,
     Application,
     ApplicationState,
@@ -65,6 +66,16 @@ class Prefill:
     # Id and path.
     machines: Sequence[tuple[int, str]]
     declaration: Declaration | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolPayment:
+    """What one co-investor of a call's pool pays for an application."""
+
+    pool_pledge_id: str
+    co_investor: str
+    amount_pence: int
+    evidence: str
 
 
 class ApplicationService:
@@ -313,6 +324,55 @@ class ApplicationService:
             )
         log.info("pledge confirmed", application_id=application_id, pledge_id=pledge_id)
         return dataclasses.replace(pledge, confirmed_us=now_us, evidence=evidence)
+
+    async def add_pool_payments(
+        self, caller: Caller, application_id: str, *, spread_id: str, payments: Sequence[PoolPayment]
+    ) -> None:
+        """What co-investors of the call's pool pay for the application becomes confirmed pledges, all of it or nothing. A repeat
+        changes nothing."""
+        caller.require(Role.OPERATOR)
+        now_us = self._clock.now_us()
+        async with transaction(self._pool) as connection:
+            application = await application_of(connection, caller, application_id, lock=True)
+            pledges = []
+            for payment in payments:
+                request_id = f"pool:{spread_id}:{payment.pool_pledge_id}"
+                if await application_store.pledge_by_request(connection, application.id, request_id):
+                    continue
+                pledge = Pledge(
+                    id=uuid.uuid4().hex,
+                    application_id=application.id,
+                    co_investor=payment.co_investor,
+                    kind=PledgeKind.CASH,
+                    public_body=False,
+                    amount_pence=payment.amount_pence,
+                    added_us=now_us,
+                )
+                content = content_sha256(dataclasses.replace(pledge, id="", added_us=0))
+                await application_store.add_pledge(connection, pledge, request_id=request_id, content_sha256=content)
+                await application_store.set_confirmed(connection, pledge.id, evidence=payment.evidence, now_us=now_us)
+                pledges.append(pledge)
+            if not pledges:
+                return
+            check_may(caller, application, Action.CONFIRM_PLEDGE)
+            if len(application.pledges) + len(pledges) > PLEDGES_PER_APPLICATION_MAX + SUPPORTERS_PER_APPLICATION_MAX:
+                raise Conflict("More pay for this application than it takes.", reason="TOO_MANY_PLEDGES")
+            call = await call_of(connection, application.call_id)
+            with correlated(application.correlation_id):
+                await post_pledges(
+                    connection,
+                    self._clock,
+                    caller,
+                    call,
+                    pledges,
+                    request_id=f"pool:{spread_id}:{application.id}:confirmed",
+                    kind="pool_paid",
+                    purpose=Purpose.PLEDGE_CONFIRMED,
+                )
+            detail: dict[str, str | int] = {"spread_id": spread_id, "pledges": len(pledges)}
+            detail["pence"] = sum(pledge.amount_pence for pledge in pledges)
+            await audit_application(connection, self._clock, caller, "pool_paid", application, detail)
+        log.info("pool paid", application_id=application_id, spread_id=spread_id, pledges=len(pledges))
 
     async def submit(self, caller: Caller, application_id: str) -> View:
         """Fix the grant asked for. Match and programme ratio are judged at the decision. A repeat gets the first answer."""

@@ -23,6 +23,7 @@ EARLIER_ASSISTANCE_MAX = 200
 # Those that are promised to it; co-investors of a call's pool may come on top. With the grant all of them are within the number of
 # transfers that the award's one event in the ledger takes.
 PLEDGES_PER_APPLICATION_MAX = 100
+SUPPORTERS_PER_APPLICATION_MAX = 99
 HEADCOUNT_MAX = 10_000_000
 # Yearly figures of a firm or group: a million million pounds or euros.
 FIGURE_MINOR_MAX = 100_000_000_000_000
