@@ -83,6 +83,7 @@ async def application_by_request(connection: Connection, firm_id: int, request_i
     return None if row is None else (row["content_sha256"], row["id"])
 
 
+_PLEDGES_STANDING = _PLEDGE_ROWS + "WHERE application_id = $1 AND taken_back IS NULL ORDER BY added, id"
 _APPLICATION = _APPLICATION_ROWS + "WHERE id = $1"
 _APPLICATION_LOCKED = _APPLICATION_ROWS + "WHERE id = $1 FOR NO KEY UPDATE"
 
@@ -92,7 +93,7 @@ async def application_of(connection: Connection, application_id: str, *, lock: b
     row = await connection.fetchrow(_APPLICATION_LOCKED if lock else _APPLICATION, application_id)
     if row is None:
         return None
-    pledges = await connection.fetch(_PLEDGE_ROWS + "WHERE application_id = $1 ORDER BY added, id", application_id)
+    pledges = await connection.fetch(_PLEDGES_STANDING, application_id)
     award = await connection.fetchrow(_AWARD_ROWS + "WHERE application_id = $1", application_id)
     waivers = await connection.fetchval("SELECT count(*) FROM ratio_waiver WHERE application_id = $1", application_id)
     return _application(
@@ -251,6 +252,17 @@ async def set_confirmed(connection: Connection, pledge_id: str, *, evidence: str
     await connection.execute(
         "UPDATE pledge SET confirmed = $2, evidence = $3 WHERE id = $1", pledge_id, from_us(now_us), evidence
     )
+
+
+async def is_taken_back(connection: Connection, application_id: str, pledge_id: str) -> bool:
+    found = await connection.fetchval(
+        "SELECT taken_back IS NOT NULL FROM pledge WHERE application_id = $1 AND id = $2", application_id, pledge_id
+    )
+    return bool(found)
+
+
+async def set_taken_back(connection: Connection, pledge_id: str, *, now_us: int) -> None:
+    await connection.execute("UPDATE pledge SET taken_back = $2 WHERE id = $1", pledge_id, from_us(now_us))
 
 
 async def add_waiver(

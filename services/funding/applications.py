@@ -325,6 +325,48 @@ class ApplicationService:
         log.info("pledge confirmed", application_id=application_id, pledge_id=pledge_id)
         return dataclasses.replace(pledge, confirmed_us=now_us, evidence=evidence)
 
+    async def take_pledge_back(self, caller: Caller, application_id: str, pledge_id: str, *, reason: str) -> View:
+        """It was stated wrongly, or the co-investor does not stand by it: it counts no more, as private or as public money. Once
+        confirmed, only operators take it back, and its money leaves the ledger. A repeat gets the first answer."""
+        with understood():
+            reason = checked_text("reason", reason)
+        async with transaction(self._pool) as connection:
+            application = await application_of(connection, caller, application_id, lock=True)
+            pledge = next((item for item in application.pledges if item.id == pledge_id), None)
+            if pledge is not None:
+                check_may(caller, application, Action.TAKE_PLEDGE_BACK)
+                await self._take_back(connection, caller, application, pledge, reason)
+            elif not is_id(pledge_id) or not await application_store.is_taken_back(
+                connection, application.id, pledge_id
+            ):
+                raise NotFound("This application has no such pledge.", reason="PLEDGE_UNKNOWN")
+            return await self._judge.view(
+                connection, there(await application_store.application_of(connection, application.id))
+            )
+
+    async def _take_back(
+        self, connection: Connection, caller: Caller, application: Application, pledge: Pledge, reason: str
+    ) -> None:
+        if pledge.confirmed_us is not None:
+            if caller.role is not Role.OPERATOR:
+                raise Conflict("The pledge is confirmed; ask an operator to take it back.", reason="PLEDGE_CONFIRMED")
+            call = await call_of(connection, application.call_id)
+            with correlated(application.correlation_id):
+                await post_pledges(
+                    connection,
+                    self._clock,
+                    caller,
+                    call,
+                    [pledge],
+                    request_id=f"pledge:{pledge.id}:released",
+                    kind="pledge_released",
+                    purpose=Purpose.PLEDGE_RELEASED,
+                )
+        await application_store.set_taken_back(connection, pledge.id, now_us=self._clock.now_us())
+        detail: dict[str, str | int] = {"pledge_id": pledge.id, "pence": pledge.amount_pence, "reason": reason}
+        await audit_application(connection, self._clock, caller, "pledge_taken_back", application, detail)
+        log.info("pledge taken back", application_id=application.id, pledge_id=pledge.id)
+
     async def add_pool_payments(
         self, caller: Caller, application_id: str, *, spread_id: str, payments: Sequence[PoolPayment]
     ) -> None:

@@ -474,6 +474,37 @@ async def test_only_confirmed_private_cash_is_match_unless_the_call_admits_goods
         assert seen["max_grant_pence"] == 41_000_00
 
 
+async def test_a_pledge_that_was_stated_wrongly_is_taken_back(hub: Hub) -> None:
+    call = await hub.call()
+    made = await hub.application(call["id"])
+    path = f"/v1/applications/{made['id']}"
+    wrong = await hub.pledge(made["id"], 50_000_00, confirm=False, public_body=True)
+    # As public money it takes the whole grant away.
+    assert "take_pledge_back" in (await hub.done("GET", path, who="firm"))["may"]
+    assert (await hub.done("GET", path))["assessment"]["max_grant_pence"] == 0
+    reason = {"reason": "it is a private company"}
+    await hub.refused(
+        404, "APPLICATION_UNKNOWN", "POST", f"{path}/pledges/{wrong['id']}/take-back", reason, who="other"
+    )
+    await hub.refused(404, "PLEDGE_UNKNOWN", "POST", f"{path}/pledges/none/take-back", reason, who="firm")
+    for _ in range(2):  # the second is a repeat
+        seen = await hub.done("POST", f"{path}/pledges/{wrong['id']}/take-back", reason, who="firm")
+        assert (seen["pledges"], seen["assessment"]["max_grant_pence"]) == ([], 45_000_00)
+    right = await hub.pledge(made["id"], 60_000_00)
+    await hub.refused(409, "PLEDGE_CONFIRMED", "POST", f"{path}/pledges/{right['id']}/take-back", reason, who="firm")
+    for _ in range(2):
+        seen = await hub.done("POST", f"{path}/pledges/{right['id']}/take-back", reason)
+        assert seen["assessment"]["match_counted_pence"] == 0
+    await hub.pledge(made["id"], 60_000_00)
+    await hub.done("POST", f"{path}/submit", who="firm")
+    assert (await hub.decide(made["id"])).json()["award"]["co_investment_pence"] == 60_000_00
+    await hub.refused(404, "PLEDGE_UNKNOWN", "POST", f"{path}/pledges/{made['id']}/take-back", reason)
+    trial = await hub.trial_balance()
+    left = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == call["id"]}
+    assert (left["co_investment_source"], left["co_investment_pledged"]) == (-60_000_00, 0)
+    await hub.assert_replay_agrees()
+
+
 async def test_partners_reach_the_fund_by_grpc(hub: Hub) -> None:
     match_id = await hub.match()
     now_us = time.time_ns() // 1000

@@ -571,7 +571,11 @@ async def test_an_application_by_grpc_begins_with_what_the_hub_knows_and_says_wh
     await forbidden(fund.Prefill, ask, "partner", "device")
     get = pb.GetApplicationRequest(application_id=made)
     mine = (await fund.GetApplication(get, metadata=bearer("firm"))).application
-    assert list(mine.may) == [pb.APPLICATION_ACTION_ADD_PLEDGE, pb.APPLICATION_ACTION_WITHDRAW]
+    assert list(mine.may) == [
+        pb.APPLICATION_ACTION_ADD_PLEDGE,
+        pb.APPLICATION_ACTION_TAKE_PLEDGE_BACK,
+        pb.APPLICATION_ACTION_WITHDRAW,
+    ]
     of_operator = (await fund.GetApplication(get, metadata=bearer("operator"))).application
     assert pb.APPLICATION_ACTION_DECIDE in of_operator.may
 
