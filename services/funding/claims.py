@@ -145,11 +145,13 @@ class ClaimService:
                 credential_id=caller.credential_id,
                 now_us=self._clock.now_us(),
             )
+            decided = await agreement_seen_by(connection, caller, award_id)
             detail: dict[str, str | int] = {"claim_id": claim.id, "reason": reason}
             if decision is not None:
                 detail |= {"payable_pence": decision.payable_pence, "code": decision.code}
+            elif until := correct_until(decided, claim.period_end, self._table):
+                detail["correct_until"] = until.isoformat()
             await self._changes.audit(connection, caller, f"claim_{state}", agreement, detail)
-            decided = await agreement_seen_by(connection, caller, award_id)
         if state is not ClaimState.DECIDED:
             claims_total.labels(state).inc()
         with correlated(decided.award.correlation_id):
