@@ -51,7 +51,7 @@ from deploy.k8s.cluster import (
 from localstack.certificates import Authority
 from localstack.hub import Hub
 from localstack.mosquitto import BRIDGE, Mosquitto
-from localstack.secured import SecuredKafka
+from localstack.secured import SecuredKafka, database_by_tls
 from localstack.servers import LOCAL, ROOT, LocalServers, Servers, ServersError
 from services.common import logs
 from services.common.kafka import Cluster as KafkaCluster
@@ -100,7 +100,9 @@ async def servers_for(host: str, node: str) -> AsyncIterator[Around]:
         pair = authority.issue(["mqtt"], addresses=[host])
         broker.start(more=f"cafile {authority.file}\ncertfile {pair.certificate}\nkeyfile {pair.key}\n")
         mqtt = Mqtt(broker.port, BRIDGE, broker.passwords[BRIDGE])
-        yield Around(host, node, administrator=administrator, kafka=kafka, mqtt=mqtt, authority=authority)
+        # By the name that pods come to it by.
+        async with database_by_tls(administrator, authority.issue(["timescaledb"])):
+            yield Around(host, node, administrator=administrator, kafka=kafka, mqtt=mqtt, authority=authority)
     finally:
         if not os.environ.get("K8S_KEEP"):
             broker.stop()
