@@ -32,6 +32,7 @@ NOW_US = int(time.time()) // 3600 * 3600 * 1_000_000
 class Kept:
     def __init__(self, plant: StoredPlant, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self.plant = plant
+        self.pool = pool
         # More than one step for each machine, and what was just loaded counts as old.
         self.enforcer = Enforcer(pool, SystemClock(), rows_per_step=100, grace_days=0)
         self.by_default = Enforcer(pool, SystemClock())
@@ -56,7 +57,9 @@ class Kept:
         signals = [{"name": "power", "unit": "kW"}, {"name": "temp"}]
         new = {"site_id": site["id"], "path": path, "name": path, "kind": "press", "signals": signals}
         machine: dict[str, Any] = (await plant.operator.post("/v1/machines", json=new)).json()
-        times = np.concatenate([NOW_US - days * DAY_US + np.arange(540) * 10_000_000 for days in days_ago])
+        times = np.concatenate(
+            [np.zeros(0, dtype=np.int64), *(NOW_US - days * DAY_US + np.arange(540) * 10_000_000 for days in days_ago)]
+        )
         rng = np.random.default_rng(machine["id"])
         await plant.store(machine, times, rng.normal(10, 1, (len(times), 2)))
         return machine
@@ -131,8 +134,8 @@ async def test_history_that_was_just_loaded_stays_for_a_while(kept: Kept) -> Non
     run = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
     assert (run["chunks_dropped"], run["rows_removed"], run["problem"]) == (0, 0, None)
     assert (await kept.frames(machine), await kept.frames(short)) == ([1_000, 500, 10], [500, 100, 50])
-    # Sending more of it does not put it off.
-    await kept.plant.database.execute("UPDATE history_loaded SET loaded = loaded - interval '31 days'")
+    # A month later; what is sent now has a month of its own, and puts off nothing that is older than it.
+    await kept.plant.database.execute("UPDATE history_load SET loaded = loaded - interval '31 days', day = day - 31")
     await kept.send(short, NOW_US - 40 * DAY_US)
 
     async def came() -> bool:
@@ -140,10 +143,36 @@ async def test_history_that_was_just_loaded_stays_for_a_while(kept: Kept) -> Non
 
     await eventually(came)
     await eventually(kept.by_default.once)
-    assert await kept.frames(short) == []
+    assert await kept.frames(short) == [40]
     await kept.plant.database.execute(
         "UPDATE machine SET created = created + interval '3 years' WHERE id = $1", short["id"]
     )
+
+
+async def test_history_that_is_loaded_into_an_old_chunk_keeps_it(kept: Kept) -> None:
+    first, second = [await kept.machine(f"same-week-{n}") for n in (1, 2)]
+    await kept.send(first, NOW_US - 450 * DAY_US)
+
+    async def is_stored() -> bool:
+        return await kept.frames(first) == [450]
+
+    await eventually(is_stored)
+    # That was long ago; another machine's history of that week is loaded now.
+    await kept.plant.database.execute(
+        "UPDATE _timescaledb_catalog.chunk SET creation_time = creation_time - interval '31 days'"
+    )
+    await kept.plant.database.execute("UPDATE history_load SET loaded = loaded - interval '31 days', day = day - 31")
+    await kept.send(second, NOW_US - 450 * DAY_US)
+
+    async def came() -> bool:
+        return await kept.frames(second) == [450]
+
+    await eventually(came)
+    await eventually(kept.by_default.once)
+    assert await kept.frames(second) == [450]
+    await kept.plant.database.execute("UPDATE history_load SET loaded = loaded - interval '31 days', day = day - 31")
+    await eventually(kept.by_default.once)
+    assert await kept.frames(second) == []
 
 
 async def test_old_samples_go_by_chunks_and_their_minutes_and_hours_stay(kept: Kept) -> None:
@@ -188,6 +217,32 @@ async def test_nothing_is_removed_of_a_firm_on_hold_and_the_others_go_on(kept: K
     run = await kept.enforce()
     assert run["chunks_dropped"] > 0
     assert await kept.frames(held) == [10]
+
+
+async def test_a_hold_stops_the_run_that_is_removing(kept: Kept) -> None:
+    machine = await kept.machine("hold-now-1", 200, firm="hold-now")
+    url = f"/v1/firms/{machine['firm_id']}/retention"
+    await kept.plant.operator.put(url, json={"raw_days": 30, "reason": "less"})
+    slow = Enforcer(kept.pool, SystemClock(), rows_per_step=5, grace_days=0)
+
+    async def count() -> int:
+        query = "SELECT count(*) FROM frame WHERE machine_id = $1"
+        found: int = await kept.plant.database.fetchval(query, machine["id"])
+        return found
+
+    async def some_are_gone() -> bool:
+        return await count() < 540
+
+    run = asyncio.create_task(eventually(slow.once))
+    await eventually(some_are_gone)
+    answer = await kept.plant.operator.put(url, json={"is_on_hold": True, "reason": "court case 9"})
+    left = await count()
+    assert (answer.status_code, left > 0) == (200, True)
+    await run
+    assert await count() == left
+    noted = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
+    assert noted["problem"] is None
+    await kept.plant.operator.put(url, json={"reason": "closed"})
 
 
 async def test_a_run_that_is_cut_off_is_noted_and_the_next_one_goes_on(kept: Kept) -> None:

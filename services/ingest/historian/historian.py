@@ -422,14 +422,19 @@ class Historian:
             await self._merge(connection, lane, slots[late], times[late], values[late], repeats[late])
         history = times < self._clock.now_us() - HISTORY_AGE_US
         if history.any():
-            await self._note_history(connection, np.unique(lane.machine_ids[slots[history]]))
+            await self._note_history(connection, lane.machine_ids[slots[history]], times[history])
 
-    async def _note_history(self, connection: Connection, machine_ids: Ints) -> None:
-        """A firm may keep so little that retention would remove at its next run what has just been loaded."""
+    async def _note_history(self, connection: Connection, of: Ints, times: Ints) -> None:
+        """Retention would remove at its next run what has just been loaded."""
+        machine_ids, numbers = np.unique(of, return_inverse=True)
+        oldest = np.full(len(machine_ids), np.iinfo(np.int64).max)
+        np.minimum.at(oldest, numbers, times)
         await connection.execute(
-            "INSERT INTO history_loaded (machine_id, loaded) SELECT machine_id, $2 FROM unnest($1::bigint[]) AS n (machine_id) "
-            "ON CONFLICT (machine_id) DO NOTHING",
-            *(machine_ids.tolist(), self._now()),
+            "INSERT INTO history_load AS h (machine_id, day, loaded, oldest) "
+            "SELECT machine_id, ($3::timestamptz AT TIME ZONE 'UTC')::date, $3, oldest "
+            "FROM unnest($1::bigint[], $2::timestamptz[]) AS n (machine_id, oldest) "
+            "ON CONFLICT (machine_id, day) DO UPDATE SET loaded = excluded.loaded, oldest = least(h.oldest, excluded.oldest)",
+            *(machine_ids.tolist(), [from_us(time_us) for time_us in oldest.tolist()], self._now()),
         )
 
     async def _append(self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats) -> None:
