@@ -310,32 +310,35 @@ class KpiService:
             missing["states"] = state_source.how
         if energy is None:
             missing["energy"] = "NO_ENERGY_SIGNAL"
-        minutes = Minutes(
-            start=start,
-            local=local,
-            codes=codes,
-            planned=settings.planned(local),
-            total=counts.get("total_count"),
-            good=counts.get("good_count"),
-            energy=energy,
-            ideal_cycle_s=settings.ideal_cycle_s,
-            missing=missing,
-        )
-        known = np.zeros(end - start) if energy is None else energy.added
-        return Kpis(
-            machine=machine,
-            from_us=start * MINUTE_US,
-            to_us=end * MINUTE_US,
-            timezone=timezone,
-            settings_revision=revision,
-            state_source=state_source,
-            energy_source=energy_source,
-            whole=minutes.figures(slice(0, end - start)),
-            days=[(day, minutes.figures(part)) for day, part in minutes.days()] if by_day else [],
-            cost=_cost(known, minutes, tariffs),
-            reporting=_carbon(REPORTING_REGION, known, minutes, factors[REPORTING_REGION]),
-            grid=_carbon(own_grid, known, minutes, factors[own_grid]),
-        )
+
+        def reckoned() -> Kpis:
+            minutes = Minutes(
+                start=start,
+                local=local,
+                codes=codes,
+                planned=settings.planned(local),
+                total=counts.get("total_count"),
+                good=counts.get("good_count"),
+                energy=energy,
+                ideal_cycle_s=settings.ideal_cycle_s,
+                missing=missing,
+            )
+            return Kpis(
+                machine=machine,
+                from_us=start * MINUTE_US,
+                to_us=end * MINUTE_US,
+                timezone=timezone,
+                settings_revision=revision,
+                state_source=state_source,
+                energy_source=energy_source,
+                whole=minutes.figures(slice(0, end - start)),
+                days=[(day, minutes.figures(part)) for day, part in minutes.days()] if by_day else [],
+                cost=_cost(minutes, tariffs),
+                reporting=_carbon(REPORTING_REGION, minutes, factors[REPORTING_REGION]),
+                grid=_carbon(own_grid, minutes, factors[own_grid]),
+            )
+
+        return await asyncio.to_thread(reckoned)
 
     async def evidence(
         self, caller: Caller, machine_id: int, measure: str, from_us: int, to_us: int
@@ -554,9 +557,10 @@ class _History:
         return found
 
 
-def _cost(energy: Floats, minutes: Minutes, tariffs: Sequence[Tariff]) -> Cost:
+def _cost(minutes: Minutes, tariffs: Sequence[Tariff]) -> Cost:
     if minutes.energy is None:
         return Cost(None, minutes.missing["energy"], [], [])
+    energy = minutes.energy.added
     found, covered = costs(energy, minutes.local, tariffs)
     used = {one.tariff_id for one in found}
     of_use = [tariff for tariff in tariffs if tariff.id in used]
@@ -565,10 +569,10 @@ def _cost(energy: Floats, minutes: Minutes, tariffs: Sequence[Tariff]) -> Cost:
     return Cost(total_pence(found), "", found, of_use)
 
 
-def _carbon(region: str, energy: Floats, minutes: Minutes, factors: Sequence[CarbonFactor]) -> Carbon:
+def _carbon(region: str, minutes: Minutes, factors: Sequence[CarbonFactor]) -> Carbon:
     if minutes.energy is None:
         return Carbon(region, None, minutes.missing["energy"], [])
-    years, missing = carbon(energy, minutes.local, {factor.year: factor for factor in factors})
+    years, missing = carbon(minutes.energy.added, minutes.local, {factor.year: factor for factor in factors})
     if missing:
         return Carbon(region, None, "NO_CARBON_FACTOR", years)
     return Carbon(region, sum((one.kg for one in years), Decimal(0)), "", years)

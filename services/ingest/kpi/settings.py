@@ -1,14 +1,14 @@
 """How the figures of a machine are made: which signal is what, thresholds, shifts."""
 
+import functools
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from typing import Any, Final
 
-import numpy as np
-
-from services.ingest.kpi.calendar import Bools, LocalMinutes, day_number, span_of
+from services.ingest.kpi.calendar import Bools, LocalMinutes, day_number, span_of, week_of
 from services.ingest.kpi.counts import AMPERES, KW, KWH
 from smdih.directory.v1 import directory_pb2 as pb
 
@@ -122,13 +122,13 @@ class KpiSettings:
         if not self.shifts:
             return None
         closed = frozenset(day_number(date.fromisoformat(day)) for day in self.closed_days)
-        planned = np.zeros(len(local.days), dtype=bool)
-        for shift in self.shifts:
-            within = local.within(span_of(shift.days, shift.start, shift.end), closed)
-            for start, end in shift.breaks:
-                within &= ~local.within(span_of((), start, end))
-            planned |= within
-        return planned
+        weeks = [
+            week_of(
+                [span_of(shift.days, shift.start, shift.end)], [span_of((), start, end) for start, end in shift.breaks]
+            )
+            for shift in self.shifts
+        ]
+        return local.within(functools.reduce(operator.or_, weeks), closed)
 
 
 @dataclass(frozen=True)
