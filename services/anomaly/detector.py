@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from services.anomaly.kernel import frames, layout
 
 WIDTH_MAX = 200
-STATE_VERSION = 3
+STATE_VERSION = 2
 # A machine whose frames are older than what it sent before, for so long, at most so much faster than they come, has put its
 # clock back.
 CLOCK_WAIT_US = 3600 * 1_000_000
@@ -27,8 +27,7 @@ OFFSET_MIN, OFFSET_MAX = -1.5, 3.0  # bounds of what people's feedback may do to
 
 _HEADER = struct.Struct("<4sHHII")  # magic, version, width, series fields, joint fields
 _MAGIC = b"SMDA"
-_FIELDS = {1: 163, 2: layout.SERIES_FIELDS, STATE_VERSION: layout.SERIES_FIELDS}  # of a series, by version
-_MACHINE_FIELDS = {1: 8, 2: 8, STATE_VERSION: layout.MACHINE_FIELDS}
+_FIELDS = {1: 163, STATE_VERSION: layout.SERIES_FIELDS}  # of a series, by version
 
 Floats = NDArray[np.float64]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -278,7 +277,7 @@ class Detector:
         row, width, joint = (int(x) for x in self._places[self._checked(slot)])
         if not 0 <= signal < width:
             raise ValueError(f"the machine has no signal {signal}")
-        kept = [layout.ROW_OFFSET, layout.ROW_LAST_US]
+        kept = [layout.ROW_OFFSET, layout.ROW_LAST_US, layout.ROW_BEHIND_US]
         before = self._series[row + signal, kept]
         self._series[row + signal] = 0.0
         self._series[row + signal, kept] = before
@@ -299,14 +298,15 @@ class Detector:
         A clock that was put back goes on at the pace of the hub's, without any newer frame, for CLOCK_WAIT_US. History that is
         sent again or late is faster, or newer frames come beside it.
         """
-        machine = self._machines[self._checked(slot)]
-        began_us, since_us = machine[layout.MACHINE_BEHIND_US], machine[layout.MACHINE_BEHIND_SINCE_US]
+        # The time of the first frame that was behind stands with the machine's first signal, where there was room.
+        machine, first = self._machines[self._checked(slot)], self._series[self._places[slot, 0]]
+        began_us, since_us = first[layout.ROW_BEHIND_US], machine[layout.MACHINE_BEHIND_SINCE_US]
         if is_new:
-            machine[layout.MACHINE_BEHIND_US] = machine[layout.MACHINE_BEHIND_SINCE_US] = 0.0
+            machine[layout.MACHINE_BEHIND_SINCE_US] = 0.0
             return False
         waited_us, went_us = received_us - since_us, time_us - began_us
         if not since_us or not 0.0 <= went_us <= CLOCK_PACE_MAX * max(waited_us, CLOCK_WAIT_US / 10):
-            machine[layout.MACHINE_BEHIND_US], machine[layout.MACHINE_BEHIND_SINCE_US] = time_us, received_us
+            first[layout.ROW_BEHIND_US], machine[layout.MACHINE_BEHIND_SINCE_US] = time_us, received_us
             return False
         if waited_us < CLOCK_WAIT_US or went_us < CLOCK_WAIT_US / CLOCK_PACE_MAX:
             return False
@@ -320,7 +320,7 @@ class Detector:
     def _set_clock(self, slot: int, time_us: int) -> None:
         row, width, _ = (int(x) for x in self._places[self._checked(slot)])
         self._machines[slot, layout.MACHINE_LAST_US] = time_us
-        self._machines[slot, layout.MACHINE_BEHIND_US] = self._machines[slot, layout.MACHINE_BEHIND_SINCE_US] = 0.0
+        self._machines[slot, layout.MACHINE_BEHIND_SINCE_US] = 0.0
         self._series[row : row + width, layout.ROW_LAST_US] = time_us
 
     def last_time_us(self, slot: int) -> int | None:
@@ -339,7 +339,7 @@ class Detector:
     def load(self, slot: int, data: bytes) -> None:
         """Replace a machine's state by a dumped one; the slot widens to the dump's width if it has fewer signals.
 
-        States of versions 1 and 2 are read too.  Raises StateError, and changes nothing, if the data are damaged, of a later
+        A state of version 1 is read too.  Raises StateError, and changes nothing, if the data are damaged, of a later
         version or of a wider machine than the slot may hold.
         """
         self._checked(slot)
@@ -348,7 +348,7 @@ class Detector:
         magic, version, width, fields, size = _HEADER.unpack_from(data)
         if magic != _MAGIC or fields != _FIELDS.get(version):
             raise StateError(f"the saved state has version {version}, this detector reads up to {STATE_VERSION}")
-        expected = _HEADER.size + 8 * (_MACHINE_FIELDS[version] + width * fields + size)
+        expected = _HEADER.size + 8 * (layout.MACHINE_FIELDS + width * fields + size)
         if not 1 <= width <= WIDTH_MAX or size != layout.joint_size(width) or len(data) != expected:
             raise StateError("the saved state is damaged")
         had = self.width(slot)
@@ -358,10 +358,13 @@ class Detector:
             row, joint = self._room(width)
             self._places[slot] = row, width, joint
         state = np.frombuffer(data, dtype=np.float64, offset=_HEADER.size)
-        machine, series, block = np.split(state, [_MACHINE_FIELDS[version], len(state) - size])
-        self._machines[slot] = 0.0
-        self._machines[slot, : len(machine)] = machine
-        self._series[row : row + width] = _as_now(version, machine, series.reshape(width, fields))
+        machine, series, block = np.split(state, [layout.MACHINE_FIELDS, len(state) - size])
+        self._machines[slot] = machine
+        now = _as_now(version, series.reshape(width, fields))
+        # From before a signal had a clock of its own.
+        unclocked = (now[:, layout.ROW_LAST_US] == 0.0) & (now[:, layout.ROW_N] > 0.0)
+        now[unclocked, layout.ROW_LAST_US] = machine[layout.MACHINE_LAST_US]
+        self._series[row : row + width] = now
         self._joint[joint : joint + size] = block if np.isfinite(block).all() else 0.0
         if had > width:
             self.widen(slot, had)
@@ -416,24 +419,20 @@ def _widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
         new[layout.JOINT_N] = 0.0  # covariances with the new signals are unknown: warm up again
 
 
-def _as_now(version: int, machine: Floats, series: Floats) -> Floats:
-    """Rows of an earlier version. Of version 1 levels, ranges and alarms go on, changes and periods are learned from here on."""
+def _as_now(version: int, series: Floats) -> Floats:
+    """A copy as of this version. Of version 1 levels, ranges and alarms go on, changes and periods are learned from here on."""
     if version == STATE_VERSION:
-        return series
-    if version == 2:
         now = series.copy()
-        # Values beyond measure could make these; such a series learns anew.
+        # Values beyond measure could make these, once; such a series learns anew.
         lost = ~np.isfinite(now[:, (layout.ROW_MEAN, layout.ROW_VAR)]).all(axis=1)
         now[lost] = 0.0
         now[lost, layout.ROW_OFFSET] = series[lost, layout.ROW_OFFSET]
-        now[:, layout.ROW_LAST_US] = machine[layout.MACHINE_LAST_US]
         return now
     now = np.zeros((len(series), layout.SERIES_FIELDS))
     now[:, : layout.CHANGE_BASE] = series[:, : layout.CHANGE_BASE]
     for base, bins in ((layout.WEEK_BASE, layout.WEEK_BINS), (layout.CYCLE_BASE, layout.CYCLE_BINS)):
         now[:, base + layout.SEASON_BIN] = -1.0
         now[:, base + layout.SEASON_HEAD : base + layout.SEASON_HEAD + bins] = np.nan
-    now[:, layout.ROW_LAST_US] = machine[layout.MACHINE_LAST_US]
     return now
 
 

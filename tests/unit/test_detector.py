@@ -118,13 +118,13 @@ def test_a_state_of_version_1_goes_on_with_its_ranges_and_its_alarm() -> None:
     detector, slot = machine(1)
     run(detector, slot, values[:710])
     now = detector.dump(slot)
-    series, fields = 16 + 8 * layout.MACHINE_FIELDS, 8
+    series = 16 + 8 * layout.MACHINE_FIELDS
     kept = now[series : series + 8 * layout.CHANGE_BASE]
     rest = now[series + 8 * layout.SERIES_FIELDS :]
     profiles = np.full(163 - layout.CHANGE_BASE, 7.0).tobytes()
     header = now[:4] + (1).to_bytes(2, "little") + now[6:8] + (163).to_bytes(4, "little") + now[12:16]
     other, again = machine(1)
-    other.load(again, header + now[16 : 16 + 8 * fields] + kept + profiles + rest)
+    other.load(again, header + now[16:series] + kept + profiles + rest)
     assert other.active_us(again, 0) == detector.active_us(slot, 0) is not None
     scores = run(other, again, values[710:], start=710)
     assert not any(event.raised for event in scores.events)
@@ -361,7 +361,7 @@ def test_a_gateway_that_sends_a_minute_later_than_its_neighbour_is_watched() -> 
     assert any(event.raised and event.signal == 1 and event.time_us >= times(1, 900 - 60)[0] for event in found)
 
 
-def test_a_state_of_version_2_goes_on_with_equal_bits() -> None:
+def test_a_state_from_before_signals_had_clocks_goes_on_with_equal_bits() -> None:
     values = troubled(1200, 3)
     detector, slot = machine(3)
     run(detector, slot, values[:700])
@@ -370,7 +370,7 @@ def test_a_state_of_version_2_goes_on_with_equal_bits() -> None:
     series = np.frombuffer(now[start : start + 24 * layout.SERIES_FIELDS]).reshape(3, -1).copy()
     series[:, layout.ROW_LAST_US] = 0.0
     rest = now[start + 24 * layout.SERIES_FIELDS :]
-    data = now[:4] + (2).to_bytes(2, "little") + now[6:16] + now[16 : 16 + 8 * 8] + series.tobytes() + rest
+    data = now[:start] + series.tobytes() + rest
     other, again = machine(3)
     other.load(again, data)
     assert run(other, again, values[690:700], start=690).skipped == 10

@@ -27,16 +27,16 @@ SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
 # --- state of one machine ---------------------------------------------------------------------------------------
 (
     MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET, MACHINE_STATE,
-    MACHINE_BEHIND_US, MACHINE_BEHIND_SINCE_US,
-) = range(9)  # fmt: skip
-MACHINE_FIELDS = 10
+    MACHINE_BEHIND_SINCE_US,
+) = range(8)  # fmt: skip
+MACHINE_FIELDS = 8
 
 # --- state of one series (a row of float64) ---------------------------------------------------------------------
 (
     ROW_N, ROW_LAST, ROW_MEAN, ROW_VAR, ROW_REPEATS, ROW_REPEATS_USUAL, ROW_PRESENT, ROW_ABSENT_RUN, ROW_HELD,
     ROW_HELD_AGE, ROW_OFFSET, ROW_ALARM_US, ROW_CALM, ROW_STATE, ROW_SHORT_TAIL, ROW_SHORT_TAIL_G, ROW_LONG_TAIL,
-    ROW_LONG_TAIL_G, ROW_LAST_US,
-) = range(19)  # fmt: skip
+    ROW_LONG_TAIL_G, ROW_LAST_US, ROW_BEHIND_US,
+) = range(20)  # fmt: skip
 SCALE_BASE = 20  # mean, least, greatest for each scale
 CHANGE_BASE = SCALE_BASE + 3 * SCALES  # the change scan: where the random walk is, its range, its candidates
 CHANGE_KEPT = 4  # candidates each way; more did not find more
