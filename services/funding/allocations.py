@@ -30,6 +30,7 @@ from services.funding.judging import Judge, call_of, there
 from services.funding.ledger import AccountKind
 from services.funding.parameters import ParameterTable
 from services.funding.requests import understood
+from services.funding.reviewing import REJECTING
 from services.funding.reviews import PanelRow, ReviewService
 from services.funding.rules.exact import decimal
 from services.funding.selection import Application, Quota, allocation_input
@@ -43,9 +44,6 @@ DECISIONS_PER_REQUEST_MAX = 200
 NAMED_MAX = 10
 # Rules that an allocation keeps by itself, or that only the whole of its awards can keep.
 _LEFT_TO_ALLOCATION = (checks.BUDGET, checks.RATIO)
-_REJECTED = ("OUT_OF_SCOPE",)
-# Rejected whatever becomes of the others; all further reasons come from the room that the chosen ones take.
-_FOR_ITSELF = ("BELOW_THRESHOLD", *_REJECTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +205,7 @@ class AllocationService:
         chosen = set(carried.certificate["chosen"])
         for application_id in carried.pending[:DECISIONS_PER_REQUEST_MAX]:
             text = _reason(carried, application_id)
-            if refused and not text.startswith(_FOR_ITSELF) and application_id not in chosen:
+            if refused and not text.startswith(REJECTING) and application_id not in chosen:
                 break  # the money of an award that was refused may be theirs
             try:
                 await self._decisions.decide(caller, application_id, award=application_id in chosen, reason=text)
@@ -227,7 +225,8 @@ class AllocationService:
         certificate = json.loads(allocation.certificate)
         chosen = set(certificate["chosen"])
         reasons = certificate["reasons"] | allocation.left_out
-        rejected = [one for one, why in reasons.items() if why["code"] in _FOR_ITSELF]
+        # Whatever becomes of the others; all further reasons come from the room that the chosen ones take.
+        rejected = [one for one, why in reasons.items() if why["code"] in REJECTING]
         ids = [*sorted(chosen), *sorted(rejected), *sorted(certificate["reasons"].keys() - chosen - set(rejected))]
         return Carried(allocation=allocation, pending=tuple(one for one in ids if one in open_ids), refused={})
 

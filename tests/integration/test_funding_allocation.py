@@ -552,6 +552,20 @@ async def test_as_many_as_may_choose_an_application_pay_it_whole(world: World) -
     ]
 
 
+async def test_no_co_investor_pays_for_an_application_that_did_not_pass(world: World) -> None:
+    call_id = await world.call(1_000_00)
+    weak = await world.submitted(call_id, FIRM, 20_00, pledge=False)
+    good = await world.submitted(call_id, 101, 40_00, pledge=False)
+    await world.scored(weak, "60", "61", "62")
+    body = {"request_id": "a", "co_investor": "Ash", "amount_pence": 60_00, "supports": [weak, good], "evidence": "x"}
+    await world.done("POST", f"/v1/calls/{call_id}/pool-pledges", body)
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/pool-spreads")
+    # The cheaper one would have come first, and its money back only when everything is spread.
+    assert [one["project"] for one in run["certificate"]["purchases"]] == [good]
+    assert run["input"]["projects"].keys() == {good}
+
+
 async def test_co_investors_pay_alike_for_what_they_chose_and_for_nothing_else(world: World) -> None:
     call_id = await world.call(1_000_00)
     # Each of the three still needs 60.00 of match.
