@@ -120,7 +120,6 @@ def test_frames_of_one_batch_are_split_before_they_are_too_large_for_a_record(co
     checked = wide(450 if columns == 450 else 200).check(SENDER, sent)
     assert (checked.accepted, checked.quarantine) == (rows * columns, [])
     assert max(frames.ByteSize() for frames in checked.frames) < FRAMES_BYTES_MAX + 1_000
-    assert [frames.more for frames in checked.frames] == [True] * (len(checked.frames) - 1) + [False]
     found = np.full((rows, 450), np.nan)
     for frames in checked.frames:
         at = np.frombuffer(frames.times_us, "<i8") - times[0]

@@ -268,7 +268,7 @@ class FrameCheck:
                 dense = np.full((len(some), width), np.nan)
                 dense[:, positions[here] - first] = matrix[np.ix_(some, here)]
                 frames += _frame_batches(sender, batch.sequence, machine.id, first, times[some], dense, received_us)
-        return _following(frames)
+        return frames
 
 
 def _is_clean(machine: _MachineView, times: Ints, matrix: Floats, earliest: int, latest: int) -> bool:
@@ -295,7 +295,7 @@ def _frame_batches(
 ) -> list[records_pb2.FrameBatch]:
     width = values.shape[1]
     rows_max = _rows_max(width)
-    frames = [
+    return [
         records_pb2.FrameBatch(
             firm_id=sender.firm_id,
             machine_id=machine_id,
@@ -310,14 +310,6 @@ def _frame_batches(
         )
         for at in range(0, len(times), rows_max)
     ]
-    return _following(frames)
-
-
-def _following(frames: list[records_pb2.FrameBatch]) -> list[records_pb2.FrameBatch]:
-    """The frames of one batch, each but the last with a note that more of them follow."""
-    for frame in frames[:-1]:
-        frame.more = True
-    return frames
 
 
 def quarantined(
