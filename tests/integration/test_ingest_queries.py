@@ -219,6 +219,8 @@ async def test_the_newest_value_of_a_signal_that_is_seldom_sent_is_found_behind_
 
     expected = {name: (int(times[row]), float(row)) for name, row in seldom.items()}
     assert await latest() == expected | {"always": (int(times[-1]), len(times) - 1.0)}
+    # Again, now that it is known of one that it was never sent.
+    assert await latest() == expected | {"always": (int(times[-1]), len(times) - 1.0)}
     found = (await plant.http.get(f"/v1/machines/{machine['id']}/diagnosis")).json()["signals"]
     assert {one["name"] for one in found if one["last_us"]} == set(expected) | {"always"}
     # Where samples, then minutes, are kept no longer: the time is right to the bucket.
