@@ -428,6 +428,10 @@ async def test_a_machine_of_more_than_a_thousand_signals_leaves_whole(stored: St
     refused = await plant.http.get("/v1/export", params={**wanted, "format": "parquet"})
     assert refused.status_code == 400
     assert "layout=narrow" in refused.json()["detail"]
+    five_each = {**wanted, "machine_id": stored.wide["id"], "format": "parquet", "resolution": "minute"}
+    refused = await plant.http.get("/v1/export", params=five_each)
+    assert refused.status_code == 400
+    assert "1150 columns" in refused.json()["detail"]
 
 
 async def test_a_file_whose_database_goes_away_is_seen_to_be_broken(stored: Stored) -> None:
