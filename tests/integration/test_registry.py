@@ -658,7 +658,15 @@ async def test_what_was_mended_for_a_machine_is_replayed_in_one_call(firm: FirmA
 
     await eventually(stored)
     again = (await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json={"reason": "OUT_OF_RANGE"})).json()
-    assert (again["items"], again["accepted"], again["left"]) == (20, 0, 20)
+    assert (again["items"], again["accepted"], again["left"], again["next_page_token"]) == (20, 0, 20, "")
+    # Behind one of them: those before it are not sent again.
+    items = (await firm.admin.get("/v1/quarantine")).json()["items"]
+    waiting = [one for one in items if one["replayed_us"] is None and one["reason"] == "OUT_OF_RANGE"]
+    body = {"reason": "OUT_OF_RANGE", "page_token": f"{waiting[5]['received_us']}.{waiting[5]['id']}"}
+    rest = (await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json=body)).json()
+    assert (rest["items"], rest["left"]) == (5, 20)
+    body["page_token"] = "x"
+    assert (await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json=body)).status_code == 400
 
 
 async def test_dismissed_proposals_stay_away_and_those_of_others_are_not_touched(
@@ -742,11 +750,34 @@ async def test_what_came_before_a_machine_was_registered_is_replayed_when_it_is(
     for number in range(3):
         await firm.send(f"{firm.slug}/leeds/Late", {"current": number}, ts=start_ms + number * 1000)
         await firm.send(f"{firm.slug}/leeds/other", {"current": number}, ts=start_ms + number * 1000)
+    # A gateway that nobody has registered sends on and on; what is meant stands behind more than a call looks at.
+    connection = await asyncpg.connect(dsn, server_settings={"search_path": "ingest,public"})
+
+    async def flooded() -> bool:
+        columns = "firm_id, credential_id, source, door, reason, detail, samples, correlation_id, batch, machine_path"
+        done = await connection.execute(
+            f"INSERT INTO quarantine (id, received, {columns}) SELECT q.id || n, q.received - INTERVAL '1 hour', {columns} FROM "
+            "(SELECT * FROM quarantine WHERE firm_id = $1 AND detail LIKE '%/other%' LIMIT 1) AS q, generate_series(1, 50050) AS n",
+            firm.id,
+        )
+        return str(done) == "INSERT 0 50050"
+
+    try:
+        await eventually(flooded)
+    finally:
+        await connection.close()
     machine = await firm.machine("late")
     found = await firm.diagnosis(machine["id"])
     assert found["verdict"] == "REGISTERED_LATER"
     replay = await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json={"reason": "UNKNOWN_MACHINE"})
-    assert replay.json() == {"items": 3, "accepted": 3, "quarantined": 0, "left": 3, "is_complete": True}
+    assert replay.json() == {
+        "items": 3,
+        "accepted": 3,
+        "quarantined": 0,
+        "left": 0,
+        "is_complete": True,
+        "next_page_token": "",
+    }
 
     async def stored() -> bool:
         return await frames_of(firm, dsn, machine["id"]) == [[None, 0.0], [None, 1.0], [None, 2.0]]
