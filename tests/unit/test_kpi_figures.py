@@ -68,6 +68,9 @@ def test_read_faults_of_a_counter_count_for_nothing() -> None:
     ):
         assert (sum(_counts(faulty)[0]), _counts(faulty)[1]) == (495, 0)
         assert (sum(_counts(faulty, 10_000_000)[0]), _counts(faulty)[1]) == (495, 0)
+    assert _counts([[1_000_000], [0], [1_000_005]]) == ([0, 0, 5], 0)
+    often = [[0.0] if n % 5 == 2 else minute for n, minute in enumerate(life)]
+    assert sum(_counts(often)[0]) == 495
     # Also where nothing else moves.
     still = [[1_000_000.0]] * 40 + [[0.0]] + [[1_000_000.0]] * 40
     assert sum(_counts(still)[0]) == 0
