@@ -41,6 +41,7 @@ class HistoryEntryOut(BaseModel):
 class AlarmDetail(BaseModel):
     alarm: AlarmOut
     changes: list[HistoryEntryOut]
+    next_changes_page_token: str
 
 
 class AlarmEventOut(BaseModel):
@@ -293,10 +294,12 @@ def router(
         return _bulk(await service.clear_all(caller, body.ids, comment=body.comment))
 
     @routes.get("/{alarm_id}")
-    async def get_alarm(caller: Authenticated, alarm_id: str) -> AlarmDetail:
-        """One alarm with everything that has happened to it."""
-        alarm, history = await service.get(caller, alarm_id)
-        return AlarmDetail(alarm=alarm_out(alarm), changes=[_entry(entry) for entry in history])
+    async def get_alarm(caller: Authenticated, alarm_id: str, changes_page_token: str = "") -> AlarmDetail:
+        """One alarm with what has happened to it: the newest 200 changes in order of time, and the token of those before."""
+        alarm, history, token = await service.with_history(caller, alarm_id, page_token=changes_page_token)
+        return AlarmDetail(
+            alarm=alarm_out(alarm), changes=[_entry(entry) for entry in history], next_changes_page_token=token
+        )
 
     @routes.post("/{alarm_id}/acknowledge")
     async def acknowledge_alarm(caller: Authenticated, alarm_id: str, body: AcknowledgeIn) -> AlarmOut:

@@ -34,7 +34,8 @@ TRIALS_MAX = 10
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _SITE = re.compile(r"[a-z0-9-]{1,64}")
-_EMAIL = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})+")
+# Not "=?": a mail header would take it for encoded text.
+_EMAIL = re.compile(r"(?!.*=\?)[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})+")
 
 
 class DeliveryFilter(StrEnum):

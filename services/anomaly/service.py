@@ -28,6 +28,9 @@ log = get_logger(__name__)
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1_000
 COMMENT_CHARACTERS_MAX = 2_000
+# Of an alarm's history in one answer; and past which people may add no more than the end of what they began.
+CHANGES_PAGE = 200
+CHANGES_MAX = 2_000
 ASSIGNEE_CHARACTERS_MAX = 200
 # Alarms acknowledged or cleared in one call, in one transaction.
 BULK_MAX = 5_000
@@ -91,10 +94,22 @@ class AlarmService:
         last = alarms[limit - 1]
         return alarms[:limit], f"{last.started_us}.{last.id}"
 
-    async def get(self, caller: Caller, alarm_id: str) -> tuple[Alarm, Sequence[HistoryEntry]]:
+    async def get(self, caller: Caller, alarm_id: str) -> Alarm:
+        async with transaction(self._pool) as connection:
+            return await self._seen(connection, caller, alarm_id)
+
+    async def with_history(
+        self, caller: Caller, alarm_id: str, *, page_token: str
+    ) -> tuple[Alarm, Sequence[HistoryEntry], str]:
+        """An alarm, the newest of its changes in order, and the token of those before; empty: there are none."""
+        if page_token and not _ALARM_ID.fullmatch(page_token):
+            raise Invalid("changes_page_token is not one from a page before.")
         async with transaction(self._pool) as connection:
             alarm = await self._seen(connection, caller, alarm_id)
-            return alarm, await self._store.history(connection, alarm_id)
+            history = await self._store.history(connection, alarm_id, before=page_token or None, limit=CHANGES_PAGE + 1)
+        if len(history) <= CHANGES_PAGE:
+            return alarm, history, ""
+        return alarm, history[1:], history[1].event_id
 
     async def acknowledge(self, caller: Caller, alarm_id: str, *, comment: str) -> Alarm:
         check_text(comment, "comment")
@@ -118,6 +133,7 @@ class AlarmService:
         async with changing(self._pool) as connection:
             alarm = await self.locked(connection, caller, alarm_id)
             if await self._store.last_comment(connection, alarm_id, caller.credential_id) != comment:
+                await self.check_room(connection, alarm_id)
                 await self._store.record(
                     connection,
                     Change.COMMENTED,
@@ -137,6 +153,7 @@ class AlarmService:
             before = await self.locked(connection, caller, alarm_id)
             if before.assignee == assignee:
                 return before
+            await self.check_room(connection, alarm_id)
             alarm = replace(before, assignee=assignee)
             await self._store.change(
                 connection,
@@ -157,6 +174,14 @@ class AlarmService:
             raise NotFound("There is no such alarm, or this key may not see it.")
         caller.check_sees_firm(found[0].firm_id)
         return found[0]
+
+    async def check_room(self, connection: Connection, alarm_id: str) -> None:
+        """Raises Conflict where the alarm's history is full. What happens to an alarm once, or ends something, is not asked."""
+        if await self._store.change_count(connection, alarm_id, limit=CHANGES_MAX) >= CHANGES_MAX:
+            raise Conflict(
+                f"This alarm has {CHANGES_MAX:,} changes, which is all that it takes; clear it.",
+                reason="TOO_MANY_CHANGES",
+            )
 
     async def _change(self, caller: Caller, alarm_id: str, change: Change, *, comment: str) -> Alarm:
         async with changing(self._pool) as connection:

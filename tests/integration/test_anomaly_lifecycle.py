@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from services.anomaly.domain import Alarm, Return, Severity, alarm_id
-from services.anomaly.service import BULK_MAX
+from services.anomaly.service import BULK_MAX, CHANGES_MAX, CHANGES_PAGE
 from services.anomaly.store import AlarmStore
 from services.anomaly.suppression import SHELVE_S_MAX, WINDOW_S_MAX
 from services.common.database import Pool, create_pool, transaction
@@ -165,6 +165,34 @@ async def test_comments_and_assignments_are_kept_once_each(hub: Hub) -> None:
     ]
     details = [entry["detail"] for entry in (await hub.get(f"/{alarm.id}"))["changes"]]
     assert details == ["", "", "Mary Quant", "", ""]
+
+
+async def test_a_long_history_comes_in_pages_and_has_an_end(hub: Hub) -> None:
+    alarm = await hub.raised(await hub.machine())
+    await hub.pool.execute(
+        "INSERT INTO alarm_change (event_id, alarm_id, change, changed, actor, credential_id, comment) "
+        "SELECT md5($1 || n), $1, 'commented', now(), 'firm', 1, n::text FROM generate_series(1, $2::int) n",
+        alarm.id,
+        CHANGES_MAX - 1,
+    )
+    newest = await hub.get(f"/{alarm.id}")
+    numbers = [entry["comment"] for entry in newest["changes"]]
+    assert numbers == [str(n) for n in range(CHANGES_MAX - CHANGES_PAGE, CHANGES_MAX)]
+    token = newest["next_changes_page_token"]
+    before = await hub.get(f"/{alarm.id}?changes_page_token={token}")
+    assert before["changes"][-1]["comment"] == str(CHANGES_MAX - CHANGES_PAGE - 1)
+    seen = len(numbers)
+    while token:
+        request = pb.GetAlarmRequest(id=alarm.id, changes_page_token=token)
+        page = await hub.alarms.GetAlarm(request, metadata=metadata(hub.firm))
+        seen, token = seen + len(page.changes), page.next_changes_page_token
+    assert seen == CHANGES_MAX
+    assert page.changes[0].change == events_pb.ALARM_CHANGE_RAISED
+    await hub.get(f"/{alarm.id}?changes_page_token=x", status=400)
+    await hub.post(f"/{alarm.id}/comment", comment="one more", status=409)
+    await hub.post(f"/{alarm.id}/assign", assignee="Mary Quant", status=409)
+    await hub.post(f"/{alarm.id}/take-out-of-service", reason="why not", status=409)
+    await hub.post(f"/{alarm.id}/clear", comment="enough")
 
 
 async def test_a_shelved_source_is_off_the_list_with_its_next_alarms_until_it_is_put_back(hub: Hub) -> None:
