@@ -108,12 +108,11 @@ _FREE = (
     "AND finished > $1::timestamptz - interval '1 minute' GROUP BY contact_id HAVING count(*) >= $2) "
     "ORDER BY c.failures, first.due LIMIT $3 FOR UPDATE OF c SKIP LOCKED"
 )
-# Nobody has to hear of what is over and taken care of; and of changes only who heard of the alarm.
+# Nobody has to hear of what is over and taken care of; and of changes only who may have heard of the alarm.
 _OVER = (
-    "DELETE FROM delivery d USING alarm a WHERE d.contact_id = ANY($1::text[]) AND d.state = 'pending' AND d.due <= $2 "  # noqa: S608
-    "AND a.id = d.alarm_id AND a.ended IS NOT NULL AND a.acknowledged "
-    f"AND ({_CALLS} OR NOT EXISTS (SELECT FROM delivery t WHERE t.alarm_id = a.id AND t.contact_id = d.contact_id "
-    "AND t.state = 'sent'))"
+    "DELETE FROM delivery d USING alarm a WHERE a.id = ANY($1::text[]) AND a.ended IS NOT NULL AND a.acknowledged "  # noqa: S608
+    f"AND d.alarm_id = a.id AND d.state = 'pending' AND d.attempts = 0 AND ({_CALLS} OR NOT EXISTS (SELECT FROM delivery t "
+    "WHERE t.alarm_id = a.id AND t.contact_id = d.contact_id AND t.attempts > 0))"
 )
 
 
@@ -283,6 +282,8 @@ class ContactStore:
         for text, rows in ((_BACK, back), (_CHANGES, told)):
             if rows:
                 await connection.execute(text, now, [first for first, _ in rows], [second for _, second in rows])
+        if told:
+            await connection.execute(_OVER, [alarm_id for alarm_id, _ in told])
         return PLAN_MAX in (len(changes), len(steps))
 
     async def claim(self, connection: Connection, *, now_us: int, limit: int) -> Sequence[Claimed]:
@@ -303,7 +304,6 @@ class ContactStore:
             [row["id"] for row in free if row["removed"]],
         )
         ids = [row["id"] for row in free if not row["removed"]]
-        await connection.execute(_OVER, ids, now)
         rows = await connection.fetch(
             "UPDATE delivery d SET attempts = attempts + 1, due = $3 WHERE id IN (SELECT first.id "  # noqa: S608
             "FROM unnest($1::text[]) AS c (id) CROSS JOIN LATERAL (SELECT id FROM delivery "

@@ -442,7 +442,8 @@ async def test_a_flood_is_told_by_urgency_slowly_and_without_what_is_over(hub: H
     await hub.becomes(calm, ("raised", "sent"))
     assert len(hub.receiver.got) == before + MESSAGES_A_MINUTE_MAX - 1 + 1
     assert await hub.deliveries(over) == []
-    assert [one["state"] for one in await hub.deliveries(rest[-1])] == ["pending"]
+    waiting = (await hub.call("GET", "/v1/deliveries", state="pending"))["deliveries"]
+    assert len([one for one in waiting if one["contact_id"] == contact]) == len(rest) - (MESSAGES_A_MINUTE_MAX - 2)
     await hub.call("DELETE", f"/v1/contacts/{contact}", status=204)
 
 
