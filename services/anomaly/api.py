@@ -208,6 +208,7 @@ def router(
         machine_id: int | None = None,
         active: bool = False,
         unacknowledged: bool = False,
+        uncleared: bool = False,
         since_us: int | None = None,
         suppressed: Suppressed = Suppressed.HIDDEN,
         page_size: Annotated[int, Query(ge=0, le=PAGE_SIZE_MAX)] = 0,
@@ -219,6 +220,7 @@ def router(
             machine_id=machine_id,
             active=active,
             unacknowledged=unacknowledged,
+            uncleared=uncleared,
             since_us=since_us,
             suppressed=suppressed,
         )

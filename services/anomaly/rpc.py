@@ -54,6 +54,7 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
             machine_id=request.machine_id or None,
             active=request.active,
             unacknowledged=request.unacknowledged,
+            uncleared=request.uncleared,
             since_us=request.since_us or None,
             suppressed=_SUPPRESSED[request.suppressed],
         )
