@@ -104,10 +104,10 @@ class AlarmService:
         self, caller: Caller, alarm_id: str, *, page_token: str
     ) -> tuple[Alarm, Sequence[HistoryEntry], str]:
         """An alarm, the newest of its changes in order, and the token of those before; empty: there are none."""
-        if page_token and not _ALARM_ID.fullmatch(page_token):
-            raise Invalid("changes_page_token is not one from a page before.")
         async with transaction(self._pool) as connection:
             alarm = await self._seen(connection, caller, alarm_id)
+            if page_token and not _ALARM_ID.fullmatch(page_token):
+                raise Invalid("page_token is not one from a page before.")
             history = await self._store.history(connection, alarm_id, before=page_token or None, limit=CHANGES_PAGE + 1)
         if len(history) <= CHANGES_PAGE:
             return alarm, history, ""

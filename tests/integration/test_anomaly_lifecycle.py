@@ -183,17 +183,17 @@ async def test_a_long_history_comes_in_pages_and_has_an_end(hub: Hub) -> None:
     newest = await hub.get(f"/{alarm.id}")
     numbers = [entry["comment"] for entry in newest["changes"]]
     assert numbers == [str(n) for n in range(CHANGES_MAX - CHANGES_PAGE, CHANGES_MAX)]
-    token = newest["next_changes_page_token"]
-    before = await hub.get(f"/{alarm.id}?changes_page_token={token}")
+    token = newest["next_page_token"]
+    before = await hub.get(f"/{alarm.id}?page_token={token}")
     assert before["changes"][-1]["comment"] == str(CHANGES_MAX - CHANGES_PAGE - 1)
     seen = len(numbers)
     while token:
-        request = pb.GetAlarmRequest(id=alarm.id, changes_page_token=token)
+        request = pb.GetAlarmRequest(id=alarm.id, page_token=token)
         page = await hub.alarms.GetAlarm(request, metadata=metadata(hub.firm))
-        seen, token = seen + len(page.changes), page.next_changes_page_token
+        seen, token = seen + len(page.changes), page.next_page_token
     assert seen == CHANGES_MAX
     assert page.changes[0].change == events_pb.ALARM_CHANGE_RAISED
-    await hub.get(f"/{alarm.id}?changes_page_token=x", status=400)
+    await hub.get(f"/{alarm.id}?page_token=x", status=400)
     await hub.post(f"/{alarm.id}/comment", comment="one more", status=409)
     await hub.post(f"/{alarm.id}/assign", assignee="Mary Quant", status=409)
     await hub.post(f"/{alarm.id}/take-out-of-service", reason="why not", status=409)
