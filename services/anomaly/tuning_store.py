@@ -336,6 +336,16 @@ class TuningStore:
         count: int = await connection.fetchval("SELECT count(*) FROM rule WHERE firm_id = $1 AND enabled", firm_id)
         return count
 
+    async def rule_count_of(self, connection: Connection, rule: Rule) -> int:
+        """Rules that look at the same signal."""
+        count: int = await connection.fetchval(
+            "SELECT count(*) FROM rule WHERE firm_id = $1 AND machine_id = $2 AND (rule ->> 'position')::int = $3 AND enabled",
+            rule.firm_id,
+            rule.machine_id,
+            rule.position,
+        )
+        return count
+
 
 def _tuning(row: asyncpg.Record, from_offset: int | None = None) -> Tuning:
     return Tuning(

@@ -20,7 +20,7 @@ from services.common.database import Connection, Pool, transaction
 from services.common.errors import Conflict, Forbidden, HubError, NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
-from services.funding import allocation_store, application_store, award_store, checks, ledger
+from services.funding import allocation_store, application_store, award_store, checks, group_store, ledger
 from services.funding.allocation_store import StoredAllocation
 from services.funding.award_store import Note
 from services.funding.checker import check_allocation
@@ -182,8 +182,8 @@ class AllocationService:
             raise Forbidden(
                 "Who proposed the allocation does not confirm it; another operator has to.", reason="SECOND_PERSON"
             )
-        given, _ = await self._facts(connection, allocation.call_id)
-        if _canonical(given) != allocation.input:
+        given, left_out = await self._facts(connection, allocation.call_id)
+        if _canonical(given) != allocation.input or _codes(left_out) != _codes(allocation.left_out):
             raise Conflict(
                 "Applications, scores or budget have changed since; run the allocation again.",
                 reason="ALLOCATION_STALE",
@@ -267,6 +267,8 @@ class AllocationService:
             mean=there(row.verdict.mean),
             submitted_at=from_us(application.submitted_us),
             pots=pots_of(region=row.region, size=assessment.size, first_time=not given),
+            enterprise=str(min(await group_store.kin_of(connection, application.firm_id))),
+            headroom_p=assessment.headroom_pence,
         )
 
     async def _declared(self, connection: Connection, call: Call) -> DeclaredCall:
@@ -319,6 +321,11 @@ class AllocationService:
 def _reason(carried: Carried, application_id: str) -> str:
     reason = carried.certificate["reasons"].get(application_id) or carried.allocation.left_out[application_id]
     return f"{reason['code']}: {reason['text']}"[:2_000]
+
+
+def _codes(left_out: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Who was left out and why; the sentences name the day."""
+    return {id_: why["code"] for id_, why in left_out.items()}
 
 
 def _share(text: str | None) -> Fraction | None:

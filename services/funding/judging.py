@@ -51,6 +51,7 @@ class Judge:
             partners=application.content.partners,
             pledges=application.pledges,
             given=await award_store.given_to(connection, application.firm_id),
+            match=there(await call_store.match_of(connection, application.match_id)),
         )
         return await self.assess(connection, facts, call)
 

@@ -22,6 +22,7 @@ from services.funding.impacts import ImpactService
 from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.milestones import MilestoneService
+from services.funding.notices import NoticeService
 from services.funding.open_data import OpenDataService
 from services.funding.parameters import ParameterTable
 from services.funding.pools import PoolService
@@ -61,4 +62,5 @@ class UseCases:
         self.pools = PoolService(pool, applications=self.applications, judge=judge, table=table, clock=clock)
         self.groups = GroupService(pool, table=table, directory=directory, clock=clock)
         self.audits = AuditService(pool)
+        self.notices = NoticeService(pool)
         self.open_data = OpenDataService(pool, directory=directory, clock=clock)

@@ -345,6 +345,7 @@ async def test_milestones_by_grpc_shown_alone_or_with_a_claim(world: World) -> N
         ("saves", "900.00", True),
         ("saves-more", "", False),
     ]
+    put.milestones[0].threshold = "901"
     await refused(milestones.SetMilestones, put, "operator", "FAILED_PRECONDITION", "MILESTONE_MET")
     # With a claim, in one step.
     agreements = agreement_pb2_grpc.AgreementServiceStub(world.channel)
@@ -431,7 +432,7 @@ async def test_a_milestone_that_no_machine_shows_is_confirmed_by_an_operator_on_
     await world.refused(
         409, "MILESTONE_MET", "POST", f"{path}/trained/document", {**newer, "sha256": first}, who="firm"
     )
-    await world.refused(409, "MILESTONE_MET", "PUT", path, {"milestones": [paper]})
+    await world.refused(409, "MILESTONE_MET", "PUT", path, {"milestones": [figure]})
     # Each kind is shown in its own way.
     await world.refused(409, "MILESTONE_MEASURED", "POST", f"{path}/saves/document", newer, who="firm")
     evidence = {"evidence": json.loads(signed(world, world.clock.now_us()))}
@@ -570,7 +571,11 @@ async def test_an_application_by_grpc_begins_with_what_the_hub_knows_and_says_wh
     await forbidden(fund.Prefill, ask, "partner", "device")
     get = pb.GetApplicationRequest(application_id=made)
     mine = (await fund.GetApplication(get, metadata=bearer("firm"))).application
-    assert list(mine.may) == [pb.APPLICATION_ACTION_ADD_PLEDGE, pb.APPLICATION_ACTION_WITHDRAW]
+    assert list(mine.may) == [
+        pb.APPLICATION_ACTION_ADD_PLEDGE,
+        pb.APPLICATION_ACTION_TAKE_PLEDGE_BACK,
+        pb.APPLICATION_ACTION_WITHDRAW,
+    ]
     of_operator = (await fund.GetApplication(get, metadata=bearer("operator"))).application
     assert pb.APPLICATION_ACTION_DECIDE in of_operator.may
 

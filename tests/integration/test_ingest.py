@@ -270,6 +270,8 @@ async def test_what_cannot_be_stored_is_quarantined_with_a_reason_and_the_rest_i
     (item,) = [i for i in await plant.quarantined("UNKNOWN_SIGNAL") if i["source"] == "mixed"]
     replay = await plant.operator.post(f"/v1/quarantine/{item['id']}/replay", json={})
     assert replay.json() == {"accepted": 1, "quarantined": 0}
+    again = await plant.operator.post(f"/v1/quarantine/{item['id']}/replay", json={})
+    assert (again.status_code, again.json()["reason"]) == (409, "ALREADY_REPLAYED")
 
     async def vibration_stored() -> bool:
         return (await plant.frames(machine["id"]))[0][1] == [20.5, None, None, 3.0]

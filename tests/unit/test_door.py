@@ -15,7 +15,7 @@ from services.ingest.diagnosis.sightings import Sightings
 from services.ingest.domain import Sender
 from services.ingest.telemetry import door
 from services.ingest.telemetry.buckets import Buckets
-from services.ingest.telemetry.door import Door
+from services.ingest.telemetry.door import Door, Unread
 from services.ingest.telemetry.groupcommit import PAYLOAD_BYTES_MAX, GroupCommit
 from services.ingest.telemetry.rpc import STREAM_BATCHES_MAX, STREAM_BYTES_MAX, TelemetryServicer
 from smdih.directory.v1 import directory_pb2
@@ -29,8 +29,10 @@ class HeldPublisher:
     def __init__(self) -> None:
         self.go = asyncio.Event()
         self.error: Exception | None = None
+        self.published = 0
 
     async def publish(self, *_: Any, **__: Any) -> None:
+        self.published += 1
         await self.go.wait()
         if self.error is not None:
             raise self.error
@@ -91,6 +93,24 @@ async def test_bytes_count_as_well_as_batches() -> None:
         one.take(sender(1), [large])
     one.take(sender(2), [large])
     publisher.go.set()
+
+
+async def test_many_parts_that_could_not_be_read_need_few_publishes() -> None:
+    publisher = HeldPublisher()
+    publisher.go.set()
+    unread = [Unread("WRONG_TYPE", "a text", b"%d" % number, samples=1) for number in range(1_000)]
+    await door_with(publisher).send(sender(1), [batch()], unread)
+    assert publisher.published <= 30
+
+
+async def test_a_body_that_nothing_could_be_read_of_counts_and_has_its_limits() -> None:
+    publisher = HeldPublisher()
+    publisher.go.set()
+    one = door_with(publisher)
+    await one.send(sender(1), [], [Unread("WRONG_TYPE", "a text", b"x", samples=2**31 - 1)])
+    with pytest.raises(SlowDown) as refused:
+        await one.send(sender(1), [], [Unread("WRONG_TYPE", "a text", b"y", samples=1)])
+    assert refused.value.reason == "QUOTA_SAMPLES"
 
 
 async def test_what_no_record_can_hold_fails_alone() -> None:

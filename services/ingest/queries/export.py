@@ -167,12 +167,12 @@ class Export:
         self, wanted: Wanted, places: Sequence[SignalPlace]
     ) -> AsyncGenerator[tuple[Ints, Floats], None]:
         async with transaction(self._pool) as connection:
-            first, end = await read.extent(connection, places)
+            held = await read.held(connection, places)
         resolution = RESOLUTIONS[wanted.resolution]
         if resolution is None:
-            return read.samples(self._pool, places, max(first, wanted.from_us), min(end, wanted.to_us))
-        start_us = max(first // resolution.width_us * resolution.width_us, wanted.from_us)
-        return read.bucket_rows(self._pool, places, resolution, start_us, min(end, wanted.to_us))
+            return read.samples(self._pool, places, max(held.first_us, wanted.from_us), min(held.end_us, wanted.to_us))
+        start_us = max(held.first_us // resolution.width_us * resolution.width_us, wanted.from_us)
+        return read.bucket_rows(self._pool, places, resolution, start_us, min(held.end_us, wanted.to_us))
 
     def _columns(self, wanted: Wanted, places: Sequence[SignalPlace]) -> list[str]:
         names = self._names(places)

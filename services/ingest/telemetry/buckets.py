@@ -74,6 +74,12 @@ class Buckets:
             )
         return bucket
 
+    def spend(self, firm_id: int, samples: float) -> None:
+        """More of a request that was let in."""
+        bucket = self._buckets.get(firm_id)
+        if bucket is not None:
+            bucket.spend(samples)
+
     def measured(self) -> dict[int, float]:
         """Samples a second of each firm since the last measurement; a firm that has stopped is told once, as 0."""
         now_s = self._monotonic_s()

@@ -81,11 +81,16 @@ class Quarantine:
         return items[:size], token
 
     async def replay(self, caller: Caller, item_id: str, machine_id: int) -> telemetry_pb2.BatchResult:
-        """Send an item through the door again, to `machine_id` if given. Raises NotFound, Conflict (nothing to send)."""
+        """Send an item through the door again, to `machine_id` if given. Raises NotFound, Conflict (nothing to send any more)."""
         caller.require(Role.OPERATOR, Role.FIRM)
         async with transaction(self._pool) as connection:
             item = await store.quarantined_item(connection, item_id)
         caller.check_sees_firm(item.firm_id)
+        if item.replayed is not None:
+            raise Conflict(
+                "This item was replayed already: what was in it is stored, or stands in quarantine as an item of its own.",
+                reason="ALREADY_REPLAYED",
+            )
         if item.batch is None:
             raise Conflict(
                 "No samples could be read from this item; mend the sender and send them anew.", reason="NOT_REPLAYABLE"

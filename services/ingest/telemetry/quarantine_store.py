@@ -56,7 +56,10 @@ async def quarantined_item(connection: Connection, item_id: str) -> Quarantined:
 
 
 async def mark_replayed(connection: Connection, item_ids: Sequence[str]) -> None:
-    await connection.execute("UPDATE quarantine SET replayed = now() WHERE id = ANY($1::text[])", list(item_ids))
+    """Their content goes, and so gives its room back: it is stored, or stands in quarantine as items of their own."""
+    await connection.execute(
+        "UPDATE quarantine SET replayed = now(), batch = NULL, raw = NULL WHERE id = ANY($1::text[])", list(item_ids)
+    )
 
 
 async def waiting(
