@@ -157,7 +157,9 @@ async def test_a_mail_server_that_answers_slowly_does_not_outlast_the_claim(monk
         writer.close()
 
     async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
-        mail = MailSender(host="127.0.0.1", port=server.sockets[0].getsockname()[1], sender="a@b.cc", tls="none")
+        mail = MailSender(
+            Seal(), host="127.0.0.1", port=server.sockets[0].getsockname()[1], sender="a@b.cc", tls="none"
+        )
         with pytest.raises(NotDelivered):
             await mail.send(Claimed(DELIVERY, replace(CONTACT, address="x@y.zz"), None), now_us=1)
     assert CLAIM_S > MAIL_TIMEOUT_S
