@@ -160,8 +160,8 @@ def _match_findings(facts: Facts) -> list[Finding]:
         text = f"The match with {facts.match.provider_title} stands."
         return [Finding(rule=PROVIDER, met=True, code="", text=text)]
     text = (
-        f"{ended} Accept another offer for the same need, and the application goes on with that one; for another need "
-        "withdraw it, and apply anew while the call is open."
+        f"{ended} Accept another offer for the same need, and the application goes on with that one; with a match for "
+        "another need an operator lets it go on."
     )
     return [Finding(rule=PROVIDER, met=False, code=MATCH_ENDED, text=text)]
 

@@ -417,6 +417,46 @@ async def test_who_is_the_new_provider_of_a_project_does_not_judge_it(world: Wor
     assert actions[:3] == ["assessor_taken_back", "match_replaced", "match_ended"]
 
 
+async def test_an_operator_puts_an_application_on_another_match_where_the_need_was_closed(world: World) -> None:
+    call_id = await world.call(100_00)
+    made = await world.submitted(call_id, FIRM)
+    async with transaction(world.pool) as connection:
+        old = await call_store.match_of(connection, f"match-{world.matches}")
+        assert old is not None
+        names = {"other need": FIRM, "of another firm": 101, "ended": FIRM, "used": FIRM}
+        fresh = {
+            name: replace(old, id=f"{made}-{number}", need_id=f"{made}-{number}", firm_id=firm_id)
+            for number, (name, firm_id) in enumerate(names.items())
+        }
+        for match in fresh.values():
+            await matches.begin(connection, world.clock, match)
+        await matches.end(connection, world.clock, replace(fresh["ended"], ended_us=world.clock.now_us()))
+        await connection.execute(
+            "INSERT INTO application (id, request_id, content_sha256, call_id, match_id, firm_id, state, costs, declaration, sic, "
+            "requested_pence, other_public_pence, created, correlation_id, content) SELECT id || '-2', id || '-2', content_sha256, "
+            "call_id, $2, firm_id, 'draft', costs, declaration, sic, requested_pence, other_public_pence, created, "
+            "correlation_id, content FROM application WHERE id = $1",
+            made,
+            fresh["used"].id,
+        )
+    path = f"/v1/applications/{made}/match"
+
+    def to(name: str) -> dict[str, str]:
+        return {"match_id": fresh[name].id, "reason": "the laboratory closed the need"}
+
+    await world.refused(409, "MATCH_STANDS", "POST", path, to("other need"))
+    async with transaction(world.pool) as connection:
+        await matches.end(connection, world.clock, replace(old, ended_us=world.clock.now_us()))
+    for who in ("firm", "partner"):
+        await world.refused(403, "FORBIDDEN", "POST", path, to("other need"), who=who)
+    await world.refused(404, "MATCH_UNKNOWN", "POST", path, to("of another firm"))
+    await world.refused(409, "MATCH_ENDED", "POST", path, to("ended"))
+    await world.refused(409, "MATCH_IN_USE", "POST", path, to("used"))
+    for _ in range(2):  # the second is a repeat
+        seen = await world.done("POST", path, to("other need"))
+        assert (seen["match_id"], seen["assessment"]["eligible"]) == (fresh["other need"].id, True)
+
+
 async def test_limits_that_cannot_be_kept_decide_nothing_and_say_which(world: World) -> None:
     call_id = await world.call(60_00, method="portfolio", limits=[{"pot": "region:scotland", "floor_pence": 1}])
     await world.scored(await world.submitted(call_id, FIRM, 20_00), "95", "95", "95")
