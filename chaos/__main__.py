@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 
-from chaos import anomaly, funding, hub, matching, mqtt, seats, telemetry, upgrade
+from chaos import anomaly, funding, hub, mqtt, places, seats, telemetry, upgrade
 from chaos.stage import NotHere, Outcome, Scenario, Stage
 from localstack.servers import LocalServers
 from services.common import logs
@@ -21,7 +21,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *telemetry.SCENARIOS,
     *mqtt.SCENARIOS,
     *anomaly.SCENARIOS,
-    *matching.SCENARIOS,
+    *places.SCENARIOS,
     *seats.SCENARIOS,
     *funding.SCENARIOS,
     *upgrade.SCENARIOS,

@@ -2,47 +2,30 @@
 batch one transaction.
 
     python -m chaos.places_worker DSN SEED WORKER OPERATIONS QUARTER FIRST_BATCH
-
-It prints a JSON line after each batch that was committed. Killed and started again with the first batch that it has not
-told of, it repeats what may have been committed already.
 """
 
 import asyncio
 import functools
-import json
 import random
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-import asyncpg
-
+from chaos import batches
+from chaos.batches import Batch
 from services.common import logs
 from services.common.database import AWAY, Connection, Pool, create_pool_when_it_answers
 from services.matching.store import places as places_store
 from services.matching.store import providers as providers_store
 from services.matching.store.places import Ask, Why
 
-WORKERS = 3
 PROVIDERS = 400
 CAPACITY_MAX = 20
 BATCH = 100
 # Providers whose capacity is changed in one batch.
 CAPACITIES = 10
-BATCHES_AT_ONCE = 4
-# One transaction of many is tried again so often before the round counts as broken.
-ATTEMPTS_MAX = 100
 LATER = datetime(2100, 1, 1, tzinfo=UTC)
-
-
-@dataclass(frozen=True)
-class Batch:
-    kind: str
-    # Of places; of a capacity batch "provider=capacity".
-    ids: tuple[str, ...]
 
 
 def provider_of(place_id: str) -> str:
@@ -61,25 +44,13 @@ def expires(place_id: str) -> datetime:
 
 
 def plan(seed: int, worker: int, operations: int) -> list[Batch]:
-    """What a worker does in a round. All workers share one set of ids, so the same place is worked on from several sides."""
-    rng = random.Random(f"{seed}/{worker}")
-    ids = [f"{seed}-{number}" for number in range(operations * WORKERS // 3)]
-    batches: list[Batch] = []
-    while sum(len(batch.ids) for batch in batches) < operations:
-        if batches and rng.random() < 0.1:
-            batches.append(rng.choice(batches))  # a repeat, word for word
-            continue
-        # The newest ids are asked for, those before are confirmed and cancelled.
-        reach = min(len(ids), (len(batches) + 2) * BATCH * WORKERS // 2)
-        kind = rng.choices(["reserve", "confirm", "cancel", "expire", "capacity"], [48, 19, 19, 9, 5])[0]
-        if kind == "capacity":
-            numbers = sorted(rng.sample(range(PROVIDERS), CAPACITIES))
-            changes = tuple(f"{provider_id(number)}={rng.randint(1, CAPACITY_MAX)}" for number in numbers)
-            batches.append(Batch(kind, changes))
-            continue
-        low = max(0, reach - 10 * BATCH) if kind == "reserve" else max(0, reach - 30 * BATCH)
-        batches.append(Batch(kind, tuple(rng.sample(ids[low:reach], min(BATCH, reach - low)))))
-    return batches
+    weights = {"reserve": 48, "confirm": 19, "cancel": 19, "expire": 9, "capacity": 5}
+    return batches.plan(seed, worker, operations, size=BATCH, weights=weights, change="capacity", changes=_capacities)
+
+
+def _capacities(rng: random.Random) -> tuple[str, ...]:
+    numbers = sorted(rng.sample(range(PROVIDERS), CAPACITIES))
+    return tuple(f"{provider_id(number)}={rng.randint(1, CAPACITY_MAX)}" for number in numbers)
 
 
 async def perform(connection: Connection, batch: Batch, quarter: date) -> Any:
@@ -108,42 +79,22 @@ async def set_capacity(connection: Connection, provider: str, capacity: str, *, 
     return provider
 
 
-@asynccontextmanager
-async def connected(pool: Pool) -> AsyncIterator[Connection]:
-    async with pool.acquire(timeout=10) as connection, connection.transaction():
-        yield connection
-
-
-async def work(pool: Pool, batch: Batch, quarter: date) -> tuple[Any, int]:
-    """The answer, and how often it was tried: a connection that dies in COMMIT leaves the outcome open, so it is repeated."""
-    for attempt in range(1, ATTEMPTS_MAX + 1):
-        try:
-            async with connected(pool) as connection:
-                return await perform(connection, batch, quarter), attempt
-        except (*AWAY, asyncpg.DeadlockDetectedError):
-            await pool.expire_connections()
-            await asyncio.sleep(0.05 * min(attempt, 20))
-    raise TimeoutError(f"{batch.kind}: not done in {ATTEMPTS_MAX} attempts")
-
-
-async def tell_batches(first: int, works: Sequence[Callable[[], Awaitable[tuple[Any, int]]]]) -> None:
-    """Do them from the first on, BATCHES_AT_ONCE at a time, and tell of them once they are done."""
-    for start in range(first, len(works), BATCHES_AT_ONCE):
-        answers = await asyncio.gather(*(work() for work in works[start : start + BATCHES_AT_ONCE]))
-        told = [
-            {"batch": start + number, "answer": answer, "attempts": attempts}
-            for number, (answer, attempts) in enumerate(answers)
-        ]
-        print(json.dumps(told), flush=True)
+async def work(pool: Pool, batch: Batch, quarter: date) -> Any:
+    try:
+        async with pool.acquire(timeout=10) as connection, connection.transaction():
+            return await perform(connection, batch, quarter)
+    except AWAY:
+        await pool.expire_connections()
+        raise
 
 
 async def main() -> None:
     dsn, seed, worker, operations, quarter, first = sys.argv[1:]
     logs.configure("chaos", "ERROR")
-    pool = await create_pool_when_it_answers(dsn, schema="matching", size_max=BATCHES_AT_ONCE)
+    pool = await create_pool_when_it_answers(dsn, schema="matching", size_max=batches.BATCHES_AT_ONCE)
     day = date.fromisoformat(quarter)
-    batches = plan(int(seed), int(worker), int(operations))
-    await tell_batches(int(first), [functools.partial(work, pool, batch, day) for batch in batches])
+    planned = plan(int(seed), int(worker), int(operations))
+    await batches.tell_batches(int(first), [functools.partial(work, pool, batch, day) for batch in planned])
     await pool.close()
 
 

@@ -8,28 +8,21 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from chaos.matching import ROUND_DEADLINE_S, SCHEMA, Worker, connected, under_fire
-from chaos.places_worker import WORKERS
+from chaos.batches import WORKERS
 from chaos.seats_worker import OPERATOR, PROVIDER, SEATS_MAX, SESSIONS, firm_of, plan, session, sessions_by
 from chaos.stage import Outcome, Round, Scenario, Stage
+from chaos.workers import ROUND_DEADLINE_S, SCHEMA, Worker, connected, migrated, under_fire
 from services.common.clock import SystemClock
 from services.common.database import create_pool
-from services.common.settings import Settings
 from services.matching.store import sessions as sessions_store
-from services.migrate import migrate_all
 
 OPERATIONS = 9_000
 
 
 @asynccontextmanager
 async def seats(stage: Stage) -> AsyncIterator[Round]:
-    settings = Settings(
-        kafka_bootstrap=stage.servers.kafka_bootstrap,
-        kafka_topic_prefix="places.",
-        database_dsn=stage.servers.database_dsn,
-    )
-    await migrate_all(settings)
-    async with connected(settings.database_dsn) as connection:
+    await migrated(stage)
+    async with connected(stage) as connection:
         await connection.execute(
             "WITH next AS (UPDATE provider_change SET number = number + 1 RETURNING number) "
             "INSERT INTO provider (id, kind, partner_id, title, text, region, region_bound, regions_served, sic_divisions, "
@@ -57,12 +50,12 @@ async def _play(stage: Stage, rng: random.Random) -> Outcome:
 
 
 async def _over_booked(stage: Stage) -> int:
-    async with connected(stage.servers.database_dsn) as connection:
+    async with connected(stage) as connection:
         return len(await sessions_store.over_booked(connection))
 
 
 async def _judged(stage: Stage, seed: int, workers: list[Worker], faults: list[str], most: int) -> Outcome:
-    async with connected(stage.servers.database_dsn) as connection:
+    async with connected(stage) as connection:
         rows = await connection.fetch(
             "SELECT firm_id, request_id, state FROM booking WHERE session_id LIKE $1 || '-%'", str(seed)
         )

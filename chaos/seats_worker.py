@@ -2,7 +2,7 @@
 
     python -m chaos.seats_worker DSN SEED WORKER OPERATIONS FIRST_BATCH
 
-By the production use cases, one transaction each. It tells of its work as chaos.places_worker does.
+By the production use cases, one transaction each.
 """
 
 import asyncio
@@ -12,13 +12,12 @@ import sys
 from datetime import timedelta
 from typing import Any
 
-import asyncpg
-
-from chaos.places_worker import ATTEMPTS_MAX, BATCHES_AT_ONCE, WORKERS, Batch, tell_batches
+from chaos import batches
+from chaos.batches import Batch
 from services.common import logs
 from services.common.clock import SystemClock, from_us
 from services.common.database import Pool, create_pool_when_it_answers, transaction_for_all_firms
-from services.common.errors import Conflict, TryAgain
+from services.common.errors import Conflict
 from services.common.identity import Caller, Role
 from services.common.kafka import Cluster, Publisher
 from services.common.outbox import OutboxRelay
@@ -84,22 +83,12 @@ def firm_of(request_id: str) -> int:
 
 
 def plan(seed: int, worker: int, operations: int) -> list[Batch]:
-    """What a worker does in a round. All workers share one set of bookings."""
-    rng = random.Random(f"{seed}/{worker}")
-    ids = [f"{seed}-{number}" for number in range(operations * WORKERS // 3)]
-    batches: list[Batch] = []
-    while sum(len(batch.ids) for batch in batches) < operations:
-        if batches and rng.random() < 0.1:
-            batches.append(rng.choice(batches))  # a repeat, word for word
-            continue
-        reach = min(len(ids), (len(batches) + 2) * BATCH * WORKERS // 2)
-        kind = rng.choices(["book", "confirm", "cancel", "expire", "seats"], [50, 20, 20, 5, 5])[0]
-        if kind == "seats":
-            batches.append(Batch(kind, (f"{rng.randrange(SESSIONS)}={rng.randint(1, SEATS_MAX)}",)))
-            continue
-        low = max(0, reach - 20 * BATCH)
-        batches.append(Batch(kind, tuple(rng.sample(ids[low:reach], min(BATCH, reach - low)))))
-    return batches
+    weights = {"book": 50, "confirm": 20, "cancel": 20, "expire": 5, "seats": 5}
+    return batches.plan(seed, worker, operations, size=BATCH, weights=weights, change="seats", changes=_seats)
+
+
+def _seats(rng: random.Random) -> tuple[str, ...]:
+    return (f"{rng.randrange(SESSIONS)}={rng.randint(1, SEATS_MAX)}",)
 
 
 async def perform(pool: Pool, seed: int, batch: Batch) -> Any:
@@ -136,22 +125,12 @@ async def _answer(asked: Any) -> str:
         return error.reason
 
 
-async def work(pool: Pool, seed: int, batch: Batch) -> tuple[Any, int]:
-    """The answer, and how often it was tried; what was done before a connection died is repeated."""
-    for attempt in range(1, ATTEMPTS_MAX + 1):
-        try:
-            return await perform(pool, seed, batch), attempt
-        except (TryAgain, asyncpg.DeadlockDetectedError):
-            await asyncio.sleep(0.05 * min(attempt, 20))
-    raise TimeoutError(f"{batch.kind}: not done in {ATTEMPTS_MAX} attempts")
-
-
 async def main() -> None:
     dsn, seed, worker, operations, first = sys.argv[1:]
     logs.configure("chaos", "ERROR")
-    pool = await create_pool_when_it_answers(dsn, schema="matching", size_max=BATCHES_AT_ONCE)
-    batches = plan(int(seed), int(worker), int(operations))
-    await tell_batches(int(first), [functools.partial(work, pool, int(seed), batch) for batch in batches])
+    pool = await create_pool_when_it_answers(dsn, schema="matching", size_max=batches.BATCHES_AT_ONCE)
+    planned = plan(int(seed), int(worker), int(operations))
+    await batches.tell_batches(int(first), [functools.partial(perform, pool, int(seed), batch) for batch in planned])
     await pool.close()
 
 

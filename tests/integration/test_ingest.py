@@ -1,107 +1,37 @@
 """Ingest as its users meet it: real processes, real broker, real database."""
 
 import asyncio
-import gzip
 import os
 import sys
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import grpc
 import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
 
-from localstack.hub import Hub
-from localstack.servers import Servers, free_port
+from localstack.servers import free_port
 from services.common.settings import Settings
 from smdih.ingest.v1 import telemetry_pb2, telemetry_pb2_grpc
 from smdih_client import Refused, TelemetryClient
 from tests.integration.buffered_gateway import ROWS, values
+from tests.integration.ingest_plant import Plant, running_plant, two_hours_ago_s
 from tests.polling import eventually
-
-SIGNALS = [
-    {"name": "temperature", "unit": "degC", "range_min": -50, "range_max": 300},
-    {"name": "current", "unit": "A"},
-    {"name": "speed", "unit": "1/min"},
-]
-
-
-@dataclass
-class Plant:
-    """A firm with one machine on a running hub."""
-
-    hub: Hub
-    http: httpx.AsyncClient
-    operator: httpx.AsyncClient
-    firm: dict[str, Any]
-    site: dict[str, Any]
-    machine: dict[str, Any]
-    device_key: str
-    database: "asyncpg.Pool[asyncpg.Record]"
-
-    async def new_machine(self, path: str, signals: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        body = {"site_id": self.site["id"], "path": path, "name": path, "kind": "press", "signals": signals or SIGNALS}
-        answer = await self.operator.post("/v1/machines", json=body)
-        assert answer.status_code == 201, answer.text
-        found: dict[str, Any] = answer.json()
-        return found
-
-    async def frames(self, machine_id: int) -> list[tuple[int, list[float | None]]]:
-        rows = await self.database.fetch(
-            "SELECT extract(epoch FROM ts)::bigint AS ts, values FROM ingest.frame WHERE machine_id = $1 "
-            "ORDER BY first_position, ts",
-            machine_id,
-        )
-        return [(row["ts"], row["values"]) for row in rows]
-
-    async def quarantined(self, reason: str) -> list[dict[str, Any]]:
-        items = (await self.http.get("/v1/quarantine")).json()["items"]
-        return [item for item in items if item["reason"] == reason]
-
-    def client(self, source: str) -> TelemetryClient:
-        return TelemetryClient(self.hub.processes["door"].grpc, self.device_key, source=source)
 
 
 @pytest_asyncio.fixture(scope="module")
-async def plant(servers: Servers, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant]:
-    own = Servers(settings.kafka_bootstrap, settings.database_dsn)
-    hub = Hub(
-        own, Path(tmp_path_factory.mktemp("hub")), topic_prefix=settings.kafka_topic_prefix, roles=("door", "historian")
-    )
-    try:
-        await hub.start()
-        door = hub.processes["door"].http
-        operator = httpx.AsyncClient(base_url=door, headers={"Authorization": f"Bearer {hub.operator_key}"})
-        firm = (
-            await operator.post(
-                "/v1/firms", json={"name": "Acme", "slug": "acme", "sic": "25.62", "region": "Wales", "size": "small"}
-            )
-        ).json()
-        site = (await operator.post("/v1/sites", json={"firm_id": firm["id"], "slug": "leeds", "name": "Leeds"})).json()
-        key = (await operator.post("/v1/credentials", json={"role": "device", "firm_id": firm["id"]})).json()["key"]
-        device = httpx.AsyncClient(base_url=door, headers={"Authorization": f"Bearer {key}"})
-        database = await asyncpg.create_pool(settings.database_dsn, min_size=1, max_size=3)
-        made = Plant(hub, device, operator, firm, site, {}, key, database)
-        made.machine = await made.new_machine("press-1")
+async def plant(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant]:
+    async with running_plant(settings, Path(tmp_path_factory.mktemp("hub"))) as made:
         yield made
-        await asyncio.gather(operator.aclose(), device.aclose(), database.close())
-    finally:
-        await hub.stop()
-
-
-def _now_s() -> int:
-    return int(time.time()) // 3600 * 3600 - 7200  # two hours back, on the hour
 
 
 async def test_streamed_frames_are_stored_exactly_though_door_and_historian_are_killed(plant: Plant) -> None:
     machine = await plant.new_machine("kill-me")
-    start, rows, batches = _now_s(), 50, 60
+    start, rows, batches = two_hours_ago_s(), 50, 60
     rng = np.random.default_rng(1)
     sent = rng.normal(20, 1, (rows * batches, 3))
     sent[rng.random(sent.shape) < 0.05] = np.nan
@@ -145,7 +75,7 @@ async def test_streamed_frames_are_stored_exactly_though_door_and_historian_are_
 
 async def test_late_and_corrected_frames_are_merged_and_rollups_made_anew(plant: Plant) -> None:
     machine = await plant.new_machine("late-1")
-    start = _now_s()
+    start = two_hours_ago_s()
     even = (start + np.arange(0, 300, 2)) * 1_000_000
     odd = (start + np.arange(1, 300, 2)) * 1_000_000
     async with plant.client("gateway-late") as client:
@@ -175,12 +105,14 @@ async def test_late_and_corrected_frames_are_merged_and_rollups_made_anew(plant:
 
 async def test_history_behind_the_newest_frame_is_merged_in_the_order_of_delivery(plant: Plant) -> None:
     machine = await plant.new_machine("late-2")
-    start = _now_s() - 5 * 3600
+    start = two_hours_ago_s() - 5 * 3600
     rng = np.random.default_rng(3)
     seconds = np.arange(0, 3 * 3600, 20)
     expected = np.full((len(seconds), 3), np.nan)
     batches = [
-        telemetry_pb2.Batch(sequence=1, machine_id=machine["id"], times_us=[_now_s() * 1_000_000], values=[1, 1, 1])
+        telemetry_pb2.Batch(
+            sequence=1, machine_id=machine["id"], times_us=[two_hours_ago_s() * 1_000_000], values=[1, 1, 1]
+        )
     ]
     for sequence in range(2, 62):
         # Some of its frames have come before, and one comes twice in the same batch: the later one corrects, where it has a value.
@@ -203,7 +135,10 @@ async def test_history_behind_the_newest_frame_is_merged_in_the_order_of_deliver
             batches[1:],
             [
                 telemetry_pb2.Batch(
-                    sequence=99, machine_id=machine["id"], times_us=[(_now_s() + 1) * 1_000_000], values=[1, 1, 1]
+                    sequence=99,
+                    machine_id=machine["id"],
+                    times_us=[(two_hours_ago_s() + 1) * 1_000_000],
+                    values=[1, 1, 1],
                 )
             ],
         ):
@@ -238,7 +173,7 @@ async def test_history_behind_the_newest_frame_is_merged_in_the_order_of_deliver
 
 async def test_values_whose_sum_no_number_holds_do_not_stop_the_historian(plant: Plant) -> None:
     machine = await plant.new_machine("huge-1", [{"name": "n"}])
-    start, huge = _now_s(), 1.7e308
+    start, huge = two_hours_ago_s(), 1.7e308
     async with plant.client("gateway-huge") as client:
         seconds = np.array([0, 10, 70])
         await client.send(machine["id"], (start + seconds) * 1_000_000, np.array([[huge], [huge], [1.0]]))
@@ -269,7 +204,7 @@ async def test_values_whose_sum_no_number_holds_do_not_stop_the_historian(plant:
 
 async def test_a_batch_sent_again_changes_nothing_even_after_a_correction(plant: Plant) -> None:
     machine = await plant.new_machine("again-1")
-    start = _now_s()
+    start = two_hours_ago_s()
     stub_metadata = (("authorization", f"Bearer {plant.device_key}"),)
 
     def batch(sequence: int, value: float) -> telemetry_pb2.Batch:
@@ -295,7 +230,7 @@ async def test_a_batch_sent_again_changes_nothing_even_after_a_correction(plant:
 
 async def test_what_cannot_be_stored_is_quarantined_with_a_reason_and_the_rest_is_stored(plant: Plant) -> None:
     machine = await plant.new_machine("mixed-1")
-    now_ms = _now_s() * 1000
+    now_ms = two_hours_ago_s() * 1000
     body = {
         "source": "mixed",
         "batches": [
@@ -335,6 +270,8 @@ async def test_what_cannot_be_stored_is_quarantined_with_a_reason_and_the_rest_i
     (item,) = [i for i in await plant.quarantined("UNKNOWN_SIGNAL") if i["source"] == "mixed"]
     replay = await plant.operator.post(f"/v1/quarantine/{item['id']}/replay", json={})
     assert replay.json() == {"accepted": 1, "quarantined": 0}
+    again = await plant.operator.post(f"/v1/quarantine/{item['id']}/replay", json={})
+    assert (again.status_code, again.json()["reason"]) == (409, "ALREADY_REPLAYED")
 
     async def vibration_stored() -> bool:
         return (await plant.frames(machine["id"]))[0][1] == [20.5, None, None, 3.0]
@@ -387,7 +324,7 @@ async def test_bad_input_at_the_http_door_gets_a_reason_and_stands_in_quarantine
 
 async def test_one_machines_bad_json_keeps_nothing_of_the_others_back(plant: Plant) -> None:
     good, torn = await plant.new_machine("json-good"), await plant.new_machine("json-torn")
-    at = _now_s() * 1_000
+    at = two_hours_ago_s() * 1_000
     batches: list[Any] = [
         {"machine": good["path"], "sequence": 1, "frames": [{"ts": at, "values": {"temperature": 1, "current": 2}}]},
         {
@@ -458,7 +395,7 @@ async def test_a_malformed_grpc_body_is_refused_and_stands_in_quarantine(plant: 
 
 async def test_nan_over_grpc_is_quarantined_and_the_rest_stored(plant: Plant) -> None:
     machine = await plant.new_machine("nan-1")
-    start = _now_s() * 1_000_000
+    start = two_hours_ago_s() * 1_000_000
     batch = telemetry_pb2.Batch(machine_id=machine["id"], times_us=[start], values=[1.0, float("nan"), float("inf")])
     async with grpc.aio.insecure_channel(plant.hub.processes["door"].grpc) as channel:
         answer = await telemetry_pb2_grpc.TelemetryServiceStub(channel).SendBatches(
@@ -471,7 +408,7 @@ async def test_nan_over_grpc_is_quarantined_and_the_rest_stored(plant: Plant) ->
 
 async def test_a_machine_with_more_signals_than_a_row_holds_is_stored_in_groups(plant: Plant) -> None:
     machine = await plant.new_machine("wide-1", [{"name": f"s{n}"} for n in range(450)])
-    start = _now_s()
+    start = two_hours_ago_s()
     values = np.arange(900, dtype=float).reshape(2, 450)
     async with plant.client("wide") as client:
         await client.send(machine["id"], [start * 1_000_000, (start + 1) * 1_000_000], values)
@@ -502,7 +439,11 @@ async def test_another_firms_things_do_not_exist_for_a_key(plant: Plant) -> None
         assert (await stranger.get("/v1/quarantine")).json()["items"] == []
         sent = await stranger.post(
             "/v1/telemetry",
-            json={"batches": [{"machine": machine, "frames": [{"ts": _now_s() * 1000, "values": {"current": 1}}]}]},
+            json={
+                "batches": [
+                    {"machine": machine, "frames": [{"ts": two_hours_ago_s() * 1000, "values": {"current": 1}}]}
+                ]
+            },
         )
         assert (sent.status_code, sent.json()["reason"]) == (422, "UNKNOWN_MACHINE")
         assert (await stranger.post("/v1/firms", json=body)).status_code == 403
@@ -567,87 +508,6 @@ async def test_every_process_answers_its_probes(plant: Plant) -> None:
             assert "smdih_" in (await client.get("/metrics")).text
 
 
-async def test_line_protocol_is_stored_as_telegraf_sends_it(plant: Plant) -> None:
-    machine = await plant.new_machine("lines-1")
-    start, path = _now_s(), machine["path"]
-    body = "\n".join(
-        f"press,host=edge\\ 1,machine={path} temperature={20 + n / 8},current={n}i,speed={'true' if n % 2 else 'f'} {start + n}"
-        for n in range(50)
-    )
-    async with httpx.AsyncClient(
-        base_url=plant.hub.processes["door"].http, headers={"Authorization": f"Token {plant.device_key}"}
-    ) as telegraf:
-        for where in (
-            "/api/v2/write?bucket=b&org=o&precision=s",
-            "/write?precision=s",
-        ):  # the same twice is stored once
-            answer = await telegraf.post(
-                where, content=gzip.compress(body.encode()), headers={"Content-Encoding": "gzip"}
-            )
-            assert (answer.status_code, answer.content) == (204, b"")
-    expected = [(start + n, [20 + n / 8, float(n), float(n % 2)]) for n in range(50)]
-
-    async def stored() -> bool:
-        return await plant.frames(machine["id"]) == expected
-
-    await eventually(stored)
-
-
-async def test_bad_lines_are_quarantined_and_the_good_ones_stored(plant: Plant) -> None:
-    machine = await plant.new_machine("lines-2")
-    start, path = _now_s(), machine["path"]
-    body = (
-        f"# by measurement, by id, and with a longer name\n{path} temperature=1 {start}\n"
-        f"m,machine={machine['id']} current=2 {start}\n\n"
-        f'm,machine={path} speed=3,state="run" {start}\n'
-        f"m,machine={path} temperature= {start}\nm,machine={path} temperature=900 {start + 1}\n"
-    )
-    answer = await plant.http.post("/api/v2/write", params={"precision": "s"}, content=body)
-    found = answer.json()
-    assert (answer.status_code, found["code"], found["accepted"], found["quarantined"]) == (400, "invalid", 3, 2)
-    assert [(one["line"], one["reason"]) for one in found["lines"]] == [(5, "WRONG_TYPE"), (6, "MALFORMED")]
-    assert [(one["reason"], one["samples"]) for one in found["problems"]] == [("OUT_OF_RANGE", 1)]
-    assert "line 6" in found["message"]
-
-    async def stored() -> bool:
-        return await plant.frames(machine["id"]) == [(start, [1.0, 2.0, 3.0])]
-
-    await eventually(stored)
-
-    async def set_aside() -> bool:
-        items = [i for r in ("WRONG_TYPE", "MALFORMED", "OUT_OF_RANGE") for i in await plant.quarantined(r)]
-        return {(i["reason"], i["samples"]) for i in items if i["door"] == "lines"} == {
-            ("WRONG_TYPE", 1),
-            ("MALFORMED", 0),
-            ("OUT_OF_RANGE", 1),
-        }
-
-    await eventually(set_aside)
-
-
-@pytest.mark.parametrize(
-    ("content", "headers", "params", "status", "code", "reason"),
-    [
-        (b"m a=1 1", {}, {"precision": "s"}, 422, "unprocessable entity", "UNKNOWN_MACHINE"),
-        (b"m", {}, {}, 400, "invalid", "MALFORMED"),
-        (b"m a=1 1", {}, {"precision": "h"}, 400, "invalid", "INVALID"),
-        (b"m a=1 1", {"Content-Encoding": "gzip"}, {}, 400, "invalid", "MALFORMED"),
-        (gzip.compress(b"m a=1 1")[:-9], {"Content-Encoding": "gzip"}, {}, 400, "invalid", "MALFORMED"),
-        (gzip.compress(b" " * 500_000_000, 1), {"Content-Encoding": "gzip"}, {}, 413, "request too large", "TOO_LARGE"),
-        (b"m a=1 1", {"Content-Encoding": "br"}, {}, 400, "invalid", "INVALID"),
-        (b"m a=1 1", {"Authorization": "Token wrong"}, {}, 401, "unauthorized", "UNAUTHENTICATED"),
-        (b"\n".join(b"m%d a=1" % n for n in range(10_001)), {}, {}, 413, "request too large", "TOO_LARGE"),
-    ],
-)
-async def test_refused_lines_get_a_code_and_a_reason(
-    plant: Plant, content: bytes, headers: dict[str, str], params: dict[str, str], status: int, code: str, reason: str
-) -> None:
-    answer = await plant.http.post("/api/v2/write", content=content, headers=headers, params=params)
-    found = answer.json()
-    assert (answer.status_code, found["code"], found["reason"]) == (status, code, reason)
-    assert found["message"]
-
-
 @dataclass
 class _Gateway:
     """buffered_gateway as a process."""
@@ -672,7 +532,7 @@ class _Gateway:
 async def test_a_gateway_cut_off_and_killed_twice_delivers_everything_once_and_in_order(
     plant: Plant, tmp_path: Path
 ) -> None:
-    machine, start = await plant.new_machine("buffered-1"), _now_s()
+    machine, start = await plant.new_machine("buffered-1"), two_hours_ago_s()
     target = plant.hub.processes["door"].grpc
 
     async def gateway(where: str, first: int, end: int) -> _Gateway:

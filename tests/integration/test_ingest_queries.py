@@ -177,6 +177,27 @@ async def test_a_plot_shows_chosen_samples_of_a_short_range_and_extremes_of_a_lo
     assert found["series"][0]["values"] == []
 
 
+async def test_a_plot_of_a_time_whose_samples_are_gone_shows_its_minutes_or_hours(stored: Stored) -> None:
+    plant = stored.plant
+    machine = await plant.machine("removed-1", [{"name": "a"}])
+    hour_us = START_US // 3_600_000_000 * 3_600_000_000
+    times = hour_us + np.arange(4 * 360) * 10_000_000
+    values = np.random.default_rng(1).normal(5, 1, (len(times), 1))
+    await plant.store(machine, times, values)
+    asked = {"signal_id": machine["signals"][0]["id"], "from_us": hour_us, "to_us": hour_us + 7_200_000_000}
+
+    async def plot() -> tuple[str, list[float]]:
+        found = (await plant.http.get("/v1/plot", params=asked)).json()
+        return found["resolution"], found["series"][0]["values"]
+
+    assert (await plot())[0] == "raw"
+    for table, resolution in (("frame", "minute"), ("rollup_1m", "hour")):
+        query = f"DELETE FROM {table} WHERE machine_id = $1 AND ts < to_timestamp($2)"
+        await plant.database.execute(query, machine["id"], hour_us / 1e6 + 10_800)
+        shown, points = await plot()
+        assert (shown, max(points)) == (resolution, values[:720].max())
+
+
 async def test_the_newest_value_of_a_signal_that_is_seldom_sent_is_found_behind_many_frames(stored: Stored) -> None:
     plant = stored.plant
     names = ["always", "this-minute", "this-hour", "days-ago", "never"]
@@ -197,6 +218,8 @@ async def test_the_newest_value_of_a_signal_that_is_seldom_sent_is_found_behind_
         return {one["name"]: (one["time_us"], one["value"]) for one in answer.json()["values"]}
 
     expected = {name: (int(times[row]), float(row)) for name, row in seldom.items()}
+    assert await latest() == expected | {"always": (int(times[-1]), len(times) - 1.0)}
+    # Again, now that it is known of one that it was never sent.
     assert await latest() == expected | {"always": (int(times[-1]), len(times) - 1.0)}
     found = (await plant.http.get(f"/v1/machines/{machine['id']}/diagnosis")).json()["signals"]
     assert {one["name"] for one in found if one["last_us"]} == set(expected) | {"always"}
@@ -405,6 +428,10 @@ async def test_a_machine_of_more_than_a_thousand_signals_leaves_whole(stored: St
     refused = await plant.http.get("/v1/export", params={**wanted, "format": "parquet"})
     assert refused.status_code == 400
     assert "layout=narrow" in refused.json()["detail"]
+    five_each = {**wanted, "machine_id": stored.wide["id"], "format": "parquet", "resolution": "minute"}
+    refused = await plant.http.get("/v1/export", params=five_each)
+    assert refused.status_code == 400
+    assert "1150 columns" in refused.json()["detail"]
 
 
 async def test_a_file_whose_database_goes_away_is_seen_to_be_broken(stored: Stored) -> None:

@@ -20,6 +20,7 @@ from services.common.settings import Settings
 from services.ingest.historian.historian import Historian
 from services.ingest.retention import service as retention
 from services.ingest.retention.service import Enforcer
+from services.ingest.telemetry import quarantine_store
 from smdih.ingest.v1 import records_pb2
 from tests.integration.stored_plant import StoredPlant, stored_plant
 from tests.polling import eventually
@@ -31,6 +32,7 @@ NOW_US = int(time.time()) // 3600 * 3600 * 1_000_000
 class Kept:
     def __init__(self, plant: StoredPlant, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self.plant = plant
+        self.pool = pool
         # More than one step for each machine, and what was just loaded counts as old.
         self.enforcer = Enforcer(pool, SystemClock(), rows_per_step=100, grace_days=0)
         self.by_default = Enforcer(pool, SystemClock())
@@ -55,7 +57,9 @@ class Kept:
         signals = [{"name": "power", "unit": "kW"}, {"name": "temp"}]
         new = {"site_id": site["id"], "path": path, "name": path, "kind": "press", "signals": signals}
         machine: dict[str, Any] = (await plant.operator.post("/v1/machines", json=new)).json()
-        times = np.concatenate([NOW_US - days * DAY_US + np.arange(540) * 10_000_000 for days in days_ago])
+        times = np.concatenate(
+            [np.zeros(0, dtype=np.int64), *(NOW_US - days * DAY_US + np.arange(540) * 10_000_000 for days in days_ago)]
+        )
         rng = np.random.default_rng(machine["id"])
         await plant.store(machine, times, rng.normal(10, 1, (len(times), 2)))
         return machine
@@ -130,8 +134,8 @@ async def test_history_that_was_just_loaded_stays_for_a_while(kept: Kept) -> Non
     run = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
     assert (run["chunks_dropped"], run["rows_removed"], run["problem"]) == (0, 0, None)
     assert (await kept.frames(machine), await kept.frames(short)) == ([1_000, 500, 10], [500, 100, 50])
-    # Sending more of it does not put it off.
-    await kept.plant.database.execute("UPDATE history_loaded SET loaded = loaded - interval '31 days'")
+    # A month later; what is sent now has a month of its own, and puts off nothing that is older than it.
+    await kept.plant.database.execute("UPDATE history_load SET loaded = loaded - interval '31 days', day = day - 31")
     await kept.send(short, NOW_US - 40 * DAY_US)
 
     async def came() -> bool:
@@ -139,10 +143,36 @@ async def test_history_that_was_just_loaded_stays_for_a_while(kept: Kept) -> Non
 
     await eventually(came)
     await eventually(kept.by_default.once)
-    assert await kept.frames(short) == []
+    assert await kept.frames(short) == [40]
     await kept.plant.database.execute(
         "UPDATE machine SET created = created + interval '3 years' WHERE id = $1", short["id"]
     )
+
+
+async def test_history_that_is_loaded_into_an_old_chunk_keeps_it(kept: Kept) -> None:
+    first, second = [await kept.machine(f"same-week-{n}") for n in (1, 2)]
+    await kept.send(first, NOW_US - 450 * DAY_US)
+
+    async def is_stored() -> bool:
+        return await kept.frames(first) == [450]
+
+    await eventually(is_stored)
+    # That was long ago; another machine's history of that week is loaded now.
+    await kept.plant.database.execute(
+        "UPDATE _timescaledb_catalog.chunk SET creation_time = creation_time - interval '31 days'"
+    )
+    await kept.plant.database.execute("UPDATE history_load SET loaded = loaded - interval '31 days', day = day - 31")
+    await kept.send(second, NOW_US - 450 * DAY_US)
+
+    async def came() -> bool:
+        return await kept.frames(second) == [450]
+
+    await eventually(came)
+    await eventually(kept.by_default.once)
+    assert await kept.frames(second) == [450]
+    await kept.plant.database.execute("UPDATE history_load SET loaded = loaded - interval '31 days', day = day - 31")
+    await eventually(kept.by_default.once)
+    assert await kept.frames(second) == []
 
 
 async def test_old_samples_go_by_chunks_and_their_minutes_and_hours_stay(kept: Kept) -> None:
@@ -187,6 +217,32 @@ async def test_nothing_is_removed_of_a_firm_on_hold_and_the_others_go_on(kept: K
     run = await kept.enforce()
     assert run["chunks_dropped"] > 0
     assert await kept.frames(held) == [10]
+
+
+async def test_a_hold_stops_the_run_that_is_removing(kept: Kept) -> None:
+    machine = await kept.machine("hold-now-1", 200, firm="hold-now")
+    url = f"/v1/firms/{machine['firm_id']}/retention"
+    await kept.plant.operator.put(url, json={"raw_days": 30, "reason": "less"})
+    slow = Enforcer(kept.pool, SystemClock(), rows_per_step=5, grace_days=0)
+
+    async def count() -> int:
+        query = "SELECT count(*) FROM frame WHERE machine_id = $1"
+        found: int = await kept.plant.database.fetchval(query, machine["id"])
+        return found
+
+    async def some_are_gone() -> bool:
+        return await count() < 540
+
+    run = asyncio.create_task(eventually(slow.once))
+    await eventually(some_are_gone)
+    answer = await kept.plant.operator.put(url, json={"is_on_hold": True, "reason": "court case 9"})
+    left = await count()
+    assert (answer.status_code, left > 0) == (200, True)
+    await run
+    assert await count() == left
+    noted = (await kept.plant.operator.get("/v1/retention")).json()["runs"][0]
+    assert noted["problem"] is None
+    await kept.plant.operator.put(url, json={"reason": "closed"})
 
 
 async def test_a_run_that_is_cut_off_is_noted_and_the_next_one_goes_on(kept: Kept) -> None:
@@ -243,7 +299,7 @@ async def test_old_items_leave_quarantine_but_not_of_a_firm_on_hold(kept: Kept) 
 
 async def test_quarantine_of_a_firm_is_bounded_and_what_is_refused_there_is_counted(kept: Kept) -> None:
     firms = [(await kept.machine(f"full-{n}", 1, firm=f"full-{n}"))["firm_id"] for n in (1, 2)]
-    database, historian = kept.plant.database, Historian(SystemClock(), quarantine_bytes_max=50_000)
+    database, historian = kept.plant.database, Historian(SystemClock(), quarantine_bytes_max=45_000)
     long_ago_us = NOW_US - 91 * DAY_US
 
     def record(firm_id: int, number: int) -> Any:
@@ -258,20 +314,44 @@ async def test_quarantine_of_a_firm_is_bounded_and_what_is_refused_there_is_coun
         return SimpleNamespace(value=value.SerializeToString())
 
     async def use(firm_id: int) -> dict[str, Any]:
-        query = "SELECT bytes, refused_items, refused_samples FROM quarantine_use WHERE firm_id = $1"
+        query = "SELECT refused_items, refused_samples FROM quarantine_use WHERE firm_id = $1"
         found = await database.fetchrow(query, firm_id)
-        kept_items = await database.fetchval("SELECT count(*) FROM quarantine WHERE firm_id = $1", firm_id)
-        return {**dict(found or {}), "items": kept_items}
+        told = (await kept.plant.operator.get(f"/v1/firms/{firm_id}/quota")).json()["use"]
+        stands = await database.fetchrow(
+            "SELECT count(*) AS items, coalesce(sum(quarantine_bytes(batch, raw)), 0)::bigint AS bytes FROM quarantine "
+            "WHERE firm_id = $1",
+            firm_id,
+        )
+        assert stands is not None
+        # What is counted is what is in the table.
+        assert told["quarantine_bytes"] == stands["bytes"]
+        return {**dict(found or {}), **dict(stands)}
 
-    async with database.acquire() as connection, connection.transaction():
-        for first in (0, 4):
-            polled = [record(firms[0], number) for number in range(first, first + 4)] + [record(firms[1], first)]
+    async def store(polled: list[Any]) -> None:
+        async with database.acquire() as connection, connection.transaction():
             assert await historian.store_quarantine(connection, polled) == []
+
+    for first in (0, 4):
+        await store([record(firms[0], number) for number in range(first, first + 4)] + [record(firms[1], first)])
     assert await use(firms[0]) == {"bytes": 50_000, "refused_items": 3, "refused_samples": 9, "items": 5}
-    assert await use(firms[1]) == {"bytes": 20_000, "refused_items": 0, "refused_samples": 0, "items": 2}
-    # There is room again when the old has gone.
+    # What is sent again is the same item: it takes no room, also where there is none.
+    for _ in range(5):
+        await store([record(firms[0], 0), record(firms[1], 4), record(firms[1], 4)])
+    assert await use(firms[0]) == {"bytes": 50_000, "refused_items": 3, "refused_samples": 9, "items": 5}
+    assert await use(firms[1]) == {"bytes": 20_000, "items": 2}
+    # There is room again when what was there was replayed, and what then comes again waits again.
+    async with database.acquire() as connection:
+        await quarantine_store.mark_replayed(connection, [f"full-{firms[0]}-{number}" for number in range(4)])
+    assert (await use(firms[0]))["bytes"] == 12_000
+    await store([record(firms[0], number) for number in (0, 5)])
+    assert await use(firms[0]) == {"bytes": 31_500, "refused_items": 3, "refused_samples": 9, "items": 6}
+    again = await database.fetchrow("SELECT replayed, raw FROM quarantine WHERE id = $1", f"full-{firms[0]}-0")
+    assert again is not None
+    assert dict(again) == {"replayed": None, "raw": b"x" * 9_500}
+    # And when the old has gone.
     await kept.enforce()
     assert await use(firms[0]) == {"bytes": 0, "refused_items": 3, "refused_samples": 9, "items": 0}
+    assert not await database.fetchval("SELECT count(*) FROM quarantine_day WHERE firm_id = ANY($1)", firms)
 
 
 async def test_what_arrives_after_its_time_was_removed_is_stored_and_spoils_no_bucket(kept: Kept) -> None:
@@ -354,8 +434,9 @@ async def test_the_disk_forecast_says_what_there_is_and_for_how_long_it_lasts(ke
             kept.plant.firm["id"],
         )
         filling = await retention.forecast(connection, NOW_US, int(free) + 1_000_000)
-        assert filling.stores[-1].growth_bytes_a_day == pytest.approx(10e6, rel=0.01)
-        assert filling.stores[-1].full_bytes == pytest.approx(900e6, rel=0.01)
+        growth = 70e6 / (7 + NOW_US % DAY_US / DAY_US)  # in seven whole days and today
+        assert filling.stores[-1].growth_bytes_a_day == pytest.approx(growth, rel=0.01)
+        assert filling.stores[-1].full_bytes == pytest.approx(90 * growth, rel=0.01)
         assert filling.days_left is not None
         await connection.execute("DELETE FROM quarantine WHERE id LIKE 'fills-%'")
         await connection.execute(

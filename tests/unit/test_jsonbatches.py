@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.ingest.telemetry.frames import RAW_BYTES_MAX
 from services.ingest.telemetry.jsonbatches import NotTelemetry, Read, read_body
 from smdih.ingest.v1 import telemetry_pb2
 
@@ -67,6 +68,15 @@ def test_many_faults_are_told_as_one_with_what_was_sent() -> None:
     raw = orjson.loads(one.raw(fault, b""))
     assert (raw["machine"], raw["sequence"]) == ("acme/works/press", 7)
     assert raw["refused"][-1] == {"ts": AT_MS, "values": {"a": {"b": 2}}}
+
+
+def test_of_many_faults_no_more_is_kept_than_quarantine_keeps() -> None:
+    """A body of 4 MiB made 150 MB of them."""
+    one = read([{"ts": AT_MS, "values": {f"{n}": "" for n in range(10_000)}}])
+    (fault,) = one.faults.values()
+    assert (fault.samples, fault.times) == (10_000, 10_000)
+    assert RAW_BYTES_MAX < len(one.raw(fault, b"")) < 1.1 * RAW_BYTES_MAX
+    assert orjson.loads(one.raw(fault, b""))["refused"][0] == {"ts": AT_MS, "values": {"0": ""}}
 
 
 def test_what_is_nested_too_deep_to_be_written_is_kept_as_it_came() -> None:

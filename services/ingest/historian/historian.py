@@ -6,7 +6,7 @@ rest, late, repeated or corrected, are merged value by value, many at a time, an
 
 import io
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -21,11 +21,11 @@ from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
-from services.ingest.domain import QUARANTINE_BYTES_PER_FIRM_MAX, STORED_DAYS_MIN
+from services.ingest.domain import PATH_LENGTH_MAX, QUARANTINE_BYTES_PER_FIRM_MAX, STORED_DAYS_MIN, showable
 from services.ingest.historian.binarycopy import HEADER, TRAILER, Floats, Ints, keyed_rows
 from services.ingest.historian.rollups import Bools, OpenBuckets, Stats
 from services.ingest.numbering import numbers_of
-from smdih.ingest.v1 import records_pb2
+from smdih.ingest.v1 import records_pb2, telemetry_pb2
 
 log = get_logger(__name__)
 
@@ -36,8 +36,6 @@ DAY_US = 24 * 3600 * 1_000_000
 # in any order; one statement for all of them took 11 s in order, and more than COMMAND_TIMEOUT_S where each hour had one row.
 LOOKUPS_MAX = 4_000
 HISTORY_AGE_US = STORED_DAYS_MIN * 86_400 * 1_000_000
-# As the function quarantine_bytes counts.
-QUARANTINE_ROW_BYTES = 500
 NOTHING_STORED_US = np.iinfo(np.int64).min
 
 # Samples taken out of the message log, by the way they went: in_order (new rows by COPY) or merged (late, repeated, corrected).
@@ -96,6 +94,20 @@ ON CONFLICT (machine_id, first_position, ts) DO UPDATE SET
     counts = excluded.counts, sums = excluded.sums, mins = excluded.mins, maxs = excluded.maxs, lasts = excluded.lasts
 -- Fewer samples than before: retention has removed frames, and the bucket knows more than what is left of them.
 WHERE total(excluded.counts) >= total({table}.counts)
+"""
+
+_QUARANTINE = """
+INSERT INTO quarantine AS q (id, firm_id, credential_id, source, door, reason, detail, samples, received, correlation_id, batch,
+    raw, machine_id, machine_path)
+SELECT id, firm_id, credential_id, source, door, reason, detail, samples, received, correlation_id, batch,
+    raw, machine_id, machine_path
+FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bigint[], $9::timestamptz[],
+    $10::text[], $11::bytea[], $12::bytea[], $13::bigint[], $14::text[]) AS n (id, firm_id, credential_id, source, door, reason,
+    detail, samples, received, correlation_id, batch, raw, machine_id, machine_path)
+ON CONFLICT (id) DO UPDATE SET credential_id = excluded.credential_id, door = excluded.door, detail = excluded.detail,
+    received = excluded.received, correlation_id = excluded.correlation_id, batch = excluded.batch, raw = excluded.raw,
+    replayed = NULL
+WHERE q.replayed IS NOT NULL
 """
 
 # Of a machine whose frames retention has removed, the buckets say how far it had come.
@@ -177,15 +189,6 @@ class _Part:
     is_repeat: bool
 
 
-@dataclass
-class QuarantineTaken:
-    """What a poll brought of a firm."""
-
-    bytes: int = 0
-    refused_items: int = 0
-    refused_samples: int = 0
-
-
 class Historian:
     """Stores the records of one poll; owned by one consumer, used by one task at a time."""
 
@@ -261,60 +264,58 @@ class Historian:
     ) -> list[tuple[ConsumerRecord, str]]:
         """The same for quarantine records; those of a firm that has as much there as it may are counted only."""
         bad: list[tuple[ConsumerRecord, str]] = []
-        items: list[tuple[records_pb2.QuarantineRecord, datetime]] = []
+        items: dict[str, tuple[records_pb2.QuarantineRecord, datetime]] = {}
         for record in records:
             try:
                 item = records_pb2.QuarantineRecord.FromString(record.value)
-                items.append((item, from_us(item.received_us)))
+                items.setdefault(item.id, (item, from_us(item.received_us)))
             except (DecodeError, OverflowError):
                 bad.append((record, "UNREADABLE"))
-        used = await connection.fetch(
-            "SELECT firm_id, bytes FROM quarantine_use WHERE firm_id = ANY($1::bigint[])",
-            list({item.firm_id for item, _ in items}),
+        # What comes again while it waits is the same item. What comes again after it was replayed waits again.
+        waiting = await connection.fetch(
+            "SELECT id FROM quarantine WHERE id = ANY($1::text[]) AND replayed IS NULL", list(items)
         )
-        before = {row["firm_id"]: row["bytes"] for row in used}
-        taken: dict[int, QuarantineTaken] = {}
-        rows = []
-        for item, received in items:
-            of_firm = taken.setdefault(item.firm_id, QuarantineTaken())
-            if before.get(item.firm_id, 0) + of_firm.bytes >= self._quarantine_bytes_max:
-                of_firm.refused_items += 1
-                of_firm.refused_samples += item.samples
+        for row in waiting:
+            del items[row["id"]]
+        used = await connection.fetch(
+            "SELECT firm_id, sum(bytes)::bigint AS bytes FROM quarantine_day WHERE firm_id = ANY($1::bigint[]) GROUP BY firm_id",
+            list({item.firm_id for item, _ in items.values()}),
+        )
+        size: dict[int, int] = {row["firm_id"]: row["bytes"] for row in used}
+        rows: list[tuple[object, ...]] = []
+        refused: dict[int, list[records_pb2.QuarantineRecord]] = {}
+        for item, received in items.values():
+            if size.get(item.firm_id, 0) >= self._quarantine_bytes_max:
+                refused.setdefault(item.firm_id, []).append(item)
                 continue
-            of_firm.bytes += QUARANTINE_ROW_BYTES + len(item.batch) + len(item.raw)
+            size[item.firm_id] = size.get(item.firm_id, 0) + len(item.batch) + len(item.raw)
             rows.append(
                 (
                     *(item.id, item.firm_id, item.credential_id, item.source, item.door, item.reason, item.detail),
                     *(item.samples, received, item.correlation_id, item.batch or None, item.raw or None),
-                    item.machine_id,
+                    *(item.machine_id, _path_of(item)),
                 )
             )
-        await self._note_quarantine(connection, taken)
-        await connection.executemany(
-            "INSERT INTO quarantine (id, firm_id, credential_id, source, door, reason, detail, samples, received, "
-            "correlation_id, batch, raw, machine_id) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) "
-            "ON CONFLICT DO NOTHING",
-            rows,
-        )
+        if rows:
+            await connection.execute(_QUARANTINE, *(list(column) for column in zip(*rows, strict=True)))
+        await self._note_refused(connection, refused)
         quarantine_items_total.inc(len(rows))
         return bad
 
-    async def _note_quarantine(self, connection: Connection, taken: dict[int, QuarantineTaken]) -> None:
-        await connection.executemany(
-            "INSERT INTO quarantine_use AS u (firm_id, bytes, refused_items, refused_samples, refused_last) "
-            "VALUES ($1, $2, $3, $4, $5) ON CONFLICT (firm_id) DO UPDATE SET bytes = u.bytes + excluded.bytes, "
-            "refused_items = u.refused_items + excluded.refused_items, "
-            "refused_samples = u.refused_samples + excluded.refused_samples, "
-            "refused_last = coalesce(excluded.refused_last, u.refused_last)",
-            [
-                (firm_id, one.bytes, one.refused_items, one.refused_samples, self._now() if one.refused_items else None)
-                for firm_id, one in sorted(taken.items())
-            ],
-        )
-        for firm_id, one in taken.items():
-            if one.refused_items:
-                quarantine_refused_total.inc(one.refused_items)
-                log.warning("quarantine is full", firm_id=firm_id, items=one.refused_items, samples=one.refused_samples)
+    async def _note_refused(
+        self, connection: Connection, refused: Mapping[int, Sequence[records_pb2.QuarantineRecord]]
+    ) -> None:
+        for firm_id, items in sorted(refused.items()):
+            samples = sum(item.samples for item in items)
+            await connection.execute(
+                "INSERT INTO quarantine_use AS u (firm_id, refused_items, refused_samples, refused_last) "
+                "VALUES ($1, $2, $3, $4) ON CONFLICT (firm_id) DO UPDATE SET "
+                "refused_items = u.refused_items + excluded.refused_items, "
+                "refused_samples = u.refused_samples + excluded.refused_samples, refused_last = excluded.refused_last",
+                *(firm_id, len(items), samples, self._now()),
+            )
+            quarantine_refused_total.inc(len(items))
+            log.warning("quarantine is full", firm_id=firm_id, items=len(items), samples=samples)
 
     def _now(self) -> datetime:
         return from_us(self._clock.now_us())
@@ -422,14 +423,19 @@ class Historian:
             await self._merge(connection, lane, slots[late], times[late], values[late], repeats[late])
         history = times < self._clock.now_us() - HISTORY_AGE_US
         if history.any():
-            await self._note_history(connection, np.unique(lane.machine_ids[slots[history]]))
+            await self._note_history(connection, lane.machine_ids[slots[history]], times[history])
 
-    async def _note_history(self, connection: Connection, machine_ids: Ints) -> None:
-        """A firm may keep so little that retention would remove at its next run what has just been loaded."""
+    async def _note_history(self, connection: Connection, of: Ints, times: Ints) -> None:
+        """Retention would remove at its next run what has just been loaded."""
+        machine_ids, numbers = np.unique(of, return_inverse=True)
+        oldest = np.full(len(machine_ids), np.iinfo(np.int64).max)
+        np.minimum.at(oldest, numbers, times)
         await connection.execute(
-            "INSERT INTO history_loaded (machine_id, loaded) SELECT machine_id, $2 FROM unnest($1::bigint[]) AS n (machine_id) "
-            "ON CONFLICT (machine_id) DO NOTHING",
-            *(machine_ids.tolist(), self._now()),
+            "INSERT INTO history_load AS h (machine_id, day, loaded, oldest) "
+            "SELECT machine_id, ($3::timestamptz AT TIME ZONE 'UTC')::date, $3, oldest "
+            "FROM unnest($1::bigint[], $2::timestamptz[]) AS n (machine_id, oldest) "
+            "ON CONFLICT (machine_id, day) DO UPDATE SET loaded = excluded.loaded, oldest = least(h.oldest, excluded.oldest)",
+            *(machine_ids.tolist(), [from_us(time_us) for time_us in oldest.tolist()], self._now()),
         )
 
     async def _append(self, connection: Connection, lane: _Lane, slots: Ints, times: Ints, values: Floats) -> None:
@@ -556,6 +562,17 @@ def _one_each(slots: Ints, times: Ints, values: Floats, *, last: bool) -> tuple[
     # Where there is none, the row chosen means nothing.
     some = np.logical_or.reduceat(present, starts, axis=0)
     return slots[starts], times[starts], np.where(some, np.take_along_axis(values, chosen, axis=0), np.nan)
+
+
+def _path_of(item: records_pb2.QuarantineRecord) -> str:
+    """Of an item for a machine that is not registered: its path as it would be registered."""
+    if item.machine_id or not item.batch:
+        return ""
+    try:
+        path = telemetry_pb2.Batch.FromString(item.batch).machine_path
+    except DecodeError:
+        return ""
+    return showable(path.lower(), length_max=PATH_LENGTH_MAX)
 
 
 def _fits(batch: records_pb2.FrameBatch) -> bool:

@@ -130,9 +130,10 @@ class Export:
         signal_ids = list(dict.fromkeys(signal_ids))
         if not 1 <= len(signal_ids) <= SIGNALS_PER_EXPORT_MAX:
             raise Invalid(f"Name a machine_id, or signal_ids: 1 to {SIGNALS_PER_EXPORT_MAX} signals in one file.")
-        if len(signal_ids) > PARQUET_COLUMNS_MAX and (wanted.format, wanted.layout) == ("parquet", "wide"):
+        columns = len(signal_ids) * (1 if RESOLUTIONS[wanted.resolution] is None else len(read.BUCKET_FIGURES))
+        if columns > PARQUET_COLUMNS_MAX and (wanted.format, wanted.layout) == ("parquet", "wide"):
             raise Invalid(
-                f"{len(signal_ids)} signals, and a wide Parquet file has at most {PARQUET_COLUMNS_MAX}: ask for layout=narrow or "
+                f"{columns} columns, and a wide Parquet file has at most {PARQUET_COLUMNS_MAX}: ask for layout=narrow or "
                 "format=csv, or name fewer signals."
             )
         for signal_id in signal_ids:
@@ -167,12 +168,12 @@ class Export:
         self, wanted: Wanted, places: Sequence[SignalPlace]
     ) -> AsyncGenerator[tuple[Ints, Floats], None]:
         async with transaction(self._pool) as connection:
-            first, end = await read.extent(connection, places)
+            held = await read.held(connection, places)
         resolution = RESOLUTIONS[wanted.resolution]
         if resolution is None:
-            return read.samples(self._pool, places, max(first, wanted.from_us), min(end, wanted.to_us))
-        start_us = max(first // resolution.width_us * resolution.width_us, wanted.from_us)
-        return read.bucket_rows(self._pool, places, resolution, start_us, min(end, wanted.to_us))
+            return read.samples(self._pool, places, max(held.first_us, wanted.from_us), min(held.end_us, wanted.to_us))
+        start_us = max(held.first_us // resolution.width_us * resolution.width_us, wanted.from_us)
+        return read.bucket_rows(self._pool, places, resolution, start_us, min(held.end_us, wanted.to_us))
 
     def _columns(self, wanted: Wanted, places: Sequence[SignalPlace]) -> list[str]:
         names = self._names(places)

@@ -14,6 +14,7 @@ from services.ingest.asked import check_id, check_one_of, checked_time, number_i
 from services.ingest.domain import HISTORY_PAGE_SIZE_MAX
 from services.ingest.historian.rollups import Counts, Stats, joined
 from services.ingest.queries import read, store
+from services.ingest.queries.absent import Absent
 from services.ingest.queries.access import Access
 from services.ingest.queries.lttb import chosen
 from services.ingest.queries.read import Floats, Ints
@@ -94,6 +95,7 @@ class Queries:
         self._directory = directory
         self._access = access
         self._turns = turns
+        self._absent = Absent()
 
     async def machine(self, caller: Caller, machine_id: int) -> pb.Machine:
         """Raises NotFound."""
@@ -106,8 +108,8 @@ class Queries:
     async def latest(self, caller: Caller, machine_id: int) -> list[Latest]:
         caller.require(Role.OPERATOR, Role.FIRM, Role.DEVICE)
         machine = await self.machine(caller, machine_id)
-        async with transaction(self._pool) as connection:
-            return await store.latest(connection, machine)
+        async with self._turns.of(caller), transaction(self._pool) as connection:
+            return await store.latest(connection, machine, self._absent)
 
     async def history(
         self,
@@ -127,7 +129,7 @@ class Queries:
         start, end = checked_time(start_us, "from_us"), checked_time(to_us_, "to_us")
         if start >= end and not page_token:
             raise Invalid("from_us must be before to_us.")
-        async with transaction(self._pool) as connection:
+        async with self._turns.of(caller), transaction(self._pool) as connection:
             place = await store.signal_place(connection, signal_id)
             # A bucket tells of all of its time, also of what lies behind the end of the range.
             width_us = {"raw": 1, "minute": read.MINUTE_US, "hour": read.HOUR_US}[resolution]
@@ -163,10 +165,7 @@ class Queries:
                 reason="TOO_MANY_BUCKETS",
             )
         if resolution is not None and (end_us - start_us) // resolution.width_us * len(places) > CELLS_READ_MAX:
-            raise TooLarge(
-                "That is too much to read for one answer: ask for whole hours as width_s, a shorter range or fewer signals.",
-                reason="TOO_MUCH_TO_READ",
-            )
+            raise _too_much()
         async with self._turns.of(caller):
             if resolution is None:
                 found = await self._from_samples(places, start_us, end_us, width_us)
@@ -178,7 +177,7 @@ class Queries:
     async def plot(self, caller: Caller, signal_ids: Sequence[int], from_us: int, to_us: int, points: int) -> Plot:
         """Several signals as at most `points` points each (0: 500), chosen by LTTB so that the line keeps its look.
 
-        Reads the coarsest resolution that has enough to choose from. Raises Invalid, NotFound, Forbidden.
+        Reads the coarsest resolution that has enough to choose from. Raises Invalid, NotFound, Forbidden, TooLarge.
         """
         check_range(from_us, to_us)
         points = points or PLOT_POINTS_DEFAULT
@@ -223,24 +222,18 @@ class Queries:
 
     async def _plotted(self, places: Sequence[SignalPlace], from_us: int, to_us: int, points: int) -> Plot:
         async with transaction(self._pool) as connection:
-            first, end = await read.extent(connection, places)
-        start_us, end_us = max(from_us, first), min(to_us, end)
-        for resolution in (read.HOUR, read.MINUTE):
-            # Only buckets that lie within the range wholly: what is shown, and what is lent, ends where it was said to end.
-            inner_us = -(-start_us // resolution.width_us) * resolution.width_us
-            inner_end_us = end_us // resolution.width_us * resolution.width_us
-            buckets = (inner_end_us - inner_us) // resolution.width_us
-            if 2 * buckets >= points * PLOT_CANDIDATES_PER_POINT:
-                return await self._plotted_stats(places, resolution, inner_us, inner_end_us, points)
+            held = await read.held(connection, places)
+        start_us, end_us = max(from_us, held.first_us), min(to_us, held.end_us)
+        resolution = resolution_of_plot(held, len(places), start_us, end_us, points)
+        if resolution is not None:
+            return await self._plotted_stats(places, resolution, start_us, end_us, points)
         try:
             return await self._plotted_samples(places, start_us, end_us, points)
         except TooLarge:
             # So dense that a minute holds more than a screen shows.
-            inner_us = -(-start_us // read.MINUTE_US) * read.MINUTE_US
-            inner_end_us = end_us // read.MINUTE_US * read.MINUTE_US
-            if inner_us >= inner_end_us:
+            if not _whole(read.MINUTE, start_us, end_us):
                 raise
-            return await self._plotted_stats(places, read.MINUTE, inner_us, inner_end_us, points)
+            return await self._plotted_stats(places, read.MINUTE, start_us, end_us, points)
 
     async def _plotted_samples(self, places: Sequence[SignalPlace], start_us: int, end_us: int, points: int) -> Plot:
         parts: list[tuple[Ints, Floats]] = []
@@ -260,10 +253,19 @@ class Queries:
     async def _plotted_stats(
         self, places: Sequence[SignalPlace], resolution: read.Resolution, start_us: int, end_us: int, points: int
     ) -> Plot:
-        found = await self._from_stats(places, resolution, start_us, end_us, resolution.width_us)
+        whole = _whole(resolution, start_us, end_us)
+        # More than there are to choose from anyway would only take memory, for as long as the range is.
+        bin_us = max(1, (end_us - start_us) // (points * PLOT_CANDIDATES_PER_POINT // 2))
+        parts: list[list[tuple[Ints, Floats]]] = [[] for _ in places]
+        async for group, page in read.stats(
+            self._pool, places, resolution, whole.start * resolution.width_us, whole.stop * resolution.width_us
+        ):
+            for number, column in enumerate(group.columns.tolist()):
+                parts[column].append(thinned(*_extremes(page.column(number), resolution.width_us), bin_us))
         series = []
-        for place, stats in zip(places, found, strict=True):
-            times, values = _extremes(stats, resolution.width_us)
+        for place, some in zip(places, parts, strict=True):
+            times = np.concatenate([_NO_TIMES, *(part_times for part_times, _ in some)])
+            values = np.concatenate([_NO_VALUES, *(part for _, part in some)])
             which = chosen(times, values, points)
             series.append(PlotSeries(place, times[which], values[which]))
         return Plot(resolution.name, series)
@@ -284,11 +286,15 @@ def check_range(from_us: int, to_us: int) -> None:
 def _less(left: int, values: Floats) -> int:
     left -= values.size
     if left < 0:
-        raise TooLarge(
-            "That is too much to read for one answer: ask for a shorter range, fewer signals, or whole minutes as width_s.",
-            reason="TOO_MUCH_TO_READ",
-        )
+        raise _too_much()
     return left
+
+
+def _too_much() -> TooLarge:
+    return TooLarge(
+        "That is too much to read for one answer: ask for a shorter range, fewer signals, or whole minutes or hours as width_s.",
+        reason="TOO_MUCH_TO_READ",
+    )
 
 
 def _resolution_of(width_s: int) -> read.Resolution | None:
@@ -298,6 +304,30 @@ def _resolution_of(width_s: int) -> read.Resolution | None:
     if width_s >= 60 and width_s % 60 == 0 and width_s <= 366 * 86_400:
         return read.HOUR if width_s % 3600 == 0 else read.MINUTE
     raise Invalid("width_s: 1 to 59 seconds, or whole minutes (a multiple of 60) up to 366 days.")
+
+
+def _whole(resolution: read.Resolution, start_us: int, end_us: int) -> range:
+    """The buckets that lie within the range wholly: what is shown, and what is lent, ends where it was said to end."""
+    return range(-(-start_us // resolution.width_us), end_us // resolution.width_us)
+
+
+def resolution_of_plot(
+    held: read.Held, signals: int, start_us: int, end_us: int, points: int
+) -> read.Resolution | None:
+    """The coarsest that has enough to choose from; None: the samples. Where these, or minutes, are gone, what is left.
+
+    Raises TooLarge.
+    """
+    hours, minutes = (len(_whole(resolution, start_us, end_us)) for resolution in (read.HOUR, read.MINUTE))
+    enough = points * PLOT_CANDIDATES_PER_POINT // 2
+    is_hours = hours >= enough or start_us < held.minutes_from_us
+    if not is_hours and minutes < enough and start_us >= held.samples_from_us:
+        return None
+    if not is_hours and minutes * signals <= CELLS_READ_MAX:
+        return read.MINUTE
+    if hours * signals > CELLS_READ_MAX:
+        raise _too_much()
+    return read.HOUR
 
 
 def _filled(place: SignalPlace, stats: Stats, first: int, end: int, width_us: int, fill: str) -> BucketSeries:
@@ -334,4 +364,18 @@ def _extremes(stats: Stats, width_us: int) -> tuple[Ints, Floats]:
     flat = lows == highs
     times[flat, 0] = starts[flat] + width_us // 2
     keep = np.stack([np.ones(len(flat), dtype=bool), ~flat], axis=1)
+    return times[keep], values[keep]
+
+
+def thinned(times: Ints, values: Floats, bin_us: int) -> tuple[Ints, Floats]:
+    """Of points in order of time the least and the greatest of each bin, as they are."""
+    if not len(times):
+        return times, values
+    bins = times // bin_us
+    starts = np.flatnonzero(np.concatenate([[True], bins[1:] != bins[:-1]]))
+    number = np.cumsum(np.concatenate([[False], bins[1:] != bins[:-1]]))
+    keep = np.zeros(len(times), dtype=bool)
+    for extreme in (np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)):
+        at = np.flatnonzero(values == extreme[number])
+        keep[at[np.unique(number[at], return_index=True)[1]]] = True  # the first that is as far out
     return times[keep], values[keep]

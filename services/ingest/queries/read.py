@@ -40,14 +40,19 @@ ORDER BY ts LIMIT {limit}
 _BUCKETS = """
 SELECT ts, {cells} FROM {function}({machine_id}, {first_position}, TIMESTAMPTZ '{start}', TIMESTAMPTZ '{end}') ORDER BY ts
 """
-_EXTENT = """
-SELECT min(least(
-           (SELECT ts FROM frame WHERE machine_id = m AND first_position = p ORDER BY ts LIMIT 1),
-           (SELECT ts FROM rollup_1h WHERE machine_id = m AND first_position = p ORDER BY ts LIMIT 1))) AS first,
-       max(greatest(
-           (SELECT ts FROM frame WHERE machine_id = m AND first_position = p ORDER BY ts DESC LIMIT 1),
-           (SELECT ts FROM rollup_1h WHERE machine_id = m AND first_position = p ORDER BY ts DESC LIMIT 1))) AS last
-FROM unnest($1::bigint[], $2::int[]) AS asked (m, p)
+_HELD = """
+SELECT min(least(frame, hour)) AS first, max(last) AS last,
+       max(coalesce(frame, last)) FILTER (WHERE hour + INTERVAL '1 hour' <= coalesce(frame, 'infinity')) AS samples,
+       max(coalesce(minute, last)) FILTER (WHERE hour + INTERVAL '1 hour' <= coalesce(minute, 'infinity')) AS minutes
+FROM (
+    SELECT (SELECT ts FROM frame WHERE machine_id = m AND first_position = p ORDER BY ts LIMIT 1) AS frame,
+           (SELECT ts FROM rollup_1m WHERE machine_id = m AND first_position = p ORDER BY ts LIMIT 1) AS minute,
+           (SELECT ts FROM rollup_1h WHERE machine_id = m AND first_position = p ORDER BY ts LIMIT 1) AS hour,
+           greatest(
+               (SELECT ts FROM frame WHERE machine_id = m AND first_position = p ORDER BY ts DESC LIMIT 1),
+               (SELECT ts FROM rollup_1h WHERE machine_id = m AND first_position = p ORDER BY ts DESC LIMIT 1)) AS last
+    FROM unnest($1::bigint[], $2::int[]) AS asked (m, p)
+) AS found WHERE last IS NOT NULL
 """
 _FRAME_CELL = "coalesce(values[{index}], 'NaN')"
 _BUCKET_CELLS = (
@@ -84,6 +89,17 @@ class Group:
     columns: Ints
 
 
+@dataclass(frozen=True)
+class Held:
+    """What is stored of some signals' rows: outside of [first, end) nothing; before the other times retention has removed samples,
+    or minutes, of some."""
+
+    first_us: int
+    end_us: int
+    samples_from_us: int
+    minutes_from_us: int
+
+
 def groups_of(places: Sequence[SignalPlace]) -> list[Group]:
     by_row: dict[tuple[int, int], list[int]] = {}
     for column, place in enumerate(places):
@@ -94,13 +110,13 @@ def groups_of(places: Sequence[SignalPlace]) -> list[Group]:
     ]
 
 
-async def extent(connection: Connection, places: Sequence[SignalPlace]) -> tuple[int, int]:
-    """The times [first, end) outside of which nothing is stored of these signals' rows; (0, 0): nothing at all."""
+async def held(connection: Connection, places: Sequence[SignalPlace]) -> Held:
     groups = groups_of(places)
-    row = await connection.fetchrow(_EXTENT, [g.machine_id for g in groups], [g.first_position for g in groups])
+    row = await connection.fetchrow(_HELD, [g.machine_id for g in groups], [g.first_position for g in groups])
     if row is None or row["first"] is None:
-        return 0, 0
-    return to_us(row["first"]), to_us(row["last"]) + HOUR_US
+        return Held(0, 0, 0, 0)
+    samples, minutes = (to_us(row[name]) if row[name] is not None else 0 for name in ("samples", "minutes"))
+    return Held(to_us(row["first"]), to_us(row["last"]) + HOUR_US, samples, minutes)
 
 
 async def samples(

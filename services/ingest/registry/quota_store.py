@@ -30,7 +30,7 @@ class Use:
     signals: int
     machines: int
     oldest: datetime | None
-    # What waits in quarantine, and what was refused there because it was full.
+    # What stands in quarantine, and what was refused there because it was full.
     quarantine_bytes: int
     quarantine_refused_samples: int
 
@@ -71,7 +71,7 @@ async def use_of(connection: Connection, firm_id: int, now_us: int) -> Use:
         "(SELECT count(*) FROM machine WHERE firm_id = $1) AS machines, "
         "(SELECT min(f.ts) FROM (SELECT id FROM machine WHERE firm_id = $1 ORDER BY id LIMIT $3) m, LATERAL "
         " (SELECT ts FROM frame WHERE machine_id = m.id AND first_position = 0 ORDER BY ts LIMIT 1) f) AS oldest, "
-        "coalesce((SELECT bytes FROM quarantine_use WHERE firm_id = $1), 0) AS quarantine_bytes, "
+        "coalesce((SELECT sum(bytes) FROM quarantine_day WHERE firm_id = $1), 0)::bigint AS quarantine_bytes, "
         "coalesce((SELECT refused_samples FROM quarantine_use WHERE firm_id = $1), 0) AS quarantine_refused_samples",
         *(firm_id, from_us(now_us) - timedelta(seconds=USE_IS_NEWS_S), MACHINES_LOOKED_AT),
     )

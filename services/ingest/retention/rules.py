@@ -36,7 +36,7 @@ STORES: Final = (
 )
 # Rows, not chunks, and for all firms the same time.
 QUARANTINE: Final = Store("quarantine", "quarantine", 0, QUARANTINE_DAYS)
-# It is filled by what goes wrong, which is news for some days.
+# It is filled by what goes wrong, which is news for some days; whole ones, and today.
 QUARANTINE_GROWTH_DAYS: Final = 7
 
 

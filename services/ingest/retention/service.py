@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -26,7 +27,6 @@ from services.ingest.retention.rules import (
     QUARANTINE_DAYS,
     QUARANTINE_GROWTH_DAYS,
     STORES,
-    Cutoffs,
     Rule,
     Store,
     cutoffs,
@@ -167,8 +167,9 @@ async def forecast(connection: Connection, now_us: int, disk_bytes: int) -> Fore
 
 
 async def _quarantine(connection: Connection, rules: Mapping[int, Rule], first_us: int, now_us: int) -> StoreSize:
-    days_seen = min(QUARANTINE_GROWTH_DAYS, (now_us - first_us) / DAY_US)
-    size, came = await db.quarantine_size(connection, from_us(now_us - QUARANTINE_GROWTH_DAYS * DAY_US))
+    since_us = (now_us // DAY_US - QUARANTINE_GROWTH_DAYS) * DAY_US
+    days_seen = (now_us - max(since_us, first_us)) / DAY_US
+    size, came = await db.quarantine_size(connection, from_us(since_us))
     growth = came / days_seen if days_seen >= KNOWN_DAYS_MIN else None
     full: float = len(await db.firm_ids(connection)) * QUARANTINE_BYTES_PER_FIRM_MAX
     is_held = any(rule.is_on_hold for rule in rules.values())
@@ -192,6 +193,18 @@ def _days_left(
     return max(0, disk_bytes - database) / growth if growth else None, "" if growth else "FITS"
 
 
+class _RuleChanged(Exception):
+    """An operator has decided something else than this run began with; the next run goes by it."""
+
+
+@contextmanager
+def _ends_where_changed(firm_id: int) -> Iterator[None]:
+    try:
+        yield
+    except _RuleChanged:
+        log.info("a rule has changed, nothing more is removed by the old one", firm_id=firm_id)
+
+
 class Enforcer:
     """Removes what no rule keeps. Cut off at any moment, the next run goes on: every step stands for itself."""
 
@@ -209,6 +222,7 @@ class Enforcer:
         self._disk_bytes = disk_bytes
         self._rows_per_step = rows_per_step
         self._grace_us = grace_days * DAY_US
+        self._now_us = 0
         self._chunks = 0
         self._rows = 0
 
@@ -237,18 +251,25 @@ class Enforcer:
 
     async def _locked(self) -> None:
         self._chunks = self._rows = 0
-        now_us = self._clock.now_us()
+        self._now_us = now_us = self._clock.now_us()
         async with transaction(self._pool) as connection:
             run_id = await db.begin_run(connection, now_us, self._settled_before())
             firm_ids, rules = await db.firm_ids(connection), await db.rules(connection)
         problem = "It was cut off."
         try:
             for store in STORES:
-                await self._store(store, cutoffs(store, firm_ids, rules, now_us))
+                due = cutoffs(store, firm_ids, rules, now_us)
+                if due.everybody_us is not None:
+                    await self._drop_chunks(store, due.everybody_us)
+                for firm_id, cutoff_us in due.firms_us.items():
+                    with _ends_where_changed(firm_id):
+                        await self._remove_rows(store, firm_id, rules.get(firm_id, Rule()), from_us(cutoff_us))
             quarantine_cutoff = from_us(now_us - QUARANTINE_DAYS * DAY_US)
             for firm_id in firm_ids:
-                if not rules.get(firm_id, Rule()).is_on_hold:
-                    await self._remove_quarantined(firm_id, quarantine_cutoff)
+                rule = rules.get(firm_id, Rule())
+                if not rule.is_on_hold:
+                    with _ends_where_changed(firm_id):
+                        await self._remove_quarantined(firm_id, rule, quarantine_cutoff)
             problem = ""
         except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
             problem = repr(error)
@@ -272,12 +293,6 @@ class Enforcer:
         async with transaction(self._pool) as connection:
             await forecast(connection, self._clock.now_us(), self._disk_bytes)
 
-    async def _store(self, store: Store, due: Cutoffs) -> None:
-        if due.everybody_us is not None:
-            await self._drop_chunks(store, due.everybody_us)
-        for firm_id, cutoff_us in due.firms_us.items():
-            await self._remove_rows(store, firm_id, from_us(cutoff_us))
-
     def _settled_before(self) -> datetime:
         """What was made or loaded before is there for long enough for its age to count."""
         return from_us(self._clock.now_us() - self._grace_us)
@@ -289,6 +304,12 @@ class Enforcer:
             await self._close_buckets(chunks[-1][1])
         for start, end in chunks:
             async with transaction(self._pool) as connection:
+                await db.keep_rules(connection)
+                due = cutoffs(store, await db.firm_ids(connection), await db.rules(connection), self._now_us)
+                if due.everybody_us is None or end > from_us(due.everybody_us):
+                    return  # decided meanwhile
+                if await db.holds_loaded(connection, store, start, end):
+                    continue
                 dropped = await db.drop_chunks(connection, store, start, end)
             self._chunks += dropped
             chunks_dropped_total.labels(store.name).inc(dropped)
@@ -303,32 +324,39 @@ class Enforcer:
                 await db.close_buckets(connection, groups, end)
             after = groups[-1].machine_id
 
-    async def _remove_rows(self, store: Store, firm_id: int, cutoff: datetime) -> None:
+    @asynccontextmanager
+    async def _step(self, firm_id: int, rule: Rule) -> AsyncIterator[Connection]:
+        """A transaction during which the firm's rule does not change. Raises _RuleChanged where it has."""
+        async with transaction(self._pool) as connection:
+            await db.keep_rules(connection)
+            if (await db.rules(connection)).get(firm_id, Rule()) != rule:
+                raise _RuleChanged
+            yield connection
+
+    async def _remove_rows(self, store: Store, firm_id: int, rule: Rule, cutoff: datetime) -> None:
         after = 0
         while True:
             async with transaction(self._pool) as connection:
                 groups = await db.groups_page(connection, firm_id, after, MACHINES_PER_STEP)
             for group in groups:
-                while await self._remove_some(store, group, cutoff) >= self._rows_per_step:
-                    pass
+                removed = self._rows_per_step
+                while removed >= self._rows_per_step:
+                    started = time.monotonic()
+                    async with self._step(firm_id, rule) as connection:
+                        until = await db.settled_until(connection, group.machine_id, cutoff)
+                        if store.table == "frame":
+                            await db.close_buckets(connection, [group], until)
+                        removed = await db.remove_rows(connection, store, group, until, self._rows_per_step)
+                    await self._removed(store.name, removed, started)
             if not groups:
                 return
             after = groups[-1].machine_id
 
-    async def _remove_some(self, store: Store, group: db.Group, cutoff: datetime) -> int:
-        started = time.monotonic()
-        async with transaction(self._pool) as connection:
-            if store.table == "frame":
-                await db.close_buckets(connection, [group], cutoff)
-            removed = await db.remove_rows(connection, store, group, cutoff, self._rows_per_step)
-        await self._removed(store.name, removed, started)
-        return removed
-
-    async def _remove_quarantined(self, firm_id: int, cutoff: datetime) -> None:
+    async def _remove_quarantined(self, firm_id: int, rule: Rule, cutoff: datetime) -> None:
         removed = self._rows_per_step
         while removed >= self._rows_per_step:
             started = time.monotonic()
-            async with transaction(self._pool) as connection:
+            async with self._step(firm_id, rule) as connection:
                 removed = await db.remove_quarantined(connection, firm_id, cutoff, self._rows_per_step)
             await self._removed("quarantine", removed, started)
 

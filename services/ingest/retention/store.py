@@ -10,6 +10,7 @@ from services.ingest.domain import CHANNEL_GROUP
 from services.ingest.retention.rules import ChunkSize, Rule, Store
 
 LOCK_NAME = "smdih-ingest-retention"
+RULES_LOCK_NAME = "smdih-ingest-retention-rules"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,14 @@ async def rules(connection: Connection) -> dict[int, Rule]:
     return {row["firm_id"]: Rule(**{name: value for name, value in row.items() if name != "firm_id"}) for row in rows}
 
 
+async def keep_rules(connection: Connection) -> None:
+    """Until the end of the transaction no rule is set: what was decided before it holds for what is removed in it."""
+    await connection.execute("SELECT pg_advisory_xact_lock_shared(hashtext($1))", RULES_LOCK_NAME)
+
+
 async def set_rule(connection: Connection, firm_id: int, rule: Rule, changed_by: int) -> None:
+    """Waits for the step of removal that is running; the next one goes by this rule."""
+    await connection.execute("SELECT pg_advisory_xact_lock(hashtext($1))", RULES_LOCK_NAME)
     await connection.execute(
         "INSERT INTO retention (firm_id, raw_days, minute_days, hour_days, is_on_hold, reason, changed_by) "
         "VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (firm_id) DO UPDATE SET raw_days = excluded.raw_days, "
@@ -65,11 +73,10 @@ async def firm_ids(connection: Connection) -> list[int]:
 
 
 async def groups_page(connection: Connection, firm_id: int, after_machine_id: int, machines: int) -> list[Group]:
-    """The channel groups of the firm's next machines without newly loaded history, in order; firm_id 0: of all machines."""
+    """The channel groups of the firm's next machines, in order; firm_id 0: of all machines."""
     rows = await connection.fetch(
         "SELECT m.id, g.first_position FROM ("
-        "  SELECT id FROM machine WHERE ($1 = 0 OR firm_id = $1 AND id NOT IN (SELECT machine_id FROM history_loaded)) "
-        "  AND id > $2 ORDER BY id LIMIT $3"
+        "  SELECT id FROM machine WHERE ($1 = 0 OR firm_id = $1) AND id > $2 ORDER BY id LIMIT $3"
         ") AS m, LATERAL (SELECT coalesce(max(position), 0) AS last FROM signal WHERE machine_id = m.id) AS s, "
         "generate_series(0, s.last / $4 * $4, $4) AS g (first_position) ORDER BY m.id, g.first_position",
         *(firm_id, after_machine_id, machines, CHANNEL_GROUP),
@@ -87,6 +94,29 @@ async def chunks_before(
         *(store.table, from_us(cutoff_us), created_before),
     )
     return [(row["range_start"], row["range_end"]) for row in rows]
+
+
+_HOLDS_LOADED = """
+SELECT EXISTS (SELECT FROM history_load h WHERE h.oldest < $2 AND EXISTS (
+    SELECT FROM {table} t WHERE t.machine_id = h.machine_id AND t.ts >= h.oldest AND t.ts >= $1 AND t.ts < $2
+))
+"""
+
+
+async def holds_loaded(connection: Connection, store: Store, start: datetime, end: datetime) -> bool:
+    """Whether a range holds rows of machines whose loaded history reaches back to them."""
+    found: bool = await connection.fetchval(_HOLDS_LOADED.format(table=store.table), start, end)
+    return found
+
+
+async def settled_until(connection: Connection, machine_id: int, cutoff: datetime) -> datetime:
+    """The cutoff, or the hour of the oldest history that was loaded a short while ago, if that is before it."""
+    found: datetime = await connection.fetchval(
+        "SELECT least($2::timestamptz, public.time_bucket(INTERVAL '1 hour', (SELECT min(oldest) FROM history_load "
+        "WHERE machine_id = $1)))",
+        *(machine_id, cutoff),
+    )
+    return found
 
 
 async def drop_chunks(connection: Connection, store: Store, start: datetime, end: datetime) -> int:
@@ -138,22 +168,20 @@ async def remove_rows(connection: Connection, store: Store, group: Group, cutoff
 
 async def remove_quarantined(connection: Connection, firm_id: int, cutoff: datetime, limit: int) -> int:
     """Remove at most `limit` of the firm's items received before the cutoff; how many there were."""
-    removed: int = await connection.fetchval(
-        "WITH gone AS (DELETE FROM quarantine WHERE id = ANY(ARRAY("
+    status = await connection.execute(
+        "DELETE FROM quarantine WHERE id = ANY(ARRAY("
         "  SELECT id FROM quarantine WHERE firm_id = $1 AND received < $2 ORDER BY received LIMIT $3"
-        ")) RETURNING quarantine_bytes(batch, raw) AS bytes), "
-        "noted AS (UPDATE quarantine_use SET bytes = greatest(0, bytes - (SELECT coalesce(sum(g.bytes), 0) FROM gone g)) "
-        "WHERE firm_id = $1) SELECT count(*) FROM gone",
+        "))",
         *(firm_id, cutoff, limit),
     )
-    return removed
+    return int(status.rpartition(" ")[2])
 
 
 async def begin_run(connection: Connection, now_us: int, settled_before: datetime) -> int:
     """Also forgets what history was loaded before that time, runs older than a year, and doors that wrote their last record
     long before the message log forgot it.
     """
-    await connection.execute("DELETE FROM history_loaded WHERE loaded < $1", settled_before)
+    await connection.execute("DELETE FROM history_load WHERE loaded < $1", settled_before)
     await connection.execute(
         "DELETE FROM door_numbers WHERE missing = 0 AND noted < $1::timestamptz - INTERVAL '30 days'", from_us(now_us)
     )
@@ -193,11 +221,10 @@ async def chunk_sizes(connection: Connection, store: Store) -> list[ChunkSize]:
 
 
 async def quarantine_size(connection: Connection, since: datetime) -> tuple[int, int]:
-    """Bytes of the quarantine's table, and how many came since then."""
+    """Bytes of the quarantine's table, and how many of those that stand there came since the beginning of that day."""
     row = await connection.fetchrow(
-        "SELECT pg_total_relation_size('quarantine') AS size, (SELECT coalesce(sum(n.bytes), 0)::bigint FROM firm f, LATERAL ("
-        "SELECT sum(quarantine_bytes(q.batch, q.raw)) AS bytes FROM quarantine q WHERE q.firm_id = f.id AND q.received >= $1"
-        ") AS n) AS came",
+        "SELECT pg_total_relation_size('quarantine') AS size, coalesce((SELECT sum(bytes) FROM quarantine_day "
+        "WHERE day >= ($1::timestamptz AT TIME ZONE 'UTC')::date), 0)::bigint AS came",
         since,
     )
     assert row is not None

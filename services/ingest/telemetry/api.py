@@ -13,7 +13,7 @@ from services.common.errors import HubError, Invalid, TooLarge
 from services.common.http import BODY_BYTES_MAX, Authenticated, authenticated, problem
 from services.common.logs import get_logger
 from services.ingest.domain import Reason, Sender
-from services.ingest.telemetry.door import Door, LinesResult
+from services.ingest.telemetry.door import Door, LinesResult, Unread
 from services.ingest.telemetry.jsonbatches import NotTelemetry, Read, read_body
 from services.ingest.telemetry.lineprotocol import PRECISIONS
 from smdih.ingest.v1 import telemetry_pb2
@@ -44,13 +44,11 @@ def telemetry_router(door: Door) -> APIRouter:
         sender = door.sender(caller, "", "http")
         raw = await request.body()
         try:
-            document = orjson.loads(raw)
+            source, reads = read_body(orjson.loads(raw))
         except orjson.JSONDecodeError as error:
             detail = f"The body is not JSON: {error}"
             await door.set_aside(sender, Reason.MALFORMED, detail, raw)
             return problem(Invalid(detail, reason=Reason.MALFORMED))
-        try:
-            source, reads = read_body(document)
         except NotTelemetry as error:
             await door.set_aside(sender, error.reason, str(error), raw)
             return problem(Invalid(str(error), reason=error.reason))
@@ -179,16 +177,21 @@ def _lines_answer(result: LinesResult) -> Response:
 
 async def _taken(door: Door, sender: Sender, reads: Sequence[Read], raw: bytes) -> list[telemetry_pb2.BatchResult]:
     """Send what could be read, set aside what could not; one result for each batch of the body. Raises SlowDown, TryAgain."""
-    sent = iter(await door.send(sender, [batch for read in reads for batch in read.batches]))
+    unread = (
+        Unread(
+            *(fault.reason, fault.sentence, read.raw(fault, raw), fault.samples),
+            machine_id=door.machine_id(sender, read.machine_id, read.machine_path),
+        )
+        for read in reads
+        for fault in read.faults.values()
+    )
+    sent = iter(await door.send(sender, [batch for read in reads for batch in read.batches], unread))
     results = []
     for read in reads:
         result = telemetry_pb2.BatchResult(sequence=read.sequence)
         for _ in read.batches:
             _add(result, next(sent))
         for fault in read.faults.values():
-            machine_id = door.machine_id(sender, read.machine_id, read.machine_path)
-            whole = read.raw(fault, raw)
-            await door.set_aside(sender, fault.reason, fault.sentence, whole, fault.samples, machine_id=machine_id)
             result.quarantined += fault.samples
             result.problems.add(reason=fault.reason, detail=fault.sentence, samples=fault.samples)
         results.append(result)

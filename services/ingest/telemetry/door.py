@@ -2,8 +2,9 @@
 
 import asyncio
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from prometheus_client import Counter
 
@@ -15,7 +16,7 @@ from services.common.identity import Caller, Role
 from services.common.logs import current_correlation_id, get_logger
 from services.ingest.diagnosis.sightings import Sightings
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason, Sender, check_text
-from services.ingest.telemetry.buckets import Buckets
+from services.ingest.telemetry.buckets import Bucket, Buckets
 from services.ingest.telemetry.frames import Checked, FrameCheck, quarantined
 from services.ingest.telemetry.groupcommit import RETRY_AFTER_S, WAITING_BYTES_MAX, Commit, GroupCommit, Share
 from services.ingest.telemetry.lineprotocol import Fault, TooMany, batches, by_reason, read
@@ -27,6 +28,8 @@ log = get_logger(__name__)
 BATCHES_IN_FLIGHT_MAX = 20_000
 BYTES_IN_FLIGHT_MAX = WAITING_BYTES_MAX // 4
 LINES_BYTES_AT_ONCE = 64 * 1024
+# Parts of a body that no batch could be made of: so many go on their way together.
+UNREAD_AT_ONCE = 100
 # A row of one sample grows when it is spread over all signals of its machine; this bounds what stands in memory at a time.
 ROWS_AT_ONCE = 10_000
 
@@ -135,14 +138,14 @@ class _InFlight:
                 retry_after_s=RETRY_AFTER_S,
             )
 
-    def add(self, credential_id: int, taken: Sequence[Taken]) -> None:
+    def add(self, credential_id: int, batches: Iterable[Sequence[Share]]) -> None:
         """Count batches until they are settled. A batch in several publishes counts with the last of them."""
         of_commit: dict[Commit, list[int]] = {}
-        for one in taken:
-            for share in one.shares:
+        for shares in batches:
+            for share in shares:
                 of_commit.setdefault(share.commit, [0, 0])[1] += share.bytes
-            if one.shares:
-                of_commit[one.shares[-1].commit][0] += 1
+            if shares:
+                of_commit[shares[-1].commit][0] += 1
         for commit, (count, size) in of_commit.items():
             self._change(credential_id, count, size)
             commit.when_settled(functools.partial(self._change, credential_id, -count, -size))
@@ -152,6 +155,17 @@ class _InFlight:
         self._bytes[credential_id] = self._bytes.get(credential_id, 0) + size
         if not self._bytes[credential_id]:
             del self._batches[credential_id], self._bytes[credential_id]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Part of what was sent that no batch could be made of."""
+
+    reason: str
+    detail: str
+    raw: bytes
+    samples: int = 0
+    machine_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,45 +229,44 @@ class Door:
             self.note_refused(sender, error)
             raise
 
-    def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch], *, before: int = 0) -> list[Taken]:
+    def take(
+        self,
+        sender: Sender,
+        batches: Sequence[telemetry_pb2.Batch],
+        *,
+        following: Sequence[telemetry_pb2.Batch] = (),
+    ) -> list[Taken]:
         """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid.
 
-        `before`: the sequence of what is taken next, if that is known.
+        `following`: what is taken next, if that is known.
         """
-        _requests_total(sender.door).inc()
-        try:
-            _check_number(batches)
-            self._group_commit.check_room()
-            self._in_flight.check_room(sender.credential_id)
-            bucket = self._buckets.checked(sender.firm_id)
-        except HubError as error:
-            self._count_refused(sender, batches)
-            self.note_refused(sender, error)
-            raise
-        sequences = [batch.sequence for batch in batches]
-        taken = [
-            self._take(sender, batch, more=bool(following) and following == batch.sequence)
-            for batch, following in zip(batches, [*sequences[1:], before], strict=True)
-        ]
+        bucket = self._admit(sender, batches)
+        checked = [self._check.check(sender, batch) for batch in batches]
+        self._note_more(sender, checked, following)
+        taken = [self._take(sender, batch, one) for batch, one in zip(batches, checked, strict=True)]
         accepted = sum([one.checked.accepted for one in taken])
         bucket.spend(accepted + sum([record.samples for one in taken for record in one.checked.quarantine]))
         _accepted_total(sender.door).inc(accepted)
-        self._in_flight.add(sender.credential_id, taken)
+        self._in_flight.add(sender.credential_id, [one.shares for one in taken])
         if tracing.is_on():
             tracing.note("door take", [sender.correlation_id], seconds=0, kind="producer")
         return taken
 
-    async def send(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> list[telemetry_pb2.BatchResult]:
-        """Take any number of batches and wait until they are durable. Raises SlowDown, TryAgain.
+    async def send(
+        self, sender: Sender, batches: Sequence[telemetry_pb2.Batch], unread: Iterable[Unread] = ()
+    ) -> list[telemetry_pb2.BatchResult]:
+        """Take any number of batches and wait until they are durable, and `unread` in quarantine. Raises SlowDown, TryAgain.
 
         Batches of one sequence after each other are one batch of the sender's. Many rows are taken part by part: after an error
         some may be durable already; sent again they are stored once.
         """
+        if not batches:
+            self._admit(sender, batches)
         results: list[telemetry_pb2.BatchResult] = []
         for part in parts(batches):
             rest = batches[len(results) + len(part) :]
             try:
-                taken = self.take(sender, part, before=rest[0].sequence if rest else 0)
+                taken = self.take(sender, part, following=rest)
             except HubError:
                 self._count_refused(sender, rest)
                 raise
@@ -263,6 +276,7 @@ class Door:
                 self.note_refused(sender, error)
                 raise
             results += [one.result() for one in taken]
+        await self._put_aside(sender, unread)
         return results
 
     async def send_lines(self, sender: Sender, body: bytes, precision: str) -> LinesResult:
@@ -288,12 +302,7 @@ class Door:
             )
             self.note_refused(sender, too_many)
             raise too_many
-        results = await self.send(sender, to_send)
-        for faults in by_reason(reading.faults):
-            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            detail = f"line {faults[0].line}: {faults[0].detail}{more}"
-            raw = b"\n".join(dict.fromkeys(fault.raw for fault in faults))
-            await self.set_aside(sender, faults[0].reason, detail, raw, sum(fault.samples for fault in faults))
+        results = await self.send(sender, to_send, map(_unread, by_reason(reading.faults)))
         return LinesResult(results, reading.faults)
 
     def machine_id(self, sender: Sender, machine_id: int, path: str) -> int:
@@ -313,12 +322,7 @@ class Door:
         self, sender: Sender, reason: str, detail: str, raw: bytes, samples: int = 0, *, machine_id: int = 0
     ) -> None:
         """Quarantine input of a valid sender that no batch could be read from. Raises TryAgain."""
-        record = quarantined(sender, reason, detail, samples, self._clock.now_us(), raw=raw)
-        samples_total.labels(sender.door, "quarantined").inc(samples)
-        quarantined_total.labels(reason).inc(samples)
-        self._sightings.refused(sender, reason, detail, machine_id=machine_id, samples=samples)
-        log.info("input set aside", reason=reason, firm_id=sender.firm_id, source=sender.source, bytes=len(raw))
-        await self._group_commit.put_quarantine(record).commit.wait()
+        await self._put_aside(sender, [Unread(reason, detail, raw, samples, machine_id)])
 
     async def keep_aside(
         self, sender: Sender, reason: str, detail: str, batches: Sequence[telemetry_pb2.Batch]
@@ -342,14 +346,59 @@ class Door:
             sender = self.sender(caller, "", "grpc")
             await self.set_aside(sender, Reason.MALFORMED, f"The body is not a message of {method}.", raw)
 
+    async def _put_aside(self, sender: Sender, unread: Iterable[Unread]) -> None:
+        """Quarantine it, some at a time. Raises TryAgain."""
+        rest = iter(unread)
+        while some := list(islice(rest, UNREAD_AT_ONCE)):
+            shares = []
+            for one in some:
+                record = quarantined(sender, one.reason, one.detail, one.samples, self._clock.now_us(), raw=one.raw)
+                samples_total.labels(sender.door, "quarantined").inc(one.samples)
+                quarantined_total.labels(one.reason).inc(one.samples)
+                self._sightings.refused(sender, one.reason, one.detail, machine_id=one.machine_id, samples=one.samples)
+                size = len(one.raw)
+                log.info("input set aside", reason=one.reason, firm_id=sender.firm_id, source=sender.source, bytes=size)
+                shares.append(self._group_commit.put_quarantine(record))
+            self._buckets.spend(sender.firm_id, sum(one.samples for one in some))
+            self._in_flight.add(sender.credential_id, [shares])
+            await asyncio.gather(*(commit.wait() for commit in dict.fromkeys(share.commit for share in shares)))
+
+    def _admit(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> Bucket:
+        """The firm's bucket, to be spent from, where there is room for more. Raises SlowDown, Invalid."""
+        _requests_total(sender.door).inc()
+        try:
+            _check_number(batches)
+            self._group_commit.check_room()
+            self._in_flight.check_room(sender.credential_id)
+            return self._buckets.checked(sender.firm_id)
+        except HubError as error:
+            self._count_refused(sender, batches)
+            self.note_refused(sender, error)
+            raise
+
     @staticmethod
     def _count_refused(sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> None:
         samples_total.labels(sender.door, "refused").inc(sum(len(batch.values) for batch in batches))
 
-    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, *, more: bool) -> Taken:
-        checked = self._check.check(sender, batch)
-        if more and checked.frames:
-            checked.frames[-1].more = True
+    def _note_more(self, sender: Sender, checked: Sequence[Checked], following: Sequence[telemetry_pb2.Batch]) -> None:
+        """Batches of one sequence after each other are one batch of the sender's: in each partition its last frames end it."""
+        sequence, ended = 0, set[int]()
+        for batch in following:
+            sequence = sequence or batch.sequence
+            if batch.sequence != sequence or not sequence:
+                break
+            if machine_id := self._check.machine_id(sender, batch.machine_id, batch.machine_path):
+                ended.add(self._group_commit.partition_of(machine_id))
+        for one in reversed(checked):
+            if one.sequence != sequence:
+                sequence, ended = one.sequence, set()
+            for frames in reversed(one.frames) if sequence else ():
+                partition = self._group_commit.partition_of(frames.machine_id)
+                if partition in ended:
+                    frames.more = True
+                ended.add(partition)
+
+    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, checked: Checked) -> Taken:
         shares = [self._group_commit.put_frames(frames) for frames in checked.frames]
         if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)
@@ -377,3 +426,11 @@ class Door:
                 quarantine_id=record.id,
             )
         return Taken(checked, shares)
+
+
+def _unread(faults: Sequence[Fault]) -> Unread:
+    """Lines that were refused for one reason."""
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    detail = f"line {faults[0].line}: {faults[0].detail}{more}"
+    raw = b"\n".join(dict.fromkeys(fault.raw for fault in faults))
+    return Unread(faults[0].reason, detail, raw, sum(fault.samples for fault in faults))

@@ -11,6 +11,7 @@ import orjson
 
 from services.common.clock import to_us
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason
+from services.ingest.telemetry.frames import RAW_BYTES_MAX
 from smdih.ingest.v1 import telemetry_pb2
 
 # Frames of one batch become one matrix as long as that does not hold many more cells than values.
@@ -34,9 +35,26 @@ class Fault:
     reason: str
     detail: str
     samples: int = 0
-    parts: list[Any] = field(default_factory=list)
     # How many there are.
     times: int = 0
+    # The first of them as JSON, as much as quarantine keeps.
+    parts: bytearray = field(default_factory=bytearray)
+    # One of them is nested deeper than can be written.
+    is_too_deep: bool = False
+
+    def add(self, samples: int, part: Any) -> None:
+        self.samples += samples
+        self.times += 1
+        if self.is_too_deep or len(self.parts) >= RAW_BYTES_MAX:
+            return
+        try:
+            text = orjson.dumps(part)
+        except orjson.JSONEncodeError:
+            self.is_too_deep = True
+            return
+        if self.parts:
+            self.parts += b","
+        self.parts += text[:RAW_BYTES_MAX]
 
     @property
     def sentence(self) -> str:
@@ -54,18 +72,14 @@ class Read:
     faults: dict[str, Fault] = field(default_factory=dict)
 
     def refuse(self, reason: str, detail: str, samples: int, part: Any) -> None:
-        fault = self.faults.setdefault(reason, Fault(reason, detail))
-        fault.samples += samples
-        fault.times += 1
-        fault.parts.append(part)
+        self.faults.setdefault(reason, Fault(reason, detail)).add(samples, part)
 
     def raw(self, fault: Fault, body: bytes) -> bytes:
         """What was refused of the body, as it came."""
-        machine = self.machine_path or self.machine_id
-        try:
-            return orjson.dumps({"machine": machine, "sequence": self.sequence, "refused": fault.parts})
-        except orjson.JSONEncodeError:  # nested deeper than can be written
+        if fault.is_too_deep:
             return body
+        head = orjson.dumps({"machine": self.machine_path or self.machine_id, "sequence": self.sequence, "refused": []})
+        return head[:-2] + fault.parts + b"]}"
 
 
 def read_body(document: Any) -> tuple[str, list[Read]]:
