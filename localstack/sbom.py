@@ -44,7 +44,7 @@ def made() -> dict[str, Any]:
     )
     parts = [_with_licence(part) for part in bill["components"]]
     bill["components"] = sorted(parts, key=lambda part: str(part["name"]))
-    bill["dependencies"] = list(_dependencies(bill))
+    bill["dependencies"] = list(dependencies(bill))
     return bill
 
 
@@ -56,7 +56,7 @@ def _with_licence(part: dict[str, Any]) -> dict[str, Any]:
     return {**part, "bom-ref": part["purl"], "licenses": licence, "hashes": hashes}
 
 
-def _dependencies(bill: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def dependencies(bill: dict[str, Any]) -> Iterator[dict[str, Any]]:
     root = bill["metadata"]["component"]["bom-ref"]
     yield {"ref": root, "dependsOn": [part["bom-ref"] for part in bill["components"]]}
 

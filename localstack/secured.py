@@ -1,18 +1,22 @@
 """A Kafka that knows who comes and refuses what is not theirs: TLS, SCRAM and access rules, beside the open one of the local stack.
+And TLS for the stack's database.
 
-Its users and rules are those of services/common/access.py.
+The users and rules of that Kafka are those of services/common/access.py.
 """
 
 import asyncio
+import os
 import secrets
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import asyncpg
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from confluent_kafka.admin import (
@@ -27,10 +31,11 @@ from confluent_kafka.admin import (
     UserScramCredentialUpsertion,
 )
 
-from localstack.certificates import Authority
+from localstack.certificates import Authority, Pair
 from localstack.servers import (
     JAVA_OPTIONS,
     KAFKA_LIBS,
+    PG_ROOT,
     START_TIMEOUT_S,
     ServersError,
     broker_settings,
@@ -53,6 +58,29 @@ _OPERATIONS: Final = {
     Operation.DESCRIBE: AclOperation.DESCRIBE,
 }
 _RESOURCES: Final = {Resource.TOPIC: ResourceType.TOPIC, Resource.GROUP: ResourceType.GROUP}
+
+
+@asynccontextmanager
+async def database_by_tls(administrator: str, pair: Pair) -> AsyncIterator[None]:
+    """While this lasts, a database of the local stack takes connections by TLS too. `administrator`: its DSN."""
+    connection = await asyncpg.connect(administrator)
+    data = PG_ROOT / (await connection.fetchval("SHOW data_directory")).lstrip("/")
+    owner = data.stat()
+    files = {data / "server.crt": pair.certificate, data / "server.key": pair.key}
+    try:
+        for path, source in files.items():
+            path.touch(mode=0o600)
+            path.write_bytes(source.read_bytes())
+            os.chown(path, owner.st_uid, owner.st_gid)
+        await connection.execute("ALTER SYSTEM SET ssl = on")
+        await connection.execute("SELECT pg_reload_conf()")
+        yield
+    finally:
+        await connection.execute("ALTER SYSTEM RESET ssl")
+        await connection.execute("SELECT pg_reload_conf()")
+        await connection.close()
+        for path in files:
+            path.unlink(missing_ok=True)
 
 
 class SecuredKafka:

@@ -22,9 +22,9 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import asyncpg
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.common.database import CONNECT_TIMEOUT_S, Connection
+from services.common.settings import DatabaseSettings
 from services.migrate import SCHEMAS
 
 USAGE = "usage: python -m services.backup dump|restore|print FILE, or keep|restore|list FOLDER"
@@ -35,12 +35,9 @@ class BackupError(Exception):
     """A dump or a restore that did not come about; the text says why and what to do."""
 
 
-class BackupSettings(BaseSettings):
+class BackupSettings(DatabaseSettings):
     """From the environment, as the services have it."""
 
-    model_config = SettingsConfigDict(env_prefix="SMDIH_", extra="ignore")
-
-    database_dsn: str = Field(repr=False)
     pg_prefix: str = Field("", description="words before pg_dump and pg_restore, to run them elsewhere: `chroot ROOT`")
     pg_folder: str = Field("", description="where these two are, if not in the path")
     backup_keep: int = Field(7, ge=1, le=1_000, description="dumps that a folder keeps; older ones are removed")

@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 import asyncpg
 
 from services.common.database import AWAY, CONNECT_TIMEOUT_S, READER_ROLE, SETTER_ROLE, Connection, make_role, role_of
+from services.common.settings import DatabaseSettings
 from services.common.tenancy import ALL
 from services.migrate import SCHEMAS
 
@@ -208,12 +209,11 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         return 2
-    dsn = os.environ.get("SMDIH_DATABASE_DSN", "")
-    if not dsn:
+    if not os.environ.get("SMDIH_DATABASE_DSN"):
         print(json.dumps({"done": "nothing", "why": "no administrator is named: logins are made elsewhere"}))
         return 0
     try:
-        made = asyncio.run(make_from(Path(arguments[0]), administrator=dsn))
+        made = asyncio.run(make_from(Path(arguments[0]), administrator=DatabaseSettings().database_dsn))
     except LoginError as error:
         print(f"logins: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ from services.common import topics
 from services.common.clock import SystemClock
 from services.common.database import AWAY, CONNECT_TIMEOUT_S, Connection
 from services.common.errors import TryAgain
-from services.common.kafka import Cluster, Message, Publisher
+from services.common.kafka import Cluster, Message, Publisher, topic_ids
 from services.common.settings import Settings
 from services.ingest.registry import rebuild
 from services.matching import room_rebuild
@@ -39,7 +39,7 @@ class ReconcileError(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """A stored position, and where the partition begins and ends now."""
+    """A stored position, and where the partition begins and ends now, and of which topic that is. `made_anew`: of another one."""
 
     schema: str
     topic: str
@@ -47,6 +47,8 @@ class Found:
     position: int
     first: int
     end: int
+    topic_id: str
+    made_anew: bool
 
     def __str__(self) -> str:
         return (
@@ -58,12 +60,12 @@ async def after_restore(settings: Settings, *, accept_lost: bool) -> dict[str, o
     """The database is older than the topics: what they tell of the time between is taken in."""
     cluster, now_us = Cluster.of(settings), SystemClock().now_us()
     async with _consumer(cluster) as consumer, _alone(settings.database_dsn) as connection:
-        found = await _positions(connection, consumer)
-        beyond = [each for each in found if each.position > each.end]
-        if beyond:
+        found = await _positions(cluster, connection, consumer)
+        others = [each for each in found if each.made_anew or each.position > each.end]
+        if others:
             raise ReconcileError(
-                f"The topics end before stored positions ({beyond[0]}): they are not the ones that this database worked with. "
-                "If Kafka was lost as well, run after-kafka-loss instead."
+                f"The topics are not the ones that this database worked with: they are new, or end before stored positions "
+                f"({others[0]}). If Kafka was lost as well, run after-kafka-loss instead."
             )
         deleted = [each for each in found if each.position < each.first]
         if deleted and not accept_lost:
@@ -104,19 +106,24 @@ async def after_kafka_loss(settings: Settings) -> dict[str, object]:
     """The topics are new: what must stand in them is published again, and consumers begin at their beginning."""
     cluster, now_us = Cluster.of(settings), SystemClock().now_us()
     async with _consumer(cluster) as consumer, _alone(settings.database_dsn) as connection:
-        found = await _positions(connection, consumer)
+        found = await _positions(cluster, connection, consumer)
         directory = await _newest(consumer, cluster.name(topics.DIRECTORY))
         samples = cluster.name(topics.SAMPLES)
         async with connection.transaction():
             await _into(connection, "ingest")
             messages = await rebuild.everything(connection, now_us)
-            if _knows_little_of(directory, messages):
-                # Doors that still ran may have filled the new topics past the positions in the old ones.
-                anew = [each for each in found if each.position > each.first]
-            else:  # this has run before, or single topics were made anew
-                anew = [each for each in found if each.position > each.end]
+            # Before their ids were noted: the directory tells whether all are new. Doors that still ran may have filled new topics
+            # past the positions in the old ones.
+            all_new = _knows_little_of(directory, messages)
+            anew = [
+                each
+                for each in found
+                if each.position > each.end or (each.position > each.first and (all_new or each.made_anew))
+            ]
             for each in anew:
                 await _move(connection, each, each.first)
+            for each in found:
+                await _note_topic_id(connection, each)
             await _into(connection, "anomaly")
             mine = [each for each in anew if (each.schema, each.topic) == ("anomaly", samples)]
             await rebase(connection, {each.partition: each.first for each in mine})
@@ -180,18 +187,26 @@ async def _consumer(cluster: Cluster) -> AsyncIterator[AIOKafkaConsumer]:
         await consumer.stop()
 
 
-async def _positions(connection: Connection, consumer: AIOKafkaConsumer) -> list[Found]:
+async def _positions(cluster: Cluster, connection: Connection, consumer: AIOKafkaConsumer) -> list[Found]:
     existing = await consumer.topics()
     rows = []
     for schema in SCHEMAS:
-        for row in await connection.fetch(f"SELECT topic, partition, next_offset FROM {schema}.position ORDER BY 1, 2"):  # noqa: S608
+        for row in await connection.fetch(
+            f"SELECT topic, partition, next_offset, topic_id FROM {schema}.position ORDER BY 1, 2"  # noqa: S608
+        ):
             if row["topic"] not in existing:
                 raise ReconcileError(f"There is no topic {row['topic']}: run python -m services.migrate first.")
-            rows.append((schema, TopicPartition(row["topic"], row["partition"]), row["next_offset"]))
-    wanted = list({partition for _, partition, _ in rows})
+            rows.append((schema, TopicPartition(row["topic"], row["partition"]), row["next_offset"], row["topic_id"]))
+    wanted = list({partition for _, partition, _, _ in rows})
     firsts = await consumer.beginning_offsets(wanted) if wanted else {}
     ends = await consumer.end_offsets(wanted) if wanted else {}
-    return [Found(schema, at.topic, at.partition, position, firsts[at], ends[at]) for schema, at, position in rows]
+    ids = await topic_ids(cluster, {partition.topic for partition in wanted}) if wanted else {}
+    # By topic, since not every consumer notes them.
+    anew = {at.topic for _, at, _, noted in rows if noted not in ("", ids[at.topic])}
+    return [
+        Found(schema, at.topic, at.partition, position, firsts[at], ends[at], ids[at.topic], at.topic in anew)
+        for schema, at, position, _ in rows
+    ]
 
 
 async def _newest(consumer: AIOKafkaConsumer, topic: str) -> Mapping[str, bytes | None]:
@@ -212,6 +227,13 @@ async def _move(connection: Connection, found: Found, to: int) -> None:
     await connection.execute(
         f"UPDATE {found.schema}.position SET next_offset = $3, unreadable_in_a_row = 0 WHERE topic = $1 AND partition = $2",  # noqa: S608
         *(found.topic, found.partition, to),
+    )
+
+
+async def _note_topic_id(connection: Connection, found: Found) -> None:
+    await connection.execute(
+        f"UPDATE {found.schema}.position SET topic_id = $3 WHERE topic = $1 AND partition = $2",  # noqa: S608
+        *(found.topic, found.partition, found.topic_id),
     )
 
 

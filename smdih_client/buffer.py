@@ -1,7 +1,8 @@
 """Batches on disk until the hub has acknowledged them: append-only segments of records with a checksum each.
 
 What `append` returned for is still there after the process was killed. Nothing kept is ever given up for something new: at the
-bound, or when the disk is full, `append` raises. Opening cuts off a record that a crash left half written.
+bound, or when the disk is full, `append` raises. Opening cuts off a record that a crash left half written; whatever else cannot
+be read is passed over and kept beside the buffer, up to the next whole record.
 """
 
 import enum
@@ -12,7 +13,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,8 @@ SYNC_EVERY_S = 1.0
 # Bytes of the payload, CRC-32 of everything behind it, sequence, samples.
 _HEADER = struct.Struct("<IIQI")
 _CHECKED_FROM = 8
+# The upper half of the sequence.
+_UPPER_FROM = 12
 # The acknowledged sequence and its CRC-32, in two places written in turn: a torn write leaves the other, and no write needs new
 # space on a full disk.
 _SLOT = struct.Struct("<QI")
@@ -62,7 +65,7 @@ class _Segment:
     path: Path
     last: int
     size: int
-    # Of its whole records.
+    # Of its whole records that wait.
     samples: int = 0
     # Places of damage, and where the next whole record begins.
     damages: dict[int, int] = field(default_factory=dict)
@@ -71,9 +74,9 @@ class _Segment:
 class DiskBuffer:
     """One gateway's buffer in a folder; sequences grow by one from record to record, over restarts too.
 
-    A record that does not have the checksum it was written with (a disk that fails) is passed over, and kept in a file of its own
-    for someone to look at; `lost_samples` counts what was in it. Not for several threads at once, except `sync`. Raises
-    BufferInUse, OSError.
+    What does not have the checksum it was written with (a disk that fails) is passed over, and kept in a file of its own for
+    someone to look at; `lost_samples` counts what was in it, where it was found after the opening. Not for several threads at once,
+    except `sync`. Raises BufferInUse, OSError.
     """
 
     def __init__(
@@ -104,8 +107,9 @@ class DiskBuffer:
         self._synced_s = time.monotonic()
         self.waiting_samples = 0
         self.lost_samples = 0
-        for path in sorted(folder.glob("*.log")):
-            segment = self._opened(path)
+        paths = sorted(folder.glob("[0-9]" * 20 + ".log"))
+        for path in paths:
+            segment = self._opened(path, is_newest=path == paths[-1])
             if segment.size:
                 self._segments.append(segment)
             else:
@@ -115,7 +119,7 @@ class DiskBuffer:
         # What is read next: a segment and a place in it.
         self._reading = 0
         self._offset = 0
-        self._read_samples = 0  # of whole records of this segment
+        self._read_samples = 0  # of this segment
         self._read_last = self.acknowledged
         self._last_written = last_written
         self._drop_acknowledged()
@@ -198,9 +202,9 @@ class DiskBuffer:
                         self._pass_over(segment)
                         file.seek(self._offset)
                         continue
-                    self._read_samples += record.samples
                     self._offset += _HEADER.size + len(record.payload)
                     if record.sequence > self.acknowledged:
+                        self._read_samples += record.samples
                         found.append(record)
                         size += len(record.payload)
                     self._read_last = max(self._read_last, record.sequence)
@@ -259,56 +263,44 @@ class DiskBuffer:
             else:
                 self._offset = self._read_samples = 0
 
-    def _opened(self, path: Path) -> _Segment:
-        """The segment up to its last whole record; what is behind is cut off."""
+    def _opened(self, path: Path, *, is_newest: bool) -> _Segment:
+        """The segment as it is found; of the newest one a record that was being written is cut off."""
         content = path.read_bytes()
         segment = _Segment(path, 0, 0)
-        while segment.size < len(content):
-            record = _record_at(content, segment.size)
-            if record is None or record.sequence <= segment.last:
-                behind = _next_whole(content, segment.size)
-                if behind == len(content):
-                    self._cut(path, content, segment.size)
-                    break
-                _keep_damaged(path, segment.size, content[segment.size : behind])
-                segment.damages[segment.size] = behind
-                segment.size = behind
-                continue
-            segment.size += _HEADER.size + len(record.payload)
-            segment.samples += record.samples
-            segment.last = record.sequence
-            if record.sequence > self.acknowledged:
-                self.waiting_samples += record.samples
+        for begin, end, record in _parts(content, 0, _first_of(path) - 1):
+            if record is not None:
+                segment.last = record.sequence
+                if record.sequence > self.acknowledged:
+                    segment.samples += record.samples
+            elif is_newest and end == len(content) and _is_torn(content[begin:]):
+                log.warning("%s: %d bytes of a record that was being written are cut off", path, end - begin)
+                os.truncate(path, begin)
+                break
+            else:
+                _keep_damaged(path, begin, content[begin:end])
+                segment.damages[begin] = end
+            segment.size = end
+        self.waiting_samples += segment.samples
         return segment
-
-    def _cut(self, path: Path, content: bytes, at: int) -> None:
-        rest = content[at:]
-        size = _HEADER.unpack_from(rest)[0] if len(rest) >= _HEADER.size else 0
-        if len(rest) < _HEADER.size + size:
-            log.warning("%s: %d bytes of a record that was being written at a crash are cut off", path, len(rest))
-        else:  # not the end of a write
-            _keep_damaged(path, at, rest)
-        os.truncate(path, at)
 
     def _pass_over(self, segment: _Segment) -> None:
         """Go on reading behind the damage at the present place."""
-        at = self._offset
-        if at in segment.damages:  # known since the opening, and not counted
-            self._offset = segment.damages[at]
-            return
-        content = segment.path.read_bytes()[: segment.size]
-        self._offset = segment.damages[at] = _next_whole(content, at)
-        _keep_damaged(segment.path, at, content[at : self._offset])
-        if self._offset < segment.size:
-            _, _, sequence, samples = _HEADER.unpack_from(content, at)
-            lost = samples if sequence > self.acknowledged else 0
-            self._read_samples += samples
-        else:
-            lost = segment.samples - self._read_samples
+        if self._offset not in segment.damages:  # it was whole at the opening, and counted
+            content = segment.path.read_bytes()[: segment.size]
+            behind = 0
+            for begin, end, record in _parts(content, self._offset, max(_first_of(segment.path) - 1, self._read_last)):
+                if record is not None:
+                    behind += record.samples
+                elif begin not in segment.damages:
+                    _keep_damaged(segment.path, begin, content[begin:end])
+                    segment.damages[begin] = end
+            lost = segment.samples - self._read_samples - behind
+            segment.samples -= lost
+            self.waiting_samples -= lost
+            self.lost_samples += lost
+        self._offset = segment.damages[self._offset]
+        if self._offset >= segment.size:
             self._read_last = max(self._read_last, segment.last)
-        lost = min(lost, self.waiting_samples)
-        self.waiting_samples -= lost
-        self.lost_samples += lost
 
     def _read_acknowledged(self) -> int:
         content = os.pread(self._state, _SLOT_OFFSETS[-1] + _SLOT.size, 0)
@@ -345,13 +337,48 @@ def _record_at(content: bytes, at: int) -> Record | None:
     return _read_record(content[at:start], lambda size: content[start : start + size])
 
 
-def _next_whole(content: bytes, at: int) -> int:
-    """Where the record behind a damaged one begins, if its length is still to be believed; else the end."""
-    if len(content) >= at + _HEADER.size:
-        behind: int = at + _HEADER.size + _HEADER.unpack_from(content, at)[0]
-        if behind < len(content) and _record_at(content, behind) is not None:
-            return behind
+def _parts(content: bytes, at: int, after: int) -> Iterator[tuple[int, int, Record | None]]:
+    """What a segment consists of from `at` on: the records behind the sequence `after`, and between them damage (None)."""
+    while at < len(content):
+        record = _record_at(content, at)
+        if record is None or record.sequence <= after:
+            behind = _next_whole(content, at + 1, after)
+            yield at, behind, None
+            at = behind
+        else:
+            behind = at + _HEADER.size + len(record.payload)
+            yield at, behind, record
+            at, after = behind, record.sequence
+
+
+def _next_whole(content: bytes, at: int, after: int) -> int:
+    """Where the next whole record behind the sequence `after` begins; the end, if there is none.
+
+    No damaged length leads there: records are known by the upper half of their sequences, which does not change within a segment
+    (for 71 minutes' worth of microseconds, or four billion records), and then by their checksums.
+    """
+    upper = struct.pack("<Q", after + 1)[4:]
+    found = content.find(upper, at + _UPPER_FROM)
+    while found >= 0:
+        record = _record_at(content, found - _UPPER_FROM)
+        if record is not None and record.sequence > after:
+            return found - _UPPER_FROM
+        found = content.find(upper, found + 1)
     return len(content)
+
+
+def _is_torn(rest: bytes) -> bool:
+    """Whether this end of what was written last is the beginning of a record rather than a damaged one."""
+    if len(rest) < _HEADER.size:
+        return True
+    size: int
+    size, crc, _, _ = _HEADER.unpack_from(rest)
+    return len(rest) - _HEADER.size < size <= RECORD_BYTES_MAX and zlib.crc32(rest[_CHECKED_FROM:]) != crc
+
+
+def _first_of(path: Path) -> int:
+    """The sequence that a segment began with."""
+    return int(path.stem)
 
 
 def _keep_damaged(path: Path, at: int, rest: bytes) -> None:

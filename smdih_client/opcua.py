@@ -250,25 +250,42 @@ class Waiting:
         row[variable.signal] = number
 
     async def send(self, client: TelemetryClient) -> None:
-        """Into the disk buffer; what raises stays here, but for what does not fit. Raises OSError."""
-        for machine in list(self._machines):
-            rows = self._machines[machine]
-            while rows:
-                times = sorted(rows)[:ROWS_PER_BATCH_MAX]
-                names = sorted({name for at in times for name in rows[at]})
-                times = times[: max(1, CELLS_PER_BATCH_MAX // len(names))]
-                values = np.array([[rows[at].get(name, np.nan) for name in names] for at in times])
-                samples = sum(len(rows[at]) for at in times)
-                try:
-                    await client.send(machine, times, values, signals=names)
-                    self.totals.kept += samples
-                except BufferFull as error:
-                    log.error("%d values of %s are refused: %s", samples, machine, error)
-                    self.totals.refused += samples
-                self.samples -= samples
-                for at in times:
-                    del rows[at]
-            del self._machines[machine]
+        """Into the disk buffer; what raises stays here, but for what does not fit. Raises OSError.
+
+        What comes meanwhile, also of the same machine and time, waits for the next call.
+        """
+        machines, self._machines = self._machines, {}
+        try:
+            for machine, rows in machines.items():
+                while rows:
+                    await self._send_some(client, machine, rows)
+        finally:
+            self._put_back(machines)
+
+    async def _send_some(self, client: TelemetryClient, machine: str, rows: dict[int, dict[str, float]]) -> None:
+        times = sorted(rows)[:ROWS_PER_BATCH_MAX]
+        names = sorted({name for at in times for name in rows[at]})
+        times = times[: max(1, CELLS_PER_BATCH_MAX // len(names))]
+        values = np.array([[rows[at].get(name, np.nan) for name in names] for at in times])
+        samples = sum(len(rows[at]) for at in times)
+        try:
+            await client.send(machine, times, values, signals=names)
+            self.totals.kept += samples
+        except BufferFull as error:
+            log.error("%d values of %s are refused: %s", samples, machine, error)
+            self.totals.refused += samples
+        self.samples -= samples
+        for at in times:
+            del rows[at]
+
+    def _put_back(self, machines: dict[str, dict[int, dict[str, float]]]) -> None:
+        for machine, rows in machines.items():
+            for at, values in rows.items():
+                newer = self._machines.setdefault(machine, {}).setdefault(at, {})
+                replaced = len(values.keys() & newer.keys())
+                self.totals.replaced += replaced
+                self.samples -= replaced
+                self._machines[machine][at] = values | newer
 
 
 def _number(value: ua.DataValue) -> float | None:

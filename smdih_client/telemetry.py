@@ -229,7 +229,7 @@ class TelemetryClient:
                 metadata = dict(error.trailing_metadata() or ())
                 reason = str(metadata.get("reason", error.code().name))
                 if reason == "TOO_LARGE" and self._buffer is not None:
-                    await self._find_too_large(self._buffer)
+                    final = await self._find_too_large(self._buffer)
                 elif error.code() not in _TRANSIENT or reason == "TOO_LARGE":
                     final = Refused(reason, error.details() or "")
                 if self.totals.acknowledged > acknowledged:
@@ -260,16 +260,21 @@ class TelemetryClient:
             self.refusal = error
             self._changed.notify_all()
 
-    async def _find_too_large(self, buffer: DiskBuffer) -> None:
-        """A batch that the hub cannot hold would keep back everything behind it: it goes aside."""
+    async def _find_too_large(self, buffer: DiskBuffer) -> OSError | None:
+        """A batch that the hub cannot hold would keep back everything behind it: it goes aside. Returns what hinders that."""
         async with self._changed:
             if self._is_one_by_one and self._unacknowledged:
-                waiting = self._unacknowledged.popleft()
+                waiting = self._unacknowledged[0]
                 log.error("batch %d is too large for the hub and is set aside", waiting.batch.sequence)
-                buffer.set_aside(waiting.batch.sequence, waiting.samples, waiting.batch.SerializeToString())
+                try:
+                    buffer.set_aside(waiting.batch.sequence, waiting.samples, waiting.batch.SerializeToString())
+                except OSError as error:  # such as a full disk: it waits, and is found again
+                    return error
+                self._unacknowledged.popleft()
                 self.totals.lost += waiting.samples
                 self._changed.notify_all()
             self._is_one_by_one = not self._is_one_by_one
+        return None
 
     async def _connection(self) -> None:
         async with open_channel(self._target, self._credentials) as channel:

@@ -91,6 +91,7 @@ def batch(
     firm_id: int,
     first_row: int = 0,
     correlation_id: str = "test",
+    received_us: int = 0,  # 0: now
 ) -> records_pb.FrameBatch:
     times_us = START_US + (first_row + np.arange(len(values), dtype=np.int64)) * SECOND_US
     return records_pb.FrameBatch(
@@ -99,7 +100,7 @@ def batch(
         width=values.shape[1],
         times_us=times_us.astype("<i8").tobytes(),
         values=values.astype("<f8").tobytes(),
-        received_us=time.time_ns() // 1000,
+        received_us=received_us or time.time_ns() // 1000,
         correlation_id=correlation_id,
     )
 

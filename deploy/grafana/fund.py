@@ -117,7 +117,7 @@ def fund() -> build.Dashboard:
                         "Longest wait",
                         ("max(smdih_funding_application_waiting_seconds)", "application"),
                         ("max(smdih_funding_claim_waiting_seconds)", "claim"),
-                        why="Of what was submitted and not decided.",
+                        why="Of what was submitted: applications until they are decided, claims until they are paid.",
                         unit="s",
                     ),
                     lines(

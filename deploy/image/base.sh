@@ -12,8 +12,8 @@ export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 from=$(bash "$(dirname "$0")/sources.sh" $suite "$work")
 # extract: files only, no package's scripts run; enough for a root without a shell in use.
 mmdebstrap -q --variant=extract --include=base-files,netbase,python3-minimal,libpython3.11-stdlib,ca-certificates,tzdata,libstdc++6,libgomp1,zlib1g,libssl3,libexpat1,libffi8,libsqlite3-0,libbz2-1.0,liblzma5 \
-  --aptopt='APT::Install-Recommends "false"' \
-  --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+  --aptopt='APT::Install-Recommends "false"' --extract-hook="$(realpath "$(dirname "$0")")/status.sh" \
+  --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
   "$suite" "$work/root.tar" "$from"
 container=$(buildah from scratch)
 buildah add -q "$container" "$work/root.tar" / >/dev/null

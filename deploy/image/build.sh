@@ -6,7 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/sbin
 image=${IMAGE:-localhost/smdih-hub:dev}
-base=${BASE:-localhost/smdih-python:bookworm}
+# Named by how they are made, so that a change of that makes them anew.
+made_by=$(cat deploy/image/{base,postgres,sources,status}.sh | sha256sum | cut -c1-12)
+postgres=localhost/smdih-postgres:$made_by
+base=${BASE:-localhost/smdih-python:$made_by}
 folder=.local/image
 mkdir -p $folder/wheels .local/log
 # The commit's time stands for every time in the image.
@@ -39,19 +42,18 @@ if [ "$(cat $folder/wheels/.stamp 2>/dev/null)" != "$want" ]; then
   echo "$want" >$folder/wheels/.stamp
 fi
 
-if [ "$base" = localhost/smdih-python:bookworm ] && ! buildah inspect --type image "$base" >/dev/null 2>&1; then
+if [ -z "${BASE:-}" ] && ! buildah inspect --type image "$base" >/dev/null 2>&1; then
   say "base from Debian packages"
   bash deploy/image/base.sh "$base" >.local/log/image-base.log 2>&1 || fail "the base could not be made: see .local/log/image-base.log"
 fi
 
-postgres=localhost/smdih-postgres:17
 if ! buildah inspect --type image $postgres >/dev/null 2>&1; then
   say "PostgreSQL's client programs from Debian packages"
   bash deploy/image/postgres.sh $postgres >.local/log/image-postgres.log 2>&1 || fail "they could not be made: see .local/log/image-postgres.log"
 fi
 
 say "$image"
-[ "$base" = localhost/smdih-python:bookworm ] || buildah pull -q "$base" >/dev/null
+[ -z "${BASE:-}" ] || buildah pull -q "$base" >/dev/null
 # The compiler of the detector's kernel goes by addresses, so these are the same each time.
 setarch "$(uname -m)" -R buildah bud -q --isolation chroot --pull-never --timestamp "$SOURCE_DATE_EPOCH" --build-arg BASE="$base" --build-arg POSTGRES=$postgres \
   --label org.opencontainers.image.title="Smart Manufacturing Data Innovation Hub" \
@@ -61,5 +63,5 @@ setarch "$(uname -m)" -R buildah bud -q --isolation chroot --pull-never --timest
 rm -f $folder/smdih-hub.tar
 buildah push -q "$image" "docker-archive:$folder/smdih-hub.tar:$image"
 # What it is made of, beside it.
-.venv/bin/python -m localstack.sbom $folder/smdih-hub.cdx.json
+.venv/bin/python -m deploy.image.bill "$image" $folder/smdih-hub.cdx.json
 say "$(cat $folder/id) $(du -m $folder/smdih-hub.tar | cut -f1) MB in $folder/smdih-hub.tar"

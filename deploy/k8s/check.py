@@ -37,7 +37,7 @@ from chaos.telemetry import HISTORY_S, judge, load
 from demo.__main__ import told
 from demo.journey import Journey, JourneyError, Observer
 from demo.story import Story
-from deploy.k8s.builtin import builtin
+from deploy.k8s.builtin import OPERATORS, builtin
 from deploy.k8s.cluster import (
     DATABASE,
     NAMESPACE,
@@ -51,7 +51,7 @@ from deploy.k8s.cluster import (
 from localstack.certificates import Authority
 from localstack.hub import Hub
 from localstack.mosquitto import BRIDGE, Mosquitto
-from localstack.secured import SecuredKafka
+from localstack.secured import SecuredKafka, database_by_tls
 from localstack.servers import LOCAL, ROOT, LocalServers, Servers, ServersError
 from services.common import logs
 from services.common.kafka import Cluster as KafkaCluster
@@ -100,7 +100,9 @@ async def servers_for(host: str, node: str) -> AsyncIterator[Around]:
         pair = authority.issue(["mqtt"], addresses=[host])
         broker.start(more=f"cafile {authority.file}\ncertfile {pair.certificate}\nkeyfile {pair.key}\n")
         mqtt = Mqtt(broker.port, BRIDGE, broker.passwords[BRIDGE])
-        yield Around(host, node, administrator=administrator, kafka=kafka, mqtt=mqtt, authority=authority)
+        # By the name that pods come to it by.
+        async with database_by_tls(administrator, authority.issue(["timescaledb"])):
+            yield Around(host, node, administrator=administrator, kafka=kafka, mqtt=mqtt, authority=authority)
     finally:
         if not os.environ.get("K8S_KEEP"):
             broker.stop()
@@ -113,8 +115,12 @@ def admission(cluster: Cluster, overlay: Path, claims: Claims) -> None:
     cluster.run("apply", "--server-side", "-f", str(HERE / "base/namespace.yaml"))
     strict = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "--warnings-as-errors")
     production = HERE / "overlays/production"
-    for what, folder in (("this run", overlay), ("production, but for those of operators", production)):
-        rendered = builtin(cluster.run("kustomize", str(folder)).stdout)
+    groups = {line.partition("/")[0] for line in cluster.run("api-versions").stdout.split()}
+    operators = [group for group in OPERATORS if group in groups]
+    missing = [group for group in OPERATORS if group not in groups]
+    whole = "production" + (f", but for those of {', '.join(missing)}" if missing else "")
+    for what, folder in (("this run", overlay), (whole, production)):
+        rendered = builtin(cluster.run("kustomize", str(folder)).stdout, beside=operators)
         done = cluster.run("apply", *strict, "-f", "-", given=rendered, check=False)
         claims.that(
             f"the server accepts all {rendered.count(chr(10) + 'kind: ')} objects of {what}, strictly, without a warning",

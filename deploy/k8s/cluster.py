@@ -83,6 +83,7 @@ class Around:
                 if rules(access)
             },
             f"{write.CLUSTER}-cluster-ca-cert": {"ca.crt": ca},
+            "smdih-tls-database": {"ca.crt": ca},
             **{
                 f"smdih-tls-{name}": {
                     "tls.crt": pair.certificate.read_text(),
@@ -186,7 +187,9 @@ def write_overlay(around: Around, image: str, *, log_level: str = "INFO") -> Pat
     made += [_secret(name, values) for name, values in around.secrets().items()]
     policies = {"to-kafka": "kafka", "to-database": "timescaledb", "to-mqtt": "mqtt"}
     name, _, tag = image.rpartition(":")
-    components = [os.path.relpath(ROOT / f"deploy/k8s/components/{name}", OVERLAY) for name in ("tls", "backup")]
+    components = [
+        os.path.relpath(ROOT / f"deploy/k8s/components/{name}", OVERLAY) for name in ("tls", "backup", "database-tls")
+    ]
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",

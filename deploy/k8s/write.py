@@ -1,9 +1,10 @@
 """Writes what in the manifests follows from elsewhere: topics and users as Strimzi's objects, how each process comes to the brokers
-as its user, and the alert rules as the Prometheus operator's object.
+as its user, and the alert rules and who is told of them as the Prometheus operator's objects.
 
 Usage: python -m deploy.k8s.write
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from services.common.kafka import REQUEST_BYTES_MAX
 
 COMPONENTS = Path(__file__).parent / "components"
 RULES = Path(__file__).parents[1] / "prometheus/rules.yml"
+ALERTMANAGER = Path(__file__).parents[1] / "alertmanager/alertmanager.yml"
+NAMESPACE = "smdih"
+# The secret with the addresses of the receivers, each by the receiver's name.
+RECEIVERS = "smdih-alert-receivers"
 CLUSTER = "kafka"
 # As the production overlay sets SMDIH_KAFKA_PARTITIONS and SMDIH_KAFKA_REPLICATION.
 PARTITIONS = 16
@@ -145,10 +150,71 @@ def service_of(role: Role) -> str:
 
 
 def rule_object() -> dict[str, Any]:
-    """The alert rules, as they are tested."""
+    """The alert rules, as they are tested; each alert says its namespace, by which the operator knows whose route it takes."""
     metadata = {"name": "smdih", "labels": {"app.kubernetes.io/name": "smdih"}}
-    spec = {"groups": yaml.safe_load(RULES.read_text())["groups"]}
-    return {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": metadata, "spec": spec}
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    for rule in (one for group in groups for one in group["rules"] if "alert" in one):
+        rule["labels"]["namespace"] = NAMESPACE
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": metadata,
+        "spec": {"groups": groups},
+    }
+
+
+def route_object() -> dict[str, Any]:
+    """Who is told of what, as Alertmanager's own file says; the addresses come from a secret."""
+    config = yaml.safe_load(ALERTMANAGER.read_text())
+    spec = {
+        "route": _route(config["route"]),
+        "inhibitRules": [
+            {
+                "sourceMatch": _matchers(rule["source_matchers"]),
+                "targetMatch": _matchers(rule["target_matchers"]),
+                **({"equal": rule["equal"]} if "equal" in rule else {}),
+            }
+            for rule in config["inhibit_rules"]
+        ],
+        "receivers": [
+            {"name": one["name"], "webhookConfigs": [_webhook(one["name"], each) for each in one["webhook_configs"]]}
+            for one in config["receivers"]
+        ],
+    }
+    metadata = {"name": "smdih", "labels": {"app.kubernetes.io/name": "smdih"}}
+    return {
+        "apiVersion": "monitoring.coreos.com/v1alpha1",
+        "kind": "AlertmanagerConfig",
+        "metadata": metadata,
+        "spec": spec,
+    }
+
+
+def _route(route: dict[str, Any]) -> dict[str, Any]:
+    made = {_camel(name): value for name, value in route.items() if name not in ("matchers", "routes")}
+    if "matchers" in route:
+        made["matchers"] = _matchers(route["matchers"])
+    if "routes" in route:
+        made["routes"] = [_route(one) for one in route["routes"]]
+    return made
+
+
+def _matchers(texts: list[str]) -> list[dict[str, str]]:
+    found = (re.fullmatch(r'(\w+)(=~|!~|!=|=)"(.*)"', text) for text in texts)
+    # Equality is what is meant without a type; as a word of its own in YAML it is read in more than one way.
+    return [
+        {"name": one[1], **({} if one[2] == "=" else {"matchType": one[2]}), "value": one[3]} for one in found if one
+    ]
+
+
+def _webhook(receiver: str, webhook: dict[str, Any]) -> dict[str, Any]:
+    rest = {_camel(name): value for name, value in webhook.items() if name != "url"}
+    return {"urlSecret": {"name": RECEIVERS, "key": receiver}, **rest}
+
+
+def _camel(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(map(str.capitalize, others))
 
 
 def files() -> dict[Path, str]:
@@ -166,6 +232,8 @@ def files() -> dict[Path, str]:
         COMPONENTS / "tls/certificates.yaml": HEAD.format(source=roles) + _yaml(certificate_objects()),
         COMPONENTS / "tls/processes.yaml": HEAD.format(source=roles) + _yaml(tls_patches()),
         COMPONENTS / "monitoring/rules.yaml": HEAD.format(source=rules_from) + _yaml([rule_object()]),
+        COMPONENTS / "monitoring/alertmanager.yaml": HEAD.format(source="deploy/alertmanager/alertmanager.yml")
+        + _yaml([route_object()]),
     }
 
 

@@ -8,21 +8,27 @@ import asyncpg
 from services.anomaly.delivery import (
     ATTEMPTS_MAX,
     CLAIM_S,
+    GIVE_UP_S,
     MESSAGES_A_MINUTE_MAX,
+    PAUSE_S_MAX,
+    RETRY_S_MAX,
     Contact,
     ContactKind,
     Delivery,
     DeliveryState,
     Escalation,
     Step,
+    retry_after_s,
 )
-from services.anomaly.domain import MICROSECONDS, Alarm, Severity
+from services.anomaly.domain import ENDS, MICROSECONDS, Alarm, Change, Severity
 from services.anomaly.store import ALARM_ROWS, Actor, alarm_of
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.logs import current_correlation_id
 
-_CONTACT_ROWS = "SELECT id, firm_id, name, kind, address, secret, removed, made, actor, credential_id FROM contact "
+_CONTACT_ROWS = (
+    "SELECT id, firm_id, name, kind, address, secret, confirmed, removed, made, actor, credential_id FROM contact "
+)
 _ESCALATION_ROWS = (
     "SELECT id, firm_id, name, site, severity_min, tell_changes, removed, made, actor, credential_id FROM escalation "
 )
@@ -32,49 +38,83 @@ _DELIVERY_COLUMNS = (
 )
 _DELIVERY_ROWS = f"SELECT {_DELIVERY_COLUMNS} FROM delivery d "  # noqa: S608  # fixed texts
 PLAN_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('smdih-anomaly-delivery-plan'))"
-# What is planned looks back a little over what was planned before: changes become visible only with their commit.
-OVERLAP_S = 60
 # What went out is kept a little longer than a year, so that an auditor finds who was told. What is dead waits for a person.
 SENT_KEPT_DAYS = 400
+# Changes, or steps whose time has come, that are looked at in one transaction.
+PLAN_MAX = 1_000
+# What started so long before the hub noticed is history that came late: it is told a little later, and only if it is not over.
+HISTORY_S = 86_400
+HISTORY_WAIT_S = 60
+# Before messages about any alarm: a person waits.
+URGENCY_OF_TRIALS = 4
 # The id is derived, so that it is the same whoever plans it.
 _PLANNED = (
-    "WITH span AS (SELECT $1::timestamptz AS since, $2::timestamptz AS until) "
-    "INSERT INTO delivery AS d (id, firm_id, alarm_id, transition, contact_id, tell_changes, correlation_id, state, due, made) "
-    "SELECT DISTINCT ON (alarm_id, transition, contact_id) md5(alarm_id || '/' || transition || '/' || contact_id), firm_id, "
-    "alarm_id, transition, contact_id, tell_changes, correlation_id, 'pending', until, until FROM ({}) AS wanted "
-    "ORDER BY alarm_id, transition, contact_id, tell_changes DESC ON CONFLICT DO NOTHING"
+    "INSERT INTO delivery AS d (id, firm_id, alarm_id, transition, contact_id, tell_changes, correlation_id, state, due, made, "
+    "urgency) SELECT DISTINCT ON (name) md5(name), firm_id, alarm_id, transition, contact_id, tell_changes, correlation_id, "
+    "'pending', $1, $1, urgency FROM (SELECT w.alarm_id || '/' || w.transition || '/' || w.contact_id || w.again AS name, "
+    "w.firm_id, w.alarm_id, w.transition, w.contact_id, w.tell_changes, w.correlation_id, w.urgency FROM ({}) AS w) AS wanted "
+    "ORDER BY name, tell_changes DESC ON CONFLICT DO NOTHING"
 )
 _OF_ESCALATION = (
-    "NOT e.removed AND NOT c.removed AND a.severity >= e.severity_min AND a.suppression = 0 AND a.raised >= e.made "
-    "AND (e.site = '' OR split_part(a.machine_path, '/', 2) = e.site)"
+    "NOT e.removed AND a.severity >= e.severity_min AND a.raised >= e.made "
+    "AND (e.site = '' OR split_part(a.machine_path, '/', 2) = e.site) "
 )
-_UNSUPPRESSED = "('unshelved', 'unsuppressed', 'returned_to_service')"
+_CALLS = "(d.transition IN ('raised', 'back_on_list') OR d.transition LIKE 'escalated%')"
+_TOLD = (Change.ACKNOWLEDGED, Change.RETURNED, Change.CLEARED)
+_BACK_ON_LIST = tuple(ENDS.values())
+# Of what has come back, the first step is told at once; those whose time passed meanwhile come now.
+_OPENED = (
+    "INSERT INTO escalation_due (alarm_id, escalation_id, step, firm_id, due) "  # noqa: S608  # fixed texts
+    "SELECT DISTINCT a.id, e.id, s.step, e.firm_id, a.raised + make_interval(secs => s.after_s + "
+    "CASE WHEN a.started < a.raised - make_interval(secs => $3) THEN $4 ELSE 0 END) "
+    "FROM alarm a JOIN escalation e ON e.firm_id = a.firm_id JOIN escalation_step s ON s.escalation_id = e.id "
+    f"WHERE (a.id = ANY($1::text[]) OR a.id = ANY($2::text[]) AND s.step > 0) AND {_OF_ESCALATION} ON CONFLICT DO NOTHING"
+)
 _STEPS = _PLANNED.format(
     "SELECT a.firm_id, a.id AS alarm_id, "  # noqa: S608  # fixed texts
-    "CASE WHEN s.after_s = 0 THEN 'raised' ELSE 'escalated_' || s.step END AS transition, "
-    "s.contact_id, e.tell_changes, a.correlation_id, until "
-    "FROM span JOIN escalation e ON true JOIN escalation_step s ON s.escalation_id = e.id JOIN contact c ON c.id = s.contact_id "
-    "JOIN alarm a ON a.firm_id = e.firm_id AND a.raised > since - make_interval(secs => s.after_s) "
-    f"AND a.raised <= until - make_interval(secs => s.after_s) WHERE {_OF_ESCALATION} "
+    "CASE WHEN s.after_s = 0 THEN 'raised' ELSE 'escalated_' || s.step END AS transition, '' AS again, "
+    "s.contact_id, e.tell_changes, a.correlation_id, a.severity AS urgency "
+    "FROM unnest($2::text[], $3::text[], $4::int[]) AS now (alarm_id, escalation_id, step) JOIN alarm a ON a.id = now.alarm_id "
+    "JOIN escalation e ON e.id = now.escalation_id JOIN escalation_step s ON s.escalation_id = e.id AND s.step = now.step "
+    f"JOIN contact c ON c.id = s.contact_id WHERE {_OF_ESCALATION} AND NOT c.removed AND c.confirmed AND a.suppression = 0 "
     # Whoever is told at once is told also of what is over already; later steps are for what nobody has taken care of. What was off
     # the list and came back is told as that.
-    f"AND CASE WHEN s.after_s = 0 THEN NOT EXISTS (SELECT FROM alarm_change WHERE alarm_id = a.id AND change IN {_UNSUPPRESSED}) "
+    "AND CASE WHEN s.after_s = 0 THEN (a.ended IS NULL OR a.ended >= a.raised - make_interval(secs => $5)) "
+    "AND NOT EXISTS (SELECT FROM alarm_change WHERE alarm_id = a.id AND change = ANY($6::text[])) "
     "ELSE a.ended IS NULL AND NOT a.acknowledged END"
 )
 _CHANGES = _PLANNED.format(
-    "SELECT d.firm_id, d.alarm_id, h.change AS transition, d.contact_id, true AS tell_changes, d.correlation_id, until "
-    "FROM span JOIN alarm_change h ON h.changed > since AND h.changed <= until "
+    "SELECT d.firm_id, d.alarm_id, h.change AS transition, '' AS again, d.contact_id, true AS tell_changes, "  # noqa: S608
+    "d.correlation_id, d.urgency FROM unnest($2::text[], $3::text[]) AS h (alarm_id, change) "
     "JOIN delivery d ON d.alarm_id = h.alarm_id AND d.tell_changes JOIN contact c ON c.id = d.contact_id "
-    "WHERE h.change IN ('acknowledged', 'returned', 'cleared') AND NOT c.removed "
-    "AND (d.transition IN ('raised', 'back_on_list') OR d.transition LIKE 'escalated%')"
+    f"WHERE NOT c.removed AND c.confirmed AND {_CALLS}"
 )
 _BACK = _PLANNED.format(
-    "SELECT a.firm_id, a.id AS alarm_id, 'back_on_list' AS transition, "  # noqa: S608  # fixed texts
-    "s.contact_id, e.tell_changes, a.correlation_id, until "
-    f"FROM span JOIN alarm_change h ON h.changed > since AND h.changed <= until AND h.change IN {_UNSUPPRESSED} "
-    "JOIN alarm a ON a.id = h.alarm_id JOIN escalation e ON e.firm_id = a.firm_id "
+    "SELECT a.firm_id, a.id AS alarm_id, 'back_on_list' AS transition, '/' || h.event_id AS again, "  # noqa: S608
+    "s.contact_id, e.tell_changes, a.correlation_id, a.severity AS urgency "
+    # Two reasons that end at once bring it back once.
+    "FROM (SELECT alarm_id, max(event_id) AS event_id FROM unnest($2::text[], $3::text[]) AS b (alarm_id, event_id) "
+    "GROUP BY alarm_id) AS h JOIN alarm a ON a.id = h.alarm_id JOIN escalation e ON e.firm_id = a.firm_id "
     "JOIN escalation_step s ON s.escalation_id = e.id AND s.step = 0 JOIN contact c ON c.id = s.contact_id "
-    f"WHERE {_OF_ESCALATION} AND a.ended IS NULL AND NOT a.acknowledged"
+    f"WHERE {_OF_ESCALATION} AND NOT c.removed AND c.confirmed AND a.suppression = 0 AND a.ended IS NULL AND NOT a.acknowledged"
+)
+# Contacts that something waits for and that may be sent to now, those that answer first. Contact by contact along the index: one
+# with thousands of messages costs no more than one with a few.
+_FREE = (
+    "WITH RECURSIVE waiting AS ((SELECT contact_id FROM delivery WHERE state = 'pending' ORDER BY contact_id LIMIT 1) UNION ALL "
+    "SELECT (SELECT d.contact_id FROM delivery d WHERE d.state = 'pending' AND d.contact_id > w.contact_id ORDER BY d.contact_id "
+    "LIMIT 1) FROM waiting w WHERE w.contact_id IS NOT NULL) "
+    "SELECT c.id, c.removed FROM waiting w JOIN contact c ON c.id = w.contact_id CROSS JOIN LATERAL (SELECT due FROM delivery "
+    "WHERE contact_id = c.id AND state = 'pending' AND due <= $1 ORDER BY urgency DESC, due LIMIT 1) AS first "
+    "WHERE c.free <= $1 AND c.id NOT IN (SELECT contact_id FROM delivery WHERE state = 'sent' "
+    "AND finished > $1::timestamptz - interval '1 minute' GROUP BY contact_id HAVING count(*) >= $2) "
+    "ORDER BY c.failures, first.due LIMIT $3 FOR UPDATE OF c SKIP LOCKED"
+)
+# Nobody has to hear of what is over and taken care of; and of changes only who may have heard of the alarm.
+_OVER = (
+    "DELETE FROM delivery d USING alarm a WHERE a.id = ANY($1::text[]) AND a.ended IS NOT NULL AND a.acknowledged "  # noqa: S608
+    f"AND d.alarm_id = a.id AND d.state = 'pending' AND d.attempts = 0 AND ({_CALLS} OR NOT EXISTS (SELECT FROM delivery t "
+    "WHERE t.alarm_id = a.id AND t.contact_id = d.contact_id AND t.attempts > 0))"
 )
 
 
@@ -90,8 +130,8 @@ class Claimed:
 class ContactStore:
     async def add_contact(self, connection: Connection, contact: Contact, *, now_us: int, actor: Actor) -> None:
         await connection.execute(
-            "INSERT INTO contact (id, firm_id, name, kind, address, secret, made, actor, credential_id) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+            "INSERT INTO contact (id, firm_id, name, kind, address, secret, made, actor, credential_id, confirmed) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
             contact.id,
             contact.firm_id,
             contact.name,
@@ -101,6 +141,7 @@ class ContactStore:
             from_us(now_us),
             actor.name,
             actor.credential_id,
+            contact.confirmed,
         )
 
     async def contacts(self, connection: Connection, firm_id: int, *, limit: int) -> Sequence[Contact]:
@@ -131,30 +172,47 @@ class ContactStore:
     async def remove_contact(self, connection: Connection, contact_id: str) -> None:
         await connection.execute("UPDATE contact SET removed = true, secret = '' WHERE id = $1", contact_id)
         await connection.execute(
-            "UPDATE delivery SET state = 'dead', last_error = 'The contact was removed.' "
-            "WHERE contact_id = $1 AND state = 'pending'",
+            # Nobody could send them again; but a trial that may have gone out is counted.
+            "DELETE FROM delivery WHERE contact_id = $1 AND state <> 'sent' "
+            "AND (state = 'dead' OR alarm_id IS NOT NULL OR attempts = 0)",
             contact_id,
         )
 
-    async def trials(self, connection: Connection, contact_id: str, *, now_us: int) -> int:
+    async def count_code(self, connection: Connection, contact_id: str) -> int:
+        """One more code is tried; returns how many have been. Nobody else tries one until the transaction ends."""
         count: int = await connection.fetchval(
-            "SELECT count(*) FROM delivery WHERE contact_id = $1 AND alarm_id IS NULL AND made > $2",
-            contact_id,
-            from_us(now_us - 3600 * MICROSECONDS),
+            "UPDATE contact SET codes_tried = codes_tried + 1 WHERE id = $1 RETURNING codes_tried", contact_id
         )
         return count
 
+    async def confirm(self, connection: Connection, contact_id: str) -> None:
+        await connection.execute("UPDATE contact SET confirmed = true, secret = '' WHERE id = $1", contact_id)
+
+    async def trials(self, connection: Connection, firm_id: int, address: str, *, since_us: int) -> tuple[int, int]:
+        """Trials and codes that a firm has had sent since then, in all and to one address, also by contacts that it removed."""
+        row = await connection.fetchrow(
+            "SELECT count(*) AS of_firm, count(*) FILTER (WHERE c.address = $2) AS of_address FROM delivery d "
+            "JOIN contact c ON c.id = d.contact_id WHERE d.firm_id = $1 AND d.alarm_id IS NULL AND d.made > $3",
+            firm_id,
+            address,
+            from_us(since_us),
+        )
+        assert row is not None
+        return row["of_firm"], row["of_address"]
+
     async def add_trial(self, connection: Connection, contact: Contact, *, now_us: int) -> Delivery:
         row = await connection.fetchrow(
-            "INSERT INTO delivery AS d (id, firm_id, transition, contact_id, tell_changes, correlation_id, state, due, made) "  # noqa: S608
-            "SELECT md5(t), $1, t, $2, false, $3, 'pending', $4, $4 FROM (SELECT 'trial_' || gen_random_uuid() AS t) AS one "
-            f"RETURNING {_DELIVERY_COLUMNS}",
+            "INSERT INTO delivery AS d (id, firm_id, transition, contact_id, tell_changes, correlation_id, state, due, made, "  # noqa: S608
+            "urgency) SELECT md5(t), $1, t, $2, false, $3, 'pending', $4, $4, $5 "
+            f"FROM (SELECT 'trial_' || gen_random_uuid() AS t) AS one RETURNING {_DELIVERY_COLUMNS}",
             contact.firm_id,
             contact.id,
             current_correlation_id(),
             from_us(now_us),
+            URGENCY_OF_TRIALS,
         )
         assert row is not None
+        await self._release(connection, contact.id, now_us=now_us)
         return _delivery(row)
 
     async def add_escalation(
@@ -216,37 +274,71 @@ class ContactStore:
         )
         return firm_id
 
-    async def plan(self, connection: Connection, *, now_us: int) -> int | None:
-        """Write a delivery for each contact that has to be told of something by now, once; None: somebody else plans."""
+    async def plan(self, connection: Connection, *, now_us: int) -> bool:
+        """Write a delivery for each contact that has to be told of something by now, once; True: there may be more to plan."""
         if not await connection.fetchval(PLAN_LOCK):
-            return None
-        planned = await connection.fetchval(
-            "SELECT planned - make_interval(secs => $1) FROM delivery_plan FOR UPDATE", OVERLAP_S
+            return False  # somebody else plans
+        now = from_us(now_us)
+        changes = await connection.fetch(
+            "UPDATE alarm_change SET planned = true WHERE id IN (SELECT id FROM alarm_change WHERE NOT planned ORDER BY id "
+            "LIMIT $1) RETURNING event_id, alarm_id, change",
+            PLAN_MAX,
         )
-        made = 0
-        for text in (_STEPS, _BACK, _CHANGES):
-            made += int((await connection.execute(text, planned, from_us(now_us))).rpartition(" ")[2])
-        # A clock that is behind another's must not plan the same again and again.
-        await connection.execute("UPDATE delivery_plan SET planned = greatest(planned, $1)", from_us(now_us))
-        return made
+        raised = [row["alarm_id"] for row in changes if row["change"] == Change.RAISED]
+        back = [(row["alarm_id"], row["event_id"]) for row in changes if row["change"] in _BACK_ON_LIST]
+        told = [(row["alarm_id"], row["change"]) for row in changes if row["change"] in _TOLD]
+        if raised or back:
+            await connection.execute(_OPENED, raised, [alarm_id for alarm_id, _ in back], HISTORY_S, HISTORY_WAIT_S)
+        steps = await connection.fetch(
+            "DELETE FROM escalation_due WHERE (alarm_id, escalation_id, step) IN (SELECT alarm_id, escalation_id, step "
+            "FROM escalation_due WHERE due <= $1 ORDER BY due LIMIT $2) RETURNING alarm_id, escalation_id, step",
+            now,
+            PLAN_MAX,
+        )
+        if steps:
+            columns = ([row[name] for row in steps] for name in ("alarm_id", "escalation_id", "step"))
+            await connection.execute(_STEPS, now, *columns, HISTORY_S, _BACK_ON_LIST)
+        for text, rows in ((_BACK, back), (_CHANGES, told)):
+            if rows:
+                await connection.execute(text, now, [first for first, _ in rows], [second for _, second in rows])
+        if told:
+            await connection.execute(_OVER, [alarm_id for alarm_id, _ in told])
+        return PLAN_MAX in (len(changes), len(steps))
 
     async def claim(self, connection: Connection, *, now_us: int, limit: int) -> Sequence[Claimed]:
-        """Take deliveries that are due; nobody else takes them for CLAIM_S."""
+        """Take the most urgent delivery of each of up to `limit` contacts; nobody else sends to these for CLAIM_S."""
+        now, until = from_us(now_us), from_us(now_us + CLAIM_S * MICROSECONDS)
+        # Each try ended with the process that made it.
+        await connection.execute(
+            "UPDATE delivery SET state = 'dead', finished = $1, last_error = 'No try came to an end.' "
+            "WHERE state = 'pending' AND due <= $1::timestamptz AND attempts >= $2",
+            now,
+            ATTEMPTS_MAX,
+        )
+        free = await connection.fetch(_FREE, now, MESSAGES_A_MINUTE_MAX, limit)
+        if not free:
+            return ()
+        await connection.execute(
+            "DELETE FROM delivery WHERE contact_id = ANY($1::text[]) AND state = 'pending'",
+            [row["id"] for row in free if row["removed"]],
+        )
+        ids = [row["id"] for row in free if not row["removed"]]
         rows = await connection.fetch(
-            "UPDATE delivery d SET attempts = attempts + 1, due = $1::timestamptz + make_interval(secs => $2) WHERE id IN ("  # noqa: S608
-            "SELECT id FROM delivery WHERE state = 'pending' AND due <= $1::timestamptz "
-            "AND contact_id NOT IN (SELECT contact_id FROM delivery "
-            "WHERE state = 'sent' AND finished > $1::timestamptz - interval '1 minute' GROUP BY contact_id HAVING count(*) >= $3) "
-            f"ORDER BY due LIMIT $4 FOR UPDATE SKIP LOCKED) RETURNING {_DELIVERY_COLUMNS}",
-            from_us(now_us),
-            CLAIM_S,
-            MESSAGES_A_MINUTE_MAX,
-            limit,
+            "UPDATE delivery d SET attempts = attempts + 1, due = $3 WHERE id IN (SELECT first.id "  # noqa: S608
+            "FROM unnest($1::text[]) AS c (id) CROSS JOIN LATERAL (SELECT id FROM delivery "
+            "WHERE contact_id = c.id AND state = 'pending' AND due <= $2 ORDER BY urgency DESC, due LIMIT 1) AS first) "
+            f"RETURNING {_DELIVERY_COLUMNS}",
+            ids,
+            now,
+            until,
         )
         contacts = {
             row["id"]: _contact(row)
             for row in await connection.fetch(
-                _CONTACT_ROWS + "WHERE id = ANY($1::text[])", [row["contact_id"] for row in rows]
+                "UPDATE contact SET free = $2 WHERE id = ANY($1::text[]) RETURNING id, firm_id, name, kind, address, secret, "
+                "confirmed",
+                [row["contact_id"] for row in rows],
+                until,
             )
         }
         alarms = {
@@ -263,22 +355,46 @@ class ContactStore:
             delivery.id,
             from_us(now_us),
         )
+        await self._release(connection, delivery.contact_id, now_us=now_us)
 
-    async def failed(
-        self, connection: Connection, delivery: Delivery, *, now_us: int, error: str, retry_after_s: float
-    ) -> bool:
-        """Note a failed try; True: it was the last one."""
+    async def failed(self, connection: Connection, delivery: Delivery, *, now_us: int, error: str) -> bool:
+        """Note a failed try; True: it was the last one. A contact that has failed for long is not kept waiting for what is old."""
         dead = delivery.attempts >= ATTEMPTS_MAX
+        now = from_us(now_us)
         await connection.execute(
             "UPDATE delivery SET state = $2, due = $3, last_error = $4, finished = CASE WHEN $2 = 'dead' THEN $5::timestamptz END "
             "WHERE id = $1 AND state = 'pending'",
             delivery.id,
             DeliveryState.DEAD.value if dead else DeliveryState.PENDING.value,
-            from_us(now_us + int(retry_after_s * MICROSECONDS)),
+            from_us(now_us + int(retry_after_s(delivery.attempts, longest_s=RETRY_S_MAX) * MICROSECONDS)),
             error,
-            from_us(now_us),
+            now,
         )
+        failures = await connection.fetchval(
+            "UPDATE contact SET failures = failures + 1 WHERE id = $1 RETURNING failures", delivery.contact_id
+        )
+        wait_s = retry_after_s(failures, longest_s=PAUSE_S_MAX)
+        await connection.execute(
+            "UPDATE contact SET free = $2 WHERE id = $1",
+            delivery.contact_id,
+            from_us(now_us + int(wait_s * MICROSECONDS)),
+        )
+        if failures >= ATTEMPTS_MAX:
+            await connection.execute(
+                "UPDATE delivery SET state = 'dead', finished = $2, last_error = $3 "
+                "WHERE contact_id = $1 AND state = 'pending' AND made < $4",
+                delivery.contact_id,
+                now,
+                error,
+                from_us(now_us - GIVE_UP_S * MICROSECONDS),
+            )
         return dead
+
+    async def _release(self, connection: Connection, contact_id: str, *, now_us: int) -> None:
+        """It may be sent to at once."""
+        await connection.execute(
+            "UPDATE contact SET failures = 0, free = $2 WHERE id = $1", contact_id, from_us(now_us)
+        )
 
     async def deliveries(
         self, connection: Connection, *, firm_id: int, state: str | None, alarm_id: str | None, limit: int
@@ -298,14 +414,17 @@ class ContactStore:
         return None if row is None else _delivery(row)
 
     async def revive(self, connection: Connection, delivery_id: str, *, now_us: int) -> Delivery | None:
-        """Make a dead one pending again; None where its contact was removed."""
+        """Make a dead one pending again, as if planned now; None where its contact was removed."""
         row = await connection.fetchrow(
-            "UPDATE delivery d SET state = 'pending', attempts = 0, due = $2, finished = NULL FROM contact c "  # noqa: S608
+            "UPDATE delivery d SET state = 'pending', attempts = 0, due = $2, made = $2, finished = NULL FROM contact c "  # noqa: S608
             f"WHERE d.id = $1 AND c.id = d.contact_id AND NOT c.removed RETURNING {_DELIVERY_COLUMNS}",
             delivery_id,
             from_us(now_us),
         )
-        return None if row is None else _delivery(row)
+        if row is None:
+            return None
+        await self._release(connection, row["contact_id"], now_us=now_us)
+        return _delivery(row)
 
     async def forget(self, connection: Connection, *, now_us: int, limit: int) -> int:
         """Remove messages that went out more than SENT_KEPT_DAYS ago, at most `limit`; returns how many."""
@@ -337,6 +456,7 @@ def _contact(row: asyncpg.Record) -> Contact:
         kind=ContactKind(row["kind"]),
         address=row["address"],
         secret=row["secret"],
+        confirmed=row["confirmed"],
     )
 
 

@@ -13,10 +13,15 @@ from services.anomaly.domain import Severity
 ATTEMPTS_MAX = 12
 RETRY_S = 5
 RETRY_S_MAX = 3600
+# A contact that fails is left alone for ever longer, to this; what waits for one that has failed ATTEMPTS_MAX times in a row and is
+# older than GIVE_UP_S is given up without a try of its own.
+PAUSE_S_MAX = 300
+GIVE_UP_S = 3 * 3600
 # A claimed delivery is claimed by another when nothing is heard of it for so long; longer than any try may take.
 CLAIM_S = 60
 # To one contact; what is more waits: a flood of alarms must not become a flood of messages.
 MESSAGES_A_MINUTE_MAX = 30
+ERROR_CHARACTERS_MAX = 300
 SIGNATURE_VERSION = "v1"
 
 
@@ -38,7 +43,8 @@ class Contact:
     name: str
     kind: ContactKind
     address: str
-    secret: str
+    secret: str  # what webhooks are signed with; of a mail address the code, until it is confirmed
+    confirmed: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,14 @@ class Delivery:
 class NotDelivered(Exception):
     """A try failed; the text is for people and holds no secret."""
 
+    def __init__(self, text: str) -> None:
+        # Servers answer in whatever encoding they like.
+        super().__init__(text.encode("ascii", "backslashreplace").decode().replace("\0", " ")[:ERROR_CHARACTERS_MAX])
 
-def retry_after_s(attempts: int) -> float:
+
+def retry_after_s(attempts: int, *, longest_s: int) -> float:
     """How long to wait after so many tries have failed."""
-    return min(RETRY_S * 2.0 ** (attempts - 1), RETRY_S_MAX) * random.uniform(0.8, 1.2)  # noqa: S311  # jitter
+    return min(RETRY_S * 2.0 ** min(attempts - 1, ATTEMPTS_MAX), longest_s) * random.uniform(0.8, 1.2)  # noqa: S311  # jitter
 
 
 def signature(secret: str, *, timestamp_s: int, body: bytes) -> str:

@@ -19,6 +19,10 @@ from services.anomaly.kernel import frames, layout
 
 WIDTH_MAX = 200
 STATE_VERSION = 2
+# A machine whose frames are older than what it sent before, for so long, at most so much faster than they come, has put its
+# clock back.
+CLOCK_WAIT_US = 3600 * 1_000_000
+CLOCK_PACE_MAX = 2.0
 OFFSET_MIN, OFFSET_MAX = -1.5, 3.0  # bounds of what people's feedback may do to one signal's threshold
 
 _HEADER = struct.Struct("<4sHHII")  # magic, version, width, series fields, joint fields
@@ -120,7 +124,11 @@ class Scores:
     share: Floats  # each signal's part of its block's T-squared
     starts: NDArray[np.int64]
     events: list[Event]  # in order of frames; the only part that a worker must walk in Python
-    skipped: int  # frames not newer than their machine's last
+    skipped: int  # frames without anything new
+
+    def is_new(self, first: int, end: int) -> bool:
+        """Whether any value of these frames was scored."""
+        return bool((self.component[self.starts[first] : self.starts[end]] >= 0).any())
 
 
 def frame_starts(widths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -197,7 +205,8 @@ class Detector:
         `starts` every frame has its machine's full width.  A shorter frame lacks the machine's last signals: they
         are not touched.  A frame longer than its machine raises ValueError.
 
-        A frame that is not newer than its machine's last one is skipped and counted; its scores are 0.
+        Each signal has its own clock: a value that is not newer than the signal's last one is passed over, and its scores
+        are 0.  A frame without any newer value is skipped and counted.
         """
         slots = np.ascontiguousarray(slots, dtype=np.int32)
         times_us = np.ascontiguousarray(times_us, dtype=np.int64)
@@ -268,13 +277,51 @@ class Detector:
         row, width, joint = (int(x) for x in self._places[self._checked(slot)])
         if not 0 <= signal < width:
             raise ValueError(f"the machine has no signal {signal}")
-        offset = self._series[row + signal, layout.ROW_OFFSET]
+        kept = [layout.ROW_OFFSET, layout.ROW_LAST_US, layout.ROW_BEHIND_US]
+        before = self._series[row + signal, kept]
         self._series[row + signal] = 0.0
-        self._series[row + signal, layout.ROW_OFFSET] = offset
+        self._series[row + signal, kept] = before
         lo = signal // layout.BLOCK * layout.BLOCK
         at = joint + lo // layout.BLOCK * int(layout.block_size(layout.BLOCK))
         self._joint[at : at + int(layout.block_size(min(layout.BLOCK, width - lo)))] = 0.0
         self._machines[slot, layout.MACHINE_ALARM_US] = 0.0
+
+    def forget_clock(self, slot: int) -> None:
+        """Take whatever time comes next; the machine's pace is learned anew."""
+        self._set_clock(slot, 0)
+        for field in (layout.MACHINE_FRAMES, layout.MACHINE_INTERVAL_US):
+            self._machines[slot, field] = 0.0
+
+    def follow_clock(self, slot: int, time_us: int, received_us: int, *, is_new: bool) -> bool:
+        """Take note of frames until `time_us`, of which some was new or nothing; true: their clock counts from here on.
+
+        A clock that was put back goes on at the pace of the hub's, without any newer frame, for CLOCK_WAIT_US. History that is
+        sent again or late is faster, or newer frames come beside it.
+        """
+        # The time of the first frame that was behind stands with the machine's first signal, where there was room.
+        machine, first = self._machines[self._checked(slot)], self._series[self._places[slot, 0]]
+        began_us, since_us = first[layout.ROW_BEHIND_US], machine[layout.MACHINE_BEHIND_SINCE_US]
+        if is_new:
+            machine[layout.MACHINE_BEHIND_SINCE_US] = 0.0
+            return False
+        waited_us, went_us = received_us - since_us, time_us - began_us
+        if not since_us or not 0.0 <= went_us <= CLOCK_PACE_MAX * max(waited_us, CLOCK_WAIT_US / 10):
+            first[layout.ROW_BEHIND_US], machine[layout.MACHINE_BEHIND_SINCE_US] = time_us, received_us
+            return False
+        if waited_us < CLOCK_WAIT_US or went_us < CLOCK_WAIT_US / CLOCK_PACE_MAX:
+            return False
+        self._set_clock(slot, time_us)
+        return True
+
+    def is_behind(self, slot: int) -> bool:
+        """Whether the machine's newest frames brought nothing new."""
+        return bool(self._machines[self._checked(slot), layout.MACHINE_BEHIND_SINCE_US])
+
+    def _set_clock(self, slot: int, time_us: int) -> None:
+        row, width, _ = (int(x) for x in self._places[self._checked(slot)])
+        self._machines[slot, layout.MACHINE_LAST_US] = time_us
+        self._machines[slot, layout.MACHINE_BEHIND_SINCE_US] = 0.0
+        self._series[row : row + width, layout.ROW_LAST_US] = time_us
 
     def last_time_us(self, slot: int) -> int | None:
         """Time of the newest frame that was scored."""
@@ -313,8 +360,12 @@ class Detector:
         state = np.frombuffer(data, dtype=np.float64, offset=_HEADER.size)
         machine, series, block = np.split(state, [layout.MACHINE_FIELDS, len(state) - size])
         self._machines[slot] = machine
-        self._series[row : row + width] = _as_now(version, series.reshape(width, fields))
-        self._joint[joint : joint + size] = block
+        now = _as_now(version, series.reshape(width, fields))
+        # From before a signal had a clock of its own.
+        unclocked = (now[:, layout.ROW_LAST_US] == 0.0) & (now[:, layout.ROW_N] > 0.0)
+        now[unclocked, layout.ROW_LAST_US] = machine[layout.MACHINE_LAST_US]
+        self._series[row : row + width] = now
+        self._joint[joint : joint + size] = block if np.isfinite(block).all() else 0.0
         if had > width:
             self.widen(slot, had)
 
@@ -369,9 +420,14 @@ def _widen_block(old: Floats, old_k: int, new: Floats, new_k: int) -> None:
 
 
 def _as_now(version: int, series: Floats) -> Floats:
-    """Rows of an earlier version: levels, ranges and alarms go on, changes and periods are learned from here on."""
+    """A copy as of this version. Of version 1 levels, ranges and alarms go on, changes and periods are learned from here on."""
     if version == STATE_VERSION:
-        return series
+        now = series.copy()
+        # Values beyond measure could make these, once; such a series learns anew.
+        lost = ~np.isfinite(now[:, (layout.ROW_MEAN, layout.ROW_VAR)]).all(axis=1)
+        now[lost] = 0.0
+        now[lost, layout.ROW_OFFSET] = series[lost, layout.ROW_OFFSET]
+        return now
     now = np.zeros((len(series), layout.SERIES_FIELDS))
     now[:, : layout.CHANGE_BASE] = series[:, : layout.CHANGE_BASE]
     for base, bins in ((layout.WEEK_BASE, layout.WEEK_BINS), (layout.CYCLE_BASE, layout.CYCLE_BINS)):

@@ -168,6 +168,7 @@ class Return:
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryEntry:
+    event_id: str
     change: Change
     changed_us: int
     actor: str

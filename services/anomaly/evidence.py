@@ -60,7 +60,7 @@ class EvidenceService:
         """The alarm and the samples so many minutes (0: an hour) around it. Where samples cannot be had the rest is still told."""
         if not 0 <= minutes <= MINUTES_MAX:
             raise Invalid(f"minutes is at most {MINUTES_MAX:,}, or 0 for {MINUTES_DEFAULT}.")
-        alarm, _ = await self._alarms.get(caller, alarm_id)
+        alarm = await self._alarms.get(caller, alarm_id)
         around_us = (minutes or MINUTES_DEFAULT) * 60 * MICROSECONDS
         from_us = alarm.started_us - around_us
         end_us = min(alarm.ended_us or alarm.started_us, alarm.started_us + AFTER_US_MAX)

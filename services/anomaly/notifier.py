@@ -2,13 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import asyncpg
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.anomaly.contact_store import Claimed, ContactStore
-from services.anomaly.delivery import ContactKind, NotDelivered, retry_after_s
+from services.anomaly.delivery import ContactKind, NotDelivered
 from services.common.clock import Clock
 from services.common.database import AWAY, Pool, transaction
 from services.common.errors import TryAgain
@@ -19,8 +20,8 @@ log = get_logger(__name__)
 
 PLAN_INTERVAL_S = 1.0
 RETRY_DELAY_S = 1.0
-# Deliveries claimed together, and tried at once by one process.
-CLAIM_MAX = 20
+# Contacts that one process sends to at once.
+SENDING_MAX = 50
 FORGET_INTERVAL_S = 3600.0
 FORGET_MAX = 1_000
 # Of contacts, looked at together when the process starts.
@@ -65,21 +66,34 @@ class Notifier:
         self._is_sealed = False
 
     async def run(self) -> None:
-        forget_at = 0.0
-        while True:
-            try:
-                if not self._is_sealed:
-                    await self._seal_anew()
-                await self._plan()
-                if time.monotonic() >= forget_at:
-                    await self._forget()
-                    forget_at = time.monotonic() + FORGET_INTERVAL_S
-                while await self._deliver() >= CLAIM_MAX:
-                    pass
-            except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
-                log.warning("the notifier waits", error=repr(error))
-                await asyncio.sleep(RETRY_DELAY_S)
-            await asyncio.sleep(PLAN_INTERVAL_S)
+        forget_at = plan_at = 0.0
+        sending: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                try:
+                    if not self._is_sealed:
+                        await self._seal_anew()
+                    if time.monotonic() >= plan_at:
+                        await self._plan()
+                        plan_at = time.monotonic() + PLAN_INTERVAL_S
+                    if time.monotonic() >= forget_at:
+                        await self._forget()
+                        forget_at = time.monotonic() + FORGET_INTERVAL_S
+                    for claimed in await self._claim(SENDING_MAX - len(sending)):
+                        sending.add(asyncio.create_task(self._try(claimed)))
+                except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
+                    log.warning("the notifier waits", error=repr(error))
+                    await asyncio.sleep(RETRY_DELAY_S)
+                if sending:  # whoever is done makes room: nobody waits for the slowest
+                    _, sending = await asyncio.wait(
+                        sending, timeout=PLAN_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
+                    )
+                else:
+                    await asyncio.sleep(PLAN_INTERVAL_S)
+        finally:
+            for task in sending:
+                task.cancel()
+            await asyncio.gather(*sending, return_exceptions=True)
 
     async def _seal_anew(self) -> None:
         """Secrets that stand there readable, or sealed with a key that is on its way out."""
@@ -107,9 +121,12 @@ class Notifier:
         log.info("secrets sealed anew", changed=changed, unreadable=unreadable)
 
     async def _plan(self) -> None:
-        now_us = self._clock.now_us()
+        while True:
+            now_us = self._clock.now_us()
+            async with transaction(self._pool) as connection:
+                if not await self._store.plan(connection, now_us=now_us):
+                    break
         async with transaction(self._pool) as connection:
-            await self._store.plan(connection, now_us=now_us)
             pending, dead, oldest_s = await self._store.backlog(connection, now_us=now_us)
         deliveries_pending.set(pending)
         deliveries_dead.set(dead)
@@ -121,37 +138,50 @@ class Notifier:
             async with transaction(self._pool) as connection:
                 removed = await self._store.forget(connection, now_us=self._clock.now_us(), limit=FORGET_MAX)
 
-    async def _deliver(self) -> int:
+    async def _claim(self, limit: int) -> Sequence[Claimed]:
+        if not limit:
+            return ()
         async with transaction(self._pool) as connection:
-            claimed = await self._store.claim(connection, now_us=self._clock.now_us(), limit=CLAIM_MAX)
-        # Committed: the claim holds while we send, and no transaction waits for the outside.
-        await asyncio.gather(*(self._try(one) for one in claimed))
-        return len(claimed)
+            return await self._store.claim(connection, now_us=self._clock.now_us(), limit=limit)
 
     async def _try(self, claimed: Claimed) -> None:
-        delivery, kind = claimed.delivery, claimed.contact.kind
-        with correlated(delivery.correlation_id):
+        """The claim is committed: it holds while we send, and no transaction waits for the outside."""
+        with correlated(claimed.delivery.correlation_id):
+            error = await self._error_of(claimed)
             try:
-                await self._senders[kind].send(claimed, now_us=self._clock.now_us())
-            except NotDelivered as error:
-                wait_s = retry_after_s(delivery.attempts)
-                async with transaction(self._pool) as connection:
-                    dead = await self._store.failed(
-                        connection, delivery, now_us=self._clock.now_us(), error=str(error), retry_after_s=wait_s
-                    )
-                deliveries_total.labels(kind.value, "dead" if dead else "failed").inc()
-                log.warning(
-                    "alarm not delivered",
-                    delivery_id=delivery.id,
-                    contact_id=delivery.contact_id,
-                    attempts=delivery.attempts,
-                    dead=dead,
-                    error=str(error),
-                )
-                return
-            now_us = self._clock.now_us()
+                await self._note(claimed, error)
+            except (*AWAY, asyncpg.PostgresError, TryAgain) as away:  # it is sent again when the claim has run out
+                log.warning("outcome not noted", delivery_id=claimed.delivery.id, error=repr(away))
+
+    async def _note(self, claimed: Claimed, error: str) -> None:
+        delivery, kind = claimed.delivery, claimed.contact.kind
+        now_us = self._clock.now_us()
+        if error:
             async with transaction(self._pool) as connection:
-                await self._store.sent(connection, delivery, now_us=now_us)
-            deliveries_total.labels(kind.value, "sent").inc()
-            delivery_seconds.labels(kind.value).observe(max(0.0, (now_us - delivery.made_us) / 1e6))
-            log.info("alarm delivered", delivery_id=delivery.id, contact_id=delivery.contact_id, kind=kind.value)
+                dead = await self._store.failed(connection, delivery, now_us=now_us, error=error)
+            deliveries_total.labels(kind.value, "dead" if dead else "failed").inc()
+            log.warning(
+                "alarm not delivered",
+                delivery_id=delivery.id,
+                contact_id=delivery.contact_id,
+                attempts=delivery.attempts,
+                dead=dead,
+                error=error,
+            )
+            return
+        async with transaction(self._pool) as connection:
+            await self._store.sent(connection, delivery, now_us=now_us)
+        deliveries_total.labels(kind.value, "sent").inc()
+        delivery_seconds.labels(kind.value).observe(max(0.0, (now_us - delivery.made_us) / 1e6))
+        log.info("alarm delivered", delivery_id=delivery.id, contact_id=delivery.contact_id, kind=kind.value)
+
+    async def _error_of(self, claimed: Claimed) -> str:
+        """Send it; returns what was in the way, nothing when it went out."""
+        try:
+            await self._senders[claimed.contact.kind].send(claimed, now_us=self._clock.now_us())
+        except NotDelivered as error:
+            return str(error)
+        except Exception:  # one message must not keep all others from being sent
+            log.exception("alarm cannot be sent", delivery_id=claimed.delivery.id)
+            return "The hub could not send it; its operator finds the cause in the notifier's log."
+        return ""

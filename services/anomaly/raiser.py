@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from services.anomaly.detector import WIDTH_MAX
+from prometheus_client import Counter
+
+from services.anomaly.detector import WIDTH_MAX, Event
 from services.anomaly.domain import (
     MICROSECONDS,
     Alarm,
@@ -25,11 +27,14 @@ from services.anomaly.tunings import MACHINE_POSITION, RuleKind
 from services.common.clock import Clock
 from services.common.database import Pool, transaction
 from services.common.directory import Directory
+from services.common.errors import Invalid
 from services.common.logs import get_logger, new_correlation_id
 from smdih.directory.v1 import directory_pb2 as directory_pb
 
 log = get_logger(__name__)
 
+# Alarms that began or ended and that the database did not take: a mistake of the hub's.
+refused_total = Counter("smdih_anomaly_alarms_refused_total", "Alarms that could not be stored")
 # How long the worker waits for the names of a machine that has just been made.
 NAMES_TIMEOUT_S = 0.5
 
@@ -45,8 +50,25 @@ class AlarmRaiser:
         self._nameless: set[int] = set()
 
     async def store(self, found: Sequence[Found]) -> Sequence[AlarmEvent]:
-        """Store what is new, in order, in one transaction; returns that. Repeats are recognised. Raises TryAgain."""
+        """Store what is new, in order, in one transaction; returns that. Repeats are recognised. Raises TryAgain.
+
+        An alarm that the database does not take for what is in it is told in the log and counted: the others must not wait for it.
+        """
         changes = [await self._change_of(one) for one in found]
+        try:
+            return await self._store_all(changes)
+        except Invalid:
+            stored: list[AlarmEvent] = []
+            for change in changes:
+                try:
+                    stored += await self._store_all([change])
+                except Invalid as error:
+                    id_ = change.id if isinstance(change, Alarm) else change.alarm_id
+                    log.error("an alarm could not be stored", alarm_id=id_, error=error.detail)
+                    refused_total.inc()
+            return stored
+
+    async def _store_all(self, changes: Sequence[Alarm | Return]) -> Sequence[AlarmEvent]:
         now_us = self._clock.now_us()
         stored: list[AlarmEvent] = []
         async with transaction(self._pool) as connection:
@@ -80,7 +102,7 @@ class AlarmRaiser:
         position = base + event.signal if event.signal >= 0 else joint_position(frames.channel_group)
         id_ = alarm_id(machine_id=frames.machine_id, position=position, started_us=event.started_us)
         if not event.raised:
-            return Return(alarm_id=id_, ended_us=event.time_us, correlation_id=frames.correlation_id)
+            return _return(id_, event, frames)
         machine = await self._machine(frames, base + frames.values.shape[1])
         signals = [_signal(machine, base + column) for column in range(frames.values.shape[1])]
         named = [Signal(signal.name, signal.unit) for signal in signals]
@@ -93,7 +115,7 @@ class AlarmRaiser:
             shares = tuple(
                 Share(signal_id=signals[column].id, signal_name=signals[column].name, share=share)
                 for column, share in parts
-                if column >= 0
+                if column >= 0 and math.isfinite(share)
             )
         return Alarm(
             id=id_,
@@ -131,7 +153,7 @@ class AlarmRaiser:
         rule = event.rule
         id_ = rule_alarm_id(rule_id=rule.id, version=rule.version, started_us=event.started_us)
         if not event.raised:
-            return Return(alarm_id=id_, ended_us=event.time_us, correlation_id=frames.correlation_id)
+            return _return(id_, event, frames)
         machine = await self._machine(frames, 0 if rule.position == MACHINE_POSITION else rule.position + 1)
         signal = directory_pb.Signal() if rule.position == MACHINE_POSITION else _signal(machine, rule.position)
         return Alarm(
@@ -170,6 +192,12 @@ class AlarmRaiser:
             machine = self._directory.machines.get(frames.machine_id)
         # A machine that has been removed since: an alarm without its names is better than none.
         return machine or directory_pb.Machine(id=frames.machine_id, path=f"machine {frames.machine_id}")
+
+
+def _return(id_: str, event: Event | RuleEvent, frames: Frames) -> Return:
+    # A clock that was put back would end an alarm before it began.
+    ended_us = max(event.started_us, event.time_us)
+    return Return(alarm_id=id_, ended_us=ended_us, correlation_id=frames.correlation_id)
 
 
 def _signal(machine: directory_pb.Machine, position: int) -> directory_pb.Signal:

@@ -28,6 +28,11 @@ _W_RULE, _W_VALUE, _W_WIDTH, _W_ROWS, _W_TIME, _W_RECEIVED = range(6)
 _EVENT = 6  # piece of work, raised, time, start, value, what it is compared with
 _SAVED = struct.Struct(f"<16si{_STATE}d")
 
+# A rule that begins and ends without a pause tells of the same trouble: so much sample time lies between two beginnings.
+AGAIN_US = 60_000_000
+# Of one rule in one batch, which may be years of history.
+RAISED_MAX = 200
+
 # The clock that says when nothing has come may be so far from the door's, and a record so long under way.
 SILENCE_GRACE_US = 5_000_000
 
@@ -85,6 +90,7 @@ def _evaluate(parameters: Floats, states: Floats, work: Ints, times_us: Ints, va
         if column >= width:
             continue
         received = float(work[w, _W_RECEIVED])
+        raised = 0
         heard = False
         for r in range(work[w, _W_ROWS]):
             x = values[work[w, _W_VALUE] + r * width + column] if column >= 0 else 0.0
@@ -114,18 +120,20 @@ def _evaluate(parameters: Floats, states: Floats, work: Ints, times_us: Ints, va
                 bucket = np.floor(t / (window / _BUCKETS))
                 reference = _extreme(s, bucket, kind == _RISE, x)
                 beyond = abs(x - reference) - limit
-            if s[_ALARM_US] == 0.0:
+            if s[_ALARM_US] <= 0.0:  # none; below 0: when the last one began
                 if beyond <= 0.0:
                     s[_PENDING_US] = 0.0
                     continue
                 if s[_PENDING_US] == 0.0:
                     s[_PENDING_US] = t
-                if t - s[_PENDING_US] >= p[_P_DELAY_US]:
+                waited = s[_ALARM_US] == 0.0 or t + s[_ALARM_US] >= AGAIN_US
+                if t - s[_PENDING_US] >= p[_P_DELAY_US] and waited and raised < RAISED_MAX:
+                    raised += 1
                     s[_ALARM_US] = s[_PENDING_US]
                     n = _note(events, n, w, 1.0, t, s[_ALARM_US], x, reference)
             elif beyond <= -hysteresis:
                 n = _note(events, n, w, 0.0, t, s[_ALARM_US], x, reference)
-                s[_ALARM_US] = s[_PENDING_US] = 0.0
+                s[_ALARM_US], s[_PENDING_US] = -s[_ALARM_US], 0.0
         if heard:
             s[_RECEIVED_US] = max(s[_RECEIVED_US], received)
     return n
@@ -195,7 +203,7 @@ class RuleBook:
         last_us, started_us = int(self._states[row, _LAST_US]), int(self._states[row, _ALARM_US])
         if rule.kind is RuleKind.NO_DATA:
             started_us = last_us  # the clock may have said so; ending what never began does nothing
-        return RuleEvent(rule, False, last_us, started_us, np.nan, np.nan) if started_us else None
+        return RuleEvent(rule, False, last_us, started_us, np.nan, np.nan) if started_us > 0 else None
 
     def evaluate(
         self,
@@ -219,8 +227,8 @@ class RuleBook:
         work[:, _W_VALUE], work[:, _W_TIME] = first_value[numbers], first_time[numbers]
         work[:, _W_WIDTH], work[:, _W_ROWS] = widths[numbers], lengths[numbers]
         work[:, _W_RECEIVED] = np.array(received_us, dtype=np.int64)[numbers]
-        # A row begins or ends at most one alarm; silence at most both of one, in a batch.
-        events = np.empty((int(work[:, _W_ROWS].sum()) + 2 * len(work), _EVENT))
+        # A row begins or ends at most one alarm; one may have lasted before; silence is at most both of one, in a batch.
+        events = np.empty((int(np.minimum(work[:, _W_ROWS], 2 * RAISED_MAX + 1).sum()) + 2 * len(work), _EVENT))
         count = _evaluate(self._parameters, self._states, work, times_us, values, events)
         found = []
         for piece, raised, time, started, value, reference in events[:count].tolist():
@@ -238,6 +246,15 @@ class RuleBook:
             last_us, received_us = int(self._states[row, _LAST_US]), int(self._states[row, _RECEIVED_US])
             if last_us and received_us and now_us - received_us > rule.silence_us + SILENCE_GRACE_US:
                 yield RuleEvent(rule, True, last_us, last_us, np.nan, float(now_us - received_us))
+
+    def set_clock(self, key: Key, time_us: int) -> None:
+        """Samples of the machine count from this time on (0: from the next one on), though later ones have come before."""
+        for row in self._of_key.get(key, ()):
+            rule, state = self._rows[row], self._states[row]
+            if rule is None or (rule.kind is RuleKind.NO_DATA and not time_us):
+                continue  # silence is measured by the hub's clock
+            state[_LAST_US], state[_PENDING_US], state[_ALARM_US] = time_us, 0.0, max(0.0, state[_ALARM_US])
+            state[_BUCKET_BASE:] = 0.0
 
     def dump(self, key: Key) -> bytes:
         """Where the rules of a machine's channel group stand."""

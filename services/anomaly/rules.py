@@ -12,7 +12,7 @@ import numpy as np
 from services.anomaly.domain import MICROSECONDS, Severity
 from services.anomaly.samples import HOUR_US, MINUTE_US, Floats, Ints, Samples
 from services.anomaly.service import actor_of, changing, check_role, check_text
-from services.anomaly.tuning import HISTORY_MAX, LIST_MAX, check_id, known_machine, position_of
+from services.anomaly.tuning import HISTORY_MAX, LIST_MAX, check_id, check_pace, known_machine, position_of
 from services.anomaly.tuning_store import NewTuning, StoredRule, TuningEntry, TuningStore
 from services.anomaly.tunings import (
     DELAY_S_MAX,
@@ -32,6 +32,7 @@ from services.common.identity import Caller
 
 # Rules of a firm that are evaluated.
 RULES_MAX = 1_000
+RULES_OF_SIGNAL_MAX = 20
 NAME_CHARACTERS_MAX = 100
 PREVIEW_S_DEFAULT = 7 * 86_400
 # More than that is tried on rollups of a minute.
@@ -175,6 +176,7 @@ class RuleService:
 
     async def _store_rule(self, caller: Caller, rule: Rule, *, cause: str) -> StoredRule:
         async with changing(self._pool) as connection:
+            await check_pace(self._store, connection, rule.firm_id, now_us=self._clock.now_us())
             await self._store.lock(connection)
             stands = await self._store.rule(connection, rule.id)
             if stands is not None and stands.rule.version != rule.version - 1:
@@ -185,6 +187,11 @@ class RuleService:
             saved = await self._store.save_rule(connection, rule, enabled=True, now_us=now_us)
             if await self._store.rule_count(connection, rule.firm_id) > RULES_MAX:
                 raise Conflict(f"A firm has at most {RULES_MAX:,} rules; stop one first.", reason="TOO_MANY_RULES")
+            of_signal = await self._store.rule_count_of(connection, rule)
+            if of_signal > RULES_OF_SIGNAL_MAX:
+                raise Conflict(
+                    f"A signal has at most {RULES_OF_SIGNAL_MAX} rules; stop one first.", reason="TOO_MANY_RULES"
+                )
             reason = f"version {rule.version}: {rule.name}"
             new = _tuning(rule, rule, cause=cause, reason=reason)
             await self._store.add(connection, new, now_us=now_us, actor=actor_of(caller))
@@ -266,13 +273,13 @@ def tried(rule: Rule, times_us: Ints, values: Floats, *, now_us: int) -> Sequenc
     # Only here: the compiler is large, and most processes of the API never try a rule.
     from services.anomaly.rulebook import RuleBook, place
 
+    # As if the machine had only this signal.
+    rule = replace(rule, position=0)
     book = RuleBook()
     book.set(rule, last_us=0, made_us=0, saved=False)
-    key, column = place(rule)
-    matrix = np.full((len(times_us), column + 1), np.nan)
-    matrix[:, column] = values
-    lengths, widths = np.array([len(times_us)]), np.array([column + 1])
-    found = book.evaluate([key], [0], lengths, widths, times_us, matrix.reshape(-1))
+    found = book.evaluate(
+        [place(rule)[0]], [0], np.array([len(times_us)]), np.ones(1, dtype=np.int64), times_us, values
+    )
     alarms: list[PreviewAlarm] = []
     for _, event in found:
         if event.raised:

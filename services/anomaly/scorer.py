@@ -8,7 +8,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from services.anomaly.detector import WIDTH_MAX, Config, Detector, Event, StateError
+from services.anomaly.detector import WIDTH_MAX, Config, Detector, Event, Scores, StateError
 from services.anomaly.domain import Severity
 from services.anomaly.kernel import layout
 from services.anomaly.rulebook import Key, RuleBook, RuleEvent, place
@@ -130,7 +130,10 @@ class Scorer:
         # First record that is not in the machine's saved state; in order of that record.
         self._unsaved: dict[Key, int] = {}
         self._rules = RuleBook()
-        self._announced: set[tuple[str, int]] = set()
+        # Since when each rule's machine is silent, as was told last.
+        self._announced: dict[str, int] = {}
+        # Slots whose newest frames brought nothing new.
+        self._behind: set[int] = set()
         # Tunings that hold from a later record on, in order of it.
         self._coming: deque[Tuning] = deque()
         # Offset of a threshold by machine and position, where it is not 0: also of machines that are not here yet.
@@ -158,6 +161,8 @@ class Scorer:
             log.warning("detector state not readable, learning anew", machine_id=saved.machine_id, error=str(error))
         else:
             machine.skip_below = saved.next_offset
+            if self._detector.is_behind(slot):
+                self._behind.add(slot)
             self._rules.load(key, saved.rules)
 
     def tune(self, tunings: Sequence[Tuning]) -> None:
@@ -177,8 +182,8 @@ class Scorer:
         """Silence that rules look for and that the clock shows; each once. Only for one who has taken all there is."""
         taken = Taken()
         for event in self._rules.silences(now_us):
-            if (event.rule.id, event.started_us) not in self._announced:
-                self._announced.add((event.rule.id, event.started_us))
+            if self._announced.get(event.rule.id) != event.started_us:
+                self._announced[event.rule.id] = event.started_us
                 taken.found.append(Found(_no_frames(place(event.rule)[0], event.rule.firm_id), event))
         return taken
 
@@ -239,6 +244,34 @@ class Scorer:
         taken.found += [Found(batches[number][1], event) for number, event in found]
         taken.samples += int(starts[-1])
         taken.frames_skipped += scores.skipped
+        self._follow_clocks(batches, scores, taken)
+
+    def _follow_clocks(self, batches: Sequence[tuple[int, Frames]], scores: Scores, taken: Taken) -> None:
+        """A machine whose clock was put back is scored on by its new one, and by that its rules are evaluated."""
+        if not scores.skipped and not self._behind:
+            return
+        end = 0
+        again: dict[int, list[tuple[int, Frames]]] = {}
+        for slot, frames in batches:
+            first, end = end, end + len(frames.times_us)
+            if slot in again:
+                again[slot].append((slot, frames))
+                continue
+            is_new = scores.is_new(first, end)
+            if is_new and slot not in self._behind:
+                continue
+            newest_us = int(frames.times_us[-1])
+            if self._detector.follow_clock(slot, newest_us, frames.received_us, is_new=is_new):
+                log.warning("a machine's clock was put back", machine_id=frames.machine_id, time_us=newest_us)
+                self._rules.set_clock((frames.machine_id, frames.channel_group), newest_us)
+                again[slot] = []
+                is_new = True
+            if is_new:
+                self._behind.discard(slot)
+            else:
+                self._behind.add(slot)
+        # What was taken together must not matter.
+        self._score([batch for later in again.values() for batch in later], taken)
 
     def _apply_until(self, offset: int, taken: Taken) -> None:
         while self._coming and self._coming[0].from_offset <= offset:
@@ -280,6 +313,9 @@ class Scorer:
                     taken.found.append(Found(_no_frames(key, 0), _end(signal, started_us, last_us)))
             for signal in signals:
                 self._detector.forget(slot, signal)
+            if tuning.position is None:
+                self._detector.forget_clock(slot)
+                self._rules.set_clock(key, 0)
             self._unsaved.setdefault(key, max(tuning.from_offset, self.next_offset))
 
     def _set_rule(self, tuning: Tuning, taken: Taken) -> None:

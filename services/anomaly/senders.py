@@ -15,7 +15,7 @@ import aiosmtplib
 import httpcore
 
 from services.anomaly.contact_store import Claimed
-from services.anomaly.delivery import NotDelivered, signature
+from services.anomaly.delivery import Contact, NotDelivered, signature
 from services.anomaly.messages import alarm_message
 from services.common.clock import from_us
 from services.common.logs import get_logger
@@ -24,12 +24,15 @@ from services.common.sealing import Seal, Unreadable
 log = get_logger(__name__)
 
 TRY_TIMEOUT_S = 10
+# A mail server is asked eight things, each within TRY_TIMEOUT_S; all of them together, less than a claim lasts.
+MAIL_TIMEOUT_S = 30
 ANSWER_BYTES_MAX = 64 * 1024
 USER_AGENT = "smdih-alarms/1"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-# A gateway turns these into any IPv4 address, also private ones.
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+# What Python counts as global and is not for us: a gateway turns the first into any IPv4 address, also private ones; the others
+# are for sites (deprecated), for relays from IPv6 (deprecated), and a dummy.
+_NOT_PUBLIC = [ipaddress.ip_network(text) for text in ("64:ff9b::/96", "fec0::/10", "192.88.99.0/24", "192.0.0.0/24")]
 
 
 class Forbidden(Exception):
@@ -79,7 +82,12 @@ def may_call(address: str, allowed: Sequence[Network]) -> bool:
         ip = ip.ipv4_mapped or ip.sixtofour or ip
     if any(ip.version == network.version and ip in network for network in allowed):
         return True
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in _TRANSLATED
+    return (
+        ip.is_global
+        and not ip.is_multicast
+        and not ip.is_reserved
+        and not any(ip in network for network in _NOT_PUBLIC)
+    )
 
 
 def is_allowed_literal(host: str, allowed: Sequence[Network]) -> bool:
@@ -111,12 +119,7 @@ class WebhookSender:
         url = urlsplit(contact.address)
         if url.scheme != "https" and not is_allowed_literal(url.hostname or "", self._allowed):
             raise NotDelivered("Only https addresses are called.")
-        try:
-            secret = self._seal.open(contact.secret, of=contact.id)
-        except Unreadable as error:
-            raise NotDelivered(
-                "The hub cannot read the secret that it signs with; its operator has to look."
-            ) from error
+        secret = _opened(self._seal, contact)
         body = webhook_body(claimed)
         timestamp_s = now_us // 1_000_000
         headers: dict[bytes | str, bytes | str] = {
@@ -146,7 +149,7 @@ class WebhookSender:
         except TimeoutError as error:
             raise NotDelivered(f"No answer within {TRY_TIMEOUT_S} s.") from error
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError) as error:
-            raise NotDelivered(f"No answer: {type(error).__name__} {error}"[:300]) from error
+            raise NotDelivered(f"No answer: {type(error).__name__} {error}") from error
         except (ValueError, httpcore.UnsupportedProtocol) as error:  # an address that no request can be made of
             raise NotDelivered("The address cannot be called.") from error
         if not 200 <= status < 300:
@@ -157,8 +160,17 @@ class MailSender:
     """Sends mail through the operator's server."""
 
     def __init__(
-        self, *, host: str, port: int, sender: str, username: str = "", password: str = "", tls: str = "starttls"
+        self,
+        seal: Seal,
+        *,
+        host: str,
+        port: int,
+        sender: str,
+        username: str = "",
+        password: str = "",
+        tls: str = "starttls",
     ) -> None:
+        self._seal = seal
         self._host = host
         self._port = port
         self._sender = sender
@@ -172,24 +184,34 @@ class MailSender:
         message = EmailMessage()
         message["From"] = self._sender
         message["To"] = claimed.contact.address
-        message["Subject"] = subject(claimed)
+        message["Subject"] = subject(claimed) if claimed.contact.confirmed else "Code for messages about alarms"
         message["Message-ID"] = f"<{claimed.delivery.id}@smdih>"
         message["Date"] = from_us(now_us)
         message["Auto-Submitted"] = "auto-generated"
         message["X-SMDIH-Delivery"] = claimed.delivery.id
-        message.set_content(text(claimed))
+        message.set_content(
+            text(claimed) if claimed.contact.confirmed else code_text(_opened(self._seal, claimed.contact))
+        )
         try:
-            await aiosmtplib.send(
-                message,
-                hostname=self._host,
-                port=self._port,
-                timeout=TRY_TIMEOUT_S,
-                use_tls=self._tls == "tls",
-                start_tls=self._tls == "starttls",
-                **self._login,  # type: ignore[arg-type]
-            )
+            async with asyncio.timeout(MAIL_TIMEOUT_S):
+                await aiosmtplib.send(
+                    message,
+                    hostname=self._host,
+                    port=self._port,
+                    timeout=TRY_TIMEOUT_S,
+                    use_tls=self._tls == "tls",
+                    start_tls=self._tls == "starttls",
+                    **self._login,  # type: ignore[arg-type]
+                )
         except (aiosmtplib.SMTPException, OSError, TimeoutError) as error:
-            raise NotDelivered(f"The mail server did not take it: {error}"[:300]) from error
+            raise NotDelivered(f"The mail server did not take it: {error}") from error
+
+
+def _opened(seal: Seal, contact: Contact) -> str:
+    try:
+        return seal.open(contact.secret, of=contact.id)
+    except Unreadable as error:
+        raise NotDelivered("The hub cannot read the contact's secret; its operator has to look.") from error
 
 
 def webhook_body(claimed: Claimed) -> bytes:
@@ -229,7 +251,9 @@ def subject(claimed: Claimed) -> str:
         else "back on the list"
     )
     source = " of ".join(part for part in (alarm.signal_name, alarm.machine_path) if part)
-    return " ".join(f"[{alarm.severity.name.lower()}] {what}: {source}".split())[:200]
+    line = " ".join(f"[{alarm.severity.name.lower()}] {what}: {source}".split())
+    # A mail header would take what follows for encoded text, which may hold line ends.
+    return line.replace("=?", "= ?")[:200]
 
 
 def text(claimed: Claimed) -> str:
@@ -247,3 +271,11 @@ def text(claimed: Claimed) -> str:
         f"alarm: {alarm.id}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def code_text(code: str) -> str:
+    """No word of it is the firm's: whoever reads this may have nothing to do with it."""
+    return (
+        "Somebody wants messages about alarms of machines sent to this address. If you know of it, give them this code:\n\n"
+        f"    {code}\n\nIf not, do nothing: no such message is sent without the code.\n"
+    )

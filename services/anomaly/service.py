@@ -28,10 +28,15 @@ log = get_logger(__name__)
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1_000
 COMMENT_CHARACTERS_MAX = 2_000
+# Of an alarm's history in one answer; and past which people may add no more than the end of what they began.
+CHANGES_PAGE = 200
+CHANGES_MAX = 2_000
 ASSIGNEE_CHARACTERS_MAX = 200
 # Alarms acknowledged or cleared in one call, in one transaction.
 BULK_MAX = 5_000
+# In one process: in all, and with the keys of one firm.
 WATCHERS_MAX = 200
+WATCHERS_OF_A_FIRM_MAX = 10
 # Changes that wait for one watcher; a watcher further behind is ended.
 WATCHER_QUEUE_MAX = 1_000
 # Changes of all firms that one who comes back may have missed.
@@ -91,10 +96,22 @@ class AlarmService:
         last = alarms[limit - 1]
         return alarms[:limit], f"{last.started_us}.{last.id}"
 
-    async def get(self, caller: Caller, alarm_id: str) -> tuple[Alarm, Sequence[HistoryEntry]]:
+    async def get(self, caller: Caller, alarm_id: str) -> Alarm:
+        async with transaction(self._pool) as connection:
+            return await self._seen(connection, caller, alarm_id)
+
+    async def with_history(
+        self, caller: Caller, alarm_id: str, *, page_token: str
+    ) -> tuple[Alarm, Sequence[HistoryEntry], str]:
+        """An alarm, the newest of its changes in order, and the token of those before; empty: there are none."""
         async with transaction(self._pool) as connection:
             alarm = await self._seen(connection, caller, alarm_id)
-            return alarm, await self._store.history(connection, alarm_id)
+            if page_token and not _ALARM_ID.fullmatch(page_token):
+                raise Invalid("page_token is not one from a page before.")
+            history = await self._store.history(connection, alarm_id, before=page_token or None, limit=CHANGES_PAGE + 1)
+        if len(history) <= CHANGES_PAGE:
+            return alarm, history, ""
+        return alarm, history[1:], history[1].event_id
 
     async def acknowledge(self, caller: Caller, alarm_id: str, *, comment: str) -> Alarm:
         check_text(comment, "comment")
@@ -118,6 +135,7 @@ class AlarmService:
         async with changing(self._pool) as connection:
             alarm = await self.locked(connection, caller, alarm_id)
             if await self._store.last_comment(connection, alarm_id, caller.credential_id) != comment:
+                await self.check_room(connection, alarm_id)
                 await self._store.record(
                     connection,
                     Change.COMMENTED,
@@ -137,6 +155,7 @@ class AlarmService:
             before = await self.locked(connection, caller, alarm_id)
             if before.assignee == assignee:
                 return before
+            await self.check_room(connection, alarm_id)
             alarm = replace(before, assignee=assignee)
             await self._store.change(
                 connection,
@@ -157,6 +176,14 @@ class AlarmService:
             raise NotFound("There is no such alarm, or this key may not see it.")
         caller.check_sees_firm(found[0].firm_id)
         return found[0]
+
+    async def check_room(self, connection: Connection, alarm_id: str) -> None:
+        """Raises Conflict where the alarm's history is full. What happens to an alarm once, or ends something, is not asked."""
+        if await self._store.change_count(connection, alarm_id, limit=CHANGES_MAX) >= CHANGES_MAX:
+            raise Conflict(
+                f"This alarm has {CHANGES_MAX:,} changes, which is all that it takes; clear it.",
+                reason="TOO_MANY_CHANGES",
+            )
 
     async def _change(self, caller: Caller, alarm_id: str, change: Change, *, comment: str) -> Alarm:
         async with changing(self._pool) as connection:
@@ -245,6 +272,13 @@ class AlarmFeed:
         firm_id = caller.firm_or(firm_id)
         if len(self._watchers) >= WATCHERS_MAX:
             raise SlowDown("Too many watch alarms here already; try again later.", retry_after_s=60)
+        own = sum(watcher.credited_to == caller.firm_id for watcher in self._watchers)
+        if caller.role is not Role.OPERATOR and own >= WATCHERS_OF_A_FIRM_MAX:
+            raise SlowDown(
+                f"A firm watches at most {WATCHERS_OF_A_FIRM_MAX} times here; end one first.",
+                reason="LIMIT_WATCHERS",
+                retry_after_s=60,
+            )
         place = _place_of(token)
         if place and not self._place:
             raise TryAgain("This process has just started; watch again.", reason="STARTING", retry_after_s=1)
@@ -263,7 +297,7 @@ class AlarmFeed:
         The iterator raises SlowDown when its reader is too far behind.
         """
         firm_id, place = self.admit(caller, firm_id=firm_id, token=token)
-        watcher = _Watcher(firm_id)
+        watcher = _Watcher(firm_id, credited_to=None if caller.role is Role.OPERATOR else caller.firm_id)
         self._watchers.add(watcher)
         try:
             yield self._heard(watcher, firm_id, place, self._place) if place else watcher.events()
@@ -281,8 +315,9 @@ class AlarmFeed:
 
 
 class _Watcher:
-    def __init__(self, firm_id: int) -> None:
+    def __init__(self, firm_id: int, *, credited_to: int | None) -> None:
         self._firm_id = firm_id  # 0: all
+        self.credited_to = credited_to  # whose place it takes; None: an operator's
         self._queue: asyncio.Queue[Heard] = asyncio.Queue(WATCHER_QUEUE_MAX)
         self._too_slow = False
 

@@ -73,6 +73,7 @@ class AlarmFilter:
     machine_id: int | None = None
     active: bool = False
     unacknowledged: bool = False
+    uncleared: bool = False
     since_us: int | None = None
     suppressed: Suppressed = Suppressed.HIDDEN
 
@@ -268,13 +269,28 @@ class AlarmStore:
         row = await connection.fetchrow(ALARM_ROWS + "WHERE id = $1", alarm_id)
         return None if row is None else alarm_of(row)
 
-    async def history(self, connection: Connection, alarm_id: str) -> Sequence[HistoryEntry]:
+    async def change_count(self, connection: Connection, alarm_id: str, *, limit: int) -> int:
+        """How long its history is; counts to `limit`."""
+        count: int = await connection.fetchval(
+            "SELECT count(*) FROM (SELECT FROM alarm_change WHERE alarm_id = $1 LIMIT $2) AS counted", alarm_id, limit
+        )
+        return count
+
+    async def history(
+        self, connection: Connection, alarm_id: str, *, before: str | None, limit: int
+    ) -> Sequence[HistoryEntry]:
+        """The newest changes (or the newest before that of the event `before`), in order."""
         rows = await connection.fetch(
-            "SELECT change, changed, actor, credential_id, comment, detail FROM alarm_change WHERE alarm_id = $1 ORDER BY id",
+            "SELECT event_id, change, changed, actor, credential_id, comment, detail FROM alarm_change WHERE alarm_id = $1 "
+            "AND ($2::text IS NULL OR id < (SELECT id FROM alarm_change WHERE event_id = $2 AND alarm_id = $1)) "
+            "ORDER BY id DESC LIMIT $3",
             alarm_id,
+            before,
+            limit,
         )
         return [
             HistoryEntry(
+                event_id=row["event_id"],
                 change=Change(row["change"]),
                 changed_us=to_us(row["changed"]),
                 actor=row["actor"],
@@ -282,7 +298,7 @@ class AlarmStore:
                 comment=row["comment"],
                 detail=row["detail"],
             )
-            for row in rows
+            for row in reversed(rows)
         ]
 
     async def list(
@@ -305,6 +321,8 @@ class AlarmStore:
             condition("ended IS NULL")
         if asked.unacknowledged:
             condition("NOT acknowledged")
+        if asked.uncleared:
+            condition("NOT cleared")
         if asked.since_us is not None:
             condition("started >= {}", from_us(asked.since_us))
         if asked.suppressed is not Suppressed.INCLUDED:

@@ -17,7 +17,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.anomaly.domain import Change, Severity
 from services.anomaly.raiser import AlarmRaiser
-from services.anomaly.scorer import Frames, Scorer, Taken, decode
+from services.anomaly.scorer import Found, Frames, Scorer, Taken, decode
 from services.anomaly.settings import CHECKPOINT_INTERVAL_S
 from services.anomaly.store import Checkpoint, StateStore
 from services.anomaly.tuning_store import Horizon, HorizonStore
@@ -54,6 +54,8 @@ BUFFER_RECORDS_MAX = 128
 CHECKPOINT_BYTES_MAX = 4 * 1024 * 1024
 # Records taken but not yet covered by a checkpoint (without their bytes); past it the worker waits for one.
 UNCOVERED_RECORDS_MAX = 100_000
+# Alarms that begin or end in one transaction; one record may hold years of history with thousands.
+ALARMS_AT_ONCE_MAX = 500
 # What a rebalance or a stop may wait for a last checkpoint; without it the next owner replays from the one before.
 LAST_CHECKPOINT_TIMEOUT_S = 6.0
 SESSION_TIMEOUT_S = 10.0
@@ -379,11 +381,14 @@ class Worker:
                 partition.scorer.tune(found.tunings)
 
     async def _raise_alarms(self, taken: Taken) -> None:
-        if not taken.found:
-            return
-        stored = await self._until_answered(lambda: self._raiser.store(taken.found))
+        for first in range(0, len(taken.found), ALARMS_AT_ONCE_MAX):
+            await self._raise_some(taken.found[first : first + ALARMS_AT_ONCE_MAX])
+            self._last_progress = time.monotonic()
+
+    async def _raise_some(self, found: Sequence[Found]) -> None:
+        stored = await self._until_answered(lambda: self._raiser.store(found))
         tracing.note("anomaly alarm", (event.alarm.correlation_id for event in stored), seconds=0, kind="producer")
-        received_us = {found.frames.correlation_id: found.frames.received_us for found in taken.found}
+        received_us = {one.frames.correlation_id: one.frames.received_us for one in found}
         for event in stored:
             if event.change is Change.RAISED:
                 alarms_raised_total.labels(event.alarm.severity.name.lower()).inc()

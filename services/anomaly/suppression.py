@@ -194,6 +194,7 @@ class SuppressionService:
                 and kind in before.suppression
             ):
                 return before
+            await self._service.check_room(connection, alarm_id)
             source = Source(
                 alarm_id=alarm_id,
                 firm_id=before.firm_id,

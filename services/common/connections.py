@@ -9,6 +9,7 @@ from asyncio import sslproto
 from dataclasses import dataclass
 from typing import Any, Final
 
+import h11
 from prometheus_client import Counter
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -78,8 +79,10 @@ class LimitedConnection(H11Protocol):
             self._heard()
 
     def on_response_complete(self) -> None:
-        # Before the rest of it: a request that stands behind this one is taken up there.
-        self._wait(self.timeout_keep_alive + self._limits.request_head_s)
+        # Before the rest of it: a request that stands behind this one is taken up there. Of a body that was refused unread the rest
+        # is let go by, so that its sender hears why, but not for as long as an idle connection is kept.
+        is_unread = self.conn.their_state is h11.SEND_BODY
+        self._wait(self._limits.request_head_s + (0 if is_unread else self.timeout_keep_alive))
         super().on_response_complete()
 
     def _wait(self, seconds: float) -> None:

@@ -1,6 +1,5 @@
 """What the doors of a process have in common, wired once from the settings."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -152,11 +151,11 @@ def open_entrance(runtime: Runtime, settings: Settings, *, takes_keys: bool) -> 
 
 
 def _tell_what_is_in_the_clear(settings: Settings) -> None:
-    """Not refused: inside a cluster the network's policies may be what guards these two ways (docs/threat-model.md)."""
+    """Not refused: inside a cluster the network's policies may be what guards these ways (docs/threat-model.md)."""
     if not settings.kafka_security_protocol.endswith("SSL"):
         log.warning("Kafka is reached without TLS", setting="SMDIH_KAFKA_SECURITY_PROTOCOL")
-    if not re.search(r"[?&]sslmode=(require|verify-ca|verify-full)\b", settings.database_dsn):
-        log.warning("the database may be reached without TLS", setting="SMDIH_DATABASE_DSN", wanted="sslmode")
+    if settings.database_in_the_clear:
+        log.warning("the database may be reached without TLS", setting="SMDIH_DATABASE_IN_THE_CLEAR")
 
 
 def _tokens(settings: Settings) -> "Tokens":

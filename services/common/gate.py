@@ -32,26 +32,34 @@ class Gate:
 
     async def admit(self, bearer: str, address: str) -> Caller:
         """The caller behind a key or token. Raises Unauthenticated, Forbidden, SlowDown, TryAgain."""
+        try:
+            return await self.caller_of(bearer)
+        except Unauthenticated:
+            self.check_failures(address)
+            raise
+
+    async def caller_of(self, bearer: str) -> Caller:
+        """The same while it is not known where the request comes from: after Unauthenticated `check_failures` is to be asked."""
         if not await self._directory.is_caught_up():
             detail = "The hub has just started and does not know its keys yet."
             raise TryAgain(detail, reason="STARTING", retry_after_s=1)
-        try:
-            if self._tokens is not None and _is_token(bearer):
-                caller = await self._tokens.caller_of(bearer)
-            else:
-                caller = self._directory.caller_of(bearer)
-        except Unauthenticated:
-            per_minute = self._limits.failures_per_minute
-            wait_s = self._failures.take(address, per_s=per_minute / 60, most=per_minute)
-            if wait_s:
-                raise _slow_down("failures", "Too many requests without a good key come from here.", wait_s) from None
-            raise
+        if self._tokens is not None and _is_token(bearer):
+            caller = await self._tokens.caller_of(bearer)
+        else:
+            caller = self._directory.caller_of(bearer)
         limits = self._limits
         per_s = limits.operator_requests_per_s if caller.role is Role.OPERATOR else limits.requests_per_s
         wait_s = self._requests.take(caller.credential_id, per_s=per_s, most=per_s * limits.burst_s)
         if wait_s:
             raise _slow_down("requests", f"This key asks more often than {per_s:g} times a second.", wait_s)
         return caller
+
+    def check_failures(self, address: str) -> None:
+        """Count a request without a good key. Raises SlowDown past the limit of its address."""
+        per_minute = self._limits.failures_per_minute
+        wait_s = self._failures.take(address, per_s=per_minute / 60, most=per_minute)
+        if wait_s:
+            raise _slow_down("failures", "Too many requests without a good key come from here.", wait_s) from None
 
     def check_still_valid(self, caller: Caller) -> None:
         """For calls that last: raise Unauthenticated once the key is revoked, or key or token are over."""

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import tracing
@@ -34,6 +35,8 @@ from services.common.tls import Tls
 log = get_logger(__name__)
 
 BODY_BYTES_MAX = 4 * 1024 * 1024
+# Of routes that need no key: what anybody may make a process read.
+OPEN_BODY_BYTES_MAX = 64 * 1024
 PROBLEM_JSON = "application/problem+json"
 START_TIMEOUT_S = 10
 REQUESTS_MAX = 1_000
@@ -56,7 +59,10 @@ _told: ContextVar[list[str]] = ContextVar("told")
 
 
 async def authenticated(request: Request) -> Caller:
-    """The caller behind the request's key or token. Raises Unauthenticated, Forbidden, SlowDown, TryAgain."""
+    """The caller behind the request's key or token, who counts once. Raises Unauthenticated, Forbidden, SlowDown, TryAgain."""
+    admitted: Caller | None = getattr(request.state, "caller", None)
+    if admitted is not None:
+        return admitted
     gate: Gate = request.app.state.gate
     address = request.client.host if request.client else ""
     caller = await gate.admit(bearer_key(request.headers.get("authorization", "")), address)
@@ -96,8 +102,8 @@ def application(
     changes: ChangeLog | None = None,
     has_probes: bool = True,
 ) -> FastAPI:
-    """The application of one process. Every route of `routers` needs a key; a route says itself which roles it takes. Those of
-    `open_routers` need none and guard themselves.
+    """The application of one process. Every route of `routers` needs a key, before a byte of the body is read; a route says itself
+    which roles it takes. Those of `open_routers` need none and guard themselves.
 
     `gate`: without one, that of the directory's keys with the usual limits. `changes`: where to note what people change.
     `has_probes`: it answers /livez, /readyz and /metrics as well, which need no key.
@@ -128,13 +134,26 @@ def application(
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        # Whatever stops the reading of a body the framework makes a 400 of its own.
+        if isinstance(error.__cause__, HubError):
+            return await refused(request, error.__cause__)
+        if isinstance(error.__cause__, _BodyTooLarge):
+            raise error.__cause__
         plain = HubError(str(error.detail), reason=PLAIN_REASONS.get(error.status_code, "INVALID"))
         plain.HTTP_STATUS = error.status_code
         return problem(plain)
 
     if changes is not None:
         app.add_middleware(Noting, changes=changes, gate=app.state.gate)
-    app.add_middleware(_Entry, runtime=runtime, body_bytes_max=body_bytes_max, on_too_large=on_too_large)
+    app.add_middleware(
+        _Entry,
+        runtime=runtime,
+        body_bytes_max=body_bytes_max,
+        on_too_large=on_too_large,
+        open_endpoints=[
+            route.endpoint for router in open_routers for route in router.routes if isinstance(route, Route)
+        ],
+    )
     return app
 
 
@@ -160,7 +179,7 @@ def _probes(runtime: Runtime) -> APIRouter:
 
 
 class _Entry:
-    """Outermost layer: correlation id, body limit (before anything parses), metrics, and no bare 500."""
+    """Outermost layer: correlation id, key and limit before a body is read, metrics, and no bare 500."""
 
     def __init__(
         self,
@@ -168,8 +187,10 @@ class _Entry:
         runtime: Runtime,
         body_bytes_max: int,
         on_too_large: OnTooLarge | None,
+        open_endpoints: Sequence[Callable[..., Any]],
     ) -> None:
         self._app = app
+        self._open_endpoints = frozenset(open_endpoints)
         self._runtime = runtime
         self._body_bytes_max = body_bytes_max
         self._on_too_large = on_too_large
@@ -201,13 +222,21 @@ class _Entry:
         started = time.perf_counter()
         status = 500
         has_started = False
+        announced = int(request.headers.get("content-length") or 0)
         received = 0
-
+        bytes_max = self._body_bytes_max
         body_until = asyncio.get_running_loop().time() + BODY_S
-        is_whole = False
+        is_begun = is_whole = False
 
         async def limited() -> Message:
-            nonlocal received, is_whole
+            nonlocal received, bytes_max, is_begun, is_whole
+            if not is_begun:
+                is_begun = True
+                if scope.get("endpoint") in self._open_endpoints:
+                    bytes_max = OPEN_BODY_BYTES_MAX
+                    _check_size(announced, bytes_max)
+                else:
+                    await authenticated(request)
             try:
                 async with asyncio.timeout_at(None if is_whole else body_until):
                     message = await receive()
@@ -217,8 +246,7 @@ class _Entry:
                 ) from None
             is_whole = not message.get("more_body")
             received += len(message.get("body", b""))
-            if received > self._body_bytes_max:
-                raise _BodyTooLarge(received)
+            _check_size(received, bytes_max)
             return message
 
         async def sending(message: Message) -> None:
@@ -234,18 +262,16 @@ class _Entry:
         with correlated(correlation_id), ExitStack() as exits:
             scope["exits"] = exits
             try:
-                announced = int(request.headers.get("content-length") or 0)
-                if announced > self._body_bytes_max:
-                    raise _BodyTooLarge(announced)
+                _check_size(announced, bytes_max)
                 await self._app(scope, limited, sending)
             except _BodyTooLarge as error:
-                await self._refuse_too_large(request, error.size, scope, receive, sending)
+                await self._refuse_too_large(request, error, scope, receive, sending)
             except Exception as error:
                 if has_started:  # the server breaks the connection off, so that no reader takes a part for the whole
                     log.exception("answer broken off", path=request.url.path)
                     raise
-                if _is_too_large(error):
-                    await self._refuse_too_large(request, received, scope, receive, sending)
+                if (too_large := _too_large_in(error)) is not None:
+                    await self._refuse_too_large(request, too_large, scope, receive, sending)
                 else:
                     log.exception("request failed", path=request.url.path)
                     failed = HubError("Something in the hub went wrong; it has been logged.")
@@ -258,10 +284,12 @@ class _Entry:
             count_fault(f"{method} {route}", told[-1], status=status)
         request_seconds.labels(method, route).observe(time.perf_counter() - started)
 
-    async def _refuse_too_large(self, request: Request, size: int, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse_too_large(
+        self, request: Request, why: "_BodyTooLarge", scope: Scope, receive: Receive, send: Send
+    ) -> None:
         if self._on_too_large is not None:
-            await self._on_too_large(request, size)
-        error = TooLarge(f"The body has more than {self._body_bytes_max} bytes; send it in smaller parts.")
+            await self._on_too_large(request, why.size)
+        error = TooLarge(f"The body has more than {why.bytes_max} bytes; send it in smaller parts.")
         await problem(error)(scope, receive, send)
 
 
@@ -277,18 +305,24 @@ async def _no_room(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class _BodyTooLarge(Exception):
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, bytes_max: int) -> None:
         self.size = size
+        self.bytes_max = bytes_max
 
 
-def _is_too_large(error: BaseException | None) -> bool:
+def _check_size(size: int, bytes_max: int) -> None:
+    if size > bytes_max:
+        raise _BodyTooLarge(size, bytes_max)
+
+
+def _too_large_in(error: BaseException | None) -> _BodyTooLarge | None:
     while error is not None:
         if isinstance(error, _BodyTooLarge):
-            return True
+            return error
         if isinstance(error, BaseExceptionGroup):
-            return any(_is_too_large(inner) for inner in error.exceptions)
+            return next(filter(None, map(_too_large_in, error.exceptions)), None)
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 class _Server(uvicorn.Server):

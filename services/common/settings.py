@@ -1,15 +1,51 @@
 """Settings from the environment: SMDIH_<SECTION>_<FIELD>. Read once, in a service's main."""
 
 from typing import Literal, Self
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
-class Settings(BaseSettings):
-    """What every process needs; a service adds its own fields."""
+class DatabaseSettings(BaseSettings):
+    """How whatever comes to the database gets there; `database_dsn` is then as it is to be used."""
 
-    model_config = SettingsConfigDict(env_prefix="SMDIH_", extra="ignore")
+    # Messages about settings that do not fit together show none of them: some are secrets.
+    model_config = SettingsConfigDict(env_prefix="SMDIH_", extra="ignore", hide_input_in_errors=True)
+
+    production: bool = Field(False, description="refuse to start with what is fine on a developer's machine only")
+    database_dsn: str = Field(repr=False)
+    database_ca_file: str = Field(
+        "",
+        description="the database's certificate authority (PEM); only a server that it vouches for by name is then used",
+    )
+    database_in_the_clear: bool = Field(
+        False, description="production goes without TLS to the database, on a network that guards the way by itself"
+    )
+
+    @model_validator(mode="after")
+    def _database_is_guarded(self) -> Self:
+        if self.database_ca_file:
+            self.database_dsn = _verified(self.database_dsn, self.database_ca_file)
+        is_verified = dict(parse_qsl(urlsplit(self.database_dsn).query)).get("sslmode") == "verify-full"
+        if self.production and not is_verified and not self.database_in_the_clear:
+            raise ValueError(
+                "SMDIH_PRODUCTION is on, and the database could be another one, or be reached in the clear: set "
+                "SMDIH_DATABASE_CA_FILE to the file of its authority (or sslmode=verify-full in SMDIH_DATABASE_DSN). Where the "
+                "network alone is to guard the way, say so by SMDIH_DATABASE_IN_THE_CLEAR=true."
+            )
+        return self
+
+
+def _verified(dsn: str, ca_file: str) -> str:
+    at = urlsplit(dsn)
+    kept = [(name, value) for name, value in parse_qsl(at.query) if name not in ("sslmode", "sslrootcert")]
+    query = urlencode([*kept, ("sslmode", "verify-full"), ("sslrootcert", ca_file)], safe="/", quote_via=quote)
+    return urlunsplit(at._replace(query=query))
+
+
+class Settings(DatabaseSettings):
+    """What every process needs; a service adds its own fields."""
 
     kafka_bootstrap: str = Field(description="host:port of a broker")
     # Lets several hubs (or tests) share one cluster.
@@ -26,7 +62,6 @@ class Settings(BaseSettings):
     kafka_ca_file: str = Field("", description="the brokers' certificate authority (PEM); the system's without it")
     kafka_certificate_file: str = Field("", description="PEM; for brokers that ask for a certificate")
     kafka_key_file: str = Field("", description="the private key of kafka_certificate_file (PEM)")
-    database_dsn: str = Field(repr=False)
     database_pool_max: int = Field(8, ge=1, le=100)
     database_disk_bytes: int = Field(
         0, ge=0, description="size of the disk (or share of it) that the database may fill; 0: not known"
@@ -44,7 +79,6 @@ class Settings(BaseSettings):
     grpc_internal_port: int = Field(
         0, ge=0, le=65535, description="gRPC for the hub's own services, with client certificates; 0: none"
     )
-    production: bool = Field(False, description="refuse to start with what is fine on a developer's machine only")
     tls_certificate: str = Field("", description="PEM file: certificate of this process with its chain")
     tls_key: str = Field("", description="PEM file: its key")
     tls_client_ca: str = Field("", description="PEM file: authority of the clients; they then need a certificate")

@@ -1,13 +1,15 @@
 """What becomes of an award: the firm accepts the offer, claims what it has paid, is paid its part, and the rest goes back."""
 
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from enum import StrEnum
 from fractions import Fraction
 
 from services.funding.domain import Award, Cost, CostCategory, Refused, checked_amount, checked_text
+from services.funding.rules.calendar import add_months
 
 CLAIMS_PER_AWARD_MAX = 120
+PROJECT_YEARS_MAX = 10
 COST_LINES_MAX = 200
 EVIDENCE_CHARACTERS_MAX = 200
 
@@ -110,6 +112,13 @@ class Agreement:
     claims: tuple[Claim, ...] = ()
 
     @property
+    def first_open_day(self) -> date:
+        """No claim but rejected ones has this day of the project or a later one; the final claim needs at least one of them."""
+        assert self.project_start is not None, "an accepted agreement has its dates"
+        claimed = [claim.period_end for claim in self.claims if claim.state is not ClaimState.REJECTED]
+        return max(claimed) + timedelta(days=1) if claimed else self.project_start
+
+    @property
     def award_rate(self) -> Fraction:
         """The grant's part of the eligible costs."""
         return Fraction(self.award.grant_pence, sum(cost.amount_pence for cost in self.costs))
@@ -129,15 +138,15 @@ class Agreement:
         return self.award.co_investment_pence - self.business_paid_pence
 
 
-def checked_lines(lines: tuple[CostLine, ...]) -> tuple[CostLine, ...]:
-    """Raises Refused for none, too many, amounts out of range, or a line without a paper of its own."""
-    if not lines:
-        raise Refused("costs: at least one is needed.", "COSTS_MISSING")
+def checked_lines(lines: tuple[CostLine, ...], *, least: int = 1) -> tuple[CostLine, ...]:
+    """Raises Refused for too few or too many, amounts out of range, or a line without a paper of its own."""
+    if len(lines) < least:
+        raise Refused("costs: at least one is needed; only a final claim may have none.", "COSTS_MISSING")
     if len(lines) > COST_LINES_MAX:
         raise Refused(f"costs: at most {COST_LINES_MAX} lines are taken.", "COSTS_INVALID")
     for line in lines:
         checked_amount(f"costs of {line.category}", line.amount_pence)
-    checked_amount("the sum of the costs", sum(line.amount_pence for line in lines))
+    checked_amount("the sum of the costs", sum(line.amount_pence for line in lines), least=0)
     papers = [checked_text("evidence", line.evidence, EVIDENCE_CHARACTERS_MAX) for line in lines]
     if len(set(papers)) < len(papers):
         raise Refused("costs: a paper stands there twice; add its amounts up or name its lines.", "EVIDENCE_REPEATED")
@@ -155,5 +164,14 @@ def checked_project(start: date, end: date, *, awarded_on: date, start_days_max:
             f"project_start is from the day of the award, {awarded_on.isoformat()}, to {start_days_max} days later.",
             "PROJECT_START_OUT_OF_RANGE",
         )
-    if not start <= end or (end.year - start.year) > 10:
-        raise Refused("project_end is on or after project_start, and within ten years.", "PROJECT_END_OUT_OF_RANGE")
+    check_end(end, earliest=start, start=start)
+
+
+def check_end(end: date, *, earliest: date, start: date) -> None:
+    """Raises Refused unless the project ends on the earliest day or later, and within PROJECT_YEARS_MAX of its start."""
+    latest = add_months(start, 12 * PROJECT_YEARS_MAX)
+    if not earliest <= end <= latest:
+        raise Refused(
+            f"project_end is from {earliest.isoformat()} to {latest.isoformat()}, {PROJECT_YEARS_MAX} years after the start.",
+            "PROJECT_END_OUT_OF_RANGE",
+        )

@@ -16,6 +16,7 @@ from services.funding.agreement import (
 from services.funding.agreement_changes import AgreementChanges, agreement_seen_by, check_state
 from services.funding.award_store import given_to
 from services.funding.checks import GROUP, Given
+from services.funding.claims import correct_until
 from services.funding.domain import checked_amount, checked_date, checked_request_id, checked_text
 from services.funding.ledger import Purpose
 from services.funding.parameters import ParameterTable
@@ -215,6 +216,7 @@ class AgreementService:
         assert agreement.project_end is not None, "an accepted agreement has its dates"
         months = self._table.at(agreement.project_end).whole("claim.final_months_after_end")
         last_day = add_months(agreement.project_end, months)
+        last_day = max(last_day, correct_until(agreement, agreement.project_end, self._table) or last_day)
         if self._changes.today() <= last_day:
             raise Conflict(
                 f"The firm may send its final claim until {last_day.isoformat()}; close it afterwards.",

@@ -44,6 +44,8 @@ def application_of(given: dict[str, Any]) -> Application:
         mean=Fraction(given["mean"]),
         submitted_at=datetime.fromisoformat(given["submitted_at"]),
         pots=frozenset(given["pots"]),
+        enterprise=given["enterprise"],
+        headroom_p=given["headroom_p"],
     )
 
 

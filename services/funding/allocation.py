@@ -37,7 +37,7 @@ __all__ = [
     "input_hash",
 ]
 
-CERTIFICATE_FORMAT = "smdih-allocation-certificate/1"
+CERTIFICATE_FORMAT = "smdih-allocation-certificate/2"
 
 
 def allocate(call: Call, applications: Sequence[Application], *, parameter_version: str) -> dict[str, Any]:

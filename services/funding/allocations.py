@@ -20,7 +20,7 @@ from services.common.database import Connection, Pool, transaction
 from services.common.errors import Conflict, Forbidden, HubError, NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
-from services.funding import allocation_store, application_store, award_store, checks, ledger
+from services.funding import allocation_store, application_store, award_store, checks, group_store, ledger
 from services.funding.allocation_store import StoredAllocation
 from services.funding.award_store import Note
 from services.funding.checker import check_allocation
@@ -30,6 +30,7 @@ from services.funding.judging import Judge, call_of, there
 from services.funding.ledger import AccountKind
 from services.funding.parameters import ParameterTable
 from services.funding.requests import understood
+from services.funding.reviewing import REJECTING
 from services.funding.reviews import PanelRow, ReviewService
 from services.funding.rules.exact import decimal
 from services.funding.selection import Application, Quota, allocation_input
@@ -43,7 +44,6 @@ DECISIONS_PER_REQUEST_MAX = 200
 NAMED_MAX = 10
 # Rules that an allocation keeps by itself, or that only the whole of its awards can keep.
 _LEFT_TO_ALLOCATION = (checks.BUDGET, checks.RATIO)
-_REJECTED = ("OUT_OF_SCOPE",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +150,7 @@ class AllocationService:
 
     async def confirm(self, caller: Caller, allocation_id: str, *, reason: str) -> Carried:
         """A second person confirms, and up to DECISIONS_PER_REQUEST_MAX applications are decided; ask again until none is pending.
+        While an award is refused nobody is rejected for want of room.
 
         Refused with ALLOCATION_STALE when the facts are not those any more that were allocated.
         """
@@ -182,8 +183,8 @@ class AllocationService:
             raise Forbidden(
                 "Who proposed the allocation does not confirm it; another operator has to.", reason="SECOND_PERSON"
             )
-        given, _ = await self._facts(connection, allocation.call_id)
-        if _canonical(given) != allocation.input:
+        given, left_out = await self._facts(connection, allocation.call_id)
+        if _canonical(given) != allocation.input or _codes(left_out) != _codes(allocation.left_out):
             raise Conflict(
                 "Applications, scores or budget have changed since; run the allocation again.",
                 reason="ALLOCATION_STALE",
@@ -204,6 +205,8 @@ class AllocationService:
         chosen = set(carried.certificate["chosen"])
         for application_id in carried.pending[:DECISIONS_PER_REQUEST_MAX]:
             text = _reason(carried, application_id)
+            if refused and not text.startswith(REJECTING) and application_id not in chosen:
+                break  # the money of an award that was refused may be theirs
             try:
                 await self._decisions.decide(caller, application_id, award=application_id in chosen, reason=text)
             except TryAgain:
@@ -216,12 +219,15 @@ class AllocationService:
         return Carried(allocation=allocation, pending=after.pending, refused=refused)
 
     async def _carried(self, connection: Connection, allocation: StoredAllocation) -> Carried:
-        """Awards come first, in the order of the ids; what the rules left out waits for people."""
+        """Awards come first, then who is rejected for itself, then who for want of room, each in the order of the ids; what the
+        rules left out waits for people."""
         open_ids = await allocation_store.submitted_ids(connection, allocation.call_id)
         certificate = json.loads(allocation.certificate)
         chosen = set(certificate["chosen"])
-        ids = [*sorted(chosen), *sorted(certificate["reasons"].keys() - chosen)]
-        ids += sorted(one for one, why in allocation.left_out.items() if why["code"] in _REJECTED)
+        reasons = certificate["reasons"] | allocation.left_out
+        # Whatever becomes of the others; all further reasons come from the room that the chosen ones take.
+        rejected = [one for one, why in reasons.items() if why["code"] in REJECTING]
+        ids = [*sorted(chosen), *sorted(rejected), *sorted(certificate["reasons"].keys() - chosen - set(rejected))]
         return Carried(allocation=allocation, pending=tuple(one for one in ids if one in open_ids), refused={})
 
     async def _facts(self, connection: Connection, call_id: str) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
@@ -267,6 +273,8 @@ class AllocationService:
             mean=there(row.verdict.mean),
             submitted_at=from_us(application.submitted_us),
             pots=pots_of(region=row.region, size=assessment.size, first_time=not given),
+            enterprise=str(min(await group_store.kin_of(connection, application.firm_id))),
+            headroom_p=assessment.headroom_pence,
         )
 
     async def _declared(self, connection: Connection, call: Call) -> DeclaredCall:
@@ -319,6 +327,11 @@ class AllocationService:
 def _reason(carried: Carried, application_id: str) -> str:
     reason = carried.certificate["reasons"].get(application_id) or carried.allocation.left_out[application_id]
     return f"{reason['code']}: {reason['text']}"[:2_000]
+
+
+def _codes(left_out: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Who was left out and why; the sentences name the day."""
+    return {id_: why["code"] for id_, why in left_out.items()}
 
 
 def _share(text: str | None) -> Fraction | None:

@@ -438,6 +438,14 @@ def router(
             await applications.confirm_pledge(caller, application_id, pledge_id, evidence=body.evidence)
         )
 
+    @routes.post("/applications/{application_id}/pledges/{pledge_id}/take-back")
+    async def take_pledge_back(
+        caller: Authenticated, application_id: str, pledge_id: str, body: ReasonIn
+    ) -> ApplicationOut:
+        return _application_out(
+            caller, await applications.take_pledge_back(caller, application_id, pledge_id, reason=body.reason)
+        )
+
     @routes.post("/applications/{application_id}/submit")
     async def submit(caller: Authenticated, application_id: str) -> ApplicationOut:
         return _application_out(caller, await applications.submit(caller, application_id))

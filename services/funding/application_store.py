@@ -10,7 +10,7 @@ from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.errors import Conflict
 from services.funding.award_store import award_from
-from services.funding.domain import Application, ApplicationState, Award, Content, Cost, Declaration, Pledge
+from services.funding.domain import Application, ApplicationState, Award, Content, Cost, Declaration, Match, Pledge
 from services.funding.paging import Place
 from services.funding.rules.match import PledgeKind
 
@@ -83,6 +83,7 @@ async def application_by_request(connection: Connection, firm_id: int, request_i
     return None if row is None else (row["content_sha256"], row["id"])
 
 
+_PLEDGES_STANDING = _PLEDGE_ROWS + "WHERE application_id = $1 AND taken_back IS NULL ORDER BY added, id"
 _APPLICATION = _APPLICATION_ROWS + "WHERE id = $1"
 _APPLICATION_LOCKED = _APPLICATION_ROWS + "WHERE id = $1 FOR NO KEY UPDATE"
 
@@ -92,7 +93,7 @@ async def application_of(connection: Connection, application_id: str, *, lock: b
     row = await connection.fetchrow(_APPLICATION_LOCKED if lock else _APPLICATION, application_id)
     if row is None:
         return None
-    pledges = await connection.fetch(_PLEDGE_ROWS + "WHERE application_id = $1 ORDER BY added, id", application_id)
+    pledges = await connection.fetch(_PLEDGES_STANDING, application_id)
     award = await connection.fetchrow(_AWARD_ROWS + "WHERE application_id = $1", application_id)
     waivers = await connection.fetchval("SELECT count(*) FROM ratio_waiver WHERE application_id = $1", application_id)
     return _application(
@@ -157,6 +158,27 @@ async def set_submitted(connection: Connection, application_id: str, *, grant_pe
 
 async def set_withdrawn(connection: Connection, application_id: str) -> None:
     await connection.execute("UPDATE application SET state = 'withdrawn' WHERE id = $1", application_id)
+
+
+async def live_of_match(connection: Connection, match_id: str) -> Application | None:
+    """The application on the match that waits to be submitted or decided."""
+    found = await connection.fetchval(
+        "SELECT id FROM application WHERE match_id = $1 AND state IN ('draft', 'submitted')", match_id
+    )
+    return None if found is None else await application_of(connection, found)
+
+
+async def move_to_match(connection: Connection, match: Match) -> Application | None:
+    """The newest live application whose match for the same need has ended rests on this one from now on. None: there is none."""
+    row = await connection.fetchrow(
+        "UPDATE application SET match_id = $1 WHERE id = (SELECT p.id FROM application p JOIN match m ON m.id = p.match_id "
+        "WHERE m.need_id = $2 AND m.firm_id = $3 AND m.ended IS NOT NULL AND p.state IN ('draft', 'submitted') "
+        "ORDER BY p.created DESC, p.id DESC LIMIT 1) RETURNING id",
+        match.id,
+        match.need_id,
+        match.firm_id,
+    )
+    return None if row is None else await application_of(connection, row["id"])
 
 
 async def set_decided(
@@ -230,6 +252,17 @@ async def set_confirmed(connection: Connection, pledge_id: str, *, evidence: str
     await connection.execute(
         "UPDATE pledge SET confirmed = $2, evidence = $3 WHERE id = $1", pledge_id, from_us(now_us), evidence
     )
+
+
+async def is_taken_back(connection: Connection, application_id: str, pledge_id: str) -> bool:
+    found = await connection.fetchval(
+        "SELECT taken_back IS NOT NULL FROM pledge WHERE application_id = $1 AND id = $2", application_id, pledge_id
+    )
+    return bool(found)
+
+
+async def set_taken_back(connection: Connection, pledge_id: str, *, now_us: int) -> None:
+    await connection.execute("UPDATE pledge SET taken_back = $2 WHERE id = $1", pledge_id, from_us(now_us))
 
 
 async def add_waiver(

@@ -13,6 +13,7 @@ from services.common.logs import correlated, get_logger
 from services.funding import application_store, award_store, call_store, checks
 from services.funding.domain import (
     PLEDGES_PER_APPLICATION_MAX,
+    SUPPORTERS_PER_APPLICATION_MAX,
     TITLE_CHARACTERS_MAX,
     Application,
     ApplicationState,
@@ -65,6 +66,16 @@ class Prefill:
     # Id and path.
     machines: Sequence[tuple[int, str]]
     declaration: Declaration | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolPayment:
+    """What one co-investor of a call's pool pays for an application."""
+
+    pool_pledge_id: str
+    co_investor: str
+    amount_pence: int
+    evidence: str
 
 
 class ApplicationService:
@@ -156,6 +167,7 @@ class ApplicationService:
             first = await application_store.application_by_request(connection, match.firm_id, request_id)
             if first is None:
                 self._check_open(call)
+                _check_stands(match)
                 application = dataclasses.replace(application, sic=self._sic(match.firm_id))
                 # Facts that no rule can read are refused now, not at the decision.
                 await self._judge.assess_application(connection, application, call)
@@ -180,6 +192,7 @@ class ApplicationService:
         async with transaction(self._pool) as connection:
             call = await call_of(connection, call_id)
             match = await _match(connection, caller, match_id)
+            _check_stands(match)
             last = await application_store.newest_of(connection, match.firm_id)
         firm = self._directory.firms.get(match.firm_id)
         return Prefill(
@@ -312,6 +325,97 @@ class ApplicationService:
         log.info("pledge confirmed", application_id=application_id, pledge_id=pledge_id)
         return dataclasses.replace(pledge, confirmed_us=now_us, evidence=evidence)
 
+    async def take_pledge_back(self, caller: Caller, application_id: str, pledge_id: str, *, reason: str) -> View:
+        """It was stated wrongly, or the co-investor does not stand by it: it counts no more, as private or as public money. Once
+        confirmed, only operators take it back, and its money leaves the ledger. A repeat gets the first answer."""
+        with understood():
+            reason = checked_text("reason", reason)
+        async with transaction(self._pool) as connection:
+            application = await application_of(connection, caller, application_id, lock=True)
+            pledge = next((item for item in application.pledges if item.id == pledge_id), None)
+            if pledge is not None:
+                check_may(caller, application, Action.TAKE_PLEDGE_BACK)
+                await self._take_back(connection, caller, application, pledge, reason)
+            elif not is_id(pledge_id) or not await application_store.is_taken_back(
+                connection, application.id, pledge_id
+            ):
+                raise NotFound("This application has no such pledge.", reason="PLEDGE_UNKNOWN")
+            return await self._judge.view(
+                connection, there(await application_store.application_of(connection, application.id))
+            )
+
+    async def _take_back(
+        self, connection: Connection, caller: Caller, application: Application, pledge: Pledge, reason: str
+    ) -> None:
+        if pledge.confirmed_us is not None:
+            if caller.role is not Role.OPERATOR:
+                raise Conflict("The pledge is confirmed; ask an operator to take it back.", reason="PLEDGE_CONFIRMED")
+            call = await call_of(connection, application.call_id)
+            with correlated(application.correlation_id):
+                await post_pledges(
+                    connection,
+                    self._clock,
+                    caller,
+                    call,
+                    [pledge],
+                    request_id=f"pledge:{pledge.id}:released",
+                    kind="pledge_released",
+                    purpose=Purpose.PLEDGE_RELEASED,
+                )
+        await application_store.set_taken_back(connection, pledge.id, now_us=self._clock.now_us())
+        detail: dict[str, str | int] = {"pledge_id": pledge.id, "pence": pledge.amount_pence, "reason": reason}
+        await audit_application(connection, self._clock, caller, "pledge_taken_back", application, detail)
+        log.info("pledge taken back", application_id=application.id, pledge_id=pledge.id)
+
+    async def add_pool_payments(
+        self, caller: Caller, application_id: str, *, spread_id: str, payments: Sequence[PoolPayment]
+    ) -> None:
+        """What co-investors of the call's pool pay for the application becomes confirmed pledges, all of it or nothing. A repeat
+        changes nothing."""
+        caller.require(Role.OPERATOR)
+        now_us = self._clock.now_us()
+        async with transaction(self._pool) as connection:
+            application = await application_of(connection, caller, application_id, lock=True)
+            pledges = []
+            for payment in payments:
+                request_id = f"pool:{spread_id}:{payment.pool_pledge_id}"
+                if await application_store.pledge_by_request(connection, application.id, request_id):
+                    continue
+                pledge = Pledge(
+                    id=uuid.uuid4().hex,
+                    application_id=application.id,
+                    co_investor=payment.co_investor,
+                    kind=PledgeKind.CASH,
+                    public_body=False,
+                    amount_pence=payment.amount_pence,
+                    added_us=now_us,
+                )
+                content = content_sha256(dataclasses.replace(pledge, id="", added_us=0))
+                await application_store.add_pledge(connection, pledge, request_id=request_id, content_sha256=content)
+                await application_store.set_confirmed(connection, pledge.id, evidence=payment.evidence, now_us=now_us)
+                pledges.append(pledge)
+            if not pledges:
+                return
+            check_may(caller, application, Action.CONFIRM_PLEDGE)
+            if len(application.pledges) + len(pledges) > PLEDGES_PER_APPLICATION_MAX + SUPPORTERS_PER_APPLICATION_MAX:
+                raise Conflict("More pay for this application than it takes.", reason="TOO_MANY_PLEDGES")
+            call = await call_of(connection, application.call_id)
+            with correlated(application.correlation_id):
+                await post_pledges(
+                    connection,
+                    self._clock,
+                    caller,
+                    call,
+                    pledges,
+                    request_id=f"pool:{spread_id}:{application.id}:confirmed",
+                    kind="pool_paid",
+                    purpose=Purpose.PLEDGE_CONFIRMED,
+                )
+            detail: dict[str, str | int] = {"spread_id": spread_id, "pledges": len(pledges)}
+            detail["pence"] = sum(pledge.amount_pence for pledge in pledges)
+            await audit_application(connection, self._clock, caller, "pool_paid", application, detail)
+        log.info("pool paid", application_id=application_id, spread_id=spread_id, pledges=len(pledges))
+
     async def submit(self, caller: Caller, application_id: str) -> View:
         """Fix the grant asked for. Match and programme ratio are judged at the decision. A repeat gets the first answer."""
         now_us = self._clock.now_us()
@@ -378,6 +482,11 @@ class ApplicationService:
         if not firm.sic:
             raise Invalid("The firm's SIC code is not on record; ask an operator to add it.", reason="SIC_MISSING")
         return str(firm.sic)
+
+
+def _check_stands(match: Match) -> None:
+    if ended := checks.match_ended(match):
+        raise Conflict(f"{ended} Accept another offer and apply for that match.", reason=checks.MATCH_ENDED)
 
 
 async def _match(connection: Connection, caller: Caller, match_id: str) -> Match:

@@ -1,5 +1,6 @@
 """Who could judge an application: asked of the matching service, which knows the experts and their conflicts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from smdih.matching.v1 import matching_pb2, matching_pb2_grpc
 
 TIMEOUT_S = 10.0
 TEXT_CHARACTERS_MAX = 20_000
-# Of what the matching service takes.
-NAMES_MAX = 100
+# Of the firms, and of the names, that the matching service takes at once.
+PARTIES_MAX = 200
+# And of the assessors that it proposes at once.
+PROPOSED_MAX = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,30 @@ class AssessorFinder:
                 "This process does not know where the matching service is; set SMDIH_MATCHING_GRPC.",
                 reason="MATCHING_AWAY",
             )
+        firms, names = list(question.firm_ids), list(question.organisations)
+        askings = max(1, math.ceil(max(len(firms), len(names)) / PARTIES_MAX))
+        # Where more take part than one question holds, only those stay who have a conflict with none of them.
+        wanted = count if askings == 1 else PROPOSED_MAX
+        answers = [
+            await self._asked(
+                key,
+                question,
+                firm_ids=firms[number * PARTIES_MAX : (number + 1) * PARTIES_MAX],
+                organisations=names[number * PARTIES_MAX : (number + 1) * PARTIES_MAX],
+                count=wanted,
+            )
+            for number in range(askings)
+        ]
+        proposed = [{one.provider_id for one in answer.assessors} for answer in answers]
+        free = [one for one in answers[0].assessors if all(one.provider_id in each for each in proposed)]
+        excluded = {one.provider_id: one for answer in answers for one in answer.excluded}
+        return Proposal(
+            assessors=tuple(free[:count]), excluded=tuple(excluded.values()), ranker_version=answers[0].ranker_version
+        )
+
+    async def _asked(
+        self, key: str, question: Question, *, firm_ids: Sequence[int], organisations: Sequence[str], count: int
+    ) -> Proposal:
         correlation_id = current_correlation_id()
         metadata = (("authorization", f"Bearer {key}"), ("x-correlation-id", correlation_id))
         try:
@@ -74,8 +101,8 @@ class AssessorFinder:
                         text=question.text[:TEXT_CHARACTERS_MAX],
                         sic=question.sic,
                         region=question.region,
-                        conflict_firm_ids=list(question.firm_ids)[:NAMES_MAX],
-                        conflict_organisations=list(question.organisations)[:NAMES_MAX],
+                        conflict_firm_ids=firm_ids,
+                        conflict_organisations=organisations,
                         count=count,
                     ),
                     metadata=(*metadata, *tracing.metadata(correlation_id)),

@@ -13,7 +13,7 @@ from services.funding.audits import AuditService
 class AuditEntryOut(BaseModel):
     id: int
     at_us: int
-    credential_id: int = Field(description="key that it was done with")
+    credential_id: int = Field(description="key that it was done with; 0: the hub did it itself")
     action: str
     call_id: str | None
     application_id: str | None

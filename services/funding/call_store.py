@@ -11,7 +11,8 @@ from services.funding.rules.intensity import Category
 from services.funding.rules.size import Definition
 
 _MATCH_ROWS = (
-    "SELECT id, event_id, firm_id, need_id, offer_id, provider_id, provider_title, accepted, correlation_id FROM match "
+    "SELECT id, event_id, firm_id, need_id, offer_id, provider_id, provider_title, accepted, ended, correlation_id "
+    "FROM match "
 )
 
 _terms = TypeAdapter(Terms)
@@ -42,7 +43,16 @@ async def match_of(connection: Connection, match_id: str) -> Match | None:
     if row is None:
         return None
     fields = dict(row)
-    return Match(accepted_us=to_us(fields.pop("accepted")), **fields)
+    accepted, ended = fields.pop("accepted"), fields.pop("ended")
+    return Match(accepted_us=to_us(accepted), ended_us=ended and to_us(ended), **fields)
+
+
+async def end_match(connection: Connection, match_id: str, *, ended_us: int) -> bool:
+    """False when it is not known, or has ended already."""
+    done = await connection.execute(
+        "UPDATE match SET ended = $2 WHERE id = $1 AND ended IS NULL", match_id, from_us(ended_us)
+    )
+    return done == "UPDATE 1"
 
 
 # Calls

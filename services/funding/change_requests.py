@@ -16,10 +16,11 @@ from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.funding import agreement_store, ledger
-from services.funding.agreement import OPEN_CLAIMS, Agreement, AgreementState
+from services.funding.agreement import OPEN_CLAIMS, Agreement, AgreementState, check_end
 from services.funding.award_store import audit
 from services.funding.domain import (
     Cost,
+    Refused,
     checked_amount,
     checked_costs,
     checked_date,
@@ -38,7 +39,6 @@ _CHANGE_REQUEST_ROWS = (
     "requested_by, decided, decided_by, decision_reason FROM change_request "
 )
 CHANGES_MAX = 50
-PROJECT_YEARS_MAX = 10
 
 _costs = TypeAdapter(tuple[Cost, ...])
 
@@ -240,15 +240,12 @@ def _check_possible(agreement: Agreement, change: Change) -> None:
     if any(claim.state in OPEN_CLAIMS for claim in agreement.claims):
         raise Conflict("A claim is still open; it has to be paid or rejected first.", reason="CLAIM_OPEN")
     if change.project_end is not None:
-        start = agreement.project_start
-        assert start is not None, "an accepted agreement has its dates"
-        claimed = max((claim.period_end for claim in agreement.claims), default=start)
-        if not max(start, claimed) <= change.project_end or change.project_end.year - start.year > PROJECT_YEARS_MAX:
-            raise Conflict(
-                f"The project cannot end before {max(start, claimed).isoformat()}, nor more than "
-                f"{PROJECT_YEARS_MAX} years after its start.",
-                reason="PROJECT_END_OUT_OF_RANGE",
-            )
+        assert agreement.project_start is not None, "an accepted agreement has its dates"
+        try:
+            # The final claim is for the days up to the end; without one left, what is held could never be paid.
+            check_end(change.project_end, earliest=agreement.first_open_day, start=agreement.project_start)
+        except Refused as error:
+            raise Conflict(str(error), reason=error.reason) from error
     if change.costs is not None:
         total = sum(cost.amount_pence for cost in agreement.costs)
         if sum(cost.amount_pence for cost in change.costs) != total:

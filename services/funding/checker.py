@@ -5,7 +5,7 @@ is derived again; the optimum of a portfolio is proven by exhaustion where few a
 exactly.
 
 Command: ``python services/funding/checker.py FILE``, where the file has ``input`` and ``certificate`` as the fund gives them out;
-exit code 0 if the certificate holds.
+exit code 0 if the certificate holds, 1 if it does not, 2 if there is none in the file.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from math import lcm
 from typing import Any
 
 EXHAUSTION_STEPS_MAX = 400_000
+# The first had no limits of enterprises.
+FORMATS = ("smdih-allocation-certificate/1", "smdih-allocation-certificate/2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class _Case:
     by_id: Mapping[str, Mapping[str, Any]]
     mean: Mapping[str, Fraction]
     chosen: frozenset[str]
+    # What each enterprise may still be given; none in what was decided before this was a limit.
+    rooms: Mapping[str, int]
 
     @property
     def passing(self) -> list[str]:
@@ -57,6 +61,15 @@ class _Case:
 
     def cost(self, ids: Sequence[str] | frozenset[str] | set[str], pot: str | None = None) -> int:
         return sum(self.by_id[i]["request_p"] for i in ids if pot is None or pot in self.by_id[i]["pots"])
+
+    def of_enterprises(self, ids: Sequence[str] | frozenset[str] | set[str]) -> dict[str, int]:
+        """What those with a limit get together."""
+        sums: dict[str, int] = {}
+        for id_ in ids:
+            enterprise = self.by_id[id_].get("enterprise", "")
+            if enterprise in self.rooms:
+                sums[enterprise] = sums.get(enterprise, 0) + self.by_id[id_]["request_p"]
+        return sums
 
     def score(self, ids: Sequence[str] | frozenset[str] | set[str]) -> Fraction:
         return sum((self.mean[i] * self.by_id[i]["request_p"] for i in ids), Fraction(0))
@@ -86,7 +99,18 @@ def _open(given: Mapping[str, Any], certificate: Mapping[str, Any]) -> _Case:
     if not chosen <= by_id.keys():
         raise ValueError(f"chosen but not among the applications: {sorted(chosen - by_id.keys())}")
     mean = {id_: Fraction(application["mean"]) for id_, application in by_id.items()}
-    return _Case(given["call"], certificate, by_id, mean, chosen)
+    return _Case(given["call"], certificate, by_id, mean, chosen, _rooms(given["call"], by_id, mean))
+
+
+def _rooms(
+    call: Mapping[str, Any], by_id: Mapping[str, Mapping[str, Any]], mean: Mapping[str, Fraction]
+) -> dict[str, int]:
+    """The least that the applications of an enterprise leave, among those that reach the threshold."""
+    headrooms: dict[str, list[int]] = {}
+    for id_, application in by_id.items():
+        if application.get("headroom_p") is not None and mean[id_] >= Fraction(call["threshold"]):
+            headrooms.setdefault(application["enterprise"], []).append(application["headroom_p"])
+    return {enterprise: min(each) for enterprise, each in headrooms.items()}
 
 
 def _digest(document: object) -> str:
@@ -94,7 +118,7 @@ def _digest(document: object) -> str:
 
 
 def _identity(given: Mapping[str, Any], case: _Case) -> Iterator[str]:
-    if case.certificate["format"] != "smdih-allocation-certificate/1":
+    if case.certificate["format"] not in FORMATS:
         yield "the certificate has another format"
     if case.certificate["input_hash"] != _digest(given):
         yield "the certificate was made from another input"
@@ -119,6 +143,9 @@ def _limits_kept(case: _Case, ids: Sequence[str] | frozenset[str] | set[str]) ->
             yield f"{pot} is below its smallest share"
         if quota["share_max"] is not None and inside_p > Fraction(quota["share_max"]) * total_p:
             yield f"{pot} is above its largest share"
+    for enterprise, pence in sorted(case.of_enterprises(ids).items()):
+        if pence > case.rooms[enterprise]:
+            yield f"enterprise {enterprise} is over what it may still be given"
 
 
 def _figures(case: _Case) -> Iterator[str]:
@@ -157,26 +184,32 @@ def _ranking(case: _Case) -> Iterator[str]:
     above: list[str] = []
     ended = False
     for id_ in sorted(case.passing, key=rank):
-        fits = not ended and not any(True for _ in _ceilings_broken(case, [*above, id_]))
+        because = "RANKED_BELOW_LINE" if ended else _kept_out(case, above, id_)
+        fits = because is None
         code = case.certificate["reasons"].get(id_, {}).get("code")
         if fits != (id_ in case.chosen):
             yield f"{id_}: {'fits at its rank and is not funded' if fits else 'is funded and does not fit at its rank'}"
-        elif not fits:
-            over_budget = case.cost([*above, id_]) > case.call["budget_p"]
-            because = "RANKED_BELOW_LINE" if ended else "ASKS_MORE_THAN_LEFT" if over_budget else "OVER_CEILING"
-            if code != because:
-                yield f"{id_}: {code} where {because} is the reason"
+        elif not fits and code != because:
+            yield f"{id_}: {code} where {because} is the reason"
         if id_ in case.chosen:
             above.append(id_)
-        ended = ended or (not fits and case.call["method"] == "top_down_stop")
+        # There is money for those below one whose enterprise may not be given more.
+        ended = ended or (because not in (None, "MFA_LIMIT") and case.call["method"] == "top_down_stop")
 
 
-def _ceilings_broken(case: _Case, ids: Sequence[str]) -> Iterator[str]:
+def _kept_out(case: _Case, above: Sequence[str], id_: str) -> str | None:
+    """The first limit that an application breaks at its rank."""
+    ids = [*above, id_]
     if case.cost(ids) > case.call["budget_p"]:
-        yield "budget"
+        return "ASKS_MORE_THAN_LEFT"
     for quota in case.call["quotas"]:
-        if quota["ceiling_p"] is not None and case.cost(ids, quota["pot"]) > quota["ceiling_p"]:
-            yield quota["pot"]
+        inside = quota["pot"] in case.by_id[id_]["pots"]
+        if inside and quota["ceiling_p"] is not None and case.cost(ids, quota["pot"]) > quota["ceiling_p"]:
+            return "OVER_CEILING"
+    enterprise = case.by_id[id_].get("enterprise", "")
+    if enterprise in case.rooms and case.of_enterprises(ids)[enterprise] > case.rooms[enterprise]:
+        return "MFA_LIMIT"
+    return None
 
 
 def _portfolio(case: _Case) -> tuple[list[str], str, Fraction | None]:
@@ -205,6 +238,7 @@ def _refusals(case: _Case) -> Iterator[str]:
         "ASKS_MORE_THAN_LEFT": lambda problem: "budget" in problem,
         "OVER_CEILING": lambda problem: "ceiling" in problem,
         "BREAKS_SHARE": lambda problem: "share" in problem,
+        "MFA_LIMIT": lambda problem: problem.startswith("enterprise "),
     }
     for id_ in case.passing:
         code = case.certificate["reasons"].get(id_, {}).get("code")
@@ -222,7 +256,8 @@ def _derived_bound(case: _Case) -> tuple[Fraction, dict[str, Fraction], list[Row
     """Bound of every selection from the certificate's prices of the limits, whatever their origin.
 
     With ``sum(a x) <= b`` and a price ``p >= 0``, ``sum(w x) <= sum(p b) + sum(max(0, w - p a))``. Limits come budget
-    first, then per pot in order: ceiling, floor, smallest share, largest share.
+    first, then per pot in order: ceiling, floor, smallest share, largest share; then each enterprise that asks for more than
+    it may still be given.
     """
     rows: list[tuple[dict[str, int], int]] = []
     ask = {id_: case.by_id[id_]["request_p"] for id_ in case.passing}
@@ -239,12 +274,16 @@ def _derived_bound(case: _Case) -> tuple[Fraction, dict[str, Fraction], list[Row
         if quota["share_max"] is not None:
             top, under = Fraction(quota["share_max"]).as_integer_ratio()
             rows.append(({id_: under * inside[id_] - top * ask[id_] for id_ in ask}, 0))
+    for enterprise, pence in sorted(case.of_enterprises(case.passing).items()):
+        if pence > case.rooms[enterprise]:
+            theirs = {id_: amount for id_, amount in ask.items() if case.by_id[id_].get("enterprise", "") == enterprise}
+            rows.append((theirs, case.rooms[enterprise]))
     prices = [Fraction(price) for price in case.certificate["multipliers"]]
     if len(prices) != len(rows) or any(price < 0 for price in prices):
         raise ValueError("one non-negative multiplier per limit is needed")
     worths = {
         id_: case.mean[id_] * ask[id_]
-        - sum((p * use[id_] for (use, _), p in zip(rows, prices, strict=True) if p), Fraction(0))
+        - sum((p * use.get(id_, 0) for (use, _), p in zip(rows, prices, strict=True) if p), Fraction(0))
         for id_ in ask
     }
     derived = sum((p * most for (_, most), p in zip(rows, prices, strict=True)), Fraction(0))
@@ -262,10 +301,10 @@ def _exhaust(worths: Mapping[str, Fraction], rows: Sequence[Row], gap: Fraction)
     whole_gap, prices = int(gap * scale), [int(price * scale) for _, _, price in rows]
     doubtful = sorted((abs(int(worth * scale)), id_) for id_, worth in worths.items() if abs(worth) < gap)
     changes = {
-        id_: [(row, -use[id_] if worths[id_] > 0 else use[id_]) for row, (use, _, _) in enumerate(rows) if use[id_]]
+        id_: [(row, -use[id_] if worths[id_] > 0 else use[id_]) for row, (use, _, _) in enumerate(rows) if use.get(id_)]
         for _, id_ in doubtful
     }
-    full = [most - sum(use[id_] for id_, worth in worths.items() if worth > 0) for use, most, _ in rows]
+    full = [most - sum(use.get(id_, 0) for id_, worth in worths.items() if worth > 0) for use, most, _ in rows]
     stack: list[tuple[int, int, list[int]]] = [(0, 0, full)]
     steps = 0
     while stack:
@@ -291,9 +330,14 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: checker.py FILE\n")
         return 2
-    with open(arguments[0], encoding="utf-8") as file:
-        document = json.load(file)
-    verdict = check_allocation(document["input"], document["certificate"])
+    try:
+        with open(arguments[0], encoding="utf-8") as file:
+            document = json.load(file)
+        given, certificate = document["input"], document["certificate"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        sys.stderr.write(f"{arguments[0]}: not the documents of an allocation ({type(error).__name__})\n")
+        return 2
+    verdict = check_allocation(given, certificate)
     for problem in verdict.problems:
         sys.stdout.write(f"{problem}\n")
     gap = "" if verdict.gap is None else f", gap at most {float(verdict.gap):.6%}"

@@ -10,6 +10,7 @@ from datetime import date
 from fractions import Fraction
 from math import ceil
 
+from services.common.clock import from_us
 from services.funding import domain
 from services.funding.domain import Assessment, Call, Declaration, Finding, Refused
 from services.funding.parameters import ParameterMissing, ParametersAt, ParameterTable
@@ -24,6 +25,7 @@ from services.funding.rules.transparency import Route, database_entry
 # The declaration speaks for the whole group, so all of it is one enterprise to the assistance rule.
 GROUP = "group"
 
+PROVIDER = "PROVIDER"
 ELIGIBILITY = "ELIG-1"
 SIZE = "SME"
 INTENSITY = "INT-5"
@@ -34,6 +36,7 @@ MATCH = "MATCH-1"
 RATIO = "MATCH-2"
 TRANSPARENCY = "MFA-7"
 
+MATCH_ENDED = "MATCH_ENDED"
 NOTHING_TO_GRANT = "NOTHING_TO_GRANT"
 BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
 FUND_RATIO = "FUND_RATIO"
@@ -45,6 +48,14 @@ class Given:
 
     on: date
     amount_pence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Related:
+    """A firm that holds, or is held by, the applicant by the hub's own record, in so large a part that it counts."""
+
+    firm_id: int
+    percent: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,9 @@ class Facts:
     partners: Sequence[domain.ProjectPartner] = ()
     pledges: Sequence[domain.Pledge] | None = None
     given: Sequence[Given] = ()
+    related: Sequence[Related] = ()
+    # What the application rests on; None: there is no application yet.
+    match: domain.Match | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +112,9 @@ def _assess(facts: Facts, call: Call, fund: Fund, table: ParameterTable, day: da
     max_p = min(cap.max_grant_p, assistance.headroom, fund.left_pence)
     grant_p = facts.requested_pence or max_p
     findings = [
+        *_match_findings(facts),
         _firm_finding(firm),
-        Finding(rule=SIZE, met=True, code="", text=" ".join(size.reasons)),
+        Finding(rule=SIZE, met=True, code="", text=" ".join((*size.reasons, *_record(facts, call, parameters)))),
         _cap_finding(facts, cap),
         *_research_findings(facts, call, size, parameters),
         _assistance_finding(facts, assistance),
@@ -124,8 +139,31 @@ def _assess(facts: Facts, call: Call, fund: Fund, table: ParameterTable, day: da
         match_required_pence=matched.required_p,
         match_counted_pence=matched.counted_p,
         findings=tuple(findings),
+        headroom_pence=assistance.headroom,
         database_entry_due=entry.entry_due_by,
     )
+
+
+def match_ended(match: domain.Match) -> str:
+    """Why nothing can rest on the match; empty while it stands."""
+    if match.ended_us is None:
+        return ""
+    ended = domain.uk_day(from_us(match.ended_us)).isoformat()
+    return f"The match with {match.provider_title} was cancelled or expired on {ended}."
+
+
+def _match_findings(facts: Facts) -> list[Finding]:
+    if facts.match is None:
+        return []
+    ended = match_ended(facts.match)
+    if not ended:
+        text = f"The match with {facts.match.provider_title} stands."
+        return [Finding(rule=PROVIDER, met=True, code="", text=text)]
+    text = (
+        f"{ended} Accept another offer for the same need, and the application goes on with that one; for another need "
+        "withdraw it, and apply anew while the call is open."
+    )
+    return [Finding(rule=PROVIDER, met=False, code=MATCH_ENDED, text=text)]
 
 
 def _firm(facts: Facts, parameters: ParametersAt) -> Eligibility:
@@ -177,6 +215,25 @@ def _size(declaration: Declaration, call: Call, table: ParameterTable, day: date
             "this call uses the Companies Act: state the first day of the accounting period (period_start)"
         )
     return companies_act_size(own, table.at(date.fromisoformat(stated.period_start)))
+
+
+def _record(facts: Facts, call: Call, parameters: ParametersAt) -> Sequence[str]:
+    """What the hub's own record has to say to the figures that were declared; whoever decides looks at it."""
+    if not facts.related:
+        return ()
+    named = ", ".join(f"firm {one.firm_id} ({one.percent} %)" for one in facts.related)
+    if call.size_definition is not Definition.EU:
+        return (f"By record its group has {named}: the figures have to be those of the whole group.",)
+    least = parameters.exact("eu_links.partner_percent_min")
+    stated = [
+        one for one in facts.declaration.size.relations if one.dominant_influence or decimal(one.percent) >= least
+    ]
+    if len(stated) >= len(facts.related):
+        return ()
+    return (
+        f"By record {named} count in its size, and the declaration states {len(stated)} such holdings: it has to state "
+        "them all.",
+    )
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,16 @@
 import dataclasses
 import uuid
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 from prometheus_client import Counter
 
-from services.common.clock import Clock
+from services.common.clock import Clock, from_us
 from services.common.database import Connection
 from services.common.errors import Conflict, Forbidden, Invalid, NotFound
 from services.common.identity import Caller, Role
-from services.common.logs import get_logger
+from services.common.logs import correlated, get_logger
 from services.funding import agreement_store as store
 from services.funding.agreement import (
     CLAIMS_PER_AWARD_MAX,
@@ -25,13 +25,13 @@ from services.funding.agreement import (
     checked_lines,
 )
 from services.funding.agreement_changes import AgreementChanges, agreement_seen_by, check_state
-from services.funding.domain import checked_date, checked_request_id, checked_text
+from services.funding.domain import checked_date, checked_request_id, checked_text, uk_day
 from services.funding.ledger import Purpose
 from services.funding.milestone import MILESTONES_MAX
-from services.funding.milestones import MilestoneService, check_due_are_met
+from services.funding.milestones import MilestoneService, check_claimable
 from services.funding.parameters import ParameterTable
 from services.funding.requests import check_same, content_sha256, understood
-from services.funding.rules.claims import ClaimFacts, decide_claim
+from services.funding.rules.claims import ClaimFacts, decide_claim, timing
 from services.funding.rules.exact import decimal
 from smdih.funding.v1 import events_pb2
 
@@ -79,7 +79,8 @@ class ClaimService:
                 number=0,
                 period_start=checked_date("period_start", period_start),
                 period_end=checked_date("period_end", period_end),
-                costs=checked_lines(tuple(costs)),
+                # When nothing was spent since the last claim, the final one still releases what is held.
+                costs=checked_lines(tuple(costs), least=0 if is_final else 1),
                 is_final=is_final,
                 state=ClaimState.SUBMITTED,
                 submitted_us=now_us,
@@ -122,7 +123,7 @@ class ClaimService:
             decision, state = None, ClaimState.REJECTED
             if accept:
                 _check_turn(agreement, claim)
-                await check_due_are_met(connection, award_id, claim.period_end)
+                await check_claimable(connection, award_id, claim)
                 decision = self._judge(agreement, claim)
                 state = ClaimState.LAPSED if decision.code else ClaimState.DECIDED
                 if (
@@ -144,14 +145,18 @@ class ClaimService:
                 credential_id=caller.credential_id,
                 now_us=self._clock.now_us(),
             )
+            decided = await agreement_seen_by(connection, caller, award_id)
             detail: dict[str, str | int] = {"claim_id": claim.id, "reason": reason}
             if decision is not None:
                 detail |= {"payable_pence": decision.payable_pence, "code": decision.code}
+            elif until := correct_until(decided, claim.period_end, self._table):
+                detail["correct_until"] = until.isoformat()
             await self._changes.audit(connection, caller, f"claim_{state}", agreement, detail)
-            if state is not ClaimState.DECIDED:
-                claims_total.labels(state).inc()
+        if state is not ClaimState.DECIDED:
+            claims_total.labels(state).inc()
+        with correlated(decided.award.correlation_id):
             log.info("claim decided", award_id=award_id, claim_id=claim.id, state=state)
-            return await agreement_seen_by(connection, caller, award_id)
+        return decided
 
     async def settle_claim(
         self, caller: Caller, award_id: str, claim_id: str, *, release: bool, reason: str
@@ -182,14 +187,19 @@ class ClaimService:
                     "The firm has not confirmed its assistance in writing; no confirmation, no payment.",
                     reason="ASSISTANCE_UNCONFIRMED",
                 )
-            await self._pay(connection, caller, agreement, claim, reason)
+            paid_pence = await self._pay(connection, caller, agreement, claim, reason)
             paid = await agreement_seen_by(connection, caller, award_id)
             await self._changes.publish(connection, paid, events_pb2.AWARD_CHANGE_PAID, f"paid:{claim.id}")
+        claims_total.labels(ClaimState.PAID).inc()
+        paid_pence_total.inc(paid_pence)
+        with correlated(paid.award.correlation_id):
+            log.info("claim paid", award_id=award_id, claim_id=claim.id, paid_pence=paid_pence)
         return paid
 
     async def _pay(
         self, connection: Connection, caller: Caller, agreement: Agreement, claim: Claim, reason: str
-    ) -> None:
+    ) -> int:
+        """Returns how much was paid."""
         decision = claim.decision
         assert decision is not None, "a decided claim has its decision"
         now_us = self._clock.now_us()
@@ -216,9 +226,7 @@ class ClaimService:
         await self._changes.post(connection, caller, agreement, f"claim:{claim.id}:paid", "claim_paid", claim.id, moves)
         detail: dict[str, str | int] = {"claim_id": claim.id, "paid_pence": decision.payable_pence, "reason": reason}
         await self._changes.audit(connection, caller, "claim_paid", agreement, detail)
-        claims_total.labels(ClaimState.PAID).inc()
-        paid_pence_total.inc(decision.payable_pence)
-        log.info("claim paid", award_id=agreement.award.id, claim_id=claim.id, paid_pence=decision.payable_pence)
+        return decision.payable_pence
 
     def _judge(self, agreement: Agreement, claim: Claim) -> Decision:
         ruled = decide_claim(
@@ -234,6 +242,7 @@ class ClaimService:
                 iar_received=bool(agreement.accountant_report),
                 period_end=claim.period_end,
                 submitted=claim.submitted_on,
+                correct_until=correct_until(agreement, claim.period_end, self._table),
             ),
             self._table.at(claim.submitted_on),
         )
@@ -249,6 +258,27 @@ class ClaimService:
             code=ruled.code or "",
             reasons=ruled.reasons,
         )
+
+
+def correct_until(agreement: Agreement, period_end: date, table: ParameterTable) -> date | None:
+    """Last day for a claim that corrects a rejected one of the same period; None where none came in time and was rejected."""
+    until = None
+    for claim in agreement.claims:
+        if claim.state is not ClaimState.REJECTED or claim.period_end != period_end:
+            continue
+        parameters = table.at(claim.submitted_on)
+        late, _ = timing(
+            period_end=period_end,
+            submitted=claim.submitted_on,
+            is_final=claim.is_final,
+            correct_until=until,
+            parameters=parameters,
+        )
+        if late is None:
+            assert claim.decided_us is not None, "rejected by a decision"
+            rejected_on = uk_day(from_us(claim.decided_us))
+            until = rejected_on + timedelta(days=parameters.whole("claim.correction_days_max"))
+    return until
 
 
 def _claim(agreement: Agreement, claim_id: str) -> Claim:

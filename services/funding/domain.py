@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date, datetime, time, timedelta
 from enum import StrEnum
 from fractions import Fraction
 from zoneinfo import ZoneInfo
@@ -20,8 +20,10 @@ REQUEST_ID_CHARACTERS_MAX = 100
 DECIMAL_CHARACTERS_MAX = 20
 RELATIONS_MAX = 100
 EARLIER_ASSISTANCE_MAX = 200
-# Also what keeps the award's one event in the ledger within its number of transfers.
+# Those that are promised to it; co-investors of a call's pool may come on top. With the grant all of them are within the number of
+# transfers that the award's one event in the ledger takes.
 PLEDGES_PER_APPLICATION_MAX = 100
+SUPPORTERS_PER_APPLICATION_MAX = 99
 HEADCOUNT_MAX = 10_000_000
 # Yearly figures of a firm or group: a million million pounds or euros.
 FIGURE_MINOR_MAX = 100_000_000_000_000
@@ -208,7 +210,7 @@ class Declaration:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """A firm and a provider that found each other: an accepted offer."""
+    """A firm and a provider that found each other: an accepted offer, until it is cancelled or expires."""
 
     id: str
     event_id: str
@@ -219,6 +221,8 @@ class Match:
     provider_title: str
     accepted_us: int
     correlation_id: str
+    # Since when it does not stand any more; None: it stands, or came to its good end.
+    ended_us: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +255,7 @@ class Assessment:
     """An application, or the idea of one, against every rule, on one day.
 
     `grant_pence` is what would be awarded: what was asked for, else the most that the rules allow (`max_grant_pence`).
+    `headroom_pence` is what the enterprise may still be given as minimal financial assistance.
     """
 
     size: Size | None
@@ -260,6 +265,7 @@ class Assessment:
     match_required_pence: int
     match_counted_pence: int
     findings: tuple[Finding, ...]
+    headroom_pence: int
     database_entry_due: date | None = None
 
     @property
@@ -360,7 +366,17 @@ class Application:
 
 def uk_day(time_: datetime) -> date:
     """The calendar day in the United Kingdom, by which the rules count."""
-    return time_.astimezone(_UNITED_KINGDOM).date()
+    return uk_time(time_).date()
+
+
+def uk_midnight_after(day: date) -> datetime:
+    """When the day is over in the United Kingdom."""
+    return datetime.combine(day + timedelta(days=1), time(), _UNITED_KINGDOM)
+
+
+def uk_time(time_: datetime) -> datetime:
+    """As the clocks in the United Kingdom show it."""
+    return time_.astimezone(_UNITED_KINGDOM)
 
 
 def is_id(text: str) -> bool:

@@ -14,6 +14,7 @@ from services.funding import (
     group_api,
     impact_api,
     milestone_api,
+    notice_api,
     open_data_api,
     pool_api,
     review_api,
@@ -25,6 +26,7 @@ from services.funding.change_rpc import ChangeRpc
 from services.funding.group_rpc import GroupRpc
 from services.funding.impact_rpc import ImpactRpc
 from services.funding.milestone_rpc import MilestoneRpc
+from services.funding.notice_rpc import NoticeRpc
 from services.funding.review_rpc import ReviewRpc
 from services.funding.rpc import FundingRpc
 from services.funding.use_cases import UseCases
@@ -37,6 +39,7 @@ from smdih.funding.v1 import (
     group_pb2_grpc,
     impact_pb2_grpc,
     milestone_pb2_grpc,
+    notice_pb2_grpc,
     pool_pb2_grpc,
     review_pb2_grpc,
 )
@@ -54,6 +57,7 @@ def routers(fund: UseCases) -> Sequence[APIRouter]:
         impact_api.router(fund.impacts),
         group_api.router(fund.groups),
         audit_api.router(fund.audits),
+        notice_api.router(fund.notices),
         open_data_api.router(fund.open_data),
     ]
 
@@ -83,4 +87,5 @@ def servicers(fund: UseCases) -> Sequence[Registered]:
         (impact_pb2_grpc.add_ImpactServiceServicer_to_server, ImpactRpc(fund.impacts)),
         (group_pb2_grpc.add_GroupServiceServicer_to_server, GroupRpc(fund.groups)),
         (audit_pb2_grpc.add_AuditServiceServicer_to_server, AuditRpc(fund.audits)),
+        (notice_pb2_grpc.add_NoticeServiceServicer_to_server, NoticeRpc(fund.notices)),
     ]

@@ -113,7 +113,7 @@ def checked_report(report: Report, *, start: date, end: date) -> Report:
             raise Refused(f"{field.name} is from 0 to {AMOUNT_PENCE_MAX} pence.", "AMOUNT_OUT_OF_RANGE")
     _checked_decimal("uncertainty_percent", report.uncertainty_percent, 100)
     checked_text("method", report.method)
-    if report.kind is ImpactKind.BASELINE and report.year_ending > start:
+    if report.kind is ImpactKind.BASELINE and report.year_ending >= start:
         raise Refused(
             f"A baseline is of a year that ended before the project began on {start.isoformat()}.", "YEAR_OUT_OF_RANGE"
         )

@@ -24,7 +24,7 @@ from services.funding.gauges import ProgressGauges
 from services.funding.journal import Journal
 from services.funding.parameters import load_parameters
 from services.funding.rules.exact import gbp
-from services.funding.stream import keep_matches
+from services.funding.stream import MatchKeeper
 from services.funding.use_cases import UseCases
 
 SCHEMA = "funding"
@@ -68,7 +68,12 @@ async def start_api(runtime: Runtime, settings: FundingSettings) -> None:
     )
     await fund.calls.open_programme()
     matches = PositionedConsumer(
-        cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.funding.matches", handler=keep_matches
+        cluster,
+        pool,
+        publisher,
+        topic_names=[topics.OFFERS],
+        group="smdih.funding.matches",
+        handler=MatchKeeper(clock).keep,
     )
     runtime.background("matches", matches.run())
     runtime.background("watch", watch(fund.balances))

@@ -1,12 +1,12 @@
 """Milestones: a figure of the firm's own machines that the project has to reach, shown by signed evidence; or a document."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
-from services.funding.domain import TITLE_CHARACTERS_MAX, Refused, checked_text, uk_day
+from services.funding.domain import TITLE_CHARACTERS_MAX, Refused, checked_text, uk_day, uk_time
 
 MILESTONES_MAX = 20
 REFERENCE_CHARACTERS_MAX = 500
@@ -52,6 +52,19 @@ class Milestone:
     @property
     def is_measured(self) -> bool:
         return bool(self.measure)
+
+    @property
+    def as_set(self) -> "Milestone":
+        """Without what was shown since."""
+        return replace(
+            self,
+            met_us=None,
+            value="",
+            statement_id="",
+            document="",
+            document_sha256="",
+            document_sent_us=None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +114,11 @@ def checked_document(reference: str, sha256: str) -> tuple[str, str]:
     return checked_text("reference", reference, REFERENCE_CHARACTERS_MAX), sha256
 
 
+def _by_the_clock(figure: Figure) -> timedelta:
+    """From midnight to midnight in the United Kingdom: the week in which summer time begins is an hour short, and is a week."""
+    return uk_time(figure.to).replace(tzinfo=None) - uk_time(figure.from_).replace(tzinfo=None)
+
+
 def check_shown(milestone: Milestone, figure: Figure, *, firm_id: int, start: date, end: date) -> None:
     """Raises Refused with the first thing that keeps the figure from showing the milestone; equal to the threshold is enough."""
 
@@ -117,7 +135,7 @@ def check_shown(milestone: Milestone, figure: Figure, *, firm_id: int, start: da
     first, last = uk_day(figure.from_), uk_day(figure.to - timedelta(microseconds=1))
     if first < start or last > end:
         refuse(f"the evidence has to lie within the project, {start} to {end}.", "EVIDENCE_OUTSIDE_PROJECT")
-    if figure.to - figure.from_ < timedelta(days=milestone.days_min):
+    if max(figure.to - figure.from_, _by_the_clock(figure)) < timedelta(days=milestone.days_min):
         refuse(f"the evidence has to span at least {milestone.days_min} days.", "EVIDENCE_TOO_SHORT")
     if Decimal(figure.coverage) < Decimal(milestone.coverage_min):
         refuse(

@@ -26,7 +26,7 @@ class MilestoneIn(_In):
     threshold: str = Field("", description="decimal text; equal is enough")
     days_min: StrictInt = Field(0, description="how long the evidence spans at least")
     coverage_min: str = Field("", description=f"share of that time that data stand for at least; none: {COVERAGE_MIN}")
-    due: str = Field(description="ISO date; a claim for a later period waits until it is met")
+    due: str = Field(description="ISO date; a claim for a later period, and the final claim, waits until it is met")
 
 
 class MilestonesIn(_In):

@@ -1,7 +1,7 @@
 """Milestones and their evidence in the database. Every function works in the caller's transaction."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import asyncpg
@@ -53,10 +53,18 @@ async def milestones_of(connection: Connection, award_id: str) -> list[Milestone
 
 
 async def set_milestones(
-    connection: Connection, award_id: str, milestones: Sequence[Milestone], *, credential_id: int, now_us: int
+    connection: Connection,
+    award_id: str,
+    milestones: Sequence[Milestone],
+    *,
+    keep: Collection[str],
+    credential_id: int,
+    now_us: int,
 ) -> None:
-    """These in place of those there were."""
-    await connection.execute("DELETE FROM milestone WHERE award_id = $1", award_id)
+    """These in place of all there were but the ones to keep."""
+    await connection.execute(
+        "DELETE FROM milestone WHERE award_id = $1 AND id <> ALL($2::text[])", award_id, list(keep)
+    )
     await connection.executemany(
         "INSERT INTO milestone (award_id, id, title, measure, machine_id, comparison, threshold, days_min, coverage_min, "
         "due, set_at, set_by) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",

@@ -1,7 +1,6 @@
 """What people can do with milestones: operators set them, the firm shows them by evidence that the hub signed or by a document."""
 
 from collections.abc import Mapping, Sequence
-from datetime import date
 from typing import Any
 
 from services.common.clock import Clock, from_us
@@ -12,7 +11,7 @@ from services.common.evidence import Verifier
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
 from services.funding import milestone_store
-from services.funding.agreement import Agreement, AgreementState
+from services.funding.agreement import Agreement, AgreementState, Claim
 from services.funding.agreement_store import agreement_of, lock_award
 from services.funding.award_store import audit
 from services.funding.domain import Refused, checked_text, is_id
@@ -47,7 +46,7 @@ class MilestoneService:
             return await milestone_store.milestones_of(connection, award_id)
 
     async def set(self, caller: Caller, award_id: str, milestones: Sequence[Milestone]) -> list[Milestone]:
-        """These, and no others; until the first is met."""
+        """These, and no others. One that is met or shown stays as it is and has to be among them."""
         caller.require(Role.OPERATOR)
         if len(milestones) > MILESTONES_MAX or len({one.id for one in milestones}) < len(milestones):
             raise Invalid(
@@ -63,10 +62,21 @@ class MilestoneService:
                 if one.machine_id is not None and (machine is None or machine.firm_id != agreement.award.firm_id):
                     raise NotFound(f"This firm has no machine {one.machine_id}.", reason="MACHINE_UNKNOWN")
             there = await milestone_store.milestones_of(connection, award_id)
-            if any(one.met_us or one.document for one in there):
-                raise Conflict("A milestone is met or shown already; they stay as they are.", reason="MILESTONE_MET")
+            kept = {one.id: one.as_set for one in there if one.met_us or one.document}
+            again = {one.id: one for one in wanted if one.id in kept}
+            if again != kept:
+                changed = next(id_ for id_ in kept if again.get(id_) != kept[id_])
+                raise Conflict(
+                    f"Milestone {changed} is met or shown already; name it among the others, as it was set.",
+                    reason="MILESTONE_MET",
+                )
             await milestone_store.set_milestones(
-                connection, award_id, wanted, credential_id=caller.credential_id, now_us=self._clock.now_us()
+                connection,
+                award_id,
+                [one for one in wanted if one.id not in kept],
+                keep=kept.keys(),
+                credential_id=caller.credential_id,
+                now_us=self._clock.now_us(),
             )
             await self._audit(connection, caller, "milestones_set", agreement, {"count": len(wanted)})
             return await milestone_store.milestones_of(connection, award_id)
@@ -232,15 +242,17 @@ class MilestoneService:
             )
 
 
-async def check_due_are_met(connection: Connection, award_id: str, by: date) -> None:
-    """Raises Conflict while a milestone that is due by the day is not met."""
-    late = [
-        one for one in await milestone_store.milestones_of(connection, award_id) if one.due <= by and not one.met_us
+async def check_claimable(connection: Connection, award_id: str, claim: Claim) -> None:
+    """Raises Conflict while a milestone that is due by the claim's period is not met; by a final claim all are due."""
+    unmet = [
+        one
+        for one in await milestone_store.milestones_of(connection, award_id)
+        if not one.met_us and (claim.is_final or one.due <= claim.period_end)
     ]
-    if late:
+    if unmet:
         raise Conflict(
-            f"Milestone {late[0].id} ({late[0].title}) was due on {late[0].due.isoformat()} and is not shown yet; "
-            "the firm sends the evidence, or an operator confirms its document.",
+            f"Milestone {unmet[0].id} ({unmet[0].title}), due on {unmet[0].due.isoformat()}, is not met yet; "
+            "the firm sends the evidence, or an operator confirms its document or sets another milestone in its place.",
             reason="MILESTONE_UNMET",
         )
 

@@ -12,6 +12,7 @@ from services.funding.domain import Application, ApplicationState
 class Action(StrEnum):
     ADD_PLEDGE = "add_pledge"
     CONFIRM_PLEDGE = "confirm_pledge"
+    TAKE_PLEDGE_BACK = "take_pledge_back"
     SUBMIT = "submit"
     WITHDRAW = "withdraw"
     INVITE_ASSESSORS = "invite_assessors"
@@ -37,6 +38,7 @@ _DRAFT, _SUBMITTED = ApplicationState.DRAFT, ApplicationState.SUBMITTED
 TABLE: Mapping[Action, May] = {
     Action.ADD_PLEDGE: May((Role.FIRM, Role.OPERATOR), (_DRAFT, _SUBMITTED)),
     Action.CONFIRM_PLEDGE: May((Role.OPERATOR,), (_DRAFT, _SUBMITTED)),
+    Action.TAKE_PLEDGE_BACK: May((Role.FIRM, Role.OPERATOR), (_DRAFT, _SUBMITTED)),
     Action.SUBMIT: May((Role.FIRM, Role.OPERATOR), (_DRAFT,)),
     Action.WITHDRAW: May((Role.FIRM, Role.OPERATOR), (_DRAFT, _SUBMITTED)),
     Action.INVITE_ASSESSORS: May((Role.OPERATOR,), (_SUBMITTED,)),

@@ -108,6 +108,18 @@ async def of_call(connection: Connection, call_id: str, application_ids: Sequenc
     return {row["id"] for row in rows}
 
 
+async def chosen_by(connection: Connection, call_id: str, application_ids: Sequence[str], *, least: int) -> set[str]:
+    """Which of these that many co-investors of the call's pool have chosen."""
+    rows = await connection.fetch(
+        "SELECT chosen FROM pool_pledge CROSS JOIN unnest(supports) AS chosen WHERE call_id = $1 AND chosen = ANY($2::text[]) "
+        "GROUP BY chosen HAVING count(*) >= $3",
+        call_id,
+        application_ids,
+        least,
+    )
+    return {row["chosen"] for row in rows}
+
+
 async def add_spread(connection: Connection, spread: Spread) -> None:
     await connection.execute(
         "INSERT INTO pool_spread (id, call_id, input, certificate, problems, created, created_by) "

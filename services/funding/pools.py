@@ -18,9 +18,11 @@ from services.common.errors import Conflict, Forbidden, HubError, Invalid, NotFo
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from services.funding import application_store, award_store, pool_store
-from services.funding.applications import ApplicationService
+from services.funding.applications import ApplicationService, PoolPayment
 from services.funding.award_store import Note
 from services.funding.domain import (
+    SUPPORTERS_PER_APPLICATION_MAX,
+    TEXT_CHARACTERS_MAX,
     TITLE_CHARACTERS_MAX,
     ApplicationState,
     CallState,
@@ -36,13 +38,13 @@ from services.funding.pledges import CoInvestor, Completion, PledgeRules, Projec
 from services.funding.pledges_checker import check_pledges
 from services.funding.pool_store import PoolPledge, Spread
 from services.funding.requests import check_same, content_sha256, understood
-from services.funding.rules.match import PledgeKind
+from services.funding.reviewing import REJECTING
+from services.funding.reviews import ReviewService
 
 log = get_logger(__name__)
 
 POOL_PLEDGES_MAX = 500
 SUPPORTS_MAX = 2_000
-APPLICATIONS_MAX = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,18 @@ class PoolService:
     """The use cases, all for operators. Each raises Forbidden or NotFound where it may not or cannot see."""
 
     def __init__(
-        self, pool: Pool, *, applications: ApplicationService, judge: Judge, table: ParameterTable, clock: Clock
+        self,
+        pool: Pool,
+        *,
+        applications: ApplicationService,
+        reviews: ReviewService,
+        judge: Judge,
+        table: ParameterTable,
+        clock: Clock,
     ) -> None:
         self._pool = pool
         self._applications = applications
+        self._reviews = reviews
         self._judge = judge
         self._table = table
         self._clock = clock
@@ -122,6 +132,15 @@ class PoolService:
                 )
             if len(await pool_store.pledges_of(connection, call.id)) >= POOL_PLEDGES_MAX:
                 raise Conflict(f"A call has at most {POOL_PLEDGES_MAX} of them.", reason="TOO_MANY_PLEDGES")
+            full = await pool_store.chosen_by(
+                connection, call.id, pledge.supports, least=SUPPORTERS_PER_APPLICATION_MAX
+            )
+            if full:
+                raise Conflict(
+                    f"Application {min(full)} is chosen by {SUPPORTERS_PER_APPLICATION_MAX} co-investors already, the most there "
+                    "can be; leave it out.",
+                    reason="TOO_MANY_SUPPORTERS",
+                )
             await pool_store.add_pledge(
                 connection, pledge, request_id=request_id, content_sha256=content, credential_id=caller.credential_id
             )
@@ -205,23 +224,19 @@ class PoolService:
         refused: dict[str, str] = {}
         for purchase in outcome.certificate["purchases"]:
             application_id = purchase["project"]
+            payments = [
+                PoolPayment(
+                    pool_pledge_id=pledge_id,
+                    co_investor=names[pledge_id].co_investor,
+                    amount_pence=pence,
+                    evidence=f"{names[pledge_id].evidence}; spread {spread_id}"[:TEXT_CHARACTERS_MAX],
+                )
+                for pledge_id, pence in sorted(purchase["payments_p"].items())
+            ]
             try:
-                for pledge_id, pence in sorted(purchase["payments_p"].items()):
-                    pledge = await self._applications.add_pledge(
-                        caller,
-                        application_id,
-                        request_id=f"pool:{spread_id}:{pledge_id}",
-                        co_investor=names[pledge_id].co_investor,
-                        kind=PledgeKind.CASH,
-                        public_body=False,
-                        amount_pence=pence,
-                    )
-                    await self._applications.confirm_pledge(
-                        caller,
-                        application_id,
-                        pledge.id,
-                        evidence=f"{names[pledge_id].evidence}; spread {spread_id}"[:2_000],
-                    )
+                await self._applications.add_pool_payments(
+                    caller, application_id, spread_id=spread_id, payments=payments
+                )
             except TryAgain:
                 raise
             except HubError as error:
@@ -231,20 +246,30 @@ class PoolService:
     async def _facts(
         self, connection: Connection, call_id: str
     ) -> tuple[PledgeRules, Sequence[Project], Sequence[CoInvestor]]:
-        """Projects are the submitted applications whose match is not complete; their cost is what is missing."""
+        """Projects are the submitted applications whose match is not complete; their cost is what is missing. Those that did not
+        pass their assessment are none: what was paid for them would come back when the rest is spread."""
         call = await call_of(connection, call_id)
         if call.state_at(self._clock.now_us()) is not CallState.CLOSED:
             raise Conflict("A call's pool is spread once it is closed.", reason="CALL_NOT_CLOSED")
         projects = []
-        for found in await application_store.submitted_of(connection, call.id, limit=APPLICATIONS_MAX):
-            if found.state is not ApplicationState.SUBMITTED:
+        for row in await self._reviews.panel_rows(connection, call.id):
+            if row.application.state is not ApplicationState.SUBMITTED or row.verdict.code in REJECTING:
                 continue
-            application = there(await application_store.application_of(connection, found.id))
+            application = there(await application_store.application_of(connection, row.application.id))
             assessment = await self._judge.assess_application(connection, application, call)
             missing = assessment.match_required_pence - assessment.match_counted_pence
             if missing > 0:
                 projects.append(Project(id=application.id, cost_p=missing))
         known = {project.id for project in projects}
+        crowded = await pool_store.chosen_by(
+            connection, call.id, sorted(known), least=SUPPORTERS_PER_APPLICATION_MAX + 1
+        )
+        if crowded:
+            raise Conflict(
+                f"Application {min(crowded)} was chosen by more than {SUPPORTERS_PER_APPLICATION_MAX} co-investors, more than can "
+                "pay for one; pledge to it directly until its match is complete.",
+                reason="TOO_MANY_SUPPORTERS",
+            )
         investors = [
             CoInvestor(id=one.id, pledge_p=one.amount_pence, supports=frozenset(one.supports) & known)
             for one in await pool_store.pledges_of(connection, call.id)

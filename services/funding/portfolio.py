@@ -15,7 +15,15 @@ from ortools.linear_solver import pywraplp
 from ortools.sat.python import cp_model
 
 from services.funding.rules.exact import InvalidFact, gbp, percent
-from services.funding.selection import AllocationInfeasible, AllocationUnproven, Application, Call, Reason, Selection
+from services.funding.selection import (
+    AllocationInfeasible,
+    AllocationUnproven,
+    Application,
+    Call,
+    Reason,
+    Selection,
+    rooms_of,
+)
 
 EFFORT_MAX = 60.0  # deterministic units of the solver, about as many seconds on one core
 TIES_TRIED_MAX = 20
@@ -25,7 +33,7 @@ MULTIPLIER_STEPS = 10**6  # multipliers are rounded to millionths; any non-negat
 
 @dataclass(frozen=True)
 class Limit:
-    """``sum(coefficient x chosen) <= most``, with the quota it comes from."""
+    """``sum(coefficient x chosen) <= most``, with the quota or the enterprise it comes from."""
 
     coefficients: tuple[int, ...]
     most: int
@@ -52,7 +60,8 @@ def select_portfolio(call: Call, passing: Sequence[Application]) -> Selection:
     best, tie_break_proven = problem.lowest_ids(best)
     chosen = frozenset(application.id for application, taken in zip(ordered, best, strict=True) if taken)
     funded = [application for application in ordered if application.id in chosen]
-    reasons = {application.id: _reason(call, application, funded) for application in ordered}
+    rooms = dict(_tight_rooms(ordered))
+    reasons = {application.id: _reason(call, application, funded, rooms) for application in ordered}
     return Selection(
         chosen=chosen,
         reasons=reasons,
@@ -63,7 +72,8 @@ def select_portfolio(call: Call, passing: Sequence[Application]) -> Selection:
 
 
 def _limits(call: Call, ordered: Sequence[Application]) -> Iterator[Limit]:
-    """The budget, then per quota in order of its pot: ceiling, floor, smallest share, largest share."""
+    """The budget, then per quota in order of its pot: ceiling, floor, smallest share, largest share; then, in their order, the
+    enterprises that ask for more than they may still be given."""
     yield Limit(tuple(each.request_p for each in ordered), call.budget_p, "budget")
     for quota in sorted(call.quotas, key=lambda quota: quota.pot):
         inside = tuple(each.request_p if quota.pot in each.pots else 0 for each in ordered)
@@ -78,6 +88,19 @@ def _limits(call: Call, ordered: Sequence[Application]) -> Iterator[Limit]:
                     for each, amount in zip(ordered, inside, strict=True)
                 )
                 yield Limit(over, 0, quota.pot)
+    for enterprise, room_p in _tight_rooms(ordered):
+        theirs = tuple(each.request_p if each.enterprise == enterprise else 0 for each in ordered)
+        yield Limit(theirs, room_p, enterprise)
+
+
+def _tight_rooms(ordered: Sequence[Application]) -> list[tuple[str, int]]:
+    """Only these can be overstepped."""
+    asked: dict[str, int] = {}
+    for each in ordered:
+        asked[each.enterprise] = asked.get(each.enterprise, 0) + each.request_p
+    return [
+        (enterprise, room_p) for enterprise, room_p in sorted(rooms_of(ordered).items()) if asked[enterprise] > room_p
+    ]
 
 
 def _weights(ordered: Sequence[Application]) -> tuple[list[int], Fraction]:
@@ -206,10 +229,13 @@ class _Problem:
         per_firm: dict[str, int] = {}
         for application in self._ordered:
             per_firm[application.firm] = per_firm.get(application.firm, 0) + 1
+        tight = {enterprise for enterprise, _ in _tight_rooms(self._ordered)}
         twins: dict[object, list[int]] = {}
         for index, application in enumerate(self._ordered):
             if per_firm[application.firm] == 1:
-                twins.setdefault((application.request_p, application.mean, application.pots), []).append(index)
+                bound = application.enterprise if application.enterprise in tight else None
+                alike = (application.request_p, application.mean, application.pots, bound)
+                twins.setdefault(alike, []).append(index)
         for indices in twins.values():
             for earlier, later in pairwise(indices):
                 self._model.add_implication(self._taken[later], self._taken[earlier])
@@ -252,7 +278,9 @@ def _multipliers(weights: Sequence[int], limits: Sequence[Limit]) -> tuple[Fract
     return tuple(Fraction(max(0, round(row.dual_value() * MULTIPLIER_STEPS)), MULTIPLIER_STEPS) for row in rows)
 
 
-def _reason(call: Call, application: Application, funded: Sequence[Application]) -> tuple[Reason, str]:
+def _reason(
+    call: Call, application: Application, funded: Sequence[Application], rooms: Mapping[str, int]
+) -> tuple[Reason, str]:
     """Funded, or the first limit that adding the application to the selection would break."""
     if application in funded:
         return Reason.FUNDED, f"Exact mean {application.mean}; asks for {gbp(application.request_p)}."
@@ -274,6 +302,12 @@ def _reason(call: Call, application: Application, funded: Sequence[Application])
                 held = f"{gbp(inside_p)} of {gbp(with_it_p)}"
                 text = f"With it {quota.pot} would hold {held}, past its share of {percent(share)}."
                 return Reason.BREAKS_SHARE, text
+    if application.enterprise in rooms:
+        room_p = rooms[application.enterprise]
+        theirs_p = sum(each.request_p for each in [*funded, application] if each.enterprise == application.enterprise)
+        if theirs_p > room_p:
+            text = f"With it its enterprise would receive {gbp(theirs_p)}, and may still be given {gbp(room_p)} of assistance."
+            return Reason.MFA_LIMIT, text
     return Reason.ADDS_NOTHING, f"With an exact mean of {application.mean} it would add nothing to the selection."
 
 

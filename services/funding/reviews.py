@@ -12,7 +12,7 @@ from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from services.funding import application_store, call_store, group_store, review_store
-from services.funding.assessor_finder import AssessorFinder, Proposal, Question
+from services.funding.assessor_finder import PROPOSED_MAX, AssessorFinder, Proposal, Question
 from services.funding.domain import (
     Application,
     Call,
@@ -40,7 +40,6 @@ from services.funding.reviewing import (
 
 log = get_logger(__name__)
 
-PROPOSED_MAX = 50
 # More than any call is expected to have; beyond it a call's panel has to be cut into calls.
 PANEL_APPLICATIONS_MAX = 5_000
 

@@ -150,6 +150,12 @@ class FundingRpc(FundingServiceServicer):
         )
         return pb.ConfirmPledgeResponse(pledge=message_of(pb.Pledge, pledge))
 
+    async def TakePledgeBack(self, request: pb.TakePledgeBackRequest, context: Any) -> pb.TakePledgeBackResponse:
+        view = await self._applications.take_pledge_back(
+            current_caller(), request.application_id, request.pledge_id, reason=request.reason
+        )
+        return pb.TakePledgeBackResponse(application=_view(current_caller(), view))
+
     async def SubmitApplication(
         self, request: pb.SubmitApplicationRequest, context: Any
     ) -> pb.SubmitApplicationResponse:

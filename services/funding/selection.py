@@ -30,6 +30,7 @@ class Reason(StrEnum):
     ASKS_MORE_THAN_LEFT = "ASKS_MORE_THAN_LEFT"
     RANKED_BELOW_LINE = "RANKED_BELOW_LINE"
     OVER_CEILING = "OVER_CEILING"
+    MFA_LIMIT = "MFA_LIMIT"
     BREAKS_SHARE = "BREAKS_SHARE"
     ADDS_NOTHING = "ADDS_NOTHING"
 
@@ -49,7 +50,8 @@ class AllocationUnproven(Exception):
 @dataclass(frozen=True, kw_only=True)
 class Application:
     """One assessed application. ``mean`` is the exact mean in percent points; ``pots`` name what it counts towards,
-    such as ``region:north-west``, ``size:micro`` or ``first-time``."""
+    such as ``region:north-west``, ``size:micro`` or ``first-time``. ``headroom_p`` is what its enterprise may still be given
+    as minimal financial assistance, by what this application declares; None: no such limit."""
 
     id: str
     firm: str
@@ -57,6 +59,8 @@ class Application:
     mean: Fraction
     submitted_at: datetime
     pots: frozenset[str] = frozenset()
+    enterprise: str = ""
+    headroom_p: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +105,19 @@ def rank_key(application: Application) -> tuple[Fraction, int, datetime, str]:
     return -application.mean, application.request_p, application.submitted_at, application.id
 
 
+def rooms_of(passing: Sequence[Application]) -> dict[str, int]:
+    """What each enterprise may still be given: applications of one share it, and where they declare differently the least holds."""
+    rooms: dict[str, int] = {}
+    for application in passing:
+        if application.headroom_p is not None:
+            least = rooms.get(application.enterprise, application.headroom_p)
+            rooms[application.enterprise] = min(least, application.headroom_p)
+    return rooms
+
+
 def select_top_down(call: Call, passing: Sequence[Application]) -> Selection:
-    """Fund in rank order; what does not fit is skipped, or ends the list, as the call declared. Ceilings are kept.
+    """Fund in rank order; what does not fit is skipped, or ends the list, as the call declared. Ceilings are kept. What its
+    enterprise may not be given is always skipped: there is money for those below it.
 
     Raises:
         InvalidFact: a floor or a share, which a ranking cannot promise.
@@ -110,7 +125,7 @@ def select_top_down(call: Call, passing: Sequence[Application]) -> Selection:
     if any(quota.floor_p or quota.share_min is not None or quota.share_max is not None for quota in call.quotas):
         raise InvalidFact("floors and shares need the portfolio method")
     ceilings = {quota.pot: quota.ceiling_p for quota in call.quotas if quota.ceiling_p is not None}
-    left_p, room_p = call.budget_p, dict(ceilings)
+    left_p, room_p, enterprise_p = call.budget_p, dict(ceilings), rooms_of(passing)
     chosen: set[str] = set()
     reasons: dict[str, tuple[Reason, str]] = {}
     stopped_by = None
@@ -125,12 +140,19 @@ def select_top_down(call: Call, passing: Sequence[Application]) -> Selection:
         elif full:
             text = f"It {ask}; {gbp(room_p[full[0]])} was left under the ceiling of {full[0]}."
             reasons[application.id] = (Reason.OVER_CEILING, text)
+        elif application.request_p > enterprise_p.get(application.enterprise, left_p):
+            room = gbp(enterprise_p[application.enterprise])
+            text = f"It {ask}; at its rank {room} was left of the assistance that its enterprise may be given."
+            reasons[application.id] = (Reason.MFA_LIMIT, text)
+            continue
         else:
             reasons[application.id] = (Reason.FUNDED, f"Exact mean {application.mean}; it {ask}.")
             chosen.add(application.id)
             left_p -= application.request_p
             for pot in application.pots & room_p.keys():
                 room_p[pot] -= application.request_p
+            if application.enterprise in enterprise_p:
+                enterprise_p[application.enterprise] -= application.request_p
             continue
         if call.method is Method.TOP_DOWN_STOP:
             stopped_by = application.id
@@ -176,6 +198,8 @@ def allocation_input(call: Call, applications: Sequence[Application]) -> dict[st
                 "mean": str(application.mean),
                 "submitted_at": application.submitted_at.isoformat(),
                 "pots": sorted(application.pots),
+                "enterprise": application.enterprise,
+                "headroom_p": application.headroom_p,
             }
             for application in sorted(applications, key=lambda application: application.id)
         ],

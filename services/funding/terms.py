@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 
 from services.funding.domain import (
     AMOUNT_PENCE_MAX,
@@ -21,6 +22,7 @@ from services.funding.domain import (
     checked_rate,
     checked_text,
 )
+from services.funding.rules.exact import decimal
 from services.funding.rules.intensity import Organisation
 from services.funding.selection import Method
 
@@ -56,6 +58,16 @@ def checked_terms(terms: Terms, *, budget_pence: int) -> Terms:
         raise Refused("limits: two name the same pot.", "LIMIT_INVALID")
     for limit in terms.limits:
         _check_limit(limit, terms.method, budget_pence)
+    for kind in ("region:", "size:"):  # a firm is in one of each
+        of_kind = [limit for limit in terms.limits if limit.pot.startswith(kind)]
+        floors_pence = sum(limit.floor_pence or 0 for limit in of_kind)
+        shares = sum((decimal(limit.share_min) for limit in of_kind if limit.share_min is not None), Fraction(0))
+        if floors_pence > budget_pence or shares > 1:
+            raise Refused(
+                f"The floors of all {kind}NAME together are more than the budget, or their smallest shares more than 1: "
+                "no allocation could keep them.",
+                "LIMIT_INVALID",
+            )
     if not 0 <= terms.adoption_max_pence <= AMOUNT_PENCE_MAX:
         raise Refused(f"adoption_max_pence is from 0 to {AMOUNT_PENCE_MAX}.", "AMOUNT_OUT_OF_RANGE")
     return terms

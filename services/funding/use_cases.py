@@ -22,6 +22,7 @@ from services.funding.impacts import ImpactService
 from services.funding.journal import Journal
 from services.funding.judging import Judge
 from services.funding.milestones import MilestoneService
+from services.funding.notices import NoticeService
 from services.funding.open_data import OpenDataService
 from services.funding.parameters import ParameterTable
 from services.funding.pools import PoolService
@@ -58,7 +59,10 @@ class UseCases:
         self.allocations = AllocationService(
             pool, judge=judge, reviews=self.reviews, decisions=self.decisions, table=table, clock=clock
         )
-        self.pools = PoolService(pool, applications=self.applications, judge=judge, table=table, clock=clock)
+        self.pools = PoolService(
+            pool, applications=self.applications, reviews=self.reviews, judge=judge, table=table, clock=clock
+        )
         self.groups = GroupService(pool, table=table, directory=directory, clock=clock)
         self.audits = AuditService(pool)
+        self.notices = NoticeService(pool)
         self.open_data = OpenDataService(pool, directory=directory, clock=clock)

@@ -137,10 +137,12 @@ class Hub:
         return done.returncode, done.stdout + done.stderr
 
 
-def offer_event(match_id: str, firm_id: int, change: Any = matching_pb2.OFFER_CHANGE_ACCEPTED) -> bytes:
+def offer_event(
+    match_id: str, firm_id: int, change: Any = matching_pb2.OFFER_CHANGE_ACCEPTED, need_id: str = ""
+) -> bytes:
     offer = matching_pb2.Offer(
         id=f"offer-{match_id}",
-        need_id=f"need-{match_id}",
+        need_id=need_id or f"need-{match_id}",
         firm_id=firm_id,
         provider_id="provider-1",
         provider_title="Spindle bearing clinic",

@@ -45,6 +45,8 @@ class World:
     channel: grpc.aio.Channel
     # Of evidence, as the ingest service signs it.
     signer: Signer
+    # Asks the matching service.
+    finder: AssessorFinder
     matches: int = 0
 
     async def ask(self, method: str, path: str, body: Any = None, *, who: str = "operator") -> httpx.Response:
@@ -203,4 +205,4 @@ async def running_world(settings: Settings, publisher: Publisher) -> AsyncIterat
             )
         )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{by_grpc}"))
-        yield World(client, clock, pool, channel, signer)
+        yield World(client, clock, pool, channel, signer, finder)

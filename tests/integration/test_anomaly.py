@@ -292,6 +292,19 @@ async def test_a_poisoned_record_goes_to_the_dead_letters_and_work_goes_on(
     assert headers["reason"] == "MALFORMED"
 
 
+async def test_the_largest_number_there_is_stops_nobody(hub: Hub, publisher: Publisher, database: Database) -> None:
+    """Drivers say "none" by it; squared it is no number any more, and no alarm can be stored with that."""
+    await plant.publish_machine(publisher, machine_id=31, firm_id=FIRM)
+    values = plant.with_fault(31, column=2)
+    values[400, 1], values[401, 0] = 1.7e308, 1e160
+    await send(publisher, plant.records_of({31: values}, firm_id=FIRM, step=50), partition=3)
+
+    async def raised() -> bool:
+        return bool(await database.fetchval("SELECT count(*) FROM alarm WHERE machine_id = 31 AND position = 2"))
+
+    await eventually(raised)
+
+
 async def test_only_the_owner_of_the_position_can_save_states(settings: Settings, database: Database) -> None:
     pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=2)
     try:

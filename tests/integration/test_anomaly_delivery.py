@@ -20,8 +20,8 @@ from aiosmtpd.controller import Controller
 
 from localstack.servers import free_port
 from services.anomaly.contact_store import SENT_KEPT_DAYS
-from services.anomaly.contacts import CONTACTS_MAX, TRIALS_MAX
-from services.anomaly.delivery import ATTEMPTS_MAX
+from services.anomaly.contacts import CODE_DIGITS, CODE_TRIES_MAX, CODES_A_DAY_MAX, CONTACTS_MAX, TRIALS_MAX
+from services.anomaly.delivery import ATTEMPTS_MAX, MESSAGES_A_MINUTE_MAX
 from services.anomaly.domain import Alarm, Return, Severity, alarm_id
 from services.anomaly.store import AlarmStore
 from services.common.database import Pool, create_pool, transaction
@@ -109,15 +109,43 @@ class Hub:
         made = await self.call("POST", "/v1/contacts", status=201, name="shift", kind="webhook", address=address)
         return made["contact"]["id"], made["secret"]
 
+    async def mail(self, address: str) -> str:
+        """A contact that is confirmed by the code that came."""
+        made = await self.call("POST", "/v1/contacts", status=201, name="mail", kind="email", address=address)
+        contact = str(made["contact"]["id"])
+        assert (made["secret"], made["contact"]["confirmed"]) == ("", False)
+        confirmed = await self.call("POST", f"/v1/contacts/{contact}/confirm", code=f" {await self.code(address)}\n")
+        assert confirmed["confirmed"]
+        return contact
+
+    async def code(self, address: str) -> str:
+        """The newest that came to an address."""
+
+        async def has_come() -> bool:
+            return any(message["To"] == address for message in self.mailbox.got)
+
+        await eventually(has_come)
+        newest = next(message for message in reversed(self.mailbox.got) if message["To"] == address)
+        return str(newest.get_payload()).split("code:")[1].split()[0]
+
     async def escalation(self, *steps: tuple[int, str], site: str, **given: Any) -> str:
         parts = [{"after_s": after_s, "contact_ids": [contact]} for after_s, contact in steps]
         made = await self.call("POST", "/v1/escalations", status=201, name="test", site=site, steps=parts, **given)
         return str(made["id"])
 
-    async def raised(self, site: str, severity: Severity = Severity.MEDIUM) -> Alarm:
+    async def raised(self, site: str, severity: Severity = Severity.MEDIUM, *, age_s: int = 0) -> Alarm:
+        """An alarm; `age_s`: of history, which came late."""
+        alarm = self.new_alarm(site, severity, age_s=age_s)
+        async with transaction(self.pool) as connection:
+            stored = await AlarmStore().raise_alarm(connection, alarm, now_us=time.time_ns() // 1000)
+        assert stored is not None
+        return stored
+
+    def new_alarm(self, site: str, severity: Severity = Severity.MEDIUM, *, age_s: int = 0) -> Alarm:
         self.started_us = max(self.started_us + 1, time.time_ns() // 1000)
-        alarm = Alarm(
-            id=alarm_id(machine_id=1, position=0, started_us=self.started_us),
+        started_us = self.started_us - age_s * 1_000_000
+        return Alarm(
+            id=alarm_id(machine_id=1, position=0, started_us=started_us),
             firm_id=FIRM,
             machine_id=1,
             position=0,
@@ -126,7 +154,7 @@ class Hub:
             machine_kind="press",
             signal_name="temperature",
             unit="degC",
-            started_us=self.started_us,
+            started_us=started_us,
             ended_us=None,
             severity=severity,
             component="record",
@@ -137,10 +165,11 @@ class Hub:
             correlation_id="test",
             episode_id="",
         )
+
+    async def ends(self, alarm: Alarm) -> None:
         async with transaction(self.pool) as connection:
-            stored = await AlarmStore().raise_alarm(connection, alarm, now_us=self.started_us)
-        assert stored is not None
-        return stored
+            over = Return(alarm_id=alarm.id, ended_us=alarm.started_us + 1, correlation_id="")
+            await AlarmStore().end_alarm(connection, over, now_us=time.time_ns() // 1000)
 
     async def deliveries(self, alarm: Alarm) -> list[dict[str, Any]]:
         found = await self.call("GET", "/v1/deliveries", alarm_id=alarm.id)
@@ -204,9 +233,7 @@ async def test_contacts_are_told_once_each_signed_and_in_order_of_steps(hub: Hub
     alarm = await hub.raised("north")
     other_site = await hub.raised("south")
     await hub.becomes(alarm, ("raised", "sent"), ("escalated_1", "sent"), ("escalated_2", "sent"))
-    async with transaction(hub.pool) as connection:
-        over = Return(alarm_id=alarm.id, ended_us=alarm.started_us + 1, correlation_id="")
-        await AlarmStore().end_alarm(connection, over, now_us=time.time_ns() // 1000)
+    await hub.ends(alarm)
     sent = [("raised", "sent"), ("escalated_1", "sent"), ("escalated_2", "sent")]
     await hub.becomes(alarm, *sent, ("returned", "sent"), ("returned", "sent"))
     # Two notifiers worked at it all the time.
@@ -254,8 +281,10 @@ async def test_a_receiver_that_fails_is_tried_again_given_up_and_sent_again_by_a
     (one,) = await hub.deliveries(alarm)
     assert (one["state"], one["attempts"], one["last_error"]) == ("pending", 1, "Answered with status 500.")
     assert 3 < (one["due_us"] - time.time_ns() // 1000) / 1e6 < 7
-    async with hub.pool.acquire() as connection:
-        await connection.execute("UPDATE delivery SET attempts = $1, due = now()", ATTEMPTS_MAX - 1)
+    await hub.pool.execute(
+        "UPDATE delivery SET attempts = $1, due = now() WHERE alarm_id = $2", ATTEMPTS_MAX - 1, alarm.id
+    )
+    await hub.pool.execute("UPDATE contact SET free = now() WHERE id = $1", contact)
     await hub.becomes(alarm, ("raised", "dead"))
     (dead,) = (await hub.call("GET", "/v1/deliveries", state="dead"))["deliveries"]
     hub.receiver.status = 204
@@ -283,6 +312,7 @@ async def test_a_notifier_killed_after_sending_lets_it_go_out_again_with_the_sam
     assert [one["state"] for one in await hub.deliveries(alarm)] == ["pending"]
     async with hub.pool.acquire() as connection:  # the claim runs out after a minute, which is long for a test
         await connection.execute("UPDATE delivery SET due = now() WHERE state = 'pending'")
+        await connection.execute("UPDATE contact SET free = now()")
         await connection.execute(
             "WITH alarm AS (UPDATE alarm SET raised = raised - make_interval(days => $2) WHERE id = $1) "
             "UPDATE delivery SET finished = finished - make_interval(days => $2) WHERE alarm_id = $1",
@@ -297,8 +327,7 @@ async def test_a_notifier_killed_after_sending_lets_it_go_out_again_with_the_sam
 
 
 async def test_mail_is_sent_and_what_is_off_the_list_is_told_when_it_is_back(hub: Hub) -> None:
-    made = await hub.call("POST", "/v1/contacts", status=201, name="mail", kind="email", address="shift@acme.example")
-    await hub.escalation((0, made["contact"]["id"]), site="mail")
+    await hub.escalation((0, await hub.mail("shift@acme.example")), site="mail")
     alarm = await hub.raised("mail")
     await hub.becomes(alarm, ("raised", "sent"))
     message = hub.mailbox.got[-1]
@@ -309,6 +338,184 @@ async def test_mail_is_sent_and_what_is_off_the_list_is_told_when_it_is_back(hub
     hidden = await hub.raised("mail")
     await hub.call("POST", f"/v1/alarms/{hidden.id}/return-to-service", reason="done")
     await hub.becomes(hidden, ("back_on_list", "sent"))
+
+
+async def test_an_alarm_that_is_stored_late_is_told_all_the_same(hub: Hub) -> None:
+    contact, _ = await hub.webhook()
+    await hub.escalation((0, contact), site="late")
+    late = hub.new_alarm("late")
+    await hub.pool.execute("UPDATE escalation SET made = now() - interval '1 hour' WHERE site = 'late'")
+    async with transaction(hub.pool) as connection:  # a long one: by its commit the others are minutes ahead
+        await AlarmStore().raise_alarm(connection, late, now_us=time.time_ns() // 1000 - 90_000_000)
+        meanwhile = hub.new_alarm("late")
+        async with transaction(hub.pool) as other:
+            await AlarmStore().raise_alarm(other, meanwhile, now_us=time.time_ns() // 1000)
+        await hub.becomes(meanwhile, ("raised", "sent"))
+    await hub.becomes(late, ("raised", "sent"))
+
+
+async def test_what_comes_back_on_the_list_is_told_each_time_with_the_steps_that_fell_due_meanwhile(hub: Hub) -> None:
+    first, _ = await hub.webhook()
+    second, _ = await hub.webhook()
+    await hub.escalation((0, first), (3600, second), site="shelf")
+    alarm = await hub.raised("shelf")
+    sent = [("raised", "sent")]
+    for _ in range(2):
+        await hub.becomes(alarm, *sent)
+        await hub.call("POST", f"/v1/alarms/{alarm.id}/take-out-of-service", reason="repair")
+        await hub.pool.execute("UPDATE alarm SET raised = raised - interval '2 hours' WHERE id = $1", alarm.id)
+        await hub.pool.execute("UPDATE escalation SET made = made - interval '2 hours' WHERE site = 'shelf'")
+        await hub.pool.execute("UPDATE escalation_due SET due = now() WHERE alarm_id = $1", alarm.id)
+
+        async def is_past() -> bool:
+            query = "SELECT count(*) FROM escalation_due WHERE alarm_id = $1"
+            return bool(await hub.pool.fetchval(query, alarm.id) == 0)
+
+        await eventually(is_past)
+        assert len(await hub.deliveries(alarm)) == len(sent)
+        await hub.call("POST", f"/v1/alarms/{alarm.id}/return-to-service", reason="done")
+        sent.append(("back_on_list", "sent"))
+        if len(sent) == 2:
+            sent.append(("escalated_1", "sent"))
+    await hub.becomes(alarm, *sent)
+
+
+async def test_history_that_is_over_is_told_to_nobody(hub: Hub) -> None:
+    contact, _ = await hub.webhook()
+    await hub.escalation((0, contact), (60, contact), site="past", tell_changes=True)
+    over, lasting = [await hub.raised("past", age_s=3 * 86_400) for _ in range(2)]
+    await hub.ends(over)
+
+    async def is_planned() -> bool:
+        query = "SELECT count(*) FROM escalation_due WHERE alarm_id = ANY($1::text[])"
+        return bool(await hub.pool.fetchval(query, [over.id, lasting.id]) == 4)
+
+    await eventually(is_planned)  # a minute later, which is long for a test
+    await hub.pool.execute("UPDATE escalation_due SET due = now() WHERE step = 0")
+    await hub.becomes(lasting, ("raised", "sent"))
+    assert await hub.deliveries(over) == []
+
+
+async def test_a_silent_contact_keeps_nobody_waiting(hub: Hub) -> None:
+    contact, _ = await hub.webhook()
+    await hub.escalation((0, contact), site="good")
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    made = await hub.call("POST", "/v1/contacts", status=201, name="silent", kind="webhook", address=address)
+    silent = made["contact"]["id"]
+    await hub.escalation((0, silent), site="silent")
+    flood = [await hub.raised("silent") for _ in range(60)]
+
+    async def is_tried() -> bool:
+        found = await hub.call("GET", "/v1/deliveries", state="pending")
+        return any(one["attempts"] for one in found["deliveries"] if one["contact_id"] == silent)
+
+    await eventually(is_tried)
+    alarm = await hub.raised("good")
+    since = time.monotonic()
+    await hub.becomes(alarm, ("raised", "sent"))
+    assert time.monotonic() - since < 5
+    # One try at a time; what waits for a contact that is removed is dropped, and no operator has to look at it.
+    assert [one["attempts"] for one in (await hub.call("GET", "/v1/deliveries", state="pending"))["deliveries"]].count(
+        1
+    ) == 1
+    await hub.call("DELETE", f"/v1/contacts/{silent}", status=204)
+    assert await hub.deliveries(flood[0]) == []
+    server.close()
+
+
+async def test_a_flood_is_told_by_urgency_slowly_and_without_what_is_over(hub: Hub) -> None:
+    contact, _ = await hub.webhook()
+    await hub.escalation((0, contact), site="flood")
+    hub.receiver.answering.clear()
+    first = await hub.raised("flood", Severity.LOW)
+
+    async def has_arrived() -> bool:
+        return hub.receiver.of(first) == ["raised"]
+
+    await eventually(has_arrived)
+    over, *rest = [await hub.raised("flood", Severity.LOW) for _ in range(MESSAGES_A_MINUTE_MAX + 10)]
+    await hub.call("POST", f"/v1/alarms/{over.id}/acknowledge")
+    await hub.ends(over)
+    urgent = await hub.raised("flood", Severity.HIGH)
+    await hub.becomes(urgent, ("raised", "pending"))
+    before = len(hub.receiver.got)
+    hub.receiver.answering.set()
+    await hub.becomes(urgent, ("raised", "sent"))
+    assert hub.receiver.got[before][1].count(urgent.id.encode()) == 1
+
+    async def is_full() -> bool:
+        return len(hub.receiver.got) >= before + MESSAGES_A_MINUTE_MAX - 1
+
+    await eventually(is_full)
+    # Notifiers have looked again when another contact has been told.
+    other, _ = await hub.webhook()
+    await hub.escalation((0, other), site="calm")
+    calm = await hub.raised("calm")
+    await hub.becomes(calm, ("raised", "sent"))
+    assert len(hub.receiver.got) == before + MESSAGES_A_MINUTE_MAX - 1 + 1
+    assert await hub.deliveries(over) == []
+    waiting = (await hub.call("GET", "/v1/deliveries", state="pending"))["deliveries"]
+    assert len([one for one in waiting if one["contact_id"] == contact]) == len(rest) - (MESSAGES_A_MINUTE_MAX - 2)
+    await hub.call("DELETE", f"/v1/contacts/{contact}", status=204)
+
+
+async def test_a_contact_that_nothing_can_be_sent_to_does_not_keep_others_from_being_told(hub: Hub) -> None:
+    wrong = "=?x?b?!?=@x.yy"  # no mail can be addressed to it
+    await hub.call("POST", "/v1/contacts", status=400, name="mail", kind="email", address=wrong)
+    contact, good = await hub.mail("x@acme.example"), (await hub.webhook())[0]
+    await hub.pool.execute("UPDATE contact SET address = $2 WHERE id = $1", contact, wrong)
+    await hub.escalation((0, contact), site="wrong")
+    await hub.escalation((0, good), site="wrong")
+    alarm = await hub.raised("wrong")
+    await hub.becomes(alarm, ("raised", "pending"), ("raised", "sent"))
+
+    async def has_failed() -> bool:
+        return any("could not send" in one["last_error"] for one in await hub.deliveries(alarm))
+
+    await eventually(has_failed)
+    # Whatever ends a notifier before it can note the outcome is given up too.
+    await hub.pool.execute(
+        "UPDATE delivery SET attempts = $2, due = now(), last_error = '' WHERE alarm_id = $1", alarm.id, ATTEMPTS_MAX
+    )
+    await hub.becomes(alarm, ("raised", "dead"), ("raised", "sent"))
+    assert all(one.process.returncode is None for one in hub.notifiers[-2:])
+    await hub.call("DELETE", f"/v1/contacts/{contact}", status=204)
+
+
+async def test_a_stranger_gets_a_few_codes_and_no_alarms(hub: Hub) -> None:
+    there = {"name": "buy my goods", "kind": "email", "address": "stranger@acme.example"}
+    made = await hub.call("POST", "/v1/contacts", status=201, **there)
+    contact = made["contact"]["id"]
+    code = await hub.code("stranger@acme.example")
+    assert "goods" not in hub.mailbox.got[-1].as_string()
+    good, _ = await hub.webhook()
+    await hub.escalation((0, contact), site="stranger")
+    await hub.escalation((0, good), site="stranger")
+    alarm = await hub.raised("stranger")
+    await hub.becomes(alarm, ("raised", "sent"))
+    wrong = str((int(code) + 1) % 10**CODE_DIGITS).zfill(CODE_DIGITS)
+    await hub.call("POST", f"/v1/contacts/{contact}/confirm", status=400, code=wrong)
+    await hub.call("POST", f"/v1/contacts/{contact}/confirm", status=404, code=code, key=hub.other_firm)
+    for _ in range(CODE_TRIES_MAX - 1):
+        await hub.call("POST", f"/v1/contacts/{contact}/confirm", status=400, code="x")
+    await hub.call("POST", f"/v1/contacts/{contact}/confirm", status=409, code=code)
+    for _ in range(CODES_A_DAY_MAX - 1):
+        await hub.call("POST", f"/v1/contacts/{contact}/try")
+    await hub.call("POST", f"/v1/contacts/{contact}/try", status=409)
+
+    async def are_sent() -> bool:
+        return [message["To"] for message in hub.mailbox.got].count("stranger@acme.example") == CODES_A_DAY_MAX
+
+    await eventually(are_sent)
+    # Another contact of that address gets none either.
+    await hub.call("DELETE", f"/v1/contacts/{contact}", status=204)
+    await hub.call("POST", "/v1/contacts", status=409, **there)
 
 
 async def test_contacts_are_tried_removed_and_nobody_elses(hub: Hub) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from localstack.hub import Hub
 from localstack.servers import Servers
 from services.anomaly.domain import Alarm, Severity, alarm_id
+from services.anomaly.rules import RULES_OF_SIGNAL_MAX
 from services.anomaly.store import Actor, AlarmStore
 from services.anomaly.tuning_store import NewTuning, TuningStore
 from services.anomaly.tunings import (
@@ -464,3 +465,15 @@ async def test_whoever_watches_again_misses_nothing(works: Works) -> None:
     for wrong in ("x", "1.2", "1." * 5000 + "1"):
         answer = await works.http.get("/v1/alarms/watch", headers={"last-event-id": wrong})
         assert answer.status_code == 400, answer.text
+
+
+async def test_a_signal_has_a_limited_number_of_rules(works: Works) -> None:
+    """The worker looks at each of them for every sample of it."""
+    machine = await works.machine()
+    rule = {"machine_id": machine["id"], "kind": "above", "name": "many", "limit": 1e6}
+    for number in range(RULES_OF_SIGNAL_MAX):
+        await works.call("POST", "/v1/rules", status=201, signal_id=machine["signals"][0]["id"], **rule)
+        if number == 0:
+            await works.call("POST", "/v1/rules", status=201, signal_id=machine["signals"][1]["id"], **rule)
+    refused = await works.call("POST", "/v1/rules", status=409, signal_id=machine["signals"][0]["id"], **rule)
+    assert refused["reason"] == "TOO_MANY_RULES"

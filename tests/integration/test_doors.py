@@ -107,6 +107,54 @@ async def until_refused(stub: Any, bearer: str) -> None:
         await list_machines(stub, bearer)
 
 
+UNREAD = (("POST", "/v1/machines"), ("PUT", "/v1/firms/1/quota"), ("POST", "/v1/telemetry"), ("POST", "/write"))
+
+
+async def answer_to_head(doors: Doors, method: str, path: str, bearer: str, *, length: str) -> tuple[int, str]:
+    """Status and body of the answer to a request whose body is announced and never sent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", doors.hub.processes["door"].http_port)
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: hub\r\nContent-Type: application/json\r\nAuthorization: Bearer {bearer}\r\n"
+    )
+    writer.write(f"{head}{length}\r\n\r\n".encode())
+    try:
+        async with asyncio.timeout(5):
+            status = int((await reader.readline()).split()[1])
+            return status, (await reader.readuntil(b"}")).decode()
+    finally:
+        writer.close()
+
+
+async def test_a_body_is_not_read_before_its_sender_is_known(doors: Doors) -> None:
+    length = "Content-Length: 4000000"
+    for method, path in UNREAD:
+        status, told = await answer_to_head(doors, method, path, "smdih_firm_wrong", length=length)
+        assert (status, '"UNAUTHENTICATED"' in told) == (401, True), (path, told)
+    operator = doors.hub.operator_key
+    for path in ("/v1/telemetry", "/write"):
+        assert (await answer_to_head(doors, "POST", path, operator, length=length))[0] == 403, path
+    # What needs no key takes little; and a body that does not say how long it is ends at the limit all the same.
+    assert (await answer_to_head(doors, "POST", "/v1/claims", "", length="Content-Length: 100000"))[0] == 413
+    async with doors.client(await doors.key()) as client:
+
+        async def endless() -> AsyncIterator[bytes]:
+            for _ in range(90):
+                yield b" " * 50_000
+
+        answer = await client.post("/v1/machines", content=endless(), headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["reason"]) == (413, "TOO_LARGE")
+
+
+async def test_a_message_is_not_read_before_its_sender_is_known(doors: Doors) -> None:
+    async with doors.channel() as channel:
+        # As a stream, because a client that says it has one message waits until it is sent.
+        call: Any = channel.stream_stream("/smdih.ingest.v1.RegistryService/CreateMachine")
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await call(metadata=metadata("smdih_firm_wrong"), timeout=5).read()
+        assert told.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert dict(told.value.trailing_metadata() or ())["reason"] == "UNAUTHENTICATED"
+
+
 async def test_a_key_that_asks_too_often_is_told_when_to_come_again(doors: Doors) -> None:
     """By whichever door; another key is not touched, and after the time given it goes on."""
     greedy, modest = await doors.key(), await doors.key()

@@ -1,12 +1,14 @@
 """The fund as two real processes on one database: from a match to an award, races between the two, kills, the ledger."""
 
 import asyncio
+import math
 import re
 import secrets
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import asyncpg
 import grpc
@@ -14,14 +16,25 @@ import httpx
 import pytest
 import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from prometheus_client import REGISTRY
 
 from localstack.servers import free_port
 from services.common import topics
+from services.common.database import create_pool
 from services.common.kafka import Cluster, Publisher
 from services.common.settings import Settings
 from services.funding.domain import uk_day
+from services.funding.gauges import ProgressGauges
 from services.funding.rules.calendar import add_months
-from smdih.funding.v1 import agreement_pb2, agreement_pb2_grpc, events_pb2, funding_pb2, funding_pb2_grpc
+from smdih.funding.v1 import (
+    agreement_pb2,
+    agreement_pb2_grpc,
+    events_pb2,
+    funding_pb2,
+    funding_pb2_grpc,
+    notice_pb2,
+    notice_pb2_grpc,
+)
 from smdih.matching.v1 import events_pb2 as matching_pb2
 from tests.integration.funding_hub import (
     DAY_US,
@@ -329,6 +342,8 @@ async def test_everybody_can_read_the_awards_in_the_360giving_standard(hub: Hub)
         uk_day(datetime.now(UTC)).isoformat(),
     )
     assert '"amountAwarded":1234.56,' in answer.text
+    # A provider may be a person, and its title his name.
+    assert "Spindle bearing clinic" not in answer.text
     assert made["recipientOrganization"] == [{"id": f"360G-smdih-ORG:firm-{FIRM}", "name": f"Firm {FIRM}"}]
     # What was given up before anything was paid is no grant.
     await hub.done("POST", f"/v1/awards/{award_id}/withdraw", {"reason": "sold"}, who="firm")
@@ -469,6 +484,37 @@ async def test_only_confirmed_private_cash_is_match_unless_the_call_admits_goods
         assert seen["max_grant_pence"] == 41_000_00
 
 
+async def test_a_pledge_that_was_stated_wrongly_is_taken_back(hub: Hub) -> None:
+    call = await hub.call()
+    made = await hub.application(call["id"])
+    path = f"/v1/applications/{made['id']}"
+    wrong = await hub.pledge(made["id"], 50_000_00, confirm=False, public_body=True)
+    # As public money it takes the whole grant away.
+    assert "take_pledge_back" in (await hub.done("GET", path, who="firm"))["may"]
+    assert (await hub.done("GET", path))["assessment"]["max_grant_pence"] == 0
+    reason = {"reason": "it is a private company"}
+    await hub.refused(
+        404, "APPLICATION_UNKNOWN", "POST", f"{path}/pledges/{wrong['id']}/take-back", reason, who="other"
+    )
+    await hub.refused(404, "PLEDGE_UNKNOWN", "POST", f"{path}/pledges/none/take-back", reason, who="firm")
+    for _ in range(2):  # the second is a repeat
+        seen = await hub.done("POST", f"{path}/pledges/{wrong['id']}/take-back", reason, who="firm")
+        assert (seen["pledges"], seen["assessment"]["max_grant_pence"]) == ([], 45_000_00)
+    right = await hub.pledge(made["id"], 60_000_00)
+    await hub.refused(409, "PLEDGE_CONFIRMED", "POST", f"{path}/pledges/{right['id']}/take-back", reason, who="firm")
+    for _ in range(2):
+        seen = await hub.done("POST", f"{path}/pledges/{right['id']}/take-back", reason)
+        assert seen["assessment"]["match_counted_pence"] == 0
+    await hub.pledge(made["id"], 60_000_00)
+    await hub.done("POST", f"{path}/submit", who="firm")
+    assert (await hub.decide(made["id"])).json()["award"]["co_investment_pence"] == 60_000_00
+    await hub.refused(404, "PLEDGE_UNKNOWN", "POST", f"{path}/pledges/{made['id']}/take-back", reason)
+    trial = await hub.trial_balance()
+    left = {row["kind"]: row["balance_pence"] for row in trial["accounts"] if row["call_id"] == call["id"]}
+    assert (left["co_investment_source"], left["co_investment_pledged"]) == (-60_000_00, 0)
+    await hub.assert_replay_agrees()
+
+
 async def test_partners_reach_the_fund_by_grpc(hub: Hub) -> None:
     match_id = await hub.match()
     now_us = time.time_ns() // 1000
@@ -583,10 +629,96 @@ async def test_offers_that_make_no_match_and_records_that_cannot_be_read_do_not_
         await consumer.stop()
 
 
+async def test_an_application_without_its_match_waits_for_another_of_the_same_need(hub: Hub) -> None:
+    call = await hub.call()
+    made = await hub.application(call["id"])
+    path, first = f"/v1/applications/{made['id']}", made["match_id"]
+    await hub.pledge(made["id"], 60_000_00)
+    need_id = f"need-{first}"
+
+    async def published(match_id: str, change: Any) -> None:
+        await hub.publisher.publish(topics.OFFERS, offer_event(match_id, FIRM, change, need_id), key=b"need")
+
+    async def rests_on(match_id: str, *, standing: bool) -> None:
+        async def seen() -> bool:
+            found = await hub.done("GET", path)
+            met = next(one["met"] for one in found["assessment"]["findings"] if one["rule"] == "PROVIDER")
+            return (found["match_id"], met) == (match_id, standing)
+
+        await eventually(seen, deadline_s=40)
+
+    accepted, cancelled = matching_pb2.OFFER_CHANGE_ACCEPTED, matching_pb2.OFFER_CHANGE_CANCELLED
+    await published(first, cancelled)
+    await rests_on(first, standing=False)
+    why = await hub.refused(409, "MATCH_ENDED", "POST", f"{path}/submit", who="firm")
+    assert "Accept another offer for the same need" in why
+    body = application_body(call["id"], first)
+    assert "apply for that match" in await hub.refused(409, "MATCH_ENDED", "POST", "/v1/applications", body, who="firm")
+    # Another provider for the same need, and the draft goes on with its pledge; what was submitted waits in the same way.
+    for _ in range(2):  # the second is a repeat
+        await published("second-match", accepted)
+        await published(first, cancelled)
+    await rests_on("second-match", standing=True)
+    await hub.done("POST", f"{path}/submit", who="firm")
+    await published("second-match", cancelled)
+    await rests_on("second-match", standing=False)
+    assert (await hub.decide(made["id"])).json()["reason"] == "MATCH_ENDED"
+    await published("third-match", accepted)
+    await rests_on("third-match", standing=True)
+    awarded = (await hub.decide(made["id"])).json()
+    assert (awarded["state"], awarded["match_id"]) == ("awarded", "third-match")
+    # An award stands: what becomes of it is a change of its project.
+    await published("third-match", cancelled)
+    await hub.match()
+    assert (await hub.done("GET", path))["state"] == "awarded"
+
+
+async def test_a_firm_is_told_what_was_decided_while_it_was_not_there(hub: Hub) -> None:
+    newest = (await hub.done("GET", "/v1/notices?page_size=1", who="firm"))["notices"]
+    before = newest[0]["id"] if newest else 0
+    call = await hub.call()
+    award_id, claim_id = await decided_claim(hub, call["id"])
+    rejected = await hub.submitted(call["id"], grant=1_000_00, cost=4_000_00, pledged=3_000_00)
+    await hub.decide(rejected, award=False)
+    others = await hub.submitted(call["id"], grant=100_00, cost=400_00, pledged=300_00, firm_id=OTHER_FIRM)
+    await hub.decide(others, award=False)
+    assert (await settle(hub, award_id, claim_id)).status_code == 200
+    new = f"/v1/notices?after_id={before}"
+    told = (await hub.done("GET", new, who="firm"))["notices"]
+    assert [one["kind"] for one in told] == [
+        "claim_paid",
+        "application_rejected",
+        "pledge_confirmed",
+        "claim_decided",
+        "application_awarded",
+        "pledge_confirmed",
+    ]
+    assert told[0]["text"] == "The claim is settled: GBP 50.00 is paid."
+    assert (told[0]["award_id"], told[1]["application_id"], told[1]["award_id"]) == (award_id, rejected, "")
+    assert told[1]["text"].startswith("The application is rejected: best value. ")
+    pages, token = list[int](), ""
+    while token or not pages:
+        page = await hub.done("GET", f"{new}&page_size=4&page_token={token}", who="firm")
+        pages, token = pages + [one["id"] for one in page["notices"]], page["next_page_token"]
+    assert pages == [one["id"] for one in told]
+    async with grpc.aio.insecure_channel(hub.grpc_addresses[0]) as channel:
+        notices = notice_pb2_grpc.NoticeServiceStub(channel)
+        request = notice_pb2.ListNoticesRequest(after_id=before)
+        answer = await notices.ListNotices(request, metadata=(("authorization", f"Bearer {hub.keys['firm']}"),))
+        assert [(one.id, one.text) for one in answer.notices] == [(one["id"], one["text"]) for one in told]
+        assert answer.notices[0].kind == notice_pb2.NOTICE_KIND_CLAIM_PAID
+    for wrong, reason in (("after_id=-1", "AFTER_ID_INVALID"), ("page_token=x", "PAGE_TOKEN_INVALID")):
+        await hub.refused(400, reason, "GET", f"/v1/notices?{wrong}", who="firm")
+    await hub.refused(403, "FORBIDDEN", "GET", "/v1/notices", who="partner")
+
+
 async def test_the_commands_tell_by_their_exit_code_whether_the_ledger_is_in_order(hub: Hub) -> None:
     await hub.call()
     connection = await asyncpg.connect(hub.dsn, server_settings={"search_path": "funding"})
     tamper = "UPDATE ledger_transfer SET amount_pence = amount_pence + $1 WHERE event_sequence = 1"
+    award_id, claim_id = await decided_claim(hub, (await hub.call())["id"])
+    await settle(hub, award_id, claim_id)
+    promise = "UPDATE agreement SET paid_pence = paid_pence + $2 WHERE award_id = $1"
 
     async def outcomes(*commands: str) -> list[tuple[int, str]]:
         return await asyncio.gather(*(asyncio.to_thread(hub.command, command) for command in commands))
@@ -594,13 +726,16 @@ async def test_the_commands_tell_by_their_exit_code_whether_the_ledger_is_in_ord
     try:
         await connection.execute("SET session_replication_role = replica")
         await connection.execute(tamper, 1)
+        await connection.execute(promise, award_id, 1)
         (balance_code, balance_output), (replay_code, replay_output) = await outcomes("trial-balance", "replay")
         await connection.execute(tamper, -1)
+        await connection.execute(promise, award_id, -1)
     finally:
         await connection.close()
     assert (balance_code, replay_code) == (1, 1)
     assert "DIFFERS FROM ITS TRANSFERS" in balance_output
     assert "event 1 or one of its transfers was altered" in replay_output
+    assert f"award {award_id} shows 5001 pence as paid_pence, its transfers make 5000" in replay_output
     *in_order, (usage_code, usage) = await outcomes("trial-balance", "replay", "nonsense")
     assert [code for code, _ in in_order] == [0, 0], in_order
     assert (usage_code, usage.count("\n")) == (2, 1)
@@ -637,10 +772,22 @@ async def test_an_award_above_the_limit_is_listed_until_its_subsidy_entry_is_mad
     assert 88 <= entry["days_left"] <= 92
     await hub.refused(403, "FORBIDDEN", "GET", where, who="firm")
     await hub.refused(404, "AWARD_UNKNOWN", "POST", f"{where}/{free['id']}", {"reference": "SC1"})
-    for _ in range(2):
-        assert (await hub.ask("POST", f"{where}/{due['id']}", {"reference": "SC10001"})).status_code == 204
-    left = [entry["award_id"] for entry in (await hub.done("GET", where))["entries"]]
-    assert due["id"] not in left
+    pool = await create_pool(hub.dsn, schema="funding", size_max=1)
+
+    async def next_due_s() -> float | None:
+        await ProgressGauges(pool).measure()
+        return REGISTRY.get_sample_value("smdih_funding_subsidy_entry_due_timestamp_seconds")
+
+    try:
+        last_day = datetime.fromisoformat(entry["due"]).replace(tzinfo=ZoneInfo("Europe/London"))
+        assert await next_due_s() == (last_day + timedelta(days=1)).timestamp()
+        for _ in range(2):
+            assert (await hub.ask("POST", f"{where}/{due['id']}", {"reference": "SC10001"})).status_code == 204
+        left = [entry["award_id"] for entry in (await hub.done("GET", where))["entries"]]
+        assert due["id"] not in left
+        assert await next_due_s() == math.inf
+    finally:
+        await pool.close()
 
 
 async def test_a_budget_moves_between_programme_and_call_as_far_as_it_is_free(hub: Hub) -> None:

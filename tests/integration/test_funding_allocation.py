@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from services.common.clock import from_us
 from services.common.database import transaction
 from services.common.kafka import Publisher
 from services.common.settings import Settings
-from services.funding import call_store, checker
-from services.funding.domain import Match
+from services.funding import call_store, checker, matches
+from services.funding.assessor_finder import Question
+from services.funding.domain import SUPPORTERS_PER_APPLICATION_MAX, Match, uk_day
 from smdih.funding.v1 import review_pb2, review_pb2_grpc
 from tests.integration.funding_world import ALL_KEYS, ASSESSORS, SECOND, World, running_world
 from tests.integration.matching_hub import FIRM
@@ -62,6 +65,19 @@ async def test_assessors_come_from_matching_without_those_who_have_a_conflict(wo
     excluded = (await world.done("GET", f"/v1/applications/{sister}/assessors"))["excluded"]
     assert [one["provider_id"] for one in excluded] == ["kin"]
     await world.pool.execute("DELETE FROM firm_group")
+
+
+@pytest.mark.parametrize("before", [150, 350])
+async def test_however_many_take_part_each_conflict_counts(world: World, before: int) -> None:
+    """The applicant's own id is the last of a large group's, and a partner's name the last of many."""
+    strangers = range(1_000, 1_000 + before)
+    of_firm = Question(text="gears", sic="", region="", firm_ids=[*strangers, FIRM], organisations=[])
+    found = await world.finder.propose(ALL_KEYS["operator"], of_firm, count=10)
+    assert {one.provider_id for one in found.assessors} == set(ASSESSORS)
+    assert [one.provider_id for one in found.excluded] == ["kin"]
+    names = [*(f"Capital {number}" for number in strangers), "university"]
+    of_partner = Question(text="gears", sic="", region="", firm_ids=[], organisations=names)
+    assert (await world.finder.propose(ALL_KEYS["operator"], of_partner, count=10)).assessors == ()
 
 
 async def test_an_assessor_declares_answers_and_scores_once(world: World) -> None:
@@ -291,6 +307,116 @@ async def test_a_declared_portfolio_is_solved_to_the_proven_optimum_and_the_same
     )
 
 
+async def test_what_an_enterprise_may_still_be_given_is_shared_by_its_applications(world: World) -> None:
+    """The second would be refused at its award, after the third had been rejected for want of money."""
+    call_id = await world.call(80_00)
+    size = {"headcount": "9", "turnover_minor": 1, "balance_minor": 1, "period_start": "2026-01-01"}
+    group = {"firm_ids": [102, 103], "source": "filing of 3 November"}
+    await world.done("PUT", "/v1/groups/welsh", group)
+    left = (await world.done("GET", "/v1/assistance?firm_id=102"))["headroom_pence"]
+    given_on = uk_day(from_us(world.clock.now_us())).isoformat()
+    given = [{"given_on": given_on, "amount_pence": left - 60_00, "kind": "MFA"}]
+    declared = {"size": size, "uk_registered": True, "earlier_assistance": given}
+    first = await world.submitted(call_id, 102, declaration=declared)
+    sister = await world.submitted(call_id, 103, declaration=declared)
+    third = await world.submitted(call_id, 101)
+    for made, score in ((first, "90"), (sister, "85"), (third, "80")):
+        await world.scored(made, score, score, score)
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/allocations")
+    why = {one["application_id"]: (one["code"], one["text"]) for one in run["reasons"]}
+    assert {made: code for made, (code, _) in why.items()} == {first: "FUNDED", sister: "MFA_LIMIT", third: "FUNDED"}
+    assert "GBP 20.00 was left of the assistance that its enterprise may be given" in why[sister][1]
+    confirm = {"reason": "panel"}
+    done = await world.done("POST", f"/v1/allocations/{run['id']}/confirm", confirm, who=SECOND)
+    assert (done["pending"], done["refused"]) == ([], {})
+    assert [await world.state(made) for made in (first, sister, third)] == [
+        ("awarded", "FUNDED"),
+        ("rejected", "MFA_LIMIT"),
+        ("awarded", "FUNDED"),
+    ]
+    await world.done("PUT", "/v1/groups/welsh", {**group, "firm_ids": []})
+
+
+async def test_nobody_is_rejected_for_want_of_money_while_an_award_is_refused(world: World) -> None:
+    call_id = await world.call(40_00)
+    # 49.00 of business money beside 40.00: below the programme's ratio, which is judged at the award.
+    costs = [{"category": "labour", "amount_pence": 89_00}]
+    thin = await world.submitted(call_id, FIRM, pledge=False, costs=costs)
+
+    async def pledged(application_id: str, pence: int) -> None:
+        promise = {"request_id": "p", "co_investor": "Northgate", "kind": "cash", "amount_pence": pence}
+        path = f"/v1/applications/{application_id}/pledges"
+        made = await world.done("POST", path, promise)
+        await world.done("POST", f"{path}/{made['id']}/confirm", {"evidence": "letter"})
+
+    await pledged(thin, 49_00)
+    second, low = await world.submitted(call_id, 101), await world.submitted(call_id, 101)
+    for made, score in ((thin, "90"), (second, "80"), (low, "60")):
+        await world.scored(made, score, score, score)
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/allocations")
+    confirm = ("POST", f"/v1/allocations/{run['id']}/confirm", {"reason": "panel"})
+    done = await world.done(*confirm, who=SECOND)
+    assert (done["refused"], set(done["pending"])) == ({thin: "FUND_RATIO"}, {thin, second})
+    assert [await world.state(made) for made in (thin, second, low)] == [
+        ("submitted", ""),
+        ("submitted", ""),
+        ("rejected", "BELOW_THRESHOLD"),
+    ]
+    # The money is there for another run, or for the first once it may be awarded.
+    again = await world.done("POST", f"/v1/calls/{call_id}/allocations")
+    assert {one["application_id"] for one in again["reasons"]} == {thin, second}
+    for who in ("operator", SECOND):
+        await world.done("POST", f"/v1/applications/{thin}/waive-ratio", {"reason": "first of a series"}, who=who)
+    assert (await world.done(*confirm, who=SECOND))["pending"] == []
+    assert [await world.state(made) for made in (thin, second)] == [
+        ("awarded", "FUNDED"),
+        ("rejected", "ASKS_MORE_THAN_LEFT"),
+    ]
+    # Business money again, so that the tests after this one meet a fund in its ratio.
+    more = await world.submitted(await world.call(1_00), 101, 1_00, pledge=False)
+    await pledged(more, 100_00)
+    await world.done("POST", f"/v1/applications/{more}/decide", {"award": True, "reason": "good"})
+
+
+async def test_who_was_left_out_for_another_reason_makes_an_allocation_stale(world: World) -> None:
+    call_id = await world.call(80_00)
+    made = await world.submitted(call_id, FIRM, pledge=False)
+    await world.scored(made, "90", "90", "90", in_scope=False)
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/allocations")
+    assert [one["code"] for one in run["reasons"]] == ["OUT_OF_SCOPE"]
+    # What would be rejected for its scope is in scope after all, and its match is missing: that is for people.
+    path = f"/v1/applications/{made}"
+    await world.done("POST", f"{path}/moderate", {"outcome": "reopened", "reason": "the scope was read wrongly"})
+    score = {"percent": "90", "in_scope": True, "justification": "sound plan"}
+    for review in (await world.done("GET", f"{path}/reviews"))["reviews"]:
+        await world.done("POST", f"/v1/reviews/{review['id']}/score", score, who="partner")
+    where = f"/v1/allocations/{run['id']}/confirm"
+    await world.refused(409, "ALLOCATION_STALE", "POST", where, {"reason": "panel"}, who=SECOND)
+    assert await world.state(made) == ("submitted", "")
+
+
+async def test_who_is_the_new_provider_of_a_project_does_not_judge_it(world: World) -> None:
+    made = await world.submitted(await world.call(100_00), FIRM)
+    await world.scored(made, "80", "81", "82")
+    async with transaction(world.pool) as connection:
+        old = await call_store.match_of(connection, f"match-{world.matches}")
+        assert old is not None
+        await matches.end(connection, world.clock, replace(old, ended_us=world.clock.now_us()))
+        await matches.begin(connection, world.clock, replace(old, id="match-of-gears", provider_id="gears"))
+    seen = await world.done("GET", f"/v1/applications/{made}/reviews")
+    assert {one["provider_id"]: one["state"] for one in seen["reviews"]} == {
+        "gears": "withdrawn",
+        "vibration": "scored",
+        "oil": "scored",
+    }
+    assert (await world.done("GET", f"/v1/applications/{made}"))["match_id"] == "match-of-gears"
+    actions = [one["action"] for one in (await world.done("GET", f"/v1/audit?application_id={made}"))["entries"]]
+    assert actions[:3] == ["assessor_taken_back", "match_replaced", "match_ended"]
+
+
 async def test_limits_that_cannot_be_kept_decide_nothing_and_say_which(world: World) -> None:
     call_id = await world.call(60_00, method="portfolio", limits=[{"pot": "region:scotland", "floor_pence": 1}])
     await world.scored(await world.submitted(call_id, FIRM, 20_00), "95", "95", "95")
@@ -305,6 +431,13 @@ async def test_limits_that_cannot_be_kept_decide_nothing_and_say_which(world: Wo
         ({"limits": [{"pot": "region:wales", "floor_pence": 1}]}, "LIMIT_NEEDS_PORTFOLIO"),
         ({"limits": [{"pot": "planet:mars", "ceiling_pence": 1}]}, "LIMIT_INVALID"),
         ({"limits": [{"pot": "first-time", "ceiling_pence": 1}] * 2}, "LIMIT_INVALID"),
+        (
+            {
+                "method": "portfolio",
+                "limits": [{"pot": f"region:{one}", "floor_pence": 50_01} for one in ("wales", "scotland")],
+            },
+            "LIMIT_INVALID",
+        ),
         ({"limits": [{"pot": "first-time", "ceiling_pence": 100_01}]}, "LIMIT_INVALID"),
         ({"questions": [{"id": "Bad Id", "text": "?", "kind": "text"}]}, "QUESTION_INVALID"),
         ({"questions": [{"id": "a", "text": "?", "kind": "choice", "choices": ["x"]}]}, "QUESTION_INVALID"),
@@ -376,6 +509,61 @@ async def test_an_application_answers_the_questions_of_its_call_in_their_form(wo
         body |= {"declaration": {"size": size, "uk_registered": True}}
         body |= {"costs": [{"category": "labour", "amount_pence": 1_00}]}
         await world.refused(status, reason, "POST", "/v1/applications", body)
+
+
+async def test_as_many_as_may_choose_an_application_pay_it_whole(world: World) -> None:
+    call_id = await world.call(1_000_00)
+    loved = await world.submitted(call_id, FIRM, 40_00, pledge=False)
+    path = f"/v1/calls/{call_id}/pool-pledges"
+    body = {"co_investor": "Ash", "amount_pence": 1_00, "supports": [loved], "evidence": "letter"}
+    for number in range(SUPPORTERS_PER_APPLICATION_MAX):
+        await world.done("POST", path, {**body, "request_id": f"ash-{number}", "co_investor": f"Ash {number}"})
+    # One more could not be paid beside them, and would leave the match a little short for good.
+    why = await world.refused(409, "TOO_MANY_SUPPORTERS", "POST", path, {**body, "request_id": "more"})
+    assert loved in why
+    own = {"kind": "cash", "amount_pence": 1, "co_investor": "Beech"}
+    for number in range(2):
+        await world.done("POST", f"/v1/applications/{loved}/pledges", {**own, "request_id": f"own-{number}"})
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/pool-spreads")
+    (purchase,) = run["certificate"]["purchases"]
+    assert len(purchase["payments_p"]) == SUPPORTERS_PER_APPLICATION_MAX
+    where = f"/v1/pool-spreads/{run['id']}/confirm"
+    for _ in range(2):  # the second is a repeat
+        done = await world.done("POST", where, {"reason": "agreed"}, who=SECOND)
+        assert done["refused"] == {}
+    seen = await world.done("GET", f"/v1/applications/{loved}")
+    assert seen["assessment"]["match_counted_pence"] == 60_00
+    assert len(seen["pledges"]) == SUPPORTERS_PER_APPLICATION_MAX + 2
+    # All of it is one event of the ledger, and so is its award.
+    awarded = await world.done("POST", f"/v1/applications/{loved}/decide", {"award": True, "reason": "best"})
+    assert awarded["award"]["co_investment_pence"] == 60_00
+    async with world.pool.acquire() as connection:
+        kinds = await connection.fetch(
+            "SELECT e.kind, count(*) AS transfers FROM ledger_event e JOIN ledger_transfer t ON t.event_sequence = e.sequence "
+            "WHERE e.request_id LIKE 'pool:' || $1 || ':%' OR e.request_id = 'application:' || $2 || ':awarded' "
+            "GROUP BY e.sequence, e.kind ORDER BY e.sequence",
+            run["id"],
+            loved,
+        )
+    assert [tuple(row) for row in kinds] == [
+        ("pool_paid", SUPPORTERS_PER_APPLICATION_MAX),
+        ("application_awarded", SUPPORTERS_PER_APPLICATION_MAX + 1),
+    ]
+
+
+async def test_no_co_investor_pays_for_an_application_that_did_not_pass(world: World) -> None:
+    call_id = await world.call(1_000_00)
+    weak = await world.submitted(call_id, FIRM, 20_00, pledge=False)
+    good = await world.submitted(call_id, 101, 40_00, pledge=False)
+    await world.scored(weak, "60", "61", "62")
+    body = {"request_id": "a", "co_investor": "Ash", "amount_pence": 60_00, "supports": [weak, good], "evidence": "x"}
+    await world.done("POST", f"/v1/calls/{call_id}/pool-pledges", body)
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/pool-spreads")
+    # The cheaper one would have come first, and its money back only when everything is spread.
+    assert [one["project"] for one in run["certificate"]["purchases"]] == [good]
+    assert run["input"]["projects"].keys() == {good}
 
 
 async def test_co_investors_pay_alike_for_what_they_chose_and_for_nothing_else(world: World) -> None:

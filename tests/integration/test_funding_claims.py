@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -11,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
 from services.common.clock import to_us
 from services.common.database import Pool, create_pool, transaction
@@ -31,6 +33,7 @@ from services.funding.change_requests import Change, ChangeKind, ChangeService, 
 from services.funding.claims import ClaimService
 from services.funding.decisions import DecisionService
 from services.funding.domain import Cost, CostCategory, Declaration, Match, SizeFigures
+from services.funding.gauges import ProgressGauges
 from services.funding.impact import Figures, ImpactKind, change_between
 from services.funding.impacts import Impact, ImpactService
 from services.funding.journal import Journal
@@ -309,6 +312,22 @@ async def test_who_decides_a_claim_does_not_release_its_money(fund: Fund) -> Non
     assert (await fund.settle(award_id, claim_id, caller=FIRST)).paid_pence == 400_00
 
 
+async def test_a_claim_waits_until_the_second_person_has_released_its_money(fund: Fund) -> None:
+    award_id = await fund.award()
+    first = date(2026, 6, 2)
+    claim_id = await fund.claim(award_id, 6, 1_000_00, day=first, period_end=first.isoformat())
+    sent_us = fund.clock.now_us()
+    await fund.decide(award_id, claim_id)
+
+    async def waiting_since() -> float:
+        await ProgressGauges(fund.pool).measure()
+        return time.time() - (REGISTRY.get_sample_value("smdih_funding_claim_waiting_seconds") or 0)
+
+    assert await waiting_since() == pytest.approx(sent_us / 1e6, abs=60)
+    await fund.settle(award_id, claim_id)
+    assert await waiting_since() > sent_us / 1e6 + 86_400
+
+
 async def test_payments_that_race_and_repeat_pay_once(fund: Fund) -> None:
     award_id = await fund.award()
     claim_id = await fund.claim(award_id, 6, 1_000_00)
@@ -362,6 +381,30 @@ async def test_the_same_days_or_the_same_paper_are_claimed_once(fund: Fund) -> N
     await refused("REQUEST_ID_REUSED", fund.claim(award_id, 6, 5, request_id="again"))
 
 
+async def test_a_claim_that_was_rejected_may_be_corrected_within_thirty_days(fund: Fund) -> None:
+    for day, state in ((date(2026, 9, 19), ClaimState.DECIDED), (date(2026, 9, 20), ClaimState.LAPSED)):
+        award_id = await fund.award()
+        june = await fund.claim(award_id, 6, 1_000_00, day=date(2026, 7, 30))
+        fund.clock.day = date(2026, 8, 20)
+        await fund.decide(award_id, june, accept=False)
+        again = await fund.claim(award_id, 6, 1_000_00, day=day)
+        corrected = (await fund.decide(award_id, again)).claims[1]
+        assert corrected.state is state, corrected.decision
+    # One that was late when it came stays late.
+    july = await fund.claim(award_id, 7, 1_000_00, day=date(2026, 8, 31))
+    await fund.decide(award_id, july, accept=False)
+    late = await fund.claim(award_id, 7, 1_000_00, day=date(2026, 9, 1))
+    assert (await fund.decide(award_id, late)).claims[-1].state is ClaimState.LAPSED
+    # Neither is the award closed while the final claim may be corrected.
+    final = await fund.claim(award_id, 8, 1_00, day=date(2026, 11, 30))
+    fund.clock.day = date(2026, 12, 10)
+    await fund.decide(award_id, final, accept=False)
+    fund.clock.day = date(2027, 1, 9)
+    await refused("CLOSE_EARLY", fund.agreements.close(FIRST, award_id, reason="late"))
+    fund.clock.day = date(2027, 1, 10)
+    await fund.agreements.close(FIRST, award_id, reason="late")
+
+
 async def test_a_claim_is_in_time_on_day_30_and_lapses_on_day_31(fund: Fund) -> None:
     award_id = await fund.award()
     end_of_june = date(2026, 6, 30)
@@ -392,6 +435,18 @@ async def test_withdrawing_restores_the_budget_and_frees_the_headroom(fund: Fund
         given = await given_to(connection, FIRM_ID)
     assert sum(item.amount_pence == 400_00 for item in given) >= 1
     assert paid.award.firm_id == FIRM_ID
+    await fund.assert_in_order()
+
+
+async def test_a_final_claim_without_costs_releases_what_is_held(fund: Fund) -> None:
+    award_id = await fund.award()
+    await fund.paid(award_id, 6, COST)
+    await refused("COSTS_MISSING", fund.claim(award_id, 7, 0, costs=[]))
+    final = await fund.claim(award_id, 8, 0, costs=[])
+    await fund.reports(award_id)
+    await fund.decide(award_id, final)
+    done = await fund.settle(award_id, final)
+    assert (done.state, done.paid_pence, done.held_pence) == (AgreementState.COMPLETE, GRANT, 0)
     await fund.assert_in_order()
 
 
@@ -563,7 +618,7 @@ async def test_a_milestone_is_met_by_signed_evidence_that_comes_with_a_claim(fun
     await fund.milestones.set(FIRST, award_id, [SAVES])
     claim_id = await fund.claim(award_id, 6, 1_000_00)
     detail = await refused("MILESTONE_UNMET", fund.decide(award_id, claim_id))
-    assert "saves (A week at 900 kWh or less) was due on 2026-06-30" in detail
+    assert "saves (A week at 900 kWh or less), due on 2026-06-30, is not met yet" in detail
     shown = evidence()
     for _ in range(2):  # the second is a repeat
         (met,) = await fund.milestones.show(FIRM, award_id, "saves", shown)
@@ -578,6 +633,46 @@ async def test_a_milestone_is_met_by_signed_evidence_that_comes_with_a_claim(fun
     fresh = ("saves", evidence(value="899.99"))
     await fund.claim(other, 6, 1_000_00, evidence=[fresh])
     assert (await fund.milestones.get(FIRM, other))[0].value == "899.99"
+
+
+async def test_a_final_claim_waits_for_every_milestone_and_those_not_met_may_be_set_anew(fund: Fund) -> None:
+    award_id = await fund.award()
+    after = replace(SAVES, id="after", due=date(2026, 9, 30))
+    await fund.milestones.set(FIRST, award_id, [SAVES, after])
+    await fund.milestones.show(FIRM, award_id, "saves", evidence(value="899.98"))
+    final = await fund.claim(award_id, 8, 1_00)
+    await fund.reports(award_id)
+    assert "after" in await refused("MILESTONE_UNMET", fund.decide(award_id, final))
+    # It cannot be shown before the project's end: an operator sets another. What is met stays as it was.
+    report = Milestone(id="report", title="Lessons are written down", due=date(2026, 8, 31))
+    for wrong in ([report], [report, replace(SAVES, threshold="901")]):
+        await refused("MILESTONE_MET", fund.milestones.set(FIRST, award_id, wrong))
+    left = await fund.milestones.set(FIRST, award_id, [SAVES, report])
+    assert [(one.id, one.met_us is not None) for one in left] == [("saves", True), ("report", False)]
+    await refused("MILESTONE_UNMET", fund.decide(award_id, final))
+    await fund.milestones.set(FIRST, award_id, [SAVES])
+    await fund.decide(award_id, final)
+
+
+async def test_a_week_in_which_the_clocks_change_is_a_week(fund: Fund) -> None:
+    award_id = await fund.award()
+    await decided(fund, award_id, await asked(fund, award_id, ChangeKind.TIME, project_end="2027-05-31"))
+    # From midnight to midnight an hour less than seven times 24; and seven times 24, an hour less by the clock.
+    spring: dict[str, Any] = {
+        "from_us": to_us(datetime(2027, 3, 22, tzinfo=UTC)),
+        "to_us": to_us(datetime(2027, 3, 28, 23, tzinfo=UTC)),
+    }
+    autumn: dict[str, Any] = {
+        "from_us": to_us(datetime(2026, 10, 20, tzinfo=UTC)),
+        "to_us": to_us(datetime(2026, 10, 27, tzinfo=UTC)),
+    }
+    for week in (spring, autumn):
+        milestone = replace(SAVES, id=f"week-{week['from_us']}")
+        there = [one.as_set for one in await fund.milestones.get(FIRM, award_id)]
+        await fund.milestones.set(FIRST, award_id, [*there, milestone])
+        short = evidence(**{**week, "from_us": week["from_us"] + 60_000_000})
+        await refused("EVIDENCE_TOO_SHORT", fund.milestones.show(FIRM, award_id, milestone.id, short))
+        await fund.milestones.show(FIRM, award_id, milestone.id, evidence(**week))
 
 
 @pytest.mark.parametrize(
@@ -662,9 +757,9 @@ async def test_impact_is_reported_before_and_after_and_summed_exactly(fund: Fund
     fund.clock.day = date(2026, 7, 2)
     overview = await fund.impacts.overview(FIRST)
     assert {award_id, other} <= {one.award_id for one in overview.overdue if one.kind is ImpactKind.BASELINE}
-    wrong = await reported(fund, award_id, ImpactKind.BASELINE, AFTER, "2026-05-31")
+    wrong = await reported(fund, award_id, ImpactKind.BASELINE, AFTER, "2026-05-30")
     for _ in range(2):  # the second is a repeat
-        corrected = await reported(fund, award_id, ImpactKind.BASELINE, BEFORE, "2026-06-01")
+        corrected = await reported(fund, award_id, ImpactKind.BASELINE, BEFORE, "2026-05-31")
     assert [one.version for one in corrected.reports] == [1, 2]
     assert corrected.reports[0] == wrong.reports[0]
     before = await fund.impacts.overview(FIRST)
@@ -684,11 +779,11 @@ async def test_impact_is_reported_before_and_after_and_summed_exactly(fund: Fund
 async def test_impact_that_makes_no_sense_or_is_anothers_is_refused(fund: Fund) -> None:
     award_id = await fund.award()
     fund.clock.day = date(2026, 12, 1)
-    await refused("YEAR_OUT_OF_RANGE", reported(fund, award_id, ImpactKind.BASELINE, BEFORE, "2026-06-02"))
+    await refused("YEAR_OUT_OF_RANGE", reported(fund, award_id, ImpactKind.BASELINE, BEFORE, "2026-06-01"))
     await refused("YEAR_OUT_OF_RANGE", reported(fund, award_id, ImpactKind.FOLLOW_UP, AFTER, "2026-08-31"))
     for changes in ({"jobs_fte": "-1"}, {"energy_kwh": "1e9"}, {"hours_worked": ""}, {"value_added_pence": -1}):
         with pytest.raises(HubError) as error:
-            await reported(fund, award_id, ImpactKind.BASELINE, replace(BEFORE, **changes), "2026-06-01")
+            await reported(fund, award_id, ImpactKind.BASELINE, replace(BEFORE, **changes), "2026-05-31")
         assert error.value.HTTP_STATUS == 400
     await refused("AWARD_UNKNOWN", fund.impacts.get(OTHER, award_id))
     await refused("FORBIDDEN", fund.impacts.get(Caller(9, Role.PARTNER, partner_id=1), award_id))
@@ -752,8 +847,19 @@ async def test_dates_and_cost_categories_change_within_what_was_awarded(fund: Fu
     await refused("CLAIM_OPEN", asked(fund, award_id, ChangeKind.OTHER))
     await fund.decide(award_id, claim_id)
     await fund.settle(award_id, claim_id)
-    too_early = asked(fund, award_id, ChangeKind.TIME, project_end="2026-06-29")
-    await refused("PROJECT_END_OUT_OF_RANGE", too_early)
+    rejected = await fund.claim(award_id, 7, 1)
+    await fund.decide(award_id, rejected, accept=False)
+    # June is claimed, July is not, and the final claim needs a day.
+    for out in ("2026-06-30", "2036-06-02"):
+        await refused("PROJECT_END_OUT_OF_RANGE", asked(fund, award_id, ChangeKind.TIME, project_end=out))
+    for within in ("2036-06-01", "2026-07-01"):
+        fund.clock.day += timedelta(days=1)
+        await decided(fund, award_id, await asked(fund, award_id, ChangeKind.TIME, project_end=within))
+    day: dict[str, Any] = {"period_start": "2026-07-01", "period_end": "2026-07-01", "is_final": True}
+    final = await fund.claim(award_id, 7, 0, costs=[], **day)
+    await fund.reports(award_id)
+    await fund.decide(award_id, final)
+    assert (await fund.settle(award_id, final)).state is AgreementState.COMPLETE
 
 
 async def test_changes_that_make_no_sense_or_are_anothers_are_refused(fund: Fund) -> None:

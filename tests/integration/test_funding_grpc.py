@@ -123,6 +123,7 @@ async def test_firms_are_one_enterprise_by_what_they_own_of_each_other(world: Wo
 
     made = await world.submitted(await world.call(1_000_00), 103, 40_00)
     await world.done("POST", f"/v1/applications/{made}/decide", {"award": True, "reason": "good"})
+    draft = await world.submitted(await world.call(1_000_00), 101)
     # Half and less is a partner, not one enterprise; a hair more is a link. Links go on from firm to firm.
     for percent, relation, kin in (
         ("24.99", "autonomous", [101]),
@@ -132,6 +133,9 @@ async def test_firms_are_one_enterprise_by_what_they_own_of_each_other(world: Wo
     ):
         found = await world.done("PUT", *holding(FIRM, 101, percent))
         [stated] = found["holdings"]
+        seen = await world.done("GET", f"/v1/applications/{draft}")
+        (size,) = [one["text"] for one in seen["assessment"]["findings"] if one["rule"] == "SME"]
+        assert (f"its group has firm {FIRM} ({percent} %)" in size) == (relation != "autonomous")
         assert (stated["relation"], stated["percent"], found["firm_ids"]) == (relation, percent, kin)
     await world.done("PUT", *holding(102, 101, "10", dominant_influence=True))
     await world.done("PUT", *holding(102, 103, "100"))
@@ -345,6 +349,7 @@ async def test_milestones_by_grpc_shown_alone_or_with_a_claim(world: World) -> N
         ("saves", "900.00", True),
         ("saves-more", "", False),
     ]
+    put.milestones[0].threshold = "901"
     await refused(milestones.SetMilestones, put, "operator", "FAILED_PRECONDITION", "MILESTONE_MET")
     # With a claim, in one step.
     agreements = agreement_pb2_grpc.AgreementServiceStub(world.channel)
@@ -431,7 +436,7 @@ async def test_a_milestone_that_no_machine_shows_is_confirmed_by_an_operator_on_
     await world.refused(
         409, "MILESTONE_MET", "POST", f"{path}/trained/document", {**newer, "sha256": first}, who="firm"
     )
-    await world.refused(409, "MILESTONE_MET", "PUT", path, {"milestones": [paper]})
+    await world.refused(409, "MILESTONE_MET", "PUT", path, {"milestones": [figure]})
     # Each kind is shown in its own way.
     await world.refused(409, "MILESTONE_MEASURED", "POST", f"{path}/saves/document", newer, who="firm")
     evidence = {"evidence": json.loads(signed(world, world.clock.now_us()))}
@@ -570,7 +575,11 @@ async def test_an_application_by_grpc_begins_with_what_the_hub_knows_and_says_wh
     await forbidden(fund.Prefill, ask, "partner", "device")
     get = pb.GetApplicationRequest(application_id=made)
     mine = (await fund.GetApplication(get, metadata=bearer("firm"))).application
-    assert list(mine.may) == [pb.APPLICATION_ACTION_ADD_PLEDGE, pb.APPLICATION_ACTION_WITHDRAW]
+    assert list(mine.may) == [
+        pb.APPLICATION_ACTION_ADD_PLEDGE,
+        pb.APPLICATION_ACTION_TAKE_PLEDGE_BACK,
+        pb.APPLICATION_ACTION_WITHDRAW,
+    ]
     of_operator = (await fund.GetApplication(get, metadata=bearer("operator"))).application
     assert pb.APPLICATION_ACTION_DECIDE in of_operator.may
 

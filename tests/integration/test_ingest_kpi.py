@@ -255,6 +255,7 @@ async def test_an_energy_counter_is_used_before_anything_else_and_its_gaps_are_s
     # 50 Wh a minute; of the ten minutes before the new counter was read first, 25 Wh are known.
     minutes = len(plant.truth.minutes)
     assert found["energy_kwh"]["value"] == pytest.approx((minutes - 10) * 0.05 - 0.5 + 0.025)
+    assert found["energy_kwh"]["reason"] == "COUNTER_RESET"
     assert [day["energy_kwh"]["value"] for day in found["days"][2:4]] == pytest.approx([72, 72], abs=0.6)
     assert found["state_source"]["thresholds"] == "found"
 
@@ -273,6 +274,52 @@ async def test_a_current_gives_states_and_with_its_voltage_an_estimate_of_energy
     assert found["state_source"]["thresholds"] == "set"
     assert found["energy_source"]["detail"].startswith("Estimated: ")
     assert found["energy_kwh"]["value"] == pytest.approx(400 * 0.8 * 3**0.5 / 1000 * 12 * 10.1)
+
+
+async def test_the_unit_of_a_current_counts_and_a_signal_that_is_something_else_is_refused(plant: Plant) -> None:
+    signals = [{"name": "L1", "unit": "mA"}, {"name": "load", "unit": "%"}, {"name": "gas", "unit": "m3"}]
+    machine = await plant.plant.machine("lathe-1", signals)
+    at = FROM_US + np.arange(0, 1440) * 60_000_000
+    rows = np.stack(
+        [np.where(np.arange(1440) % 60 < 30, 100.0, 10_000.0), np.full(1440, 50.0), np.arange(1440.0)], axis=1
+    )
+    await plant.plant.store(machine, at, rows)
+    url = f"/v1/machines/{machine['id']}/kpi-settings"
+    current, load, gas = (signal["id"] for signal in machine["signals"])
+    await plant.plant.http.put(url, json={"volts": 400, "current_signal_id": current})
+    found = await plant.get(f"/v1/machines/{machine['id']}/kpis", to_us=FROM_US + 86_400_000_000)
+    assert found["energy_kwh"]["value"] == pytest.approx(400 / 1000 * 12 * 10.1)
+    for role, signal, unit in (
+        ("current", load, "%"),
+        ("power", load, "%"),
+        ("energy", gas, "m3"),
+        ("power", current, "mA"),
+    ):
+        answer = await plant.plant.http.put(url, json={"volts": 400, f"{role}_signal_id": signal})
+        assert (answer.status_code, answer.json()["reason"]) == (400, "INVALID")
+        assert f"is in {unit!r}" in answer.text
+
+
+async def test_days_add_up_also_where_a_gap_goes_over_midnight(plant: Plant) -> None:
+    machine = await plant.plant.machine("chiller-1", [{"name": "energy", "unit": "kWh"}])
+    hours = np.arange(30, 72 * 60, 60)
+    at = FROM_US + hours * 60_000_000
+    await plant.plant.store(machine, at, (hours / 60 * 5.0)[:, None])
+    day = 86_400_000_000
+
+    async def kpis(machine: int, start: int, end: int) -> dict[str, Any]:
+        path = f"/v1/machines/{machine}/kpis"
+        return await plant.get(path, from_us=FROM_US + day * start, to_us=FROM_US + day * end)
+
+    first, second, both = [await kpis(machine["id"], *days) for days in ((0, 1), (1, 2), (0, 2))]
+    assert both["energy_kwh"]["value"] == pytest.approx(47.5 * 5, abs=0.1)
+    assert first["energy_kwh"]["value"] + second["energy_kwh"]["value"] == pytest.approx(both["energy_kwh"]["value"])
+    assert first["energy_coverage"] + second["energy_coverage"] == pytest.approx(2 * both["energy_coverage"])
+    power = await plant.plant.machine("fan-1", [{"name": "power", "unit": "kW"}])
+    minutes = np.array([1437, 1442])
+    await plant.plant.store(power, FROM_US + minutes * 60_000_000, np.array([[6.0], [6.0]]))
+    found = [await kpis(power["id"], *days) for days in ((0, 1), (1, 2), (0, 2))]
+    assert [one["energy_kwh"]["value"] for one in found] == pytest.approx([0.3, 0.3, 0.6])
 
 
 async def test_grpc_answers_the_same(plant: Plant) -> None:
@@ -444,6 +491,10 @@ async def test_evidence_is_checked_with_the_public_key_and_says_how_the_figure_w
         {"phases": 2},
         {"power_factor": 0},
         {"ideal_cycle_s": -1},
+        {"ideal_cycle_s": 1e308},
+        {"energy_rollover": 1e30},
+        {"count_rollover": 1e30},
+        {"volts": 1e300},
         {"shifts": [{"from": "06:00", "to": "25:00"}]},
         {"shifts": [{"from": "06:00", "to": "06:00"}]},
         {"shifts": [{"from": "06:00", "to": "14:00", "days": ["holiday"]}]},

@@ -14,7 +14,15 @@ from aiokafka.admin import AIOKafkaAdminClient
 from services.common import outbox, topics
 from services.common.database import Connection, Pool, create_pool, transaction
 from services.common.errors import TryAgain
-from services.common.kafka import Cluster, Message, PositionedConsumer, Publisher, TooManyDeadLetters
+from services.common.kafka import (
+    Cluster,
+    MadeAnew,
+    Message,
+    PositionedConsumer,
+    Publisher,
+    TooManyDeadLetters,
+    topic_ids,
+)
 from services.common.kafka.deadletters import dead_letters_total
 from services.common.outbox import OutboxRelay
 from tests.polling import eventually
@@ -87,6 +95,32 @@ async def test_unreadable_records_go_to_the_dead_letters_and_too_many_in_a_row_s
             await asyncio.wait_for(consumer.run(), 30)
         stored = await pool.fetchval("SELECT next_offset FROM position WHERE topic = $1", cluster.name(topics.AWARDS))
         assert stored == 100
+    await pool.close()
+
+
+async def test_a_topic_that_was_made_anew_is_not_read_at_the_old_ones_position(
+    cluster: Cluster, dsn: str, publisher: Publisher
+) -> None:
+    pool = await create_pool(dsn, schema="funding", size_max=2)
+    name = cluster.name(topics.BOOKINGS)
+
+    async def take(_: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        return []
+
+    consumer = PositionedConsumer(
+        cluster, pool, publisher, topic_names=[topics.BOOKINGS], group="smdih.test.anew", handler=take
+    )
+    running = asyncio.create_task(consumer.run())
+    await eventually(consumer.is_assigned)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    noted = {row["topic_id"] for row in await pool.fetch("SELECT topic_id FROM position WHERE topic = $1", name)}
+    assert noted == set((await topic_ids(cluster, [name])).values())
+    await pool.execute("UPDATE position SET topic_id = $1, next_offset = 1 WHERE topic = $2", "0" * 32, name)
+    with pytest.raises(RuntimeError) as told:
+        await asyncio.wait_for(consumer.run(), 30)
+    assert isinstance(told.value.__cause__, MadeAnew)
+    assert "after-kafka-loss" in str(told.value.__cause__)
     await pool.close()
 
 

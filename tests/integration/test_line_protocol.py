@@ -160,7 +160,12 @@ async def test_what_an_unmodified_telegraf_takes_up_is_stored_once_though_the_do
                 return len(taken.read_text().splitlines()) >= rows
 
             await eventually(has_taken)
-        # It sends what it still holds before it ends.
+
+        async def stored_so_far() -> bool:
+            return len(await plant.frames(machine["id"])) >= 100
+
+        await eventually(stored_so_far)
+        # It sends what it still holds before it ends, once: the door is there by now.
         telegraf.terminate()
         assert await asyncio.wait_for(telegraf.wait(), 20) == 0, (tmp_path / "log").read_text()
     finally:

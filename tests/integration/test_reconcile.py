@@ -16,7 +16,7 @@ from services.common import topics
 from services.common.database import Pool
 from services.common.directory import entity_key
 from services.common.identity import Role
-from services.common.kafka import Cluster, Message, Publisher
+from services.common.kafka import Cluster, Message, Publisher, create_topics, topic_ids
 from services.common.settings import Settings
 from services.ingest.registry import credential_store, rebuild
 from services.ingest.registry.credentials import make_credential
@@ -26,6 +26,7 @@ from services.matching.rooms import Room, RoomState
 from services.matching.store import rooms as rooms_store
 from services.reconcile import ReconcileError, after_kafka_loss, after_restore
 from smdih.directory.v1 import directory_pb2 as pb
+from tests.polling import eventually
 
 NOW_US = 1_790_000_000_000_000
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -252,6 +253,24 @@ async def test_positions_that_do_not_fit_the_topics_are_told_apart(
         await stand_at(7)
         assert (await after_kafka_loss(settings))["positions_begun_anew"] == 0
         assert await position() == 7
+
+        # One topic that was made anew and filled past the old position is known by its id, though the directory is whole.
+        noted = "UPDATE matching.position SET topic_id = $1 WHERE topic = $2"
+        await database.execute(noted, (await topic_ids(cluster, [name]))[name], name)
+        assert (await after_restore(settings, accept_lost=False))["records_to_take_in"] == 3
+        await admin.delete_topics([name])
+
+        async def is_gone() -> bool:
+            return name not in await admin.list_topics()
+
+        await eventually(is_gone)
+        await create_topics(cluster, partitions=settings.kafka_partitions, replication=settings.kafka_replication)
+        await publisher.publish_all([Message(topics.ALARMS, b"x", b"k", partition=0)] * 9)
+        with pytest.raises(ReconcileError, match="after-kafka-loss"):
+            await after_restore(settings, accept_lost=True)
+        assert (await after_kafka_loss(settings))["positions_begun_anew"] == 1
+        assert await position() == 0
+        assert (await after_kafka_loss(settings))["positions_begun_anew"] == 0
 
         # And a process that an autoscaler starts meanwhile is seen before anything is kept.
         async with owner(settings.database_dsn, "matching") as pool, pool.acquire() as other:

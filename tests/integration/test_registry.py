@@ -385,6 +385,24 @@ async def test_a_key_is_rotated_with_an_overlap(hub: RegistryHub, firm: FirmAtHu
     ]
 
 
+async def test_a_key_that_is_rotated_again_has_the_length_that_the_first_one_was_made_for(firm: FirmAtHub) -> None:
+    day_us = 86_400_000_000
+    soon_us = time.time_ns() // 1000 + 30 * day_us
+    for made, length_us in (({}, 0), ({"valid_to_us": soon_us}, 30 * day_us)):
+        first = (await created(firm.admin, "/v1/credentials", {"role": "device", "label": "gateway"} | made))["id"]
+        lost = (await created(firm.admin, f"/v1/credentials/{first}/rotate", {}))["id"]
+        # The lost one was itself rotated before it was lost.
+        after = (await created(firm.admin, f"/v1/credentials/{lost}/rotate", {}))["id"]
+        assert (await firm.admin.delete(f"/v1/credentials/{lost}")).status_code == 204
+        again = (await created(firm.admin, f"/v1/credentials/{first}/rotate", {}))["id"]
+        keys = {one["id"]: one for one in (await firm.admin.get("/v1/credentials")).json()["credentials"]}
+        for credential in (after, again):
+            one = keys[credential]
+            length = (one["valid_to_us"] or one["valid_from_us"]) - one["valid_from_us"]
+            assert length == pytest.approx(length_us, abs=60_000_000)
+        assert keys[first]["valid_to_us"] > 0
+
+
 async def test_keys_of_others_are_neither_seen_nor_touched(hub: RegistryHub, firm: FirmAtHub) -> None:
     other = await hub.firm()
     path = f"/v1/credentials/{other.device_credential_id}"

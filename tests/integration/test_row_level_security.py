@@ -45,7 +45,7 @@ WITHOUT = {
         "retention_run": "runs over everything: counts only",
     },
     "anomaly": {
-        "delivery_plan": "one row: until when deliveries are planned",
+        "delivery_plan": "one row, for the release before: until when deliveries are planned",
         "detector_state": "written and read by the worker alone",
         "horizon": "offsets of partitions",
         "tuning_start": "offsets from which tunings hold",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import grpc
 import httpx
 import pytest
@@ -17,7 +18,8 @@ import pytest_asyncio
 
 from localstack.certificates import Authority, Pair
 from localstack.hub import Hub
-from localstack.servers import ROOT, Servers
+from localstack.secured import database_by_tls
+from localstack.servers import ROOT, Servers, named_in_environment
 from services.common.settings import Settings
 from smdih_client.telemetry import TelemetryClient
 from smdih_client.tls import Tls, open_channel
@@ -39,11 +41,20 @@ class Secured:
 
 
 @pytest_asyncio.fixture(scope="module")
+async def authority(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Authority]:
+    """Of all certificates here, that of the database too."""
+    if named_in_environment() is not None:
+        pytest.skip("the database named in the environment is not ours to guard")
+    made = Authority(Path(tmp_path_factory.mktemp("authority")))
+    async with database_by_tls(servers.database_dsn, made.issue(["database"], addresses=["127.0.0.1"])):
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module")
 async def secured(
-    servers: Servers, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+    authority: Authority, settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Secured]:
     folder = Path(tmp_path_factory.mktemp("tls"))
-    authority = Authority(folder)
     service, gateway = authority.issue(["anomaly"]), authority.issue(["gateway-1"])
     hub = Hub(
         Servers(settings.kafka_bootstrap, settings.database_dsn),
@@ -52,6 +63,7 @@ async def secured(
         roles=("door", "anomaly"),
         environment={
             "SMDIH_PRODUCTION": "true",
+            "SMDIH_DATABASE_CA_FILE": str(authority.file),
             "SMDIH_TLS_CERTIFICATE": str(service.certificate),
             "SMDIH_TLS_KEY": str(service.key),
             "SMDIH_TLS_CLIENT_CA": str(authority.file),
@@ -184,9 +196,38 @@ async def test_the_services_certificate_is_of_no_use_elsewhere(secured: Secured)
             assert refused.value.code() is expected
 
 
+async def test_the_database_is_reached_by_tls_and_known_by_its_authority_and_name(
+    secured: Secured, settings: Settings, tmp_path: Path
+) -> None:
+    connection = await asyncpg.connect(settings.database_dsn)
+    try:
+        query = (
+            "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) "
+            "WHERE datname = current_database() AND application_name LIKE 'smdih-%'"
+        )
+        rows = await connection.fetch(query)
+    finally:
+        await connection.close()
+    assert [row["ssl"] for row in rows] == [True] * len(rows)
+    assert rows
+
+    async def reach(authority: Authority, dsn: str) -> None:
+        given = Settings(kafka_bootstrap="k:1", database_dsn=dsn, database_ca_file=str(authority.file), production=True)
+        await (await asyncpg.connect(given.database_dsn, timeout=10)).close()
+
+    await reach(secured.authority, settings.database_dsn)
+    for authority, dsn in (
+        (Authority(tmp_path, "another"), settings.database_dsn),
+        (secured.authority, settings.database_dsn.replace("127.0.0.1", "localhost")),
+    ):
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await reach(authority, dsn)
+
+
 @pytest.mark.parametrize(
     ("module", "role", "named"),
     [
+        ("services.ingest.main", "historian", "SMDIH_DATABASE_CA_FILE"),
         ("services.ingest.main", "mqtt", "SMDIH_MQTT_TLS"),
         ("services.funding.main", "api", "SMDIH_TLS_CERTIFICATE"),
     ],
@@ -203,6 +244,7 @@ async def test_a_start_without_tls_in_production_is_refused(
             "SMDIH_KAFKA_TOPIC_PREFIX": settings.kafka_topic_prefix,
             "SMDIH_DATABASE_DSN": settings.database_dsn,
             "SMDIH_PRODUCTION": "true",
+            "SMDIH_DATABASE_IN_THE_CLEAR": str(named != "SMDIH_DATABASE_CA_FILE"),
             "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}",
         },
         stderr=asyncio.subprocess.PIPE,
@@ -211,3 +253,4 @@ async def test_a_start_without_tls_in_production_is_refused(
         _, said = await process.communicate()
     assert process.returncode == 1
     assert named in said.decode()
+    assert settings.database_dsn not in said.decode()

@@ -34,7 +34,14 @@ from services.funding.rules.exact import InvalidFact
 OPENING = datetime(2026, 3, 1, tzinfo=UTC)
 
 
-def application(number: int, request_p: int, mean: Fraction | int, *pots: str, firm: str | None = None) -> Application:
+def application(
+    number: int,
+    request_p: int,
+    mean: Fraction | int,
+    *pots: str,
+    firm: str | None = None,
+    headroom: tuple[str, int] | None = None,
+) -> Application:
     return Application(
         id=f"A{number:04d}",
         firm=firm or f"F{number:04d}",
@@ -42,6 +49,8 @@ def application(number: int, request_p: int, mean: Fraction | int, *pots: str, f
         mean=Fraction(mean),
         submitted_at=OPENING + timedelta(minutes=number),
         pots=frozenset(pots),
+        enterprise=headroom[0] if headroom else "",
+        headroom_p=headroom[1] if headroom else None,
     )
 
 
@@ -100,6 +109,33 @@ def test_a_ranking_keeps_ceilings(ceiling_p: int, code: str) -> None:
     applications = [application(1, 100, 90, "region:wales"), application(2, 100, 80, "region:wales")]
     declared = call(Method.TOP_DOWN_SKIP, 1_000, Quota(pot="region:wales", ceiling_p=ceiling_p))
     assert codes(decide(declared, applications)) == ["FUNDED", code]
+
+
+def test_applications_of_one_enterprise_share_what_it_may_still_be_given() -> None:
+    """The second would be refused at its award, when others have been rejected for want of money."""
+    applications = [
+        application(1, 60, 90, headroom=("kin", 100)),
+        application(2, 60, 88, headroom=("kin", 110)),
+        application(3, 50, 85),
+        application(4, 40, 80, headroom=("kin", 100)),
+        application(5, 100, 75),
+    ]
+    skip = decide(call(Method.TOP_DOWN_SKIP, 250), applications)
+    assert codes(skip) == ["FUNDED", "MFA_LIMIT", "FUNDED", "FUNDED", "FUNDED"]
+    assert "GBP 0.40 was left of the assistance" in skip["reasons"]["A0002"]["text"]
+    # It ends no list: there is money for those below it.
+    stop = decide(call(Method.TOP_DOWN_STOP, 249), applications)
+    assert codes(stop) == ["FUNDED", "MFA_LIMIT", "FUNDED", "FUNDED", "ASKS_MORE_THAN_LEFT"]
+    best = decide(call(Method.PORTFOLIO, 1_000), applications)
+    assert codes(best) == ["FUNDED", "MFA_LIMIT", "FUNDED", "FUNDED", "FUNDED"]
+    # Where they declare differently the least holds, to the penny.
+    two = [application(1, 50, 90, headroom=("kin", 101)), application(2, 51, 80, headroom=("kin", 100))]
+    for method in Method:
+        certificate = decide(call(method, 1_000), two)
+        assert codes(certificate) == ["FUNDED", "MFA_LIMIT"]
+        bent = {**certificate, "chosen": ["A0001", "A0002"]}
+        problems = check_allocation(allocation_input(call(method, 1_000), two), bent).problems
+        assert "enterprise kin is over what it may still be given" in problems
 
 
 def test_a_ranking_cannot_promise_a_floor() -> None:
@@ -176,9 +212,23 @@ small_applications = st.lists(
         st.fractions(60, 100, max_denominator=5),
         st.sampled_from([(), ("region:wales",), ("size:micro",), ("region:wales", "size:micro")]),
         st.integers(0, 4),
+        st.none() | st.integers(3, 25),
     ),
     max_size=8,
-).map(lambda rows: [application(n, p, m, *pots, firm=f"F{f}") for n, (p, m, pots, f) in enumerate(rows)])
+).map(
+    lambda rows: [
+        application(n, p, m, *pots, firm=f"F{f}", headroom=None if room is None else (f"E{f // 2}", room))
+        for n, (p, m, pots, f, room) in enumerate(rows)
+    ]
+)
+
+
+def shared_rooms_kept(passing: list[Application], chosen: list[Application]) -> bool:
+    limited = [each for each in passing if each.headroom_p is not None]
+    return all(
+        sum(other.request_p for other in chosen if other.enterprise == each.enterprise) <= (each.headroom_p or 0)
+        for each in limited
+    )
 
 
 @settings(max_examples=60)
@@ -205,7 +255,8 @@ def test_no_selection_of_a_small_call_is_better(
         total_p = sum(each.request_p for each in chosen)
         wales_p = sum(each.request_p for each in chosen if "region:wales" in each.pots)
         micro_p = sum(each.request_p for each in chosen if "size:micro" in each.pots)
-        if total_p <= budget_p and floor_p <= wales_p <= ceiling_p and micro_p >= share_min * total_p:
+        rooms_kept = shared_rooms_kept(passing, chosen)
+        if rooms_kept and total_p <= budget_p and floor_p <= wales_p <= ceiling_p and micro_p >= share_min * total_p:
             score = sum((each.mean * each.request_p for each in chosen), Fraction(0))
             positions = sum(applications.index(each) + 1 for each in chosen)
             value = (score, len({each.firm for each in chosen}), -positions)
@@ -380,6 +431,17 @@ def test_a_ranking_with_an_award_moved_is_refused(method: Method) -> None:
         tampering(bent)
         bent["bound"] = None
         assert not check_allocation(allocation_input(declared, APPLICATIONS), bent).holds
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"input": {}}', "not json", "[" * 100_000])
+def test_what_is_no_allocation_is_told_in_a_line(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.json"
+    file.write_text(content)
+    for path in (file, tmp_path / "none"):
+        assert checker.main([str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_changed_input_or_no_document_is_refused() -> None:

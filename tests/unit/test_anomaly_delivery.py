@@ -1,16 +1,22 @@
 """What goes out of the hub: to public addresses only, signed, again later and later."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
 from dataclasses import replace
+from email.message import EmailMessage
 
 import pytest
 
+from services.anomaly import senders
 from services.anomaly.contact_store import Claimed
 from services.anomaly.contacts import check_webhook
 from services.anomaly.delivery import (
     ATTEMPTS_MAX,
+    CLAIM_S,
+    ERROR_CHARACTERS_MAX,
+    PAUSE_S_MAX,
     RETRY_S_MAX,
     Contact,
     ContactKind,
@@ -20,7 +26,8 @@ from services.anomaly.delivery import (
     retry_after_s,
     signature,
 )
-from services.anomaly.senders import WebhookSender, may_call, subject, text, webhook_body
+from services.anomaly.domain import Alarm, Severity
+from services.anomaly.senders import MAIL_TIMEOUT_S, MailSender, WebhookSender, may_call, subject, text, webhook_body
 from services.common.errors import Invalid
 from services.common.sealing import Seal
 
@@ -42,6 +49,28 @@ DELIVERY = Delivery(
     last_error="",
 )
 
+ALARM = Alarm(
+    id="a" * 32,
+    firm_id=1,
+    machine_id=1,
+    position=0,
+    signal_id=1,
+    machine_path="acme/north/press",
+    machine_kind="press",
+    signal_name="temperature",
+    unit="degC",
+    started_us=1,
+    ended_us=None,
+    severity=Severity.LOW,
+    component="record",
+    explanation="too hot",
+    value=1.0,
+    score=5.0,
+    shares=(),
+    correlation_id="test",
+    episode_id="",
+)
+
 
 @pytest.mark.parametrize(
     "address",
@@ -49,6 +78,7 @@ DELIVERY = Delivery(
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "ff02::1", "::ffff:127.0.0.1"),
         *("2002:7f00:1::", "::ffff:169.254.169.254", "fe80::1%eth0", "64:ff9b::7f00:1", "::7f00:1"),
+        *("fec0::1", "192.0.0.8", "192.88.99.1", "::ffff:192.0.0.8"),
     ],
 )
 def test_addresses_that_are_not_public_are_not_called(address: str) -> None:
@@ -100,8 +130,44 @@ def test_the_signature_covers_time_and_body() -> None:
     assert text(Claimed(DELIVERY, CONTACT, None))
 
 
+@pytest.mark.parametrize("name", ["=?utf-8?q?a=0aBcc:_z@x.yy?=", "==??utf-8?q?a=0a=0ab?=", "two\nlines"])
+def test_a_name_adds_no_line_to_a_mail(name: str) -> None:
+    message = EmailMessage()
+    message["Subject"] = subject(
+        Claimed(replace(DELIVERY, transition="raised"), CONTACT, replace(ALARM, signal_name=name))
+    )
+    lines = message.as_bytes().split(b"\n")
+    assert [line for line in lines if line and not line.startswith((b"Subject:", b" "))] == []
+
+
+def test_what_a_server_says_can_be_stored() -> None:
+    said = str(NotDelivered("stopp\udcfc\0" + "x" * 1_000))
+    assert said.startswith("stopp\\udcfc x")
+    assert len(said) == ERROR_CHARACTERS_MAX
+
+
+async def test_a_mail_server_that_answers_slowly_does_not_outlast_the_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(senders, "MAIL_TIMEOUT_S", 0.3)
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 x\r\n")
+        while await reader.readline():
+            await asyncio.sleep(0.2)  # within the time for each command
+            writer.write(b"250 x\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
+        mail = MailSender(
+            Seal(), host="127.0.0.1", port=server.sockets[0].getsockname()[1], sender="a@b.cc", tls="none"
+        )
+        with pytest.raises(NotDelivered):
+            await mail.send(Claimed(DELIVERY, replace(CONTACT, address="x@y.zz"), None), now_us=1)
+    assert CLAIM_S > MAIL_TIMEOUT_S
+
+
 def test_tries_come_later_and_later_and_span_hours() -> None:
-    waits = [retry_after_s(attempt) for attempt in range(1, ATTEMPTS_MAX)]
+    waits = [retry_after_s(attempt, longest_s=RETRY_S_MAX) for attempt in range(1, ATTEMPTS_MAX)]
     assert 4 <= waits[0] <= 6
     assert max(waits) <= RETRY_S_MAX * 1.2
     assert 1.5 * 3600 < sum(waits) < 5 * 3600
+    assert retry_after_s(1_000_000, longest_s=PAUSE_S_MAX) <= PAUSE_S_MAX * 1.2

@@ -1,5 +1,6 @@
 """Scoring and saved states without servers: any grouping of records and any crash give the same alarms and the same bits."""
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 
 from services.anomaly.detector import Event
+from services.anomaly.domain import Severity
+from services.anomaly.rulebook import AGAIN_US, RAISED_MAX, RuleEvent
 from services.anomaly.scorer import Scorer, decode
 from services.anomaly.store import Checkpoint, SavedState
+from services.anomaly.tunings import MACHINE_POSITION, Rule, RuleKind, Tuning, TuningKind
 from services.common.kafka import Poison
 from smdih.ingest.v1 import records_pb2 as pb
 from tests import anomaly_plant as plant
@@ -169,3 +173,98 @@ def test_rows_in_any_order_within_a_batch_are_put_in_order() -> None:
     batch.times_us, batch.values = times_us[::-1].tobytes(), values.reshape(-1, 3)[::-1].tobytes()
     taken = Scorer(0, position=0).take([(0, decode(pb.SamplesRecord(batches=[batch]).SerializeToString()))])
     assert taken.frames_skipped == 0
+
+
+def told(minutes: int, *, clock_off_s: int, received_s: int, pace: int = 60, shift: float = 0.0) -> list[bytes]:
+    """A record of a minute in every so many seconds from a machine whose clock is so far off; in the last ten it shifts."""
+    values = plant.calm(3, 60 * minutes)
+    values[-600:, 0] += shift
+    return [
+        pb.SamplesRecord(
+            batches=[
+                plant.batch(
+                    11,
+                    values[60 * number : 60 * number + 60],
+                    firm_id=1,
+                    first_row=clock_off_s + 60 * number,
+                    received_us=plant.START_US + (received_s + pace * number) * plant.SECOND_US,
+                )
+            ]
+        ).SerializeToString()
+        for number in range(minutes)
+    ]
+
+
+@pytest.mark.parametrize("together", [1, 7, 1000])
+def test_a_machine_whose_clock_was_put_back_is_watched_again_after_an_hour(together: int) -> None:
+    before = told(20, clock_off_s=0, received_s=0)
+    # Its battery was flat: it is ten years earlier by its clock.
+    after = told(120, clock_off_s=-10 * 365 * 86_400, received_s=20 * 60, shift=15.0)
+    records = list(enumerate([*before, *after]))
+    scorer = Scorer(0, position=0)
+    events = [
+        event for at in range(0, len(records), together) for _, event in events_of(scorer, records[at : at + together])
+    ]
+    back_us = plant.START_US - 5 * 365 * 86_400 * plant.SECOND_US
+    found = [event for event in events if event.raised and event.signal == 0 and event.time_us < back_us]
+    assert len(found) == 1
+    whole = Scorer(0, position=0)
+    assert [event for record in records for _, event in events_of(whole, [record])] == events
+    assert last_states(scorer, Database()) == last_states(whole, Database())
+
+
+def test_history_that_comes_late_does_not_put_a_clock_back() -> None:
+    before = told(20, clock_off_s=0, received_s=0)
+    # Three days before it in two hours, at twelve times the pace and more; nothing newer comes meanwhile.
+    history = told(1440, clock_off_s=-3 * 86_400, received_s=20 * 60, pace=5)
+    scorer = Scorer(0, position=0)
+    taken = scorer.take([(offset, decode(value)) for offset, value in enumerate([*before, *history])])
+    assert taken.frames_skipped == 60 * 1440
+
+
+def test_what_a_machine_learned_anew_takes_whatever_time_comes() -> None:
+    scorer = Scorer(0, position=0)
+    scorer.take([(offset, decode(value)) for offset, value in enumerate(told(5, clock_off_s=0, received_s=0))])
+    scorer.tune([Tuning(id=1, kind=TuningKind.RELEARN, from_offset=5, machine_id=11)])
+    later = told(5, clock_off_s=-86_400, received_s=300)
+    taken = scorer.take([(offset, decode(value)) for offset, value in enumerate(later, start=5)])
+    assert taken.frames_skipped == 0
+
+
+def test_a_rule_in_the_middle_of_the_noise_does_not_flood() -> None:
+    """One upload may hold 65,536 rows, and a firm may have a thousand rules."""
+    rules = [
+        Rule(
+            id=f"{number:032x}", version=1, firm_id=1, machine_id=11, position=0, kind=RuleKind.ABOVE, name="noise",
+            severity=Severity.LOW, limit=60.0,
+        )
+        for number in range(20)
+    ]  # fmt: skip
+    scorer = Scorer(0, position=0)
+    scorer.tune([
+        Tuning(id=number, kind=TuningKind.RULE, from_offset=0, machine_id=11, rule_id=rule.id, rule=rule)
+        for number, rule in enumerate(rules)
+    ])  # fmt: skip
+    rows = 65_536
+    record = pb.SamplesRecord(batches=[plant.batch(11, plant.calm(1, rows), firm_id=1)]).SerializeToString()
+    taken = scorer.take([(0, decode(record))])
+    raised = [found for found in taken.found if isinstance(found.event, RuleEvent) and found.event.raised]
+    assert len(rules) * RAISED_MAX == len(raised)
+    first = [found.event for found in raised if isinstance(found.event, RuleEvent) and found.event.rule == rules[0]]
+    assert all(after.time_us - one.started_us >= AGAIN_US for one, after in itertools.pairwise(first))
+
+
+def test_a_silence_is_told_once_and_remembered_once_a_rule() -> None:
+    rule = Rule(
+        id="a" * 32, version=1, firm_id=1, machine_id=11, position=MACHINE_POSITION, kind=RuleKind.NO_DATA, name="quiet",
+        severity=Severity.LOW, window_s=30,
+    )  # fmt: skip
+    scorer = Scorer(0, position=0)
+    scorer.tune([Tuning(id=1, kind=TuningKind.RULE, from_offset=0, machine_id=11, rule_id=rule.id, rule=rule)])
+    told_of = []
+    for offset, record in enumerate(told(30, clock_off_s=0, received_s=0)):
+        scorer.take([(offset, decode(record))])
+        now_us = plant.START_US + (60 * offset + 50) * plant.SECOND_US
+        told_of += [found.event.started_us for _ in range(2) for found in scorer.silences(now_us).found]
+    assert len(told_of) == len(set(told_of)) == 30
+    assert len(scorer._announced) == 1

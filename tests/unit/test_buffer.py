@@ -118,18 +118,59 @@ def test_a_damaged_record_is_passed_over_and_kept_for_someone_to_look_at(tmp_pat
     buffer.close()
 
 
-def test_behind_a_damaged_length_the_segment_is_given_up_and_the_next_one_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bit", [0, 7, 31])
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("when", ["open", "closed"])
+def test_a_damaged_length_costs_its_record_and_no_other(tmp_path: Path, bit: int, place: int, when: str) -> None:
     buffer = opened(tmp_path)
-    sequences = [put(buffer, b"x" * 100, samples=10) for _ in range(30)]
-    first, second, *_ = sorted(tmp_path.glob("*.log"))
+    sequences = [put(buffer, b"x" * 100, samples=10) for _ in range(5)]
+    (segment,) = tmp_path.glob("*.log")
+    if when == "closed":
+        buffer.close()
+    content = bytearray(segment.read_bytes())
+    content[place * 120 + bit // 8] ^= 1 << bit % 8
+    segment.write_bytes(content)
+    if when == "closed":
+        buffer = opened(tmp_path)
+    rest = sequences[:place] + sequences[place + 1 :]
+    assert [record.sequence for record in everything(buffer)] == rest
+    assert (tmp_path / f"{segment.stem}-{place * 120}.damaged").read_bytes() == content[place * 120 : place * 120 + 120]
+    assert (buffer.waiting_samples, buffer.lost_samples) == (40, 10 if when == "open" else 0)
+    assert not buffer.has_unread
+    buffer.acknowledge(rest[-1], 40)
+    new = put(buffer, b"goes on")
+    buffer.close()
+    buffer = opened(tmp_path)
+    assert [record.sequence for record in everything(buffer)] == [new]
+    buffer.close()
+
+
+def test_a_length_beyond_the_end_of_an_older_segment_is_damage_too(tmp_path: Path) -> None:
+    buffer = opened(tmp_path)
+    sequences = [put(buffer, b"x" * 100) for _ in range(20)]
+    buffer.close()
+    first, *_ = sorted(tmp_path.glob("*.log"))
     in_first = first.stat().st_size // 120
-    _flip(first, 2 * 120)
-    assert [record.sequence for record in everything(buffer)] == sequences[:2] + sequences[in_first:]
-    assert (buffer.lost_samples, buffer.has_unread) == ((in_first - 2) * 10, False)
-    assert buffer.waiting_samples == 300 - buffer.lost_samples
-    buffer.acknowledge(sequences[-1], buffer.waiting_samples)
-    assert not first.exists()
-    assert second.exists() is False
+    os.truncate(first, (in_first - 1) * 120 + 50)
+    buffer = opened(tmp_path)
+    assert [record.sequence for record in everything(buffer)] == sequences[: in_first - 1] + sequences[in_first:]
+    (aside,) = tmp_path.glob("*.damaged")
+    assert aside.stat().st_size == 50
+    buffer.close()
+
+
+def test_several_damages_of_a_segment_are_counted_once_each(tmp_path: Path) -> None:
+    buffer = opened(tmp_path, segment_bytes_max=1 << 14)
+    sequences = [put(buffer, b"x" * 100, samples=n) for n in range(30)]
+    (segment,) = tmp_path.glob("*.log")
+    content = bytearray(segment.read_bytes())
+    content[120 * 3 : 120 * 5] = bytes(240)
+    content[120 * 7 + 16] ^= 255  # how many samples it says
+    content[120 * 29 + 3] ^= 128
+    segment.write_bytes(content)
+    assert [r.sequence for r in everything(buffer)] == [s for n, s in enumerate(sequences) if n not in (3, 4, 7, 29)]
+    assert (buffer.lost_samples, buffer.waiting_samples) == (3 + 4 + 7 + 29, sum(range(29)) - 3 - 4 - 7)
+    assert len(list(tmp_path.glob("*.damaged"))) == 3
     buffer.close()
 
 

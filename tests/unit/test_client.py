@@ -1,5 +1,6 @@
 """What the client makes of a hub that refuses, on a small gRPC server of the same contract."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -141,6 +142,32 @@ async def test_a_batch_that_the_hub_can_never_take_goes_aside_and_what_is_behind
     assert set(answers.sequences) == {first + n for n in range(20) if n != 7}
     (aside,) = (tmp_path / "buffer").glob("*.refused")
     assert telemetry_pb2.Batch.FromString(aside.read_bytes()).sequence == first + 7
+
+
+async def test_a_full_disk_beside_a_batch_that_is_too_large_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "REFUSED_DELAY_S", 0.05)
+    buffer = DiskBuffer(tmp_path / "buffer")
+    first = buffer.next_sequence()
+    # A folder in the place of the file stands in for the full disk.
+    in_the_way = tmp_path / "buffer" / f"{first + 3:020d}.refused"
+    in_the_way.mkdir()
+    answers = Answers(grpc.StatusCode.OK, "", refused=0, too_large=first + 3)
+    async with _serving(answers) as target, TelemetryClient(target, "key", source="s", buffer=buffer) as client:
+        for number in range(10):
+            await client.send("a/b/c", [number], [[1.0]])
+        with pytest.raises(OSError, match="Is a directory"):
+            await asyncio.wait_for(client.flush(), 10)
+        assert buffer.waiting_samples == 7
+        in_the_way.rmdir()
+
+        async def drained() -> bool:
+            return client.totals.acknowledged == 9
+
+        await eventually(drained)
+        assert (client.totals.lost, client.refusal, buffer.waiting_samples) == (1, None, 0)
+    assert telemetry_pb2.Batch.FromString(in_the_way.read_bytes()).sequence == first + 3
 
 
 async def test_damage_on_the_buffers_disk_does_not_keep_back_the_rest(tmp_path: Path) -> None:

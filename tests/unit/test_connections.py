@@ -4,14 +4,19 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import grpc
 import httpx
 import pytest
 from fastapi import APIRouter
 
-from services.common import http
+from services.common import http, rpc
+from services.common.clock import SystemClock
 from services.common.connections import KEEP_ALIVE_S, Limits
+from services.common.directory import Directory
 from services.common.entrance import open_entrance
+from services.common.kafka import Cluster
 from services.common.runtime import Runtime
 from services.common.settings import Settings
 
@@ -145,3 +150,48 @@ async def _free_port() -> int:
     server.close()
     await server.wait_closed()
     return port
+
+
+@asynccontextmanager
+async def answering(limits: rpc.Limits) -> AsyncIterator[int]:
+    nowhere = Directory(Cluster("127.0.0.1:1"), clock=SystemClock(), kinds=())
+    async with rpc.serve(host="127.0.0.1", port=0, directory=nowhere, register=(), limits=limits) as port:
+        yield port
+
+
+async def answers(channel: grpc.aio.Channel) -> bool:
+    ask: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+    code = await ask(b"", timeout=5).code()
+    assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
+    return code is grpc.StatusCode.OK
+
+
+async def test_a_grpc_connection_too_many_is_closed_and_those_that_are_there_go_on() -> None:
+    async with answering(rpc.Limits(connections_max=2)) as port:
+        # Else channels to one address share a connection.
+        apart = (("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100))
+        there = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=apart) for _ in range(2)]
+        late = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=apart)
+        try:
+            assert [await answers(one) for one in there] == [True, True]
+            assert not await answers(late)
+            assert [await answers(one) for one in there] == [True, True]
+            await there.pop().close()
+            async with asyncio.timeout(5):
+                while not await answers(late):
+                    pass
+        finally:
+            for channel in (*there, late):
+                await channel.close()
+
+
+async def test_who_connects_to_grpc_and_says_nothing_keeps_no_place() -> None:
+    async with answering(rpc.Limits(connections_max=2, handshake_s=1)) as port:
+        silent = await opened(port, 2)
+        async with asyncio.timeout(5):
+            for reader, _ in silent:
+                while await reader.read(1024):  # the server's own settings come first
+                    pass
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            assert await answers(channel)
+        await close(silent)

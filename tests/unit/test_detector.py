@@ -296,3 +296,87 @@ def test_feedback_moves_one_threshold_within_bounds_and_survives_a_restart() -> 
 def test_a_constant_series_is_calm() -> None:
     scores = run(*machine(1), np.full((2000, 1), 45.0))
     assert not scores.events
+
+
+@pytest.mark.parametrize("wild", [1e16, -3.4e38, 1e160, 1.7e308])
+@pytest.mark.parametrize("row", [0, 3, 100, 400])
+def test_a_value_beyond_measure_blinds_neither_its_signal_nor_the_signals_together(wild: float, row: int) -> None:
+    """Drivers say "none" by the largest float there is."""
+    values = calm(1400, 3)
+    values[row, 1] = wild
+    values[1200:, 1] += 30.0
+    values[1200:, 2] -= 30.0
+    scores = run(*machine(3), values)
+    assert first_raised(scores, 1, 1200) != "nothing"
+    assert all(np.isfinite(part).all() for part in columns(scores))
+    assert scores.joint_state[1200:1300].max() > 5.0
+    assert all(np.isfinite(event.lead_share + event.next_share) for event in scores.events)
+
+
+@pytest.mark.parametrize("row", [100, 400])
+def test_one_absurd_value_is_all_but_forgotten_within_the_hour(row: int) -> None:
+    values = calm(4200, 2)
+    values[row, 1] = 1e13
+    values[3900:, 1] += 30.0
+    values[3900:, 0] -= 30.0
+    scores = run(*machine(2), values)
+    assert first_raised(scores, 1, 3900) != "nothing"
+    assert scores.joint_state[3900:4000].max() > 5.0
+
+
+def apart(values: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """The same, each signal in a frame of its own: times and values."""
+    rows, width = values.shape
+    own = np.full((rows, width, width), np.nan)
+    for signal in range(width):
+        own[:, signal, signal] = values[:, signal]
+    return np.repeat(times(rows), width), own.reshape(-1, width)
+
+
+def test_signals_that_come_in_frames_of_their_own_are_all_watched() -> None:
+    values = calm(1200, 3)
+    values[900:, 2] += 30.0
+    detector, slot = machine(3)
+    at, own = apart(values)
+    scores = detector.score(np.full(len(own), slot, dtype=np.int32), at, own.ravel())
+    assert scores.skipped == 0
+    assert first_raised(scores, 2, 3 * 900) != "nothing"
+    before = detector.dump(slot)
+    again = detector.score(np.full(len(own), slot, dtype=np.int32), at, own.ravel())
+    assert (again.skipped, detector.dump(slot)) == (len(own), before)
+
+
+def test_a_gateway_that_sends_a_minute_later_than_its_neighbour_is_watched() -> None:
+    values = calm(1200, 2)
+    values[900:, 1] += 30.0
+    detector, slot = machine(2)
+    found = []
+    for minute in range(20):
+        rows = slice(60 * minute, 60 * minute + 60)
+        for signal, late in ((0, 0), (1, 60)):
+            frames = np.full((60, 2), np.nan)
+            frames[:, signal] = values[rows, signal]
+            at = times(60, 60 * minute - late)
+            found += detector.score(np.full(60, slot, dtype=np.int32), at, frames.ravel()).events
+    assert any(event.raised and event.signal == 1 and event.time_us >= times(1, 900 - 60)[0] for event in found)
+
+
+def test_a_state_from_before_signals_had_clocks_goes_on_with_equal_bits() -> None:
+    values = troubled(1200, 3)
+    detector, slot = machine(3)
+    run(detector, slot, values[:700])
+    now = detector.dump(slot)
+    start = 16 + 8 * layout.MACHINE_FIELDS
+    series = np.frombuffer(now[start : start + 24 * layout.SERIES_FIELDS]).reshape(3, -1).copy()
+    series[:, layout.ROW_LAST_US] = 0.0
+    rest = now[start + 24 * layout.SERIES_FIELDS :]
+    data = now[:start] + series.tobytes() + rest
+    other, again = machine(3)
+    other.load(again, data)
+    assert run(other, again, values[690:700], start=690).skipped == 10
+    for part, full in zip(
+        columns(run(other, again, values[700:], start=700)),
+        columns(run(detector, slot, values[700:], start=700)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(part, full)

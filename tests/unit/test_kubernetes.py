@@ -18,7 +18,7 @@ from services.anomaly.settings import AnomalySettings
 from services.backup import BackupSettings
 from services.common.access import access_of
 from services.common.runtime import STOP_TIMEOUT_S
-from services.common.settings import Settings
+from services.common.settings import DatabaseSettings, Settings
 from services.common.tls import HUB_SERVICES
 from services.funding.main import FundingSettings
 from services.ingest.settings import MqttSettings
@@ -326,7 +326,7 @@ def test_the_database_has_a_connection_for_every_process_that_there_may_be() -> 
         if one["kind"] == "StatefulSet"
     )
     arguments = database["spec"]["template"]["spec"]["containers"][0]["args"]
-    (limit,) = (int(one.partition("=")[2]) for one in arguments if one.startswith("max_connections="))
+    (limit,) = (int(one.partition("=")[2]) for one in arguments if one.startswith("-cmax_connections="))
     assert wanted + 20 <= limit
 
 
@@ -432,6 +432,35 @@ def test_what_follows_from_elsewhere_is_as_it_is_there() -> None:
     assert f"SMDIH_KAFKA_REPLICATION={write.REPLICAS}" in migrate
 
 
+def test_whoever_comes_to_the_database_in_production_knows_it_by_its_authority() -> None:
+    components = BASE.parent / "components"
+    production = yaml.safe_load((BASE.parent / "overlays/production/kustomization.yaml").read_text())["components"]
+    # Behind all that bring somebody who comes there.
+    assert production[-1] == "../../components/database-tls"
+    kustomization = yaml.safe_load((components / "database-tls/kustomization.yaml").read_text())
+    targets = {one["path"]: one["target"] for one in kustomization["patches"]}
+    others = [one for path in (components / "backup").glob("*.yaml") for one in yaml.safe_load_all(path.read_text())]
+    coming = [
+        one
+        for one in [*workloads().values(), *others]
+        if one["kind"] in ("Deployment", "StatefulSet", "Job", "CronJob")
+        and "smdih/database" in template(one)["metadata"]["labels"]
+    ]
+    patched = "jobs.yaml", "processes.yaml"
+    for one in coming:
+        (path,) = (path for path in patched if re.fullmatch(targets[path]["kind"], one["kind"]))
+        assert re.fullmatch(targets[path]["name"], one["metadata"]["name"]), one["metadata"]["name"]
+    assert {one["metadata"]["name"] for one in coming} == {
+        name for path in patched for name in re.findall(r"[\w-]+", targets[path]["name"])
+    }
+    for path in patched:
+        spec = template(yaml.safe_load((components / "database-tls" / path).read_text()))["spec"]
+        (variable,) = spec["containers"][0]["env"]
+        assert variable["name"] in {f"SMDIH_{name.upper()}" for name in DatabaseSettings.model_fields}
+        certificate = yaml.safe_load((components / "timescaledb/certificate.yaml").read_text())["spec"]
+        assert spec["volumes"][0]["secret"]["secretName"] == certificate["secretName"]
+
+
 def test_each_process_comes_to_the_brokers_as_its_own_user() -> None:
     users = {one["metadata"]["name"] for one in write.user_objects()}
     patched = {one["metadata"]["name"]: one for one in write.client_patches()}
@@ -484,6 +513,27 @@ def test_what_a_component_configures_are_settings_that_there_are(component: str)
         assert made["name"] in config()
         known = set(fields("mqtt-bridge")) if made["name"] == "mqtt" else set(fields("migrate"))
         assert {literal.split("=")[0] for literal in made["literals"]} <= known
+
+
+def test_alertmanager_is_told_by_the_operator_what_its_own_file_says() -> None:
+    """The operator gives a route the alerts of its namespace only, so each alert has to say that."""
+    config = yaml.safe_load(write.ALERTMANAGER.read_text())
+    spec = write.route_object()["spec"]
+    assert [one["receiver"] for one in spec["route"]["routes"]] == [
+        one["receiver"] for one in config["route"]["routes"]
+    ]
+    for kept, wanted in zip(spec["inhibitRules"], config["inhibit_rules"], strict=True):
+        for side in ("source", "target"):
+            texts = [f'{one["name"]}{one.get("matchType", "=")}"{one["value"]}"' for one in kept[f"{side}Match"]]
+            assert texts == wanted[f"{side}_matchers"]
+    webhooks = {one["name"]: one["webhookConfigs"] for one in spec["receivers"]}
+    assert {name: [one["urlSecret"]["key"] for one in each] for name, each in webhooks.items()} == {
+        name: [name] for name in ("on-call", "heartbeat", "tickets")
+    }
+    alerts = [one for group in write.rule_object()["spec"]["groups"] for one in group["rules"] if "alert" in one]
+    assert {one["labels"]["namespace"] for one in alerts} == {
+        yaml.safe_load((BASE / "kustomization.yaml").read_text())["namespace"]
+    }
 
 
 def test_scaling_by_lag_looks_at_groups_and_topics_that_there_are() -> None:

@@ -1,14 +1,18 @@
 """The OPC UA gateway without a server: its configuration, what it keeps of a value, what it proposes."""
 
+import asyncio
 import csv
 import io
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from asyncua import ua
 
+from smdih_client.buffer import BufferFull
 from smdih_client.opcua import (
     BadConfiguration,
     Proposal,
@@ -20,6 +24,7 @@ from smdih_client.opcua import (
     load,
     table,
 )
+from smdih_client.telemetry import TelemetryClient
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,67 @@ def test_only_good_finite_numbers_are_kept_and_everything_is_counted() -> None:
     waiting.add(variable, 0, _value(2.5, ua.VariantType.Double))
     totals = waiting.totals
     assert (totals.received, totals.unusable, totals.replaced, waiting.samples) == (11, 7, 1, 3)
+
+
+class Buffering:
+    """Stands in for the client: a disk that takes its time, and may be full or failing."""
+
+    def __init__(self, meanwhile: Callable[[], None], *errors: BaseException) -> None:
+        self._meanwhile = meanwhile
+        self._errors = list(errors)
+        self.sent: list[tuple[str, list[int], tuple[str, ...], list[list[float]]]] = []
+
+    async def send(self, machine: str, times: list[int], values: Any, *, signals: list[str]) -> None:
+        await asyncio.sleep(0)
+        self._meanwhile()
+        if self._errors:
+            raise self._errors.pop(0)
+        self.sent.append((machine, times, tuple(signals), values.tolist()))
+
+
+async def test_what_comes_while_the_disk_is_written_is_sent_too_also_of_the_same_machine_and_time() -> None:
+    waiting = Waiting()
+    late = [("b", 1, 2.0), ("a", 1, 9.0), ("b", 2, 3.0)]
+
+    def meanwhile() -> None:
+        for signal, at, number in late:
+            waiting.add(Variable("m", signal, "ns=2;i=1"), at, _value(number, ua.VariantType.Double))
+        late.clear()
+
+    waiting.add(Variable("m", "a", "ns=2;i=1"), 1, _value(1.0, ua.VariantType.Double))
+    client = Buffering(meanwhile)
+    await waiting.send(cast(TelemetryClient, client))
+    assert (client.sent, waiting.samples) == ([("m", [1], ("a",), [[1.0]])], 3)
+    await waiting.send(cast(TelemetryClient, client))
+    ((_, times, names, values),) = client.sent[1:]
+    assert (times, names, values[0]) == ([1, 2], ("a", "b"), [9.0, 2.0])
+    totals = waiting.totals
+    assert (totals.received, totals.kept, totals.replaced, waiting.samples) == (4, 4, 0, 0)
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), asyncio.CancelledError()])
+async def test_what_the_disk_did_not_take_waits_and_newer_values_win(error: BaseException) -> None:
+    waiting = Waiting()
+    late = [("m", "a", 9.0)]
+
+    def meanwhile() -> None:
+        for machine, signal, number in late:
+            waiting.add(Variable(machine, signal, "ns=2;i=1"), 1, _value(number, ua.VariantType.Double))
+        late.clear()
+
+    for machine, signal in (("m", "a"), ("m", "b"), ("n", "a")):
+        waiting.add(Variable(machine, signal, "ns=2;i=1"), 1, _value(1.0, ua.VariantType.Double))
+    client = Buffering(meanwhile, error)
+    with pytest.raises(type(error)):
+        await waiting.send(cast(TelemetryClient, client))
+    assert (waiting.samples, waiting.totals.replaced) == (3, 1)
+    await waiting.send(cast(TelemetryClient, client))
+    assert sorted(client.sent) == [("m", [1], ("a", "b"), [[9.0, 1.0]]), ("n", [1], ("a",), [[1.0]])]
+    totals = waiting.totals
+    assert (totals.received, totals.kept + totals.replaced, waiting.samples) == (4, 4, 0)
+    waiting.add(Variable("m", "a", "ns=2;i=1"), 2, _value(1.0, ua.VariantType.Double))
+    await waiting.send(cast(TelemetryClient, Buffering(meanwhile, BufferFull("full"))))
+    assert (totals.refused, waiting.samples) == (1, 0)
 
 
 def test_names_are_made_fit_for_the_registry_and_told_apart_without_regard_to_case() -> None:

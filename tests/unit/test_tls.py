@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from localstack.certificates import Authority, Pair
 from services.common import http, rpc, tls
@@ -278,7 +279,7 @@ async def test_production_refuses_plain_text(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair = authority.issue(["ingest"])
     runtime = Runtime()
-    base = {"kafka_bootstrap": "k:1", "database_dsn": "postgresql://x"}
+    base = {"kafka_bootstrap": "k:1", "database_dsn": "postgresql://x", "database_in_the_clear": True}
     named = {"tls_certificate": str(pair.certificate), "tls_key": str(pair.key)}
     with pytest.raises(NotForProduction, match="SMDIH_TLS_CERTIFICATE"):
         open_entrance(runtime, Settings.model_validate(base | {"production": True}), takes_keys=True)
@@ -295,3 +296,19 @@ async def test_production_refuses_plain_text(tmp_path: Path) -> None:
     assert good.tls is not None
     assert good.tls.serves
     await runtime._stack.aclose()
+
+
+def test_production_refuses_a_database_that_could_be_another() -> None:
+    given = {
+        "kafka_bootstrap": "k:1",
+        "production": True,
+        "database_dsn": "postgresql://u:secret@db:5432/hub?sslmode=require",
+    }
+    with pytest.raises(ValidationError, match="SMDIH_DATABASE_CA_FILE") as told:
+        Settings.model_validate(given)
+    assert "secret" not in str(told.value)
+    Settings.model_validate(given | {"production": False})
+    Settings.model_validate(given | {"database_in_the_clear": True})
+    Settings.model_validate(given | {"database_dsn": "postgresql://db/hub?sslmode=verify-full&sslrootcert=/ca"})
+    made = Settings.model_validate(given | {"database_ca_file": "/run/a b/ca.crt"}).database_dsn
+    assert made == "postgresql://u:secret@db:5432/hub?sslmode=verify-full&sslrootcert=/run/a%20b/ca.crt"

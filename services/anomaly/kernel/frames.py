@@ -1,6 +1,5 @@
 """The pass over the frames of a batch, in order."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +18,7 @@ from services.anomaly.kernel.compiling import (
     digest_of_package,
     part,
 )
-from services.anomaly.kernel.joint import joint_step
+from services.anomaly.kernel.joint import joint_step, joint_value
 from services.anomaly.kernel.layout import (
     BLOCK,
     C_JOINT_RAISE,
@@ -45,10 +44,12 @@ from services.anomaly.kernel.layout import (
     MACHINE_STATE,
     ROW_ALARM_US,
     ROW_CALM,
+    ROW_LAST_US,
     ROW_N,
     ROW_OFFSET,
     SEASON,
     US_PER_DAY,
+    VALUE_MAX,
     block_size,
 )
 from services.anomaly.kernel.scores import hold_rows
@@ -65,9 +66,15 @@ def _score_frames(sources: int) -> Callable[..., tuple[int, int]]:
         onset: Floats, state: Floats, component: NDArray[np.int8], joint_onset: Floats, joint_state: Floats,
         share: Floats, events: Floats,
     ) -> tuple[int, int]:  # fmt: skip
-        """Run every frame in order.  Returns (events written, frames skipped as not newer)."""
+        """Run every frame in order.  Returns (events written, frames skipped as not newer).
+
+        Signals of one machine may come in frames of their own, at the same time or one behind the other: each has its
+        own clock. What a frame says of the machine as a whole (its pace, what is absent, the signals together) counts
+        where it is newer than all frames before.
+        """
         sources  # noqa: B018 (see digest_of_package)
         figures = np.zeros(8)
+        together = np.empty(BLOCK)
         n_events = 0
         skipped = 0
         for f in range(slots.shape[0]):
@@ -84,10 +91,8 @@ def _score_frames(sources: int) -> Callable[..., tuple[int, int]]:
                 state[i] = 0.0
                 component[i] = -1
                 share[i] = 0.0
-            if machine[MACHINE_FRAMES] > 0.0 and t_us <= machine[MACHINE_LAST_US]:
-                skipped += 1
-                continue
-            if machine[MACHINE_FRAMES] > 0.0:
+            newest = machine[MACHINE_FRAMES] == 0.0 or t_us > machine[MACHINE_LAST_US]
+            if newest and machine[MACHINE_FRAMES] > 0.0:
                 step = min(t_us - machine[MACHINE_LAST_US], float(US_PER_DAY))
                 if machine[MACHINE_FRAMES] == 1.0:
                     machine[MACHINE_INTERVAL_US] = step
@@ -95,16 +100,24 @@ def _score_frames(sources: int) -> Callable[..., tuple[int, int]]:
                 machine[MACHINE_INTERVAL_US] += max(1.0 / machine[MACHINE_FRAMES], 0.01) * (
                     limited - machine[MACHINE_INTERVAL_US]
                 )
-            machine[MACHINE_LAST_US] = t_us
-            machine[MACHINE_FRAMES] += 1.0
+            if newest:
+                machine[MACHINE_LAST_US] = t_us
+                machine[MACHINE_FRAMES] += 1.0
+            heard = newest
             eased = eased_by(cfg, machine[MACHINE_INTERVAL_US])
             for i in range(min(count, width)):
                 row = series[first_row + i]
                 x = values[begin + i]
-                if math.isfinite(x):
+                if abs(x) <= VALUE_MAX:  # NaN is not
+                    if t_us <= row[ROW_LAST_US]:
+                        continue
+                    row[ROW_LAST_US] = t_us
+                    heard = True
                     o, s, c = series_step(cfg, row, x, times_us[f], machine[MACHINE_INTERVAL_US], figures)
-                else:
+                elif newest:
                     o, s, c = absent_step(cfg, row, figures)
+                else:
+                    continue
                 onset[begin + i] = o
                 state[begin + i] = s
                 component[begin + i] = c
@@ -125,7 +138,9 @@ def _score_frames(sources: int) -> Callable[..., tuple[int, int]]:
                     n_events += 1
                     if what == 2:
                         row[ROW_ALARM_US] = 0.0
-            if width < 2 or count < 2:
+            if not heard:
+                skipped += 1
+            if not newest or width < 2 or count < 2:
                 continue
             distance = 0.0
             joint_now = 0.0
@@ -134,11 +149,13 @@ def _score_frames(sources: int) -> Callable[..., tuple[int, int]]:
                 if lo + k > count:
                     break
                 block = joint[joint_at + (lo // BLOCK) * _block_size(BLOCK) :][: _block_size(k)]
+                for i in range(k):
+                    together[i] = joint_value(cfg, series[first_row + lo + i], values[begin + lo + i])
                 o, s, d = joint_step(
                     cfg,
                     block,
                     k,
-                    values[begin + lo : begin + lo + k],
+                    together[:k],
                     share[begin + lo : begin + lo + k],
                     hold_rows(cfg, machine[MACHINE_INTERVAL_US]),
                 )

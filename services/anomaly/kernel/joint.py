@@ -7,6 +7,7 @@ import numpy as np
 from services.anomaly.kernel.compiling import Floats, part
 from services.anomaly.kernel.layout import (
     BLOCK,
+    C_CHANGE_CLIP,
     C_JOINT_EW,
     C_JOINT_GATE,
     C_JOINT_HORIZON,
@@ -19,8 +20,23 @@ from services.anomaly.kernel.layout import (
     JOINT_N,
     JOINT_PER_SIGNAL,
     JOINT_SINCE_FACTOR,
+    ROW_MEAN,
+    ROW_N,
+    ROW_VAR,
+    VALUE_MAX,
 )
 from services.anomaly.kernel.scores import hold
+
+
+@part
+def joint_value(cfg: Floats, row: Floats, x: float) -> float:
+    """A value as the signals together see it, NaN where it is absent: not so far out that all else would be small beside it."""
+    if not abs(x) <= VALUE_MAX:
+        return math.nan
+    if row[ROW_N] < 8.0 or not row[ROW_VAR] > 0.0:
+        return x
+    limit = cfg[C_CHANGE_CLIP] * math.sqrt(row[ROW_VAR])
+    return float(min(max(x, row[ROW_MEAN] - limit), row[ROW_MEAN] + limit))
 
 
 @part

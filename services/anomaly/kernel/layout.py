@@ -27,15 +27,16 @@ SCALE_ROWS = (1.0, 3.0, 12.0, 48.0, 192.0)
 # --- state of one machine ---------------------------------------------------------------------------------------
 (
     MACHINE_LAST_US, MACHINE_FRAMES, MACHINE_INTERVAL_US, MACHINE_ALARM_US, MACHINE_CALM, MACHINE_OFFSET, MACHINE_STATE,
-) = range(7)  # fmt: skip
+    MACHINE_BEHIND_SINCE_US,
+) = range(8)  # fmt: skip
 MACHINE_FIELDS = 8
 
 # --- state of one series (a row of float64) ---------------------------------------------------------------------
 (
     ROW_N, ROW_LAST, ROW_MEAN, ROW_VAR, ROW_REPEATS, ROW_REPEATS_USUAL, ROW_PRESENT, ROW_ABSENT_RUN, ROW_HELD,
     ROW_HELD_AGE, ROW_OFFSET, ROW_ALARM_US, ROW_CALM, ROW_STATE, ROW_SHORT_TAIL, ROW_SHORT_TAIL_G, ROW_LONG_TAIL,
-    ROW_LONG_TAIL_G,
-) = range(18)  # fmt: skip
+    ROW_LONG_TAIL_G, ROW_LAST_US, ROW_BEHIND_US,
+) = range(20)  # fmt: skip
 SCALE_BASE = 20  # mean, least, greatest for each scale
 CHANGE_BASE = SCALE_BASE + 3 * SCALES  # the change scan: where the random walk is, its range, its candidates
 CHANGE_KEPT = 4  # candidates each way; more did not find more
@@ -70,6 +71,10 @@ JOINT_PER_SIGNAL = 3  # smoothed, mean, values seen
     E_DISTANCE, E_SAMPLES, E_PERIOD_US, E_LEAD, E_LEAD_SHARE, E_NEXT, E_NEXT_SHARE,
 ) = range(17)  # fmt: skip
 EVENT_FIELDS = 17
+
+# Beyond it a number is no measurement (drivers say "none" by the largest float there is) and counts as absent; its squares and
+# those of what is learned from smaller ones are far from overflow.
+VALUE_MAX = 1e15
 
 US_PER_DAY = 86_400_000_000
 US_PER_WEEK = 7 * US_PER_DAY

@@ -78,7 +78,7 @@ def season_step(
         return 0.0
     n = row[base + SEASON_N]
     total = row[base + SEASON_TOTAL]
-    if n == 0.0:
+    if n == 0.0 or t_us < row[base + SEASON_SINCE_US]:  # the machine's clock may be put back
         row[base + SEASON_SINCE_US] = t_us
     watched = n >= cfg[C_YOUNG] and t_us - row[base + SEASON_SINCE_US] >= cfg[C_SEASON_WAIT] * period_us
     useful = watched and total > 0.0 and row[base + SEASON_ERROR] < cfg[C_SEASON_RATIO] * total

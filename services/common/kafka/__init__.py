@@ -5,6 +5,7 @@ from services.common.kafka.consuming import (
     RETRY_DELAY_S_MAX,
     STALLED_S_MAX,
     Fenced,
+    MadeAnew,
     PositionedConsumer,
     consumed_total,
     show_consumer,
@@ -12,6 +13,7 @@ from services.common.kafka.consuming import (
 from services.common.kafka.deadletters import DEAD_LETTERS_IN_A_ROW_MAX, DeadLetters, Poison, TooManyDeadLetters
 from services.common.kafka.ends import TopicEnds
 from services.common.kafka.publishing import Message, Publisher
+from services.common.kafka.topicids import topic_ids
 
 __all__ = [
     "DEAD_LETTERS_IN_A_ROW_MAX",
@@ -22,6 +24,7 @@ __all__ = [
     "DeadLetters",
     "Fenced",
     "Identity",
+    "MadeAnew",
     "Message",
     "Poison",
     "PositionedConsumer",
@@ -31,4 +34,5 @@ __all__ = [
     "consumed_total",
     "create_topics",
     "show_consumer",
+    "topic_ids",
 ]

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from services.common.errors import TryAgain
 from services.common.kafka.cluster import Cluster
 from services.common.kafka.deadletters import DeadLetters, dead_letters_total
 from services.common.kafka.publishing import Publisher
+from services.common.kafka.topicids import topic_ids
 from services.common.logs import get_logger
 
 log = get_logger(__name__)
@@ -50,6 +51,10 @@ class Fenced(Exception):
     """Another process has stored past our position: the partition is no longer ours."""
 
 
+class MadeAnew(Exception):
+    """A topic is not the one that the stored positions are of: going on at them would skip what stands before them."""
+
+
 Note = Callable[[Connection, Sequence[ConsumerRecord]], Awaitable[None]]
 Handler = Callable[[Connection, Sequence[ConsumerRecord]], Awaitable[Sequence[tuple[ConsumerRecord, str]]]]
 
@@ -66,7 +71,8 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
     `note` is told of all records first, in the same transaction; what it stores stays, whatever becomes of a record.
 
     Kafka's own rebalancing decides who reads a partition; the database decides whose work counts: the position is a fence, so
-    a process that was declared dead but still runs cannot store anything.
+    a process that was declared dead but still runs cannot store anything. With the position the topic's id is kept: the consumer
+    stops (MadeAnew) where the topic was deleted and made again.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         self._poll_bytes_max = poll_bytes_max
         self._on_change = on_change
         self._positions: dict[TopicPartition, int] = {}
+        self._topic_ids: Mapping[str, str] = {}
         self._unreadable_in_a_row: dict[TopicPartition, int] = {}
         self._assigned = asyncio.Event()
         self._working = asyncio.Lock()
@@ -178,6 +185,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         try:
             async with self._working:
                 await self._changed()
+                self._topic_ids = await self._ask_topic_ids({partition.topic for partition in assigned})
                 self._positions = await self._load_positions(assigned)
                 self._seek(self._positions)
             self._last_progress = time.monotonic()
@@ -308,6 +316,14 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         if moved is None:
             raise Fenced(f"{partition} is not at {expected} any more")
 
+    async def _ask_topic_ids(self, names: Collection[str]) -> Mapping[str, str]:
+        while True:
+            try:
+                return await topic_ids(self._cluster, names) if names else {}
+            except (KafkaError, OSError) as error:
+                log.warning("no broker tells the ids of topics yet", error=repr(error))
+                await asyncio.sleep(1)
+
     async def _load_positions(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         loaded: dict[TopicPartition, int] = {}
         delay_s = 0.1
@@ -315,14 +331,21 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             try:
                 async with self._pool.acquire(timeout=10) as connection:
                     for partition in partitions:
+                        topic_id = self._topic_ids[partition.topic]
                         row = await connection.fetchrow(
-                            "INSERT INTO position AS p (topic, partition, next_offset) VALUES ($1, $2, 0) "
-                            "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = p.next_offset "
-                            "RETURNING next_offset, unreadable_in_a_row",
-                            partition.topic,
-                            partition.partition,
+                            "INSERT INTO position AS p (topic, partition, next_offset, topic_id) VALUES ($1, $2, 0, $3) "
+                            "ON CONFLICT (topic, partition) DO UPDATE "
+                            "SET topic_id = CASE WHEN p.topic_id = '' OR p.next_offset = 0 "
+                            "THEN excluded.topic_id ELSE p.topic_id END "
+                            "RETURNING next_offset, unreadable_in_a_row, topic_id",
+                            *(partition.topic, partition.partition, topic_id),
                         )
                         assert row is not None
+                        if row["topic_id"] != topic_id:
+                            raise MadeAnew(
+                                f"{partition.topic} is not the topic that was taken in up to {row['next_offset']}: it was deleted "
+                                "and made again. Stop the hub and run python -m services.reconcile after-kafka-loss."
+                            )
                         loaded[partition] = row["next_offset"]
                         self._unreadable_in_a_row[partition] = row["unreadable_in_a_row"]
                 return loaded

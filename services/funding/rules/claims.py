@@ -14,7 +14,8 @@ class ClaimFacts:
     """A claim for costs paid in a period that ended on ``period_end``, and what earlier claims left behind.
 
     ``held_so_far_p`` is due from earlier claims and not paid. ``iar_received``: the independent accountant's report.
-    The period of a final claim ends with the project.
+    The period of a final claim ends with the project. ``correct_until``: a claim for the same period came in time and was
+    rejected, and one that corrects it is in time up to that day.
     """
 
     max_grant_p: int
@@ -28,6 +29,7 @@ class ClaimFacts:
     iar_received: bool
     period_end: date
     submitted: date
+    correct_until: date | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,13 @@ def decide_claim(claim: ClaimFacts, parameters: ParametersAt) -> ClaimDecision:
     """
     claimed_p = share(claim.defrayed_costs_p, claim.award_rate)
     days = (claim.submitted - claim.period_end).days
-    code, timing = _timing(claim, parameters)
+    code, when = timing(
+        period_end=claim.period_end,
+        submitted=claim.submitted,
+        is_final=claim.is_final,
+        correct_until=claim.correct_until,
+        parameters=parameters,
+    )
     if code is not None:
         return ClaimDecision(
             accepted=False,
@@ -71,7 +79,7 @@ def decide_claim(claim: ClaimFacts, parameters: ParametersAt) -> ClaimDecision:
             unpaid_over_grant_p=0,
             days_after_period_end=days,
             code=code,
-            reasons=(timing,),
+            reasons=(when,),
         )
     room_p = max(0, claim.max_grant_p - claim.paid_so_far_p - claim.held_so_far_p)
     due_p = claim.held_so_far_p + min(claimed_p, room_p)
@@ -88,7 +96,7 @@ def decide_claim(claim: ClaimFacts, parameters: ParametersAt) -> ClaimDecision:
         days_after_period_end=days,
         code=None,
         reasons=(
-            timing,
+            when,
             f"{percent(claim.award_rate)} of {gbp(claim.defrayed_costs_p)}, rounded down, is {gbp(claimed_p)}; "
             f"{gbp(claim.held_so_far_p)} was held before.",
             f"{'On completion' if complete else 'Before completion'} at most {gbp(ceiling_p)} may be paid in all and "
@@ -98,20 +106,25 @@ def decide_claim(claim: ClaimFacts, parameters: ParametersAt) -> ClaimDecision:
     )
 
 
-def _timing(claim: ClaimFacts, parameters: ParametersAt) -> tuple[str | None, str]:
+def timing(
+    *, period_end: date, submitted: date, is_final: bool, correct_until: date | None, parameters: ParametersAt
+) -> tuple[str | None, str]:
     """Code and sentence on when the claim came: the day of the limit is in; a final claim has months, not days."""
-    days = (claim.submitted - claim.period_end).days
+    days = (submitted - period_end).days
     if days < 0:
-        return "CLAIM_EARLY", f"Claims are made in arrears; the period ends on {claim.period_end.isoformat()}."
-    if claim.is_final:
+        return "CLAIM_EARLY", f"Claims are made in arrears; the period ends on {period_end.isoformat()}."
+    if is_final:
         months = parameters.whole("claim.final_months_after_end")
-        last_day = add_months(claim.period_end, months)
+        last_day = add_months(period_end, months)
         rule = f"the final claim is due by {last_day.isoformat()}, {months} months after the project's end"
-        late = claim.submitted > last_day
+        late = submitted > last_day
     else:
         days_max = parameters.whole("claim.days_after_period_max")
         rule = f"a claim is due within {days_max} days of the period's end"
         late = days > days_max
+    if late and correct_until is not None:
+        rule = f"{rule}; one that corrects a claim which came in time and was rejected, by {correct_until.isoformat()}"
+        late = submitted > correct_until
     if late:
         return "CLAIM_LATE", f"Received on day {days}: {rule}, and the funder need not pay a later one."
     return None, f"Received on day {days}: {rule}."

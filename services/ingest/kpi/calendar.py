@@ -1,6 +1,6 @@
 """Minutes as people at the site count them: shifts, tariff periods, days; also when the clocks change."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from datetime import time as time_of_day
@@ -32,6 +32,41 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Week:
+    """Minutes of a week by the day on which their span begins: those on that day, and those on the next one (7 x 1,440)."""
+
+    same_day: Bools
+    next_day: Bools
+
+    def __or__(self, other: "Week") -> "Week":
+        return Week(self.same_day | other.same_day, self.next_day | other.next_day)
+
+    @property
+    def minutes(self) -> Bools:
+        """By the day on which they are."""
+        return self.same_day | np.roll(self.next_day, 1, axis=0)
+
+
+def week_of(spans: Iterable[Span], breaks: Iterable[Span] = ()) -> Week:
+    """The minutes of any of the spans; breaks are at their times of day, whichever day it is."""
+    same_day, next_day = np.zeros((7, DAY_MINUTES), dtype=bool), np.zeros((7, DAY_MINUTES), dtype=bool)
+    for span in spans:
+        days = list(span.days)
+        if span.start_minute < span.end_minute:
+            same_day[days, span.start_minute : span.end_minute] = True
+        else:
+            same_day[days, span.start_minute :] = True
+            next_day[days, : span.end_minute] = True
+    for pause in breaks:
+        parts = [slice(pause.start_minute, pause.end_minute)]
+        if pause.start_minute >= pause.end_minute:
+            parts = [slice(pause.start_minute, None), slice(pause.end_minute)]
+        for part in parts:
+            same_day[:, part] = next_day[:, part] = False
+    return Week(same_day, next_day)
+
+
+@dataclass(frozen=True)
 class LocalMinutes:
     """The minutes from one UTC minute on, as they are called at the site."""
 
@@ -43,13 +78,14 @@ class LocalMinutes:
     def weekdays(self) -> Ints:
         return (self.days + _EPOCH_WEEKDAY) % 7
 
-    def within(self, span: Span, closed_days: frozenset[int] = frozenset()) -> Bools:
-        """Which minutes lie in the span. One over midnight belongs to the day on which it begins, also where that is closed."""
-        begins = _on(self.days, span.days, closed_days)
-        if span.start_minute < span.end_minute:
-            return begins & (self.minutes >= span.start_minute) & (self.minutes < span.end_minute)
-        began = _on(self.days - 1, span.days, closed_days)
-        return (begins & (self.minutes >= span.start_minute)) | (began & (self.minutes < span.end_minute))
+    def within(self, week: Week, closed_days: frozenset[int] = frozenset()) -> Bools:
+        """Which minutes lie in it. A span over midnight belongs to the day on which it begins, also where that is closed."""
+        weekdays = self.weekdays
+        begun, before = week.same_day[weekdays, self.minutes], week.next_day[weekdays - 1, self.minutes]
+        if closed_days:
+            closed = np.array(sorted(closed_days))
+            begun, before = begun & ~np.isin(self.days, closed), before & ~np.isin(self.days - 1, closed)
+        return begun | before
 
 
 def local_minutes(start_minute: int, count: int, zone: ZoneInfo) -> LocalMinutes:
@@ -90,11 +126,6 @@ def _minute(text: str) -> int:
     if parsed.second or parsed.microsecond or parsed.tzinfo or len(text) != 5:
         raise ValueError(f"{text!r} is no time of day such as 06:30")
     return parsed.hour * 60 + parsed.minute
-
-
-def _on(days: Ints, weekdays: frozenset[int], closed_days: frozenset[int]) -> Bools:
-    on = np.isin((days + _EPOCH_WEEKDAY) % 7, list(weekdays))
-    return on & ~np.isin(days, list(closed_days)) if closed_days else on
 
 
 def _offset_minutes(minute: int, zone: ZoneInfo) -> int:

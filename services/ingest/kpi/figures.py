@@ -53,6 +53,15 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """What was made or used in each minute, which minutes that is known for, and in which its counter was set back."""
+
+    added: Floats
+    accounted: Bools
+    anew: Bools
+
+
+@dataclass(frozen=True)
 class Minutes:
     """What is known of each minute from `start` (minutes since 1970 UTC) on; None: not known at all, `missing` says why."""
 
@@ -60,10 +69,9 @@ class Minutes:
     local: LocalMinutes
     codes: Codes
     planned: Bools | None
-    total_added: Floats | None
-    good_added: Floats | None
-    energy_kwh: Floats | None
-    energy_accounted: Bools
+    total: Flow | None
+    good: Flow | None
+    energy: Flow | None
     ideal_cycle_s: float
     # Reasons by what is missing: states, total_count, good_count, energy.
     missing: dict[str, str] = field(default_factory=dict)
@@ -81,11 +89,11 @@ class Minutes:
         planned = None if self.planned is None else self.planned[part]
         # Items made outside of the plan are measured against work outside of the plan: neither counts.
         counting = np.ones(len(codes), dtype=bool) if planned is None else planned
-        working_s = _seconds((codes == State.WORKING) & counting)
-        total, good = self._count("total_count", part, counting), self._count("good_count", part, counting)
+        total = self._count(self.total, "total_count", part, counting)
+        good = self._count(self.good, "good_count", part, counting)
         availability = self._availability(codes, planned)
-        effectiveness = self._effectiveness(total, working_s)
-        quality = _quality(total, good)
+        effectiveness = self._effectiveness(total, part, counting)
+        quality = self._quality(total, good, part, counting)
         energy, idle_energy, coverage = self._energy(part)
         return Figures(
             from_minute=self.start + part.start,
@@ -104,11 +112,17 @@ class Minutes:
             energy_coverage=coverage,
         )
 
-    def _count(self, role: str, part: slice, counting: Bools) -> Figure:
-        added = self.total_added if role == "total_count" else self.good_added
-        if added is None:
+    def _count(self, made: Flow | None, role: str, part: slice, counting: Bools) -> Figure:
+        if made is None:
             return Figure(None, self.missing[role])
-        return Figure(float(added[part][counting].sum()))
+        if not counting.any():
+            return Figure(0.0)
+        added, accounted = made.added[part][counting], made.accounted[part][counting]
+        if not accounted.any():
+            return Figure(None, "NO_DATA")
+        if accounted.mean() < COVERAGE_MIN:
+            return Figure(None, "TOO_LITTLE_DATA")
+        return Figure(_items(added), "LONG_GAP" if added[~accounted].any() else "")
 
     def _utilisation(self, codes: Codes) -> Figure:
         if "states" in self.missing:
@@ -125,28 +139,51 @@ class Minutes:
             return Figure(None, "NOT_PLANNED")
         return _share((codes == State.WORKING) & planned, (codes != State.NO_DATA) & planned, int(planned.sum()))
 
-    def _effectiveness(self, total: Figure, working_s: int) -> Figure:
+    def _effectiveness(self, total: Figure, part: slice, counting: Bools) -> Figure:
+        """Over the minutes that the items are known for."""
         if "states" in self.missing:
             return Figure(None, self.missing["states"])
         if total.value is None:
             return Figure(None, total.reason)
         if not self.ideal_cycle_s:
             return Figure(None, "NO_IDEAL_CYCLE")
+        assert self.total is not None
+        known = counting & self.total.accounted[part]
+        working_s = _seconds((self.codes[part] == State.WORKING) & known)
         if not working_s:
             return Figure(None, "NOT_WORKING")
-        value = self.ideal_cycle_s * total.value / working_s
+        value = self.ideal_cycle_s * _items(self.total.added[part][known]) / working_s
         return Figure(value, "WRONG_IDEAL_CYCLE" if value > 1 else "")
 
+    def _quality(self, total: Figure, good: Figure, part: slice, counting: Bools) -> Figure:
+        """Over the minutes that both are known for."""
+        for count in (total, good):
+            if count.value is None:
+                return Figure(None, count.reason)
+        assert self.total is not None
+        assert self.good is not None
+        known = counting & self.total.accounted[part] & self.good.accounted[part]
+        of_all = _items(self.total.added[part][known])
+        if not of_all:
+            return Figure(None, "NOTHING_PRODUCED")
+        value = _items(self.good.added[part][known]) / of_all
+        return Figure(value, "MORE_GOOD_THAN_TOTAL" if value > 1 else "")
+
     def _energy(self, part: slice) -> tuple[Figure, Figure, float]:
-        if self.energy_kwh is None:
+        if self.energy is None:
             return Figure(None, self.missing["energy"]), Figure(None, self.missing["energy"]), 0.0
-        energy, accounted = self.energy_kwh[part], self.energy_accounted[part]
+        energy, accounted = self.energy.added[part], self.energy.accounted[part]
         if not accounted.any():
             return Figure(None, "NO_DATA"), Figure(None, "NO_DATA"), 0.0
-        idle = Figure(float(energy[self.codes[part] == State.IDLE].sum()))
+        reason = "COUNTER_RESET" if self.energy.anew[part].any() else ""
+        idle = Figure(float(energy[self.codes[part] == State.IDLE].sum()), reason)
         if "states" in self.missing:
             idle = Figure(None, self.missing["states"])
-        return Figure(float(energy.sum())), idle, float(accounted.mean())
+        return Figure(float(energy.sum()), reason), idle, float(accounted.mean())
+
+
+def _items(added: Floats) -> float:
+    return round(float(added.sum()), 6)
 
 
 def _seconds(which: Bools) -> int:
@@ -167,18 +204,6 @@ def _share(some: Bools, known: Bools, of: int) -> Figure:
     if count < COVERAGE_MIN * of:
         return Figure(None, "TOO_LITTLE_DATA")
     return Figure(float(np.count_nonzero(some) / count))
-
-
-def _quality(total: Figure, good: Figure) -> Figure:
-    for count in (total, good):
-        if count.value is None:
-            return Figure(None, count.reason)
-    assert total.value is not None
-    assert good.value is not None
-    if not total.value:
-        return Figure(None, "NOTHING_PRODUCED")
-    value = good.value / total.value
-    return Figure(value, "MORE_GOOD_THAN_TOTAL" if value > 1 else "")
 
 
 def _product(*factors: Figure) -> Figure:

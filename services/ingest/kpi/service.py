@@ -20,9 +20,9 @@ from services.ingest.asked import check_id, check_one_of, names
 from services.ingest.domain import CHANNEL_GROUP, REGIONS, check_text
 from services.ingest.kpi import store
 from services.ingest.kpi.calendar import Bools, local_minutes
-from services.ingest.kpi.counts import KW, KWH, Floats, counted, flowed, spread
-from services.ingest.kpi.figures import Figures, Minutes
-from services.ingest.kpi.settings import Chosen, KpiSettings, chosen_signals
+from services.ingest.kpi.counts import AMPERES, KW, KWH, Counted, Floats, counted, flowed, made, spread
+from services.ingest.kpi.figures import Figures, Flow, Minutes
+from services.ingest.kpi.settings import VALUE_MAX, Chosen, KpiSettings, chosen_signals, wrong_unit
 from services.ingest.kpi.states import Codes, Levels, NoLevels, State, found_levels, runs, states
 from services.ingest.kpi.tariff import CarbonFactor, RateCost, Tariff, YearCarbon, carbon, costs, total_pence
 from services.ingest.queries import read
@@ -36,11 +36,10 @@ MINUTE_US = 60 * 1_000_000
 RANGE_DAYS_MAX = 100
 # Levels are looked for in so many days before the end of the range (in the whole range where it is longer).
 LEVEL_DAYS = 28
-# Read before the range: where a counter stood, and which state a machine was in.
+# Read before the range: where a counter stood, and which state a machine was in; and behind it: what ends a gap that goes over
+# its end, so that ranges that follow one another have shares of it that add up.
 LEAD_MINUTES = 24 * 60
 RUNS_MAX = 10_000
-# No power, current or count is larger: such a value is a fault, and sums of it would be no numbers.
-VALUE_MAX = 1e12
 RATES_MAX = 20
 TARIFFS_PER_SITE_MAX = 200
 
@@ -265,7 +264,7 @@ class KpiService:
         async with transaction(self._pool) as connection:
             revision, settings = await store.settings_of(connection, machine.id)
         async with self._turns.of(caller):
-            history = _History(self._pool, machine, start, end)
+            history = self._history(machine, start, end)
             source, codes = await self._codes(settings, chosen_signals(settings, machine), history)
         if source.levels is None:
             raise Conflict(f"{source.detail} Set off_below and working_from in the kpi-settings.", reason=source.how)
@@ -296,13 +295,13 @@ class KpiService:
             tariffs = await store.tariffs(connection, machine.site_id, region)
             factors = {name: await store.carbon_factors(connection, name) for name in (REPORTING_REGION, own_grid)}
         chosen = chosen_signals(settings, machine)
-        history = _History(self._pool, machine, start, end)
+        history = self._history(machine, start, end)
         state_source, codes = await self._codes(settings, chosen, history)
         timezone = site.timezone if site is not None else "Europe/London"
         local = await asyncio.to_thread(local_minutes, start, end - start, ZoneInfo(timezone))
-        energy_source, energy, accounted = await self._energy(settings, chosen, history)
+        energy_source, energy = await self._energy(settings, chosen, history)
         counts = {
-            role: await self._added(history, chosen.signals[role], settings.count_rollover)
+            role: await self._made(history, chosen.signals[role], settings.count_rollover)
             for role in ("total_count", "good_count")
             if role in chosen.signals
         }
@@ -311,33 +310,35 @@ class KpiService:
             missing["states"] = state_source.how
         if energy is None:
             missing["energy"] = "NO_ENERGY_SIGNAL"
-        minutes = Minutes(
-            start=start,
-            local=local,
-            codes=codes,
-            planned=settings.planned(local),
-            total_added=counts.get("total_count"),
-            good_added=counts.get("good_count"),
-            energy_kwh=energy,
-            energy_accounted=accounted,
-            ideal_cycle_s=settings.ideal_cycle_s,
-            missing=missing,
-        )
-        known = np.zeros(end - start) if energy is None else energy
-        return Kpis(
-            machine=machine,
-            from_us=start * MINUTE_US,
-            to_us=end * MINUTE_US,
-            timezone=timezone,
-            settings_revision=revision,
-            state_source=state_source,
-            energy_source=energy_source,
-            whole=minutes.figures(slice(0, end - start)),
-            days=[(day, minutes.figures(part)) for day, part in minutes.days()] if by_day else [],
-            cost=_cost(known, minutes, tariffs),
-            reporting=_carbon(REPORTING_REGION, known, minutes, factors[REPORTING_REGION]),
-            grid=_carbon(own_grid, known, minutes, factors[own_grid]),
-        )
+
+        def reckoned() -> Kpis:
+            minutes = Minutes(
+                start=start,
+                local=local,
+                codes=codes,
+                planned=settings.planned(local),
+                total=counts.get("total_count"),
+                good=counts.get("good_count"),
+                energy=energy,
+                ideal_cycle_s=settings.ideal_cycle_s,
+                missing=missing,
+            )
+            return Kpis(
+                machine=machine,
+                from_us=start * MINUTE_US,
+                to_us=end * MINUTE_US,
+                timezone=timezone,
+                settings_revision=revision,
+                state_source=state_source,
+                energy_source=energy_source,
+                whole=minutes.figures(slice(0, end - start)),
+                days=[(day, minutes.figures(part)) for day, part in minutes.days()] if by_day else [],
+                cost=_cost(minutes, tariffs),
+                reporting=_carbon(REPORTING_REGION, minutes, factors[REPORTING_REGION]),
+                grid=_carbon(own_grid, minutes, factors[own_grid]),
+            )
+
+        return await asyncio.to_thread(reckoned)
 
     async def evidence(
         self, caller: Caller, machine_id: int, measure: str, from_us: int, to_us: int
@@ -420,7 +421,7 @@ class KpiService:
             detail = chosen.missing["power"]
             return StateSource(None, None, "NO_POWER_SIGNAL", detail), unknown
         first = min(start - LEAD_MINUTES, end - LEVEL_DAYS * 24 * 60)
-        means = (await history.minutes(signal, first))["means"]
+        means = (await history.minutes(signal, first))["means"][: end - first]
         lead = start - LEAD_MINUTES - first
         how = "set"
         if settings.off_below is not None and settings.working_from is not None:
@@ -436,41 +437,44 @@ class KpiService:
 
     async def _energy(
         self, settings: KpiSettings, chosen: Chosen, history: "_History"
-    ) -> tuple[EnergySource, Floats | None, Bools]:
+    ) -> tuple[EnergySource, Flow | None]:
         """kWh of each minute: by the energy counter if there is one, else by power, else by current."""
         counter, power, current = (chosen.signals.get(role) for role in ("energy", "power", "current"))
         first = history.start - LEAD_MINUTES
-        if counter is not None and counter.unit in KWH:
-            stood = await history.minutes(counter, first)
-            added, anew = counted(stood["mins"], stood["maxs"], stood["lasts"], settings.energy_rollover)
-            energy, accounted = spread(added * KWH[counter.unit], ~np.isnan(stood["lasts"]))
-            detail = f"Differences of the energy counter, which began anew {int(anew[LEAD_MINUTES:].sum())} times."
-            return EnergySource("counter", counter, detail), energy[LEAD_MINUTES:], accounted[LEAD_MINUTES:]
+        for role in ("energy", "power", "current"):
+            # Units may change after the settings were made; another source in place of the named one would be a surprise.
+            if role in chosen.signals and (wrong := wrong_unit(role, chosen.signals[role])):
+                return EnergySource("", None, f"{wrong}."), None
+        if counter is not None:
+            found = await history.counted(counter, settings.energy_rollover)
+            flow = history.cut(*spread(found.added * KWH[counter.unit], found.known), found.anew)
+            detail = f"Differences of the energy counter, which began anew {int(flow.anew.sum())} times."
+            return EnergySource("counter", counter, detail), flow
         gap = f"over gaps of up to {settings.gap_minutes} minutes drawn as a line."
-        if power is not None and power.unit in KW:
+        if power is not None:
             means = (await history.minutes(power, first))["means"] * KW[power.unit]
-            energy, accounted = flowed(means, settings.gap_minutes)
             detail = f"Mean power of each minute, {gap}"
-            return EnergySource("power", power, detail), energy[LEAD_MINUTES:], accounted[LEAD_MINUTES:]
+            return EnergySource("power", power, detail), history.cut(*flowed(means, settings.gap_minutes))
         if current is not None and settings.volts:
             factor = settings.volts * settings.power_factor * (3**0.5 if settings.phases == 3 else 1) / 1000
-            means = (await history.minutes(current, first))["means"] * factor
-            energy, accounted = flowed(means, settings.gap_minutes)
+            means = (await history.minutes(current, first))["means"] * (AMPERES[current.unit] * factor)
             detail = (
                 f"Estimated: mean current of each minute at {settings.volts:g} V, {settings.phases} phases, power factor "
                 f"{settings.power_factor:g}, {gap}"
             )
-            return EnergySource("current", current, detail), energy[LEAD_MINUTES:], accounted[LEAD_MINUTES:]
+            return EnergySource("current", current, detail), history.cut(*flowed(means, settings.gap_minutes))
         if current is not None:
             detail = "A current alone is no energy: set volts, phases and power_factor in the kpi-settings."
         else:
             detail = chosen.missing.get("energy", chosen.missing.get("power", ""))
-        return EnergySource("", None, detail), None, np.zeros(history.end - history.start, dtype=bool)
+        return EnergySource("", None, detail), None
 
-    async def _added(self, history: "_History", signal: pb.Signal, rollover: float) -> Floats:
-        stood = await history.minutes(signal, history.start - LEAD_MINUTES)
-        added, _ = counted(stood["mins"], stood["maxs"], stood["lasts"], rollover)
-        return added[LEAD_MINUTES:]
+    async def _made(self, history: "_History", signal: pb.Signal, rollover: float) -> Flow:
+        found = await history.counted(signal, rollover)
+        return history.cut(*made(found.added, found.known), found.anew)
+
+    def _history(self, machine: pb.Machine, start: int, end: int) -> "_History":
+        return _History(self._pool, machine, start, end, min(end + LEAD_MINUTES, self._clock.now_us() // MINUTE_US))
 
     def _minutes(self, from_us: int, to_us: int) -> tuple[int, int]:
         """The whole minutes of the range that are over. Raises Invalid."""
@@ -508,28 +512,41 @@ class KpiService:
 
 
 class _History:
-    """The stored minutes of a machine's signals before `end`, each signal read once."""
+    """The stored minutes of a machine's signals around start to end - 1, each signal read once."""
 
-    def __init__(self, pool: Pool, machine: pb.Machine, start: int, end: int) -> None:
+    def __init__(self, pool: Pool, machine: pb.Machine, start: int, end: int, until: int) -> None:
         self._pool = pool
         self._machine = machine
         self.start = start
         self.end = end
+        # Behind the last minute that is read.
+        self._until = until
         self._known: dict[int, tuple[int, dict[str, Floats]]] = {}
 
     async def minutes(self, signal: pb.Signal, first: int) -> dict[str, Floats]:
-        """Means, mins, maxs and lasts of the minutes first to end - 1; NaN: no value."""
+        """Means, mins, maxs and lasts of the minutes from `first` to some behind the end; NaN: no value."""
         known = self._known.get(signal.id)
         if known is None or known[0] > first:
             known = self._known[signal.id] = (first, await self._read(signal, first))
         return {name: values[first - known[0] :] for name, values in known[1].items()}
 
+    async def counted(self, signal: pb.Signal, rollover: float) -> Counted:
+        """What a counter did from LEAD_MINUTES before the start on."""
+        stood = await self.minutes(signal, self.start - LEAD_MINUTES)
+        return await asyncio.to_thread(counted, stood["mins"], stood["maxs"], stood["lasts"], rollover)
+
+    def cut(self, added: Floats, accounted: Bools, anew: Bools | None = None) -> Flow:
+        """The range of what begins LEAD_MINUTES before it."""
+        part = slice(LEAD_MINUTES, LEAD_MINUTES + self.end - self.start)
+        anew = np.zeros(len(added), dtype=bool) if anew is None else anew
+        return Flow(added[part], accounted[part], anew[part])
+
     async def _read(self, signal: pb.Signal, first: int) -> dict[str, Floats]:
         machine = self._machine
         position = next(number for number, one in enumerate(machine.signals) if one.id == signal.id)
         place = query_store.SignalPlace(signal.id, machine.firm_id, machine.id, position, signal.name, signal.unit)
-        found = {name: np.full(self.end - first, np.nan) for name in ("means", "mins", "maxs", "lasts")}
-        async for _, page in read.stats(self._pool, [place], read.MINUTE, first * MINUTE_US, self.end * MINUTE_US):
+        found = {name: np.full(self._until - first, np.nan) for name in ("means", "mins", "maxs", "lasts")}
+        async for _, page in read.stats(self._pool, [place], read.MINUTE, first * MINUTE_US, self._until * MINUTE_US):
             some = page.column(0)
             at = some.buckets - first
             found["means"][at] = (some.sums / some.counts)[:, 0]
@@ -540,9 +557,10 @@ class _History:
         return found
 
 
-def _cost(energy: Floats, minutes: Minutes, tariffs: Sequence[Tariff]) -> Cost:
-    if minutes.energy_kwh is None:
+def _cost(minutes: Minutes, tariffs: Sequence[Tariff]) -> Cost:
+    if minutes.energy is None:
         return Cost(None, minutes.missing["energy"], [], [])
+    energy = minutes.energy.added
     found, covered = costs(energy, minutes.local, tariffs)
     used = {one.tariff_id for one in found}
     of_use = [tariff for tariff in tariffs if tariff.id in used]
@@ -551,10 +569,10 @@ def _cost(energy: Floats, minutes: Minutes, tariffs: Sequence[Tariff]) -> Cost:
     return Cost(total_pence(found), "", found, of_use)
 
 
-def _carbon(region: str, energy: Floats, minutes: Minutes, factors: Sequence[CarbonFactor]) -> Carbon:
-    if minutes.energy_kwh is None:
+def _carbon(region: str, minutes: Minutes, factors: Sequence[CarbonFactor]) -> Carbon:
+    if minutes.energy is None:
         return Carbon(region, None, minutes.missing["energy"], [])
-    years, missing = carbon(energy, minutes.local, {factor.year: factor for factor in factors})
+    years, missing = carbon(minutes.energy.added, minutes.local, {factor.year: factor for factor in factors})
     if missing:
         return Carbon(region, None, "NO_CARBON_FACTOR", years)
     return Carbon(region, sum((one.kg for one in years), Decimal(0)), "", years)

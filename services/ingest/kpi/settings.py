@@ -1,19 +1,30 @@
 """How the figures of a machine are made: which signal is what, thresholds, shifts."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from typing import Any, Final
 
-import numpy as np
-
-from services.ingest.kpi.calendar import Bools, LocalMinutes, day_number, span_of
-from services.ingest.kpi.counts import KW, KWH
+from services.ingest.kpi.calendar import Bools, LocalMinutes, day_number, span_of, week_of
+from services.ingest.kpi.counts import AMPERES, KW, KWH
 from smdih.directory.v1 import directory_pb2 as pb
 
 SHIFTS_MAX: Final = 50
 CLOSED_DAYS_MAX: Final = 1_000
+
+# No power, current or count is larger: such a value is a fault, and sums of it would be no numbers.
+VALUE_MAX: Final = 1e12
+MOST: Final = {
+    "energy_rollover": VALUE_MAX,
+    "count_rollover": VALUE_MAX,
+    "ideal_cycle_s": 1e7,
+    "off_below": VALUE_MAX,
+    "working_from": VALUE_MAX,
+    "volts": 1e5,
+}
 
 SIGNAL_ROLES: Final = ("power", "current", "energy", "total_count", "good_count")
 
@@ -68,14 +79,22 @@ class KpiSettings:
             Shift(one["start"], one["end"], tuple(one["days"]), tuple((start, end) for start, end in one["breaks"]))
             for one in stored["shifts"]
         )
-        return cls(**{**stored, "shifts": shifts, "closed_days": tuple(stored["closed_days"])})
+        found = cls(**{**stored, "shifts": shifts, "closed_days": tuple(stored["closed_days"])})
+        # What was stored before there were bounds gives figures that are no numbers: it counts as not said.
+        return replace(found, **{name: getattr(cls(), name) for name in found._beyond()})
+
+    def _beyond(self) -> list[str]:
+        return [name for name, most in MOST.items() if (getattr(self, name) or 0) > most]
 
     def check(self, machine: pb.Machine) -> None:
         """Raises ValueError with what is wrong."""
-        names = {signal.id for signal in machine.signals}
+        by_id = {signal.id: signal for signal in machine.signals}
         for role in SIGNAL_ROLES:
-            if self.signal_id(role) and self.signal_id(role) not in names:
+            signal = by_id.get(self.signal_id(role))
+            if self.signal_id(role) and signal is None:
                 raise ValueError(f"{role}_signal_id: the machine has no signal {self.signal_id(role)}")
+            if signal is not None and (wrong := wrong_unit(role, signal)):
+                raise ValueError(f"{role}_signal_id: {wrong}")
         for name, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name}: a finite number")
@@ -87,6 +106,8 @@ class KpiSettings:
             raise ValueError("dwell_minutes: 1 to 60; gap_minutes: 0 to 60")
         if min(self.ideal_cycle_s, self.energy_rollover, self.count_rollover, self.volts) < 0:
             raise ValueError("ideal_cycle_s, the rollovers and volts are 0 (not said) or more")
+        for name in self._beyond():
+            raise ValueError(f"{name}: at most {MOST[name]:g}")
         if self.phases not in (1, 3) or not 0 < self.power_factor <= 1:
             raise ValueError("phases: 1 or 3; power_factor: above 0, at most 1")
         if len(self.shifts) > SHIFTS_MAX or len(self.closed_days) > CLOSED_DAYS_MAX:
@@ -105,13 +126,13 @@ class KpiSettings:
         if not self.shifts:
             return None
         closed = frozenset(day_number(date.fromisoformat(day)) for day in self.closed_days)
-        planned = np.zeros(len(local.days), dtype=bool)
-        for shift in self.shifts:
-            within = local.within(span_of(shift.days, shift.start, shift.end), closed)
-            for start, end in shift.breaks:
-                within &= ~local.within(span_of((), start, end))
-            planned |= within
-        return planned
+        weeks = [
+            week_of(
+                [span_of(shift.days, shift.start, shift.end)], [span_of((), start, end) for start, end in shift.breaks]
+            )
+            for shift in self.shifts
+        ]
+        return local.within(functools.reduce(operator.or_, weeks), closed)
 
 
 @dataclass(frozen=True)
@@ -126,7 +147,15 @@ class Chosen:
         return replace(self, signals=signals, missing={**self.missing, role: why})
 
 
-_UNITS: Final[Mapping[str, Sequence[str]]] = {"power": tuple(KW), "current": ("A",), "energy": tuple(KWH)}
+_UNITS: Final[Mapping[str, Mapping[str, float]]] = {"power": KW, "current": AMPERES, "energy": KWH}
+
+
+def wrong_unit(role: str, signal: pb.Signal) -> str:
+    """Why the signal cannot be what it is said to be; empty: it can."""
+    units = _UNITS.get(role)
+    if units is None or signal.unit in units:
+        return ""
+    return f"{signal.name!r} is in {signal.unit!r}, and {role} in {', '.join(units)}: give the signal its unit"
 
 
 def chosen_signals(settings: KpiSettings, machine: pb.Machine) -> Chosen:
@@ -138,7 +167,7 @@ def chosen_signals(settings: KpiSettings, machine: pb.Machine) -> Chosen:
         fitting = [
             signal
             for signal in machine.signals
-            if (signal.id == named if named else signal.unit in _UNITS.get(role, ()))
+            if (signal.id == named if named else signal.unit in _UNITS.get(role, {}))
         ]
         if len(fitting) == 1:
             signals[role] = fitting[0]

@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from services.ingest.kpi.calendar import LocalMinutes, Span, day_number, day_of
+from services.ingest.kpi.calendar import DAY_MINUTES, DAYS, Ints, LocalMinutes, Span, day_number, day_of, week_of
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
@@ -78,24 +78,29 @@ class YearCarbon:
 
 def costs(energy_kwh: Floats, local: LocalMinutes, tariffs: Sequence[Tariff]) -> tuple[list[RateCost], Bools]:
     """What the energy of these minutes costs by each rate, and which minutes a tariff covers. `tariffs` in order of date."""
-    covered = np.zeros(len(energy_kwh), dtype=bool)
+    of_minute = np.searchsorted([day_number(tariff.valid_from) for tariff in tariffs], local.days, side="right") - 1
     found = []
-    for number, tariff in enumerate(tariffs):
-        holds = local.days >= day_number(tariff.valid_from)
-        if number + 1 < len(tariffs):
-            holds &= local.days < day_number(tariffs[number + 1].valid_from)
-        covered |= holds
-        for rate in tariff.rates:
-            if not holds.any():
-                break
-            here = holds.copy()
-            if rate.spans is not None:
-                here &= np.logical_or.reduce([local.within(span) for span in rate.spans])
-            holds &= ~here
-            kwh = decimal_kwh(energy_kwh[here].sum())
-            if here.any():
+    for number in np.unique(of_minute[of_minute >= 0]).tolist():
+        tariff = tariffs[number]
+        holds = of_minute == number
+        rates = _rates_of_the_week(tariff)[local.weekdays[holds], local.minutes[holds]]
+        minutes = np.bincount(rates, minlength=len(tariff.rates))
+        sums = np.bincount(rates, weights=energy_kwh[holds], minlength=len(tariff.rates))
+        for rate, count, sum_kwh in zip(tariff.rates, minutes.tolist(), sums.tolist(), strict=True):
+            if count:
+                kwh = decimal_kwh(sum_kwh)
                 found.append(RateCost(tariff.id, rate.name, kwh, rate.pence_per_kwh, kwh * rate.pence_per_kwh))
-    return found, covered
+    return found, of_minute >= 0
+
+
+def _rates_of_the_week(tariff: Tariff) -> Ints:
+    """Which rate holds, by day and minute."""
+    holding = np.full((len(DAYS), DAY_MINUTES), len(tariff.rates) - 1)
+    for number in reversed(range(len(tariff.rates))):
+        spans = tariff.rates[number].spans
+        if spans is not None:
+            holding[week_of(spans).minutes] = number
+    return holding
 
 
 def total_pence(found: Sequence[RateCost]) -> int:

@@ -41,8 +41,8 @@ def telemetry_router(door: Door) -> APIRouter:
         200: all or part is durable; 422: all of it went to quarantine; 400: no batches could be found in the body, which is in
         quarantine whole; 503 and 429: send again after Retry-After seconds. `results` has one entry for each batch, in order.
         """
-        raw = await request.body()
         sender = door.sender(caller, "", "http")
+        raw = await request.body()
         try:
             source, reads = read_body(orjson.loads(raw))
         except orjson.JSONDecodeError as error:

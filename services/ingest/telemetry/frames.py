@@ -128,7 +128,9 @@ class FrameCheck:
             )
         earliest = received_us - PAST_DAYS_MAX * _DAY_US
         latest = received_us + FUTURE_S_MAX * 1_000_000
-        plain = not (batch.signals or batch.positions or batch.absent) and columns == machine.width <= CHANNEL_GROUP
+        plain = not (batch.positions or batch.absent) and columns == machine.width <= CHANNEL_GROUP
+        if plain and batch.signals:
+            plain = list(batch.signals) == list(machine.positions)
         if plain and _is_clean(machine, times, values.reshape(rows, columns), earliest, latest):
             # Nearly all batches: every signal in order, nothing wrong. The rest of this function would find the same, slower.
             matrix = values.reshape(rows, columns)
