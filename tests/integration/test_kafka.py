@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
 
 import asyncpg
 import httpx
@@ -11,7 +12,7 @@ from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient
 
 from services.common import outbox, topics
-from services.common.database import Connection, create_pool, transaction
+from services.common.database import Connection, Pool, create_pool, transaction
 from services.common.errors import TryAgain
 from services.common.kafka import (
     Cluster,
@@ -185,6 +186,58 @@ async def test_a_poll_that_takes_too_long_is_stored_in_parts(cluster: Cluster, d
     await eventually(all_taken)
     assert not running.done(), running.exception()
     assert sum(size for size in sizes if size <= 2) == 7
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await pool.close()
+
+
+class Busy:
+    """A pool that has no connection for some who ask."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.refusals = 0
+
+    def acquire(self, **more: Any) -> Any:
+        if self.refusals:
+            self.refusals -= 1
+            raise TimeoutError
+        return self._pool.acquire(**more)
+
+    async def release(self, connection: Any) -> None:
+        await self._pool.release(connection)
+
+
+async def test_a_store_that_gets_no_connection_has_not_taken_too_long(
+    cluster: Cluster, dsn: str, publisher: Publisher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = await create_pool(dsn, schema="ingest", size_max=4)
+    busy, taken = Busy(pool), 0
+
+    async def take(_: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        nonlocal taken
+        taken += len(records)
+        return []
+
+    consumer = PositionedConsumer(
+        *(cluster, cast(Pool, busy), publisher),
+        topic_names=[topics.BOOKINGS],
+        group="smdih.test.busy",
+        handler=take,
+    )
+    running = asyncio.create_task(consumer.run())
+    await eventually(consumer.is_assigned)
+    busy.refusals = 2
+    await publisher.publish(topics.BOOKINGS, b"x", partition=0)
+
+    async def all_taken() -> bool:
+        return bool(running.done() or taken == 1)
+
+    await eventually(all_taken)
+    assert not running.done(), running.exception()
+    told = capsys.readouterr().out
+    assert "store failed, trying again" in told
+    assert "store took too long" not in told
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await pool.close()

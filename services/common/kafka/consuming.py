@@ -4,7 +4,8 @@ import asyncio
 import functools
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import asyncpg
@@ -232,7 +233,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         one_by_one = False
         while True:
             try:
-                async with self._pool.acquire(timeout=10) as connection, connection.transaction():
+                async with self._connection() as connection, connection.transaction():
                     if self._note is not None:
                         await self._note(connection, records)
                     handle = self._handle_one_by_one if one_by_one else self._handler
@@ -288,6 +289,18 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 bad.append((record, f"REFUSED_BY_DATABASE: {error}"[:REASON_LENGTH_MAX]))
                 await self._changed()
         return bad
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        """Raises TryAgain where none is to be had: that is no store that took too long."""
+        try:
+            connection = await self._pool.acquire(timeout=10)
+        except TimeoutError as error:
+            raise TryAgain("No connection to the database was to be had.") from error
+        try:
+            yield connection
+        finally:
+            await self._pool.release(connection)
 
     async def _changed(self) -> None:
         if self._on_change is not None:

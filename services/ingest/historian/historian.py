@@ -21,7 +21,8 @@ from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
-from services.ingest.domain import PATH_LENGTH_MAX, QUARANTINE_BYTES_PER_FIRM_MAX, STORED_DAYS_MIN, showable
+from services.common.texts import showable
+from services.ingest.domain import PATH_LENGTH_MAX, QUARANTINE_BYTES_PER_FIRM_MAX, STORED_DAYS_MIN
 from services.ingest.historian.binarycopy import HEADER, TRAILER, Floats, Ints, keyed_rows
 from services.ingest.historian.rollups import Bools, OpenBuckets, Stats
 from services.ingest.numbering import numbers_of
@@ -572,7 +573,7 @@ def _path_of(item: records_pb2.QuarantineRecord) -> str:
         path = telemetry_pb2.Batch.FromString(item.batch).machine_path
     except DecodeError:
         return ""
-    return showable(path.lower(), length_max=PATH_LENGTH_MAX)
+    return showable(path.lower()[:PATH_LENGTH_MAX])
 
 
 def _fits(batch: records_pb2.FrameBatch) -> bool:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from services.common.clock import Clock, from_us
 from services.common.directory import Directory
+from services.common.texts import showable
 from services.ingest.domain import (
     CHANNEL_GROUP,
     FUTURE_S_MAX,
@@ -21,7 +22,6 @@ from services.ingest.domain import (
     Reason,
     Sender,
     UnknownSignal,
-    showable,
 )
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import records_pb2, telemetry_pb2
@@ -346,7 +346,7 @@ def quarantined(
         credential_id=sender.credential_id,
         source=sender.source,
         reason=reason,
-        detail=showable(detail, length_max=DETAIL_LENGTH_MAX),
+        detail=showable(detail[:DETAIL_LENGTH_MAX]),
         samples=samples,
         received_us=received_us,
         correlation_id=sender.correlation_id,
