@@ -447,7 +447,9 @@ async def test_a_flood_is_told_by_urgency_slowly_and_without_what_is_over(hub: H
     before = len(hub.receiver.got)
     hub.receiver.answering.set()
     await hub.becomes(urgent, ("raised", "sent"))
-    assert hub.receiver.got[before][1].count(urgent.id.encode()) == 1
+    headers, body = hub.receiver.got[before]
+    assert json.loads(body)["alarm"]["id"] == urgent.id
+    assert int(headers["x-smdih-waiting"]) == len(rest)
 
     async def is_full() -> bool:
         return len(hub.receiver.got) >= before + MESSAGES_A_MINUTE_MAX - 1
