@@ -18,7 +18,7 @@ from services.common.sealing import Seal, Unreadable
 
 log = get_logger(__name__)
 
-PLAN_INTERVAL_S = 1.0
+PLAN_INTERVAL_S = 0.5
 RETRY_DELAY_S = 1.0
 # Contacts that one process sends to at once.
 SENDING_MAX = 50
