@@ -322,15 +322,16 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                         row = await connection.fetchrow(
                             "INSERT INTO position AS p (topic, partition, next_offset, topic_id) VALUES ($1, $2, 0, $3) "
                             "ON CONFLICT (topic, partition) DO UPDATE "
-                            "SET topic_id = CASE p.topic_id WHEN '' THEN excluded.topic_id ELSE p.topic_id END "
+                            "SET topic_id = CASE WHEN p.topic_id = '' OR p.next_offset = 0 "
+                            "THEN excluded.topic_id ELSE p.topic_id END "
                             "RETURNING next_offset, unreadable_in_a_row, topic_id",
                             *(partition.topic, partition.partition, topic_id),
                         )
                         assert row is not None
                         if row["topic_id"] != topic_id:
                             raise MadeAnew(
-                                f"{partition.topic} is not the topic that {row['next_offset']} records were taken in from: it was "
-                                "deleted and made again. Stop the hub and run python -m services.reconcile after-kafka-loss."
+                                f"{partition.topic} is not the topic that was taken in up to {row['next_offset']}: it was deleted "
+                                "and made again. Stop the hub and run python -m services.reconcile after-kafka-loss."
                             )
                         loaded[partition] = row["next_offset"]
                         self._unreadable_in_a_row[partition] = row["unreadable_in_a_row"]
