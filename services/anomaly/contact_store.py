@@ -45,6 +45,7 @@ PLAN_MAX = 1_000
 # What started so long before the hub noticed is history that came late: it is told a little later, and only if it is not over.
 HISTORY_S = 86_400
 HISTORY_WAIT_S = 60
+WAITING_COUNTED_MAX = 1_000
 # Before messages about any alarm: a person waits.
 URGENCY_OF_TRIALS = 4
 # The id is derived, so that it is the same whoever plans it.
@@ -125,6 +126,7 @@ class Claimed:
     delivery: Delivery
     contact: Contact
     alarm: Alarm | None
+    waiting: int = 0  # more messages for this contact; counted to WAITING_COUNTED_MAX
 
 
 class ContactStore:
@@ -333,12 +335,15 @@ class ContactStore:
             until,
         )
         contacts = {
-            row["id"]: _contact(row)
+            row["id"]: row
             for row in await connection.fetch(
                 "UPDATE contact SET free = $2 WHERE id = ANY($1::text[]) RETURNING id, firm_id, name, kind, address, secret, "
-                "confirmed",
+                "confirmed, (SELECT count(*) FROM (SELECT FROM delivery WHERE contact_id = contact.id AND state = 'pending' "
+                "AND due <= $3 LIMIT $4) AS counted) AS waiting",
                 [row["contact_id"] for row in rows],
                 until,
+                now,
+                WAITING_COUNTED_MAX,
             )
         }
         alarms = {
@@ -347,7 +352,11 @@ class ContactStore:
                 ALARM_ROWS + "WHERE id = ANY($1::text[])", [row["alarm_id"] for row in rows if row["alarm_id"]]
             )
         }
-        return [Claimed(_delivery(row), contacts[row["contact_id"]], alarms.get(row["alarm_id"])) for row in rows]
+        return [
+            Claimed(_delivery(row), _contact(contact), alarms.get(row["alarm_id"]), contact["waiting"])
+            for row in rows
+            for contact in [contacts[row["contact_id"]]]
+        ]
 
     async def sent(self, connection: Connection, delivery: Delivery, *, now_us: int) -> None:
         await connection.execute(

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import aiosmtplib
 import httpcore
 
-from services.anomaly.contact_store import Claimed
+from services.anomaly.contact_store import WAITING_COUNTED_MAX, Claimed
 from services.anomaly.delivery import Contact, NotDelivered, signature
 from services.anomaly.messages import alarm_message
 from services.common.clock import from_us
@@ -128,6 +128,7 @@ class WebhookSender:
             "X-SMDIH-Delivery": claimed.delivery.id,
             "X-SMDIH-Timestamp": str(timestamp_s),
             "X-SMDIH-Signature": signature(secret, timestamp_s=timestamp_s, body=body),
+            "X-SMDIH-Waiting": str(claimed.waiting),
             "X-Correlation-Id": claimed.delivery.correlation_id,
         }
         timeouts = dict.fromkeys(("connect", "read", "write", "pool"), float(TRY_TIMEOUT_S))
@@ -270,6 +271,9 @@ def text(claimed: Claimed) -> str:
         f"state: {alarm.state.value.replace('_', ' ')}",
         f"alarm: {alarm.id}",
     ]
+    if claimed.waiting:  # in a flood the list of alarms tells sooner than the messages
+        at_least = "at least " * (claimed.waiting == WAITING_COUNTED_MAX)
+        lines += ["", f"waiting for this address: {at_least}{claimed.waiting:,} more"]
     return "\n".join(lines) + "\n"
 
 

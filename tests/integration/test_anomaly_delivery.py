@@ -21,9 +21,10 @@ from aiosmtpd.controller import Controller
 from localstack.servers import free_port
 from services.anomaly.contact_store import SENT_KEPT_DAYS
 from services.anomaly.contacts import CODE_DIGITS, CODE_TRIES_MAX, CODES_A_DAY_MAX, CONTACTS_MAX, TRIALS_MAX
-from services.anomaly.delivery import ATTEMPTS_MAX, MESSAGES_A_MINUTE_MAX
+from services.anomaly.delivery import ATTEMPTS_MAX, GIVE_UP_S, MESSAGES_A_MINUTE_MAX
 from services.anomaly.domain import Alarm, Return, Severity, alarm_id
 from services.anomaly.store import AlarmStore
+from services.common.clock import from_us
 from services.common.database import Pool, create_pool, transaction
 from services.common.identity import Role
 from services.common.kafka import Publisher
@@ -284,14 +285,27 @@ async def test_a_receiver_that_fails_is_tried_again_given_up_and_sent_again_by_a
     await hub.pool.execute(
         "UPDATE delivery SET attempts = $1, due = now() WHERE alarm_id = $2", ATTEMPTS_MAX - 1, alarm.id
     )
-    await hub.pool.execute("UPDATE contact SET free = now() WHERE id = $1", contact)
+    # Another one is left alone meanwhile; as the contact has failed for long, it is given up without a try.
+    await hub.pool.execute("UPDATE contact SET free = now() + interval '1 hour' WHERE id = $1", contact)
+    waiting = await hub.raised("east")
+    await hub.becomes(waiting, ("raised", "pending"))
+    await hub.pool.execute(
+        "UPDATE delivery SET made = $2, due = now() + interval '1 hour' WHERE alarm_id = $1",
+        waiting.id,
+        from_us(time.time_ns() // 1000 - (GIVE_UP_S + 60) * 1_000_000),
+    )
+    await hub.pool.execute("UPDATE contact SET free = now(), failures = $2 WHERE id = $1", contact, ATTEMPTS_MAX - 1)
     await hub.becomes(alarm, ("raised", "dead"))
-    (dead,) = (await hub.call("GET", "/v1/deliveries", state="dead"))["deliveries"]
+    (untried,) = await hub.deliveries(waiting)
+    assert (untried["state"], untried["attempts"]) == ("dead", 0)
+    dead, _ = (await hub.call("GET", "/v1/deliveries", state="dead"))["deliveries"]
     hub.receiver.status = 204
     await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend", key=hub.other_firm, status=404)
     assert (await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend"))["state"] == "pending"
     await hub.becomes(alarm, ("raised", "sent"))
     assert (await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend"))["state"] == "sent"
+    await hub.call("POST", f"/v1/deliveries/{untried['id']}/resend")
+    await hub.becomes(waiting, ("raised", "sent"))
 
 
 async def test_a_notifier_killed_after_sending_lets_it_go_out_again_with_the_same_id(hub: Hub) -> None:
@@ -447,7 +461,9 @@ async def test_a_flood_is_told_by_urgency_slowly_and_without_what_is_over(hub: H
     before = len(hub.receiver.got)
     hub.receiver.answering.set()
     await hub.becomes(urgent, ("raised", "sent"))
-    assert hub.receiver.got[before][1].count(urgent.id.encode()) == 1
+    headers, body = hub.receiver.got[before]
+    assert json.loads(body)["alarm"]["id"] == urgent.id
+    assert int(headers["x-smdih-waiting"]) == len(rest)
 
     async def is_full() -> bool:
         return len(hub.receiver.got) >= before + MESSAGES_A_MINUTE_MAX - 1

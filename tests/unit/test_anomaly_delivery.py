@@ -10,7 +10,7 @@ from email.message import EmailMessage
 import pytest
 
 from services.anomaly import senders
-from services.anomaly.contact_store import Claimed
+from services.anomaly.contact_store import WAITING_COUNTED_MAX, Claimed
 from services.anomaly.contacts import check_webhook
 from services.anomaly.delivery import (
     ATTEMPTS_MAX,
@@ -138,6 +138,13 @@ def test_a_name_adds_no_line_to_a_mail(name: str) -> None:
     )
     lines = message.as_bytes().split(b"\n")
     assert [line for line in lines if line and not line.startswith((b"Subject:", b" "))] == []
+
+
+def test_a_mail_says_how_many_wait_behind_it() -> None:
+    raised = Claimed(replace(DELIVERY, transition="raised"), CONTACT, ALARM)
+    assert "waiting" not in text(raised)
+    assert "waiting for this address: 7 more\n" in text(replace(raised, waiting=7))
+    assert "at least 1,000 more" in text(replace(raised, waiting=WAITING_COUNTED_MAX))
 
 
 def test_what_a_server_says_can_be_stored() -> None:
