@@ -239,11 +239,11 @@ class Matches:
             await publish_offers(connection, [cancelled])
         if offer.machine_id:
             await needs_store.lock_machines(connection, {offer.machine_id})
-        reopened = reopen and await self._life.seek_again(connection, match.need_id, NoOffer.MATCH_ENDED)
+        is_shared = await needs_store.is_shared(connection, match.need_id, now=match.ended)
+        reopened = reopen and is_shared and await self._life.seek_again(connection, match.need_id, NoOffer.MATCH_ENDED)
         if not reopened:
-            await needs_store.close_need(
-                connection, match.need_id, CloseReason.MATCH_ENDED, note=reason, ended=match.ended
-            )
+            why_closed = CloseReason.MATCH_ENDED if is_shared else CloseReason.CONSENT_ENDED
+            await needs_store.close_need(connection, match.need_id, why_closed, note=reason, ended=match.ended)
         told = [notices.of_ended_match(match, offer, side, reopened=reopened) for side in _others(by)]
         await notices_store.add_notices(connection, told)
 
