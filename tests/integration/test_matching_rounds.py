@@ -1,6 +1,7 @@
 """Rounds over waiting needs, and the desk where partners propose themselves."""
 
 import asyncio
+import functools
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -306,6 +307,35 @@ async def test_a_proposal_takes_a_need_out_of_no_round_and_its_end_closes_none(h
     assert (placed["provider_id"], placed["origin"]) == ("gear-rigs", "round")
 
 
+async def test_a_proposal_that_lapsed_does_not_shut_its_provider_out(hub: Hub) -> None:
+    await hub.put_providers("gear-rigs")
+    placed, proposed = [await wait_for_round(hub, f"{GEARS} {n}.", show_to_partners=True) for n in range(2)]
+
+    async def propose(need_id: str) -> dict[str, Any]:
+        path = f"/v1/desk/needs/{need_id}/propose"
+        offer: dict[str, Any] = await hub.ok("partner", "POST", path, {"provider_id": "gear-rigs"})
+        return offer
+
+    async def lapsed(need_id: str) -> bool:
+        return bool((await only_offer(hub, need_id))["state"] == "lapsed")
+
+    # Its provider is withdrawn, and comes back.
+    await propose(placed)
+    await hub.ok("partner", "POST", "/v1/providers/gear-rigs/withdraw")
+    await eventually(functools.partial(lapsed, placed))
+    await hub.put_providers("gear-rigs")
+    # Its time runs out.
+    first = await propose(proposed)
+    hub.clock.shift = timedelta(days=14, seconds=1)
+    await eventually(functools.partial(lapsed, proposed))
+    again = await propose(proposed)
+    assert again["state"] == "made"
+    assert again["id"] != first["id"]
+    await run_round(hub, "after-lapse")
+    offers = {each["state"]: each for each in await offers_of(hub, placed)}
+    assert (offers["made"]["provider_id"], offers["made"]["origin"]) == ("gear-rigs", "round")
+
+
 class Meanwhile:
     """The index, with something that happens while a round is computed."""
 
@@ -405,6 +435,8 @@ async def test_proposals_respect_filters_owners_and_roles(hub: Hub) -> None:
     expert = {"kind": "expert", "title": "Gear noise", "text": "Finds whining gears.", "capacity_per_quarter": 1}
     await hub.ok("partner", "PUT", "/v1/providers/biased", {**expert, "conflict_firm_ids": [FIRM]})
     await hub.ok("partner", "PUT", "/v1/providers/slow", {**expert, "lead_days": 300})
+    both = {**expert, "lead_days": 300, "conflict_firm_ids": [FIRM]}
+    await hub.ok("partner", "PUT", "/v1/providers/slow-and-biased", both)
     await hub.ok("partner", "PUT", "/v1/providers/gone", expert)
     await hub.ok("partner", "POST", "/v1/providers/gone/withdraw")
     refused: list[tuple[str, str, int, str]] = [
@@ -438,8 +470,6 @@ async def test_proposals_respect_filters_owners_and_roles(hub: Hub) -> None:
     assert (proposed.offer.origin, proposed.offer.message) == (matching_pb2.OFFER_ORIGIN_PARTNER, "Hello")
     hidden = await hub.stub.ShowNeed(
         matching_pb2.ShowNeedRequest(need_id=need_id), metadata=(("authorization", f"Bearer {KEYS['firm']}"),)
-    both = {**expert, "lead_days": 300, "conflict_firm_ids": [FIRM]}
-    await hub.ok("partner", "PUT", "/v1/providers/slow-and-biased", both)
     )
     assert not hidden.need.shown_to_partners
     with pytest.raises(grpc.aio.AioRpcError) as gone:

@@ -136,6 +136,11 @@ async def seek_again(connection: Connection, need_id: str, why: NoOffer, *, expi
     return sought is not None
 
 
+async def try_anew(connection: Connection, need_id: str) -> None:
+    """It waits for offers, and a proposal for it has ended: whose that was may be offered again, unless somebody declined it."""
+    await connection.execute("UPDATE need SET attempt = attempt + 1, tried_change = -1 WHERE id = $1", need_id)
+
+
 async def due_expiries(connection: Connection, *, now: datetime, limit: int) -> list[str]:
     """Ids of open needs that had no offer for as long as needs are kept open."""
     rows = await connection.fetch(
