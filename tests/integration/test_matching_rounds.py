@@ -5,6 +5,7 @@ import functools
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -93,7 +94,9 @@ async def test_a_round_gives_every_waiting_need_one_offer_within_live_capacity(h
     assert (done["offers"], done["from_safety_net"], done["unplaced"]) == (6, 3, 0)
     offers = [await only_offer(hub, need_id) for need_id in needs]
     assert Counter(each["provider_id"] for each in offers) == {"gear-rigs": 3, "iot-basics": 3}
-    assert {(each["origin"], each["round_id"], each["rank"]) for each in offers} == {("round", "first", 1)}
+    assert {(each["origin"], each["round_id"]) for each in offers} == {("round", "first")}
+    # Who lost gets what is next best for it.
+    assert {(each["provider_id"], each["rank"]) for each in offers} == {("gear-rigs", 1), ("iot-basics", 2)}
     by_provider = {each["provider_id"]: each for each in offers}
     assert "It was chosen in round first: nobody fits better." in by_provider["gear-rigs"]["reasons"]
     assert any("a workshop or course helps meanwhile" in reason for reason in by_provider["iot-basics"]["reasons"])
@@ -342,6 +345,7 @@ class Meanwhile:
     def __init__(self, index: ProviderIndex, happens: Callable[[], Awaitable[object]]) -> None:
         self._index = index
         self._happens = happens
+        self._passes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._index, name)
@@ -353,6 +357,9 @@ class Meanwhile:
         answer = await self._index.compute(work)
         if isinstance(answer, Outcome):
             await self._happens()
+            # The first pass was not stable.
+            self._passes += 1
+            return replace(answer, blocking_pairs=2 if self._passes == 1 else 0)
         return answer
 
 
@@ -370,6 +377,8 @@ async def test_a_provider_withdrawn_while_a_round_computes_is_not_offered_by_it(
     assert await rounds.carry_out()
     offer = await only_offer(hub, need_id)
     assert (offer["provider_id"], offer["state"]) == ("iot-basics", "made")
+    # A later pass does not make up for one that was not stable.
+    assert (await hub.ok("operator", "GET", "/v1/rounds/withdrawn"))["blocking_pairs"] == 2
 
 
 async def test_a_round_tells_a_full_hub_from_one_without_help_and_takes_new_needs_first(hub: Hub) -> None:
