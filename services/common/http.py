@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import ExitStack, asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -37,6 +37,7 @@ log = get_logger(__name__)
 BODY_BYTES_MAX = 4 * 1024 * 1024
 # Of routes that need no key: what anybody may make a process read.
 OPEN_BODY_BYTES_MAX = 64 * 1024
+Part = TypeVar("Part")
 PROBLEM_JSON = "application/problem+json"
 START_TIMEOUT_S = 10
 REQUESTS_MAX = 1_000
@@ -70,6 +71,14 @@ async def authenticated(request: Request) -> Caller:
     request.state.caller = caller
     narrow_to(caller)
     return caller
+
+
+async def while_admitted(request: Request, parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
+    """The parts of an answer that may outlive the key that it began with. Raises Unauthenticated once that is over."""
+    gate: Gate = request.app.state.gate
+    async for part in parts:
+        gate.check_still_valid(request.state.caller)
+        yield part
 
 
 # Told of a body over the limit, and of its bytes, before it is refused.
