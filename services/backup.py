@@ -45,15 +45,15 @@ class BackupSettings(DatabaseSettings):
 
 @dataclass(frozen=True)
 class Content:
-    """What stands in the hub's schemas: equal for two databases that hold the same."""
+    """What stands in the hub's schemas."""
 
     # Name with schema -> rows, digest.
     tables: Mapping[str, tuple[int, str]]
-    # Name with schema -> last value.
+    # Name with schema -> last value. They are of no snapshot: pg_dump takes them as they are a little later.
     sequences: Mapping[str, int | None]
 
     def differences(self, other: "Content") -> list[str]:
-        """In words; empty when both are the same."""
+        """What a database with the `other` content lacks of the dump, in words. Its sequences may have gone on."""
         found: list[str] = []
         for name in sorted(self.tables.keys() | other.tables.keys()):
             mine, theirs = self.tables.get(name), other.tables.get(name)
@@ -62,7 +62,9 @@ class Content:
         found += [
             f"sequence {name}: {self.sequences.get(name)} in the dump, {other.sequences.get(name)} in the database"
             for name in sorted(self.sequences.keys() | other.sequences.keys())
-            if self.sequences.get(name) != other.sequences.get(name)
+            if name not in self.sequences
+            or name not in other.sequences
+            or (other.sequences[name] or 0) < (self.sequences[name] or 0)
         ]
         return found
 
@@ -99,7 +101,7 @@ def manifest_of(file: Path) -> Path:
     return file.with_name(file.name + ".json")
 
 
-async def read_content(connection: Connection) -> Content:
+async def _tables(connection: Connection) -> dict[str, tuple[int, str]]:
     """Count and digest every table of the hub, in the caller's transaction: one moment. Reads everything once."""
     names = await connection.fetch(
         "SELECT format('%I.%I', n.nspname, c.relname) AS name, "
@@ -119,11 +121,15 @@ async def read_content(connection: Connection) -> Content:
         )
         assert row is not None
         tables[name] = (row[0], row[1])
-    sequences = await connection.fetch(
+    return tables
+
+
+async def _sequences(connection: Connection) -> dict[str, int | None]:
+    rows = await connection.fetch(
         "SELECT format('%I.%I', schemaname, sequencename) AS name, last_value FROM pg_sequences WHERE schemaname = ANY($1::text[])",
         list(SCHEMAS),
     )
-    return Content(tables, {row["name"]: row["last_value"] for row in sequences})
+    return {row["name"]: row["last_value"] for row in rows}
 
 
 async def dump(settings: BackupSettings, file: Path) -> Manifest:
@@ -136,11 +142,12 @@ async def dump(settings: BackupSettings, file: Path) -> Manifest:
         try:
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 snapshot = await connection.fetchval("SELECT pg_export_snapshot()")
+                sequences = await _sequences(connection)  # before pg_dump reads them
                 arguments = ["--format=custom", "--no-password", f"--snapshot={snapshot}"]
                 # Both at once, of the same moment.
                 dumping = asyncio.create_task(_run(settings, "pg_dump", arguments, to=partial))
                 try:
-                    content = await read_content(connection)
+                    content = Content(await _tables(connection), sequences)
                     await dumping
                 finally:
                     dumping.cancel()
@@ -221,7 +228,8 @@ async def restore(settings: BackupSettings, file: Path) -> Manifest:
     async with _connected(settings.database_dsn) as connection:
         await connection.execute("ANALYZE", timeout=None)
         async with connection.transaction(isolation="repeatable_read", readonly=True):
-            differences = manifest.content.differences(await read_content(connection))
+            restored = Content(await _tables(connection), await _sequences(connection))
+    differences = manifest.content.differences(restored)
     if differences:
         raise BackupError("What was restored is not what was dumped: " + "; ".join(differences[:20]))
     return manifest

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.backup import BackupError, BackupSettings, _libpq, main, manifest_of, restore
+from services.backup import BackupError, BackupSettings, Content, _libpq, main, manifest_of, restore
 
 SETTINGS = BackupSettings(database_dsn="postgresql://nobody@127.0.0.1:1/none")
 
@@ -47,3 +47,14 @@ def test_what_a_dsn_says_of_tls_holds_for_the_dump_too() -> None:
         "PGSSLMODE": "verify-full",
         "PGSSLROOTCERT": "/ca.crt",
     }
+
+
+def test_sequences_may_have_gone_on_since_they_were_noted() -> None:
+    noted = Content({"ingest.firm": (1, "5")}, {"ingest.a": 7, "ingest.b": None, "ingest.c": 2})
+    assert noted.differences(Content(noted.tables, {"ingest.a": 9, "ingest.b": 1, "ingest.c": 2})) == []
+    assert noted.differences(Content({}, {"ingest.a": 6, "ingest.b": None, "ingest.d": 2})) == [
+        "table ingest.firm: 1 rows (5) in the dump, not there in the database",
+        "sequence ingest.a: 7 in the dump, 6 in the database",
+        "sequence ingest.c: 2 in the dump, None in the database",
+        "sequence ingest.d: None in the dump, 2 in the database",
+    ]
