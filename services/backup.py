@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -82,6 +82,10 @@ class Manifest:
     roles: tuple[str, ...]
     content: Content
 
+    @property
+    def rows(self) -> int:
+        return sum(rows for rows, _ in self.content.tables.values())
+
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """Raises BackupError when it is not there or not one of ours."""
@@ -132,8 +136,9 @@ async def _sequences(connection: Connection) -> dict[str, int | None]:
     return {row["name"]: row["last_value"] for row in rows}
 
 
-async def dump(settings: BackupSettings, file: Path) -> Manifest:
-    """Write the dump and its manifest; neither is there under its name before it is whole. Raises BackupError.
+async def dump(settings: BackupSettings, file: Path, before: Sequence[Path] = ()) -> Manifest:
+    """Write the dump and its manifest; neither is there under its name before it is whole. Raises BackupError, also where it is
+    written but has far less in it than one of the dumps `before`: it does not count as a backup then.
 
     The services may run meanwhile: it is what the database held at one moment.
     """
@@ -163,6 +168,12 @@ async def dump(settings: BackupSettings, file: Path) -> Manifest:
                 )
             manifest.write(manifest_of(file))
             partial.replace(file)
+            fuller = _fuller(manifest, before)
+            if fuller is not None:
+                raise BackupError(
+                    f"{file} is whole, but {_fewer(manifest, fuller)}: no dump was removed. If the database was lost, restore "
+                    "that one by its name; if rows were meant to go, move the dumps before elsewhere."
+                )
             await _note(connection, manifest)
         except OSError as error:
             raise BackupError(f"{file} cannot be written: {error}. Look at the disk and dump again.") from error
@@ -181,10 +192,14 @@ async def _note(connection: Connection, manifest: Manifest) -> None:
 
 
 async def keep(settings: BackupSettings, folder: Path) -> Manifest:
-    """Dump into a folder under the time's name, then remove the oldest dumps above `backup_keep`. Raises BackupError."""
+    """Dump into a folder under the time's name, then remove the oldest dumps above `backup_keep`. Raises BackupError.
+
+    Nothing is removed where the hub has lost most of what it had: the dumps before may be all that there is.
+    """
     if not folder.is_dir():
         raise BackupError(f"{folder} is no folder. Mount it, or make it.")
-    manifest = await dump(settings, folder / f"hub-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump")
+    file = folder / f"hub-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump"
+    manifest = await dump(settings, file, _dumps_in(folder))
     for path in _dumps_in(folder)[: -settings.backup_keep]:
         path.unlink()
         manifest_of(path).unlink()
@@ -200,7 +215,30 @@ def _newest_in(folder: Path) -> Path:
     dumps = _dumps_in(folder)
     if not dumps:
         raise BackupError(f"{folder} holds no dump with its manifest; put both there, or name another folder or file.")
+    newest = Manifest.read(manifest_of(dumps[-1]))
+    fuller = _fuller(newest, dumps[:-1])
+    if fuller is not None:
+        raise BackupError(
+            f"Of {dumps[-1]}, the newest, {_fewer(newest, fuller)}, and nothing was changed. Name the one to restore."
+        )
     return dumps[-1]
+
+
+def _fuller(manifest: Manifest, before: Sequence[Path]) -> Path | None:
+    """The dump with the most rows of those before, if this one has less than half of them: the database was lost meanwhile."""
+    fullest = max(before, key=_rows_in, default=None)
+    return fullest if fullest is not None and 2 * manifest.rows < _rows_in(fullest) else None
+
+
+def _fewer(manifest: Manifest, fuller: Path) -> str:
+    return f"there are {manifest.rows} rows in it and {_rows_in(fuller)} in {fuller}"
+
+
+def _rows_in(dump: Path) -> int:
+    try:
+        return Manifest.read(manifest_of(dump)).rows
+    except BackupError:
+        return 0  # of no use to a restore
 
 
 async def restore(settings: BackupSettings, file: Path) -> Manifest:
@@ -378,12 +416,11 @@ def _table(found: tuple[int, str] | None) -> str:
 
 
 def _told(command: str, manifest: Manifest) -> dict[str, Any]:
-    rows = sum(rows for rows, _ in manifest.content.tables.values())
     return {
         "done": command,
         "made": manifest.made,
         "tables": len(manifest.content.tables),
-        "rows": rows,
+        "rows": manifest.rows,
         "bytes": manifest.bytes,
         "sha256": manifest.sha256,
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.backup import BackupError, BackupSettings, Content, _libpq, main, manifest_of, restore
+from services.backup import BackupError, BackupSettings, Content, Manifest, _fuller, _libpq, main, manifest_of, restore
 
 SETTINGS = BackupSettings(database_dsn="postgresql://nobody@127.0.0.1:1/none")
 
@@ -58,3 +58,22 @@ def test_sequences_may_have_gone_on_since_they_were_noted() -> None:
         "sequence ingest.c: 2 in the dump, None in the database",
         "sequence ingest.d: None in the dump, 2 in the database",
     ]
+
+
+async def test_a_dump_of_an_emptied_hub_does_not_take_the_place_of_those_before(tmp_path: Path) -> None:
+    def made(day: int, rows: int) -> Path:
+        dump = tmp_path / f"hub-2026110{day}T021700Z.dump"
+        dump.touch()
+        content = Content({"ingest.frame": (rows, "1"), "ingest.firm": (1, "1")}, {})
+        Manifest(f"2026-11-0{day}", "17.0", "2.17", 0, "other", (), content).write(manifest_of(dump))
+        return dump
+
+    full, fewer = made(1, 1000), made(2, 600)
+    with pytest.raises(BackupError, match=f"{fewer.name} is not what was dumped"):
+        await restore(SETTINGS, tmp_path)
+    empty = Manifest.read(manifest_of(made(3, 20)))
+    with pytest.raises(BackupError, match=f"21 rows in it and 1001 in {full}, and nothing was changed"):
+        await restore(SETTINGS, tmp_path)
+    assert _fuller(empty, [full, fewer]) == full
+    assert _fuller(Manifest.read(manifest_of(fewer)), [full]) is None
+    assert _fuller(empty, []) is None
