@@ -11,8 +11,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -168,6 +169,8 @@ async def dump(settings: BackupSettings, file: Path, before: Sequence[Path] = ()
                 )
             manifest.write(manifest_of(file))
             partial.replace(file)
+            for path in (file, manifest_of(file), file.parent):
+                _sync(path)
             fuller = _fuller(manifest, before)
             if fuller is not None:
                 raise BackupError(
@@ -180,6 +183,15 @@ async def dump(settings: BackupSettings, file: Path, before: Sequence[Path] = ()
         finally:
             partial.unlink(missing_ok=True)
     return manifest
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk, before anybody is told that it is there."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 async def _note(connection: Connection, manifest: Manifest) -> None:
@@ -198,6 +210,8 @@ async def keep(settings: BackupSettings, folder: Path) -> Manifest:
     """
     if not folder.is_dir():
         raise BackupError(f"{folder} is no folder. Mount it, or make it.")
+    for path in folder.glob("hub-*.dump.partial"):  # of runs that were killed; only one runs at a time
+        path.unlink()
     file = folder / f"hub-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump"
     manifest = await dump(settings, file, _dumps_in(folder))
     for path in _dumps_in(folder)[: -settings.backup_keep]:
@@ -439,6 +453,16 @@ def _show(path: Path) -> None:
         raise BackupError(f"{path} cannot be read: {error}.") from error
 
 
+async def _unless_told_to_stop(work: Coroutine[Any, Any, Manifest]) -> Manifest:
+    """As the first process of a container nothing ends it by itself, and what is killed leaves its files."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise BackupError("It was told to stop before it was done.") from None
+
+
 def main(arguments: list[str]) -> int:
     commands = {"dump": dump, "restore": restore, "keep": keep}
     if len(arguments) != 2 or arguments[0] not in {*commands, "list", "print"}:
@@ -448,7 +472,7 @@ def main(arguments: list[str]) -> int:
         if arguments[0] in ("list", "print"):  # the image has no shell to do this with
             _show(Path(arguments[1]))
             return 0
-        manifest = asyncio.run(commands[arguments[0]](BackupSettings(), Path(arguments[1])))
+        manifest = asyncio.run(_unless_told_to_stop(commands[arguments[0]](BackupSettings(), Path(arguments[1]))))
     except BackupError as error:
         print(f"backup: {error}", file=sys.stderr)
         return 1

@@ -1,11 +1,26 @@
 """Which dump of a folder comes back."""
 
+import asyncio
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from services.backup import BackupError, BackupSettings, Content, Manifest, _fuller, _libpq, main, manifest_of, restore
+from services.backup import (
+    BackupError,
+    BackupSettings,
+    Content,
+    Manifest,
+    _fuller,
+    _libpq,
+    _unless_told_to_stop,
+    keep,
+    main,
+    manifest_of,
+    restore,
+)
 
 SETTINGS = BackupSettings(database_dsn="postgresql://nobody@127.0.0.1:1/none")
 
@@ -77,3 +92,28 @@ async def test_a_dump_of_an_emptied_hub_does_not_take_the_place_of_those_before(
     assert _fuller(empty, [full, fewer]) == full
     assert _fuller(Manifest.read(manifest_of(fewer)), [full]) is None
     assert _fuller(empty, []) is None
+
+
+async def test_what_killed_runs_left_behind_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "hub-20261101T021700Z.dump.partial").touch()
+    (tmp_path / "notes.partial").touch()
+    with pytest.raises(BackupError, match="database does not answer"):
+        await keep(SETTINGS, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.partial"]
+
+
+async def test_told_to_stop_it_tidies_up_and_fails() -> None:
+    tidied = asyncio.Event()
+
+    async def dumping() -> Manifest:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(60)
+        finally:
+            tidied.set()
+        raise AssertionError
+
+    with pytest.raises(BackupError, match="told to stop"):
+        await _unless_told_to_stop(dumping())
+    assert tidied.is_set()
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
