@@ -236,16 +236,18 @@ class _Entry:
         bytes_max = self._body_bytes_max
         body_until = asyncio.get_running_loop().time() + BODY_S
         is_begun = is_whole = False
+        more: Callable[[int], None] | None = None
 
         async def limited() -> Message:
-            nonlocal received, bytes_max, is_begun, is_whole
+            nonlocal received, bytes_max, is_begun, is_whole, more
             if not is_begun:
                 is_begun = True
                 if scope.get("endpoint") in self._open_endpoints:
                     bytes_max = OPEN_BODY_BYTES_MAX
                     _check_size(announced, bytes_max)
                 else:
-                    await authenticated(request)
+                    caller = await authenticated(request)
+                    more = exits.enter_context(request.app.state.gate.body(caller))
             try:
                 async with asyncio.timeout_at(None if is_whole else body_until):
                     message = await receive()
@@ -256,6 +258,8 @@ class _Entry:
             is_whole = not message.get("more_body")
             received += len(message.get("body", b""))
             _check_size(received, bytes_max)
+            if more is not None:
+                more(len(message.get("body", b"")))
             return message
 
         async def sending(message: Message) -> None:

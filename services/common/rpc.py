@@ -31,6 +31,8 @@ log = get_logger(__name__)
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 STOP_GRACE_S = 5
 STREAMS_PER_CONNECTION_MAX = 1_000
+# Of a port, streams too: each connection that there may be has room for two.
+CALLS_MAX = 10_000
 
 # What may be called without a key.
 OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -191,9 +193,10 @@ class _Entry(grpc.aio.ServerInterceptor):
                 async with _answered(context, method):
                     enter(context)
                     await well_formed(request)
-                    async with noted(request, context) as answered:
-                        response = await handler.unary_unary(request, context)
-                        answered.append(response)
+                    with counted():
+                        async with noted(request, context) as answered:
+                            response = await handler.unary_unary(request, context)
+                            answered.append(response)
                 call_seconds.labels(method).observe(time.perf_counter() - started)
                 return response
 
@@ -327,6 +330,7 @@ async def serve(
     peers = Peers(internal_calls, services_only=bool(internal_port))
     server = grpc.aio.server(
         interceptors=[_Entry(gate or Gate(directory), on_malformed, open_methods, peers, changes)],
+        maximum_concurrent_rpcs=CALLS_MAX,
         options=[
             ("grpc.max_receive_message_length", message_bytes_max),
             ("grpc.max_allowed_incoming_connections", limits.connections_max),
