@@ -18,7 +18,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from services.common import tracing
 from services.common.audit import ChangeLog, changes_by_call, ids_in
 from services.common.directory import Directory
-from services.common.errors import HubError, Invalid, Unauthenticated
+from services.common.errors import HubError, Invalid
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, current_correlation_id, get_logger
@@ -124,8 +124,7 @@ class _Entry(grpc.aio.ServerInterceptor):
         async def refuse(requests: Any, context: Any) -> None:
             with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
-                    if isinstance(error, Unauthenticated):
-                        self._gate.check_failures(_address(context))
+                    self._gate.check_refused(error, _address(context))
                     raise error
 
         return grpc.stream_stream_rpc_method_handler(refuse)
