@@ -11,8 +11,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -45,15 +46,15 @@ class BackupSettings(DatabaseSettings):
 
 @dataclass(frozen=True)
 class Content:
-    """What stands in the hub's schemas: equal for two databases that hold the same."""
+    """What stands in the hub's schemas."""
 
     # Name with schema -> rows, digest.
     tables: Mapping[str, tuple[int, str]]
-    # Name with schema -> last value.
+    # Name with schema -> last value. They are of no snapshot: pg_dump takes them as they are a little later.
     sequences: Mapping[str, int | None]
 
     def differences(self, other: "Content") -> list[str]:
-        """In words; empty when both are the same."""
+        """What a database with the `other` content lacks of the dump, in words. Its sequences may have gone on."""
         found: list[str] = []
         for name in sorted(self.tables.keys() | other.tables.keys()):
             mine, theirs = self.tables.get(name), other.tables.get(name)
@@ -62,7 +63,9 @@ class Content:
         found += [
             f"sequence {name}: {self.sequences.get(name)} in the dump, {other.sequences.get(name)} in the database"
             for name in sorted(self.sequences.keys() | other.sequences.keys())
-            if self.sequences.get(name) != other.sequences.get(name)
+            if name not in self.sequences
+            or name not in other.sequences
+            or (other.sequences[name] or 0) < (self.sequences[name] or 0)
         ]
         return found
 
@@ -79,6 +82,10 @@ class Manifest:
     # Whom rights were given to; roles are not part of a dump.
     roles: tuple[str, ...]
     content: Content
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for rows, _ in self.content.tables.values())
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -99,7 +106,7 @@ def manifest_of(file: Path) -> Path:
     return file.with_name(file.name + ".json")
 
 
-async def read_content(connection: Connection) -> Content:
+async def _tables(connection: Connection) -> dict[str, tuple[int, str]]:
     """Count and digest every table of the hub, in the caller's transaction: one moment. Reads everything once."""
     names = await connection.fetch(
         "SELECT format('%I.%I', n.nspname, c.relname) AS name, "
@@ -119,15 +126,20 @@ async def read_content(connection: Connection) -> Content:
         )
         assert row is not None
         tables[name] = (row[0], row[1])
-    sequences = await connection.fetch(
+    return tables
+
+
+async def _sequences(connection: Connection) -> dict[str, int | None]:
+    rows = await connection.fetch(
         "SELECT format('%I.%I', schemaname, sequencename) AS name, last_value FROM pg_sequences WHERE schemaname = ANY($1::text[])",
         list(SCHEMAS),
     )
-    return Content(tables, {row["name"]: row["last_value"] for row in sequences})
+    return {row["name"]: row["last_value"] for row in rows}
 
 
-async def dump(settings: BackupSettings, file: Path) -> Manifest:
-    """Write the dump and its manifest; neither is there under its name before it is whole. Raises BackupError.
+async def dump(settings: BackupSettings, file: Path, before: Sequence[Path] = ()) -> Manifest:
+    """Write the dump and its manifest; neither is there under its name before it is whole. Raises BackupError, also where it is
+    written but has far less in it than one of the dumps `before`: it does not count as a backup then.
 
     The services may run meanwhile: it is what the database held at one moment.
     """
@@ -136,11 +148,12 @@ async def dump(settings: BackupSettings, file: Path) -> Manifest:
         try:
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 snapshot = await connection.fetchval("SELECT pg_export_snapshot()")
+                sequences = await _sequences(connection)  # before pg_dump reads them
                 arguments = ["--format=custom", "--no-password", f"--snapshot={snapshot}"]
                 # Both at once, of the same moment.
                 dumping = asyncio.create_task(_run(settings, "pg_dump", arguments, to=partial))
                 try:
-                    content = await read_content(connection)
+                    content = Content(await _tables(connection), sequences)
                     await dumping
                 finally:
                     dumping.cancel()
@@ -156,12 +169,29 @@ async def dump(settings: BackupSettings, file: Path) -> Manifest:
                 )
             manifest.write(manifest_of(file))
             partial.replace(file)
+            for path in (file, manifest_of(file), file.parent):
+                _sync(path)
+            fuller = _fuller(manifest, before)
+            if fuller is not None:
+                raise BackupError(
+                    f"{file} is whole, but {_fewer(manifest, fuller)}: no dump was removed. If the database was lost, restore "
+                    "that one by its name; if rows were meant to go, move the dumps before elsewhere."
+                )
             await _note(connection, manifest)
         except OSError as error:
             raise BackupError(f"{file} cannot be written: {error}. Look at the disk and dump again.") from error
         finally:
             partial.unlink(missing_ok=True)
     return manifest
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk, before anybody is told that it is there."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 async def _note(connection: Connection, manifest: Manifest) -> None:
@@ -174,10 +204,16 @@ async def _note(connection: Connection, manifest: Manifest) -> None:
 
 
 async def keep(settings: BackupSettings, folder: Path) -> Manifest:
-    """Dump into a folder under the time's name, then remove the oldest dumps above `backup_keep`. Raises BackupError."""
+    """Dump into a folder under the time's name, then remove the oldest dumps above `backup_keep`. Raises BackupError.
+
+    Nothing is removed where the hub has lost most of what it had: the dumps before may be all that there is.
+    """
     if not folder.is_dir():
         raise BackupError(f"{folder} is no folder. Mount it, or make it.")
-    manifest = await dump(settings, folder / f"hub-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump")
+    for path in folder.glob("hub-*.dump.partial"):  # of runs that were killed; only one runs at a time
+        path.unlink()
+    file = folder / f"hub-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.dump"
+    manifest = await dump(settings, file, _dumps_in(folder))
     for path in _dumps_in(folder)[: -settings.backup_keep]:
         path.unlink()
         manifest_of(path).unlink()
@@ -193,7 +229,30 @@ def _newest_in(folder: Path) -> Path:
     dumps = _dumps_in(folder)
     if not dumps:
         raise BackupError(f"{folder} holds no dump with its manifest; put both there, or name another folder or file.")
+    newest = Manifest.read(manifest_of(dumps[-1]))
+    fuller = _fuller(newest, dumps[:-1])
+    if fuller is not None:
+        raise BackupError(
+            f"Of {dumps[-1]}, the newest, {_fewer(newest, fuller)}, and nothing was changed. Name the one to restore."
+        )
     return dumps[-1]
+
+
+def _fuller(manifest: Manifest, before: Sequence[Path]) -> Path | None:
+    """The dump with the most rows of those before, if this one has less than half of them: the database was lost meanwhile."""
+    fullest = max(before, key=_rows_in, default=None)
+    return fullest if fullest is not None and 2 * manifest.rows < _rows_in(fullest) else None
+
+
+def _fewer(manifest: Manifest, fuller: Path) -> str:
+    return f"there are {manifest.rows} rows in it and {_rows_in(fuller)} in {fuller}"
+
+
+def _rows_in(dump: Path) -> int:
+    try:
+        return Manifest.read(manifest_of(dump)).rows
+    except BackupError:
+        return 0  # of no use to a restore
 
 
 async def restore(settings: BackupSettings, file: Path) -> Manifest:
@@ -221,7 +280,8 @@ async def restore(settings: BackupSettings, file: Path) -> Manifest:
     async with _connected(settings.database_dsn) as connection:
         await connection.execute("ANALYZE", timeout=None)
         async with connection.transaction(isolation="repeatable_read", readonly=True):
-            differences = manifest.content.differences(await read_content(connection))
+            restored = Content(await _tables(connection), await _sequences(connection))
+    differences = manifest.content.differences(restored)
     if differences:
         raise BackupError("What was restored is not what was dumped: " + "; ".join(differences[:20]))
     return manifest
@@ -370,12 +430,11 @@ def _table(found: tuple[int, str] | None) -> str:
 
 
 def _told(command: str, manifest: Manifest) -> dict[str, Any]:
-    rows = sum(rows for rows, _ in manifest.content.tables.values())
     return {
         "done": command,
         "made": manifest.made,
         "tables": len(manifest.content.tables),
-        "rows": rows,
+        "rows": manifest.rows,
         "bytes": manifest.bytes,
         "sha256": manifest.sha256,
     }
@@ -394,6 +453,16 @@ def _show(path: Path) -> None:
         raise BackupError(f"{path} cannot be read: {error}.") from error
 
 
+async def _unless_told_to_stop(work: Coroutine[Any, Any, Manifest]) -> Manifest:
+    """As the first process of a container nothing ends it by itself, and what is killed leaves its files."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise BackupError("It was told to stop before it was done.") from None
+
+
 def main(arguments: list[str]) -> int:
     commands = {"dump": dump, "restore": restore, "keep": keep}
     if len(arguments) != 2 or arguments[0] not in {*commands, "list", "print"}:
@@ -403,7 +472,7 @@ def main(arguments: list[str]) -> int:
         if arguments[0] in ("list", "print"):  # the image has no shell to do this with
             _show(Path(arguments[1]))
             return 0
-        manifest = asyncio.run(commands[arguments[0]](BackupSettings(), Path(arguments[1])))
+        manifest = asyncio.run(_unless_told_to_stop(commands[arguments[0]](BackupSettings(), Path(arguments[1]))))
     except BackupError as error:
         print(f"backup: {error}", file=sys.stderr)
         return 1

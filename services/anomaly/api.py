@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,7 +16,7 @@ from services.anomaly.service import BULK_MAX, PAGE_SIZE_MAX, AlarmFeed, AlarmSe
 from services.anomaly.store import AlarmFilter, Suppressed
 from services.anomaly.suppression import SuppressionService
 from services.common.errors import HubError
-from services.common.http import Authenticated
+from services.common.http import Authenticated, while_admitted
 from services.common.messages import word_of
 from smdih.anomaly.v1 import events_pb2 as events_pb
 
@@ -229,19 +229,21 @@ def router(
 
     @routes.get("/watch", response_class=StreamingResponse)
     async def watch_alarms(
+        request: Request,
         caller: Authenticated,
         firm_id: int = 0,
         last_event_id: Annotated[str, Header(max_length=20_000)] = "",
     ) -> StreamingResponse:
         """Every change from now on, as server-sent events. Whoever comes back with the id of the last one (browsers send it by
-        themselves, as Last-Event-ID) gets what was missed first. A reader that is too slow gets an event "problem" and the end."""
+        themselves, as Last-Event-ID) gets what was missed first. A reader that is too slow, or whose key is over, gets an event
+        "problem" and the end."""
         feed.admit(caller, firm_id=firm_id, token=last_event_id)  # refusals come before the answer starts
 
         async def lines() -> AsyncIterator[str]:
             try:
                 with feed.watch(caller, firm_id=firm_id, token=last_event_id) as events:
                     yield ": watching\n\n"
-                    async for heard in _with_pauses(events):
+                    async for heard in while_admitted(request, _with_pauses(events)):
                         yield ": \n\n" if heard is None else _sse(*heard)
             except HubError as error:
                 yield f"event: problem\ndata: {error.reason}: {error.detail}\n\n"

@@ -1,19 +1,26 @@
 """Who comes in: keys and tokens into callers, within the limits, alike for HTTP and gRPC."""
 
 from collections import Counter as Counting
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 
 from services.common.directory import Directory
-from services.common.errors import SlowDown, TryAgain, Unauthenticated
+from services.common.errors import Forbidden, HubError, SlowDown, TryAgain, Unauthenticated
 from services.common.identity import Caller, Role
 from services.common.limits import Allowances, Limits
 
 if TYPE_CHECKING:  # loads an HTTP client and cryptography, which a hub without tokens does without
     from services.common.tokens import Tokens
+
+# Why a token cannot be checked: whoever makes up key ids hears it as well.
+KEYS_AWAY = "TOKEN_KEYS_AWAY"
+# Of bodies that are being read or answered: of one caller as much as may be on its way to the message log, and of all callers what
+# a process can do without.
+BODY_BYTES_PER_CALLER_MAX = 16 * 1024 * 1024
+BODY_BYTES_MAX = 128 * 1024 * 1024
 
 # Requests over a limit, by its name.
 limited_total = Counter("smdih_limited_requests_total", "Requests over a limit of the doors", ["limit"])
@@ -29,17 +36,19 @@ class Gate:
         self._requests = Allowances()
         self._failures = Allowances()
         self._streams: Counting[int] = Counting()
+        self._body_bytes: Counting[int] = Counting()
+        self._body_bytes_of_all = 0
 
     async def admit(self, bearer: str, address: str) -> Caller:
         """The caller behind a key or token. Raises Unauthenticated, Forbidden, SlowDown, TryAgain."""
         try:
             return await self.caller_of(bearer)
-        except Unauthenticated:
-            self.check_failures(address)
+        except HubError as error:
+            self.check_refused(error, address)
             raise
 
     async def caller_of(self, bearer: str) -> Caller:
-        """The same while it is not known where the request comes from: after Unauthenticated `check_failures` is to be asked."""
+        """The same while it is not known where the request comes from: after a refusal `check_refused` is to be asked."""
         if not await self._directory.is_caught_up():
             detail = "The hub has just started and does not know its keys yet."
             raise TryAgain(detail, reason="STARTING", retry_after_s=1)
@@ -54,8 +63,10 @@ class Gate:
             raise _slow_down("requests", f"This key asks more often than {per_s:g} times a second.", wait_s)
         return caller
 
-    def check_failures(self, address: str) -> None:
-        """Count a request without a good key. Raises SlowDown past the limit of its address."""
+    def check_refused(self, error: HubError, address: str) -> None:
+        """Count a request that `caller_of` refused for want of a good key or token. Raises SlowDown past its limit."""
+        if not isinstance(error, Unauthenticated | Forbidden) and error.reason != KEYS_AWAY:
+            return
         per_minute = self._limits.failures_per_minute
         wait_s = self._failures.take(address, per_s=per_minute / 60, most=per_minute)
         if wait_s:
@@ -85,6 +96,31 @@ class Gate:
             self._streams[caller.credential_id] -= 1
             if not self._streams[caller.credential_id]:
                 del self._streams[caller.credential_id]
+
+    @contextmanager
+    def body(self, caller: Caller) -> Iterator[Callable[[int], None]]:
+        """While a body is held: to be told of the bytes as they come. Raises SlowDown, TryAgain past the limits."""
+        held, whose = 0, caller.credential_id
+
+        def more(size: int) -> None:
+            nonlocal held
+            if self._body_bytes[whose] + size > BODY_BYTES_PER_CALLER_MAX:
+                detail = f"Bodies of this key that have come so far have {BODY_BYTES_PER_CALLER_MAX} bytes; send fewer at once."
+                raise _slow_down("bodies", detail, 5)
+            if self._body_bytes_of_all + size > BODY_BYTES_MAX:
+                limited_total.labels("all_bodies").inc()
+                raise TryAgain("Too many bodies are here at once; send again.", reason="FULL", retry_after_s=5)
+            held += size
+            self._body_bytes[whose] += size
+            self._body_bytes_of_all += size
+
+        try:
+            yield more
+        finally:
+            self._body_bytes_of_all -= held
+            self._body_bytes[whose] -= held
+            if not self._body_bytes[whose]:
+                del self._body_bytes[whose]
 
 
 def _slow_down(limit: str, detail: str, wait_s: int) -> SlowDown:

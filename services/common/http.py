@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import ExitStack, asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -37,6 +37,7 @@ log = get_logger(__name__)
 BODY_BYTES_MAX = 4 * 1024 * 1024
 # Of routes that need no key: what anybody may make a process read.
 OPEN_BODY_BYTES_MAX = 64 * 1024
+Part = TypeVar("Part")
 PROBLEM_JSON = "application/problem+json"
 START_TIMEOUT_S = 10
 REQUESTS_MAX = 1_000
@@ -70,6 +71,14 @@ async def authenticated(request: Request) -> Caller:
     request.state.caller = caller
     narrow_to(caller)
     return caller
+
+
+async def while_admitted(request: Request, parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
+    """The parts of an answer that may outlive the key that it began with. Raises Unauthenticated once that is over."""
+    gate: Gate = request.app.state.gate
+    async for part in parts:
+        gate.check_still_valid(request.state.caller)
+        yield part
 
 
 # Told of a body over the limit, and of its bytes, before it is refused.
@@ -227,16 +236,18 @@ class _Entry:
         bytes_max = self._body_bytes_max
         body_until = asyncio.get_running_loop().time() + BODY_S
         is_begun = is_whole = False
+        more: Callable[[int], None] | None = None
 
         async def limited() -> Message:
-            nonlocal received, bytes_max, is_begun, is_whole
+            nonlocal received, bytes_max, is_begun, is_whole, more
             if not is_begun:
                 is_begun = True
                 if scope.get("endpoint") in self._open_endpoints:
                     bytes_max = OPEN_BODY_BYTES_MAX
                     _check_size(announced, bytes_max)
                 else:
-                    await authenticated(request)
+                    caller = await authenticated(request)
+                    more = exits.enter_context(request.app.state.gate.body(caller))
             try:
                 async with asyncio.timeout_at(None if is_whole else body_until):
                     message = await receive()
@@ -247,6 +258,8 @@ class _Entry:
             is_whole = not message.get("more_body")
             received += len(message.get("body", b""))
             _check_size(received, bytes_max)
+            if more is not None:
+                more(len(message.get("body", b"")))
             return message
 
         async def sending(message: Message) -> None:

@@ -15,7 +15,7 @@ class Limits:
     requests_per_s: float = 100.0
     operator_requests_per_s: float = 1_000.0
     burst_s: float = 20.0
-    # Streams and long answers of one credential at a time.
+    # Streams and requests of one credential at a time.
     streams_max: int = 200
     # Requests without a good key, of one address; who has a good key is not touched, though he shares the address.
     failures_per_minute: float = 60.0

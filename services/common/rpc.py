@@ -18,7 +18,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from services.common import tracing
 from services.common.audit import ChangeLog, changes_by_call, ids_in
 from services.common.directory import Directory
-from services.common.errors import HubError, Invalid, Unauthenticated
+from services.common.errors import HubError, Invalid
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, current_correlation_id, get_logger
@@ -31,6 +31,8 @@ log = get_logger(__name__)
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 STOP_GRACE_S = 5
 STREAMS_PER_CONNECTION_MAX = 1_000
+# Of a port, streams too: each connection that there may be has room for two.
+CALLS_MAX = 10_000
 
 # What may be called without a key.
 OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -122,8 +124,7 @@ class _Entry(grpc.aio.ServerInterceptor):
         async def refuse(requests: Any, context: Any) -> None:
             with correlated(correlation_id, is_entry=True):
                 async with _answered(context, method):
-                    if isinstance(error, Unauthenticated):
-                        self._gate.check_failures(_address(context))
+                    self._gate.check_refused(error, _address(context))
                     raise error
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -191,9 +192,10 @@ class _Entry(grpc.aio.ServerInterceptor):
                 async with _answered(context, method):
                     enter(context)
                     await well_formed(request)
-                    async with noted(request, context) as answered:
-                        response = await handler.unary_unary(request, context)
-                        answered.append(response)
+                    with counted():
+                        async with noted(request, context) as answered:
+                            response = await handler.unary_unary(request, context)
+                            answered.append(response)
                 call_seconds.labels(method).observe(time.perf_counter() - started)
                 return response
 
@@ -327,6 +329,7 @@ async def serve(
     peers = Peers(internal_calls, services_only=bool(internal_port))
     server = grpc.aio.server(
         interceptors=[_Entry(gate or Gate(directory), on_malformed, open_methods, peers, changes)],
+        maximum_concurrent_rpcs=CALLS_MAX,
         options=[
             ("grpc.max_receive_message_length", message_bytes_max),
             ("grpc.max_allowed_incoming_connections", limits.connections_max),

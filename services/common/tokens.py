@@ -7,6 +7,7 @@ the provider's key, never the one that the token names.
 import asyncio
 import hashlib
 import json
+import math
 import re
 import time
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from prometheus_client import Counter
 
 from services.common.clock import Clock
 from services.common.errors import Forbidden, HubError, TryAgain, Unauthenticated
+from services.common.gate import KEYS_AWAY
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 
@@ -85,10 +87,11 @@ class Tokens:
         self._clock = clock
         self._keys: dict[str, _Key] = {}
         self._read_s: float | None = None
+        self._are_keys_away = True  # until they were read
         self._reading = asyncio.Lock()
         self._document = b""
-        # Callers of tokens whose signature was found good, by their digests.
-        self._checked: OrderedDict[bytes, Caller] = OrderedDict()
+        # Callers of tokens whose signature was found good, by their digests; why, where they are of nobody here.
+        self._checked: OrderedDict[bytes, Caller | Forbidden] = OrderedDict()
 
     async def run(self) -> None:
         """Read the issuer's keys now and then until cancelled: a key that it has taken back is forgotten."""
@@ -111,10 +114,15 @@ class Tokens:
         caller = self._checked.get(digest)
         if caller is None:
             claims = await self._claims(token)
-            caller = self._who(claims)
+            try:
+                caller = self._who(claims)
+            except Forbidden as error:
+                caller = error
             self._checked[digest] = caller
             if len(self._checked) > CHECKED_MAX:
                 self._checked.popitem(last=False)
+        if isinstance(caller, Forbidden):
+            raise Forbidden(caller.detail, reason=caller.reason)
         self.check_still_valid(caller)
         return caller
 
@@ -166,8 +174,13 @@ class Tokens:
     async def _key(self, key_id: str) -> _Key:
         if key_id not in self._keys:
             await self._refresh(key_id)
-        if not self._keys:
-            raise TryAgain("The keys of the token's issuer cannot be read.", reason="TOKEN_KEYS_AWAY", retry_after_s=5)
+        if key_id not in self._keys and self._are_keys_away:  # its issuer may have changed its key meanwhile
+            since_s = time.monotonic() - (self._read_s or 0.0)
+            raise TryAgain(
+                "The keys of the token's issuer cannot be read.",
+                reason=KEYS_AWAY,
+                retry_after_s=max(1, math.ceil(self._keys_interval_s_min - since_s)),
+            )
         if key_id not in self._keys:
             raise _refused("Its key is not one of its issuer's.")
         return self._keys[key_id]
@@ -184,9 +197,11 @@ class Tokens:
                 found = keys_in(document)
             except (OSError, httpx.HTTPError, ValueError) as error:
                 # The keys that are known go on: an issuer that is away for a while shuts nobody out.
+                self._are_keys_away = True
                 key_reads_total.labels("failed").inc()
                 log.warning("keys of the token issuer not read", error=repr(error))
                 return
+            self._are_keys_away = False
             key_reads_total.labels("read").inc()
             if document != self._document:
                 self._checked.clear()

@@ -193,12 +193,16 @@ async def test_what_was_dumped_comes_back_and_the_rest_from_the_surviving_side(
         first = await works.machine("press-1")
         stolen = await works.device()
         await _spend_money(settings)
-        # The dump is taken while samples come in: of each partition it has rows and position of one moment.
-        _, dumped = await asyncio.gather(
-            works.send(first), done(by_login["backup"], "services.backup", "dump", str(file))
-        )
-        assert dumped["rows"] > 0
+        # The dump is taken while samples come in and ids are given out: of each partition it has rows and position of one moment.
         watching = await asyncpg.connect(settings.database_dsn)
+        dumping = asyncio.create_task(done(by_login["backup"], "services.backup", "dump", str(file)))
+        sending = asyncio.create_task(works.send(first))
+        while not dumping.done():
+            await watching.execute("SELECT nextval(pg_get_serial_sequence('ingest.audit', 'id'))")
+            await asyncio.sleep(0.01)
+        await sending
+        dumped = dumping.result()
+        assert dumped["rows"] > 0
         assert await watching.fetchval("SELECT bytes FROM ingest.backup_run ORDER BY finished DESC") == dumped["bytes"]
         await watching.close()
 

@@ -16,6 +16,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from services.anomaly.store import Checkpoint, SavedState, StateStore
 from services.common import topics
 from services.common.database import create_pool
+from services.common.directory import entity_key
 from services.common.identity import Role
 from services.common.kafka import Cluster, Fenced, Publisher
 from services.common.settings import Settings
@@ -213,12 +214,23 @@ async def test_an_unknown_alarm_is_not_found(hub: Hub, alarm_id: str) -> None:
 
 
 async def test_people_acknowledge_and_clear_once_and_it_is_recorded(
-    hub: Hub, alarm: events_pb.AlarmEvent, cluster: Cluster, database: Database
+    hub: Hub, alarm: events_pb.AlarmEvent, cluster: Cluster, database: Database, publisher: Publisher
 ) -> None:
     id_ = alarm.alarm.id
-    async with hub.http.stream("GET", "/v1/alarms/watch", headers=by(hub.firm)) as stream:
-        lines = stream.aiter_lines()
-        assert await anext(lines) == ": watching"
+    passing = await plant.publish_key(publisher, credential_id=9, role=Role.FIRM, firm_id=FIRM)
+
+    async def answers(status: int) -> bool:
+        return (await hub.http.get("/v1/alarms", headers=by(passing))).status_code == status
+
+    await eventually(lambda: answers(200))
+    async with (
+        hub.http.stream("GET", "/v1/alarms/watch", headers=by(hub.firm)) as stream,
+        hub.http.stream("GET", "/v1/alarms/watch", headers=by(passing)) as stale,
+    ):
+        lines, stale_lines = stream.aiter_lines(), stale.aiter_lines()
+        assert await anext(lines) == await anext(stale_lines) == ": watching"
+        await publisher.publish(topics.DIRECTORY, None, key=entity_key("credential", 9).encode())
+        await eventually(lambda: answers(401))
         for _ in range(2):
             request = pb.AcknowledgeAlarmRequest(id=id_, comment="on my way")
             answer = await hub.alarms.AcknowledgeAlarm(request, metadata=metadata(hub.firm))
@@ -229,6 +241,12 @@ async def test_people_acknowledge_and_clear_once_and_it_is_recorded(
                 pass
         assert '"change":"acknowledged"' in line
         assert id_ in line
+        async with asyncio.timeout(10):
+            told = [line async for line in stale_lines if line]
+    # A watcher hears nothing more once its key is revoked.
+    assert told[0] == "event: problem"
+    assert told[1].startswith("data: KEY_REVOKED")
+    assert len(told) == 2
     refused = await hub.http.post(f"/v1/alarms/{id_}/clear", headers=by(hub.firm), json={"comment": " "})
     assert refused.json()["reason"] == "COMMENT_MISSING"
     for _ in range(2):

@@ -218,6 +218,9 @@ async def test_open_streams_of_a_key_are_counted(doors: Doors) -> None:
             await anext(aiter(one_more))
         assert told.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert dict(told.value.trailing_metadata() or ())["reason"] == "LIMIT_STREAMS"
+        with pytest.raises(grpc.aio.AioRpcError) as told:  # what a call has sent is held as well
+            await stub.CheckBatches(telemetry_pb2.CheckBatchesRequest(batches=[batch]), metadata=metadata(device))
+        assert dict(told.value.trailing_metadata() or ())["reason"] == "LIMIT_STREAMS"
         await streams[0].done_writing()
         while await streams[0].read() is not grpc.aio.EOF:
             pass

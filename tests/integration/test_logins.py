@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from localstack.servers import Servers, pg_prefix
 from services import migrate as migrating
-from services.backup import BackupSettings, keep
+from services.backup import BackupError, BackupSettings, keep
 from services.common import tenancy
 from services.common.database import create_pool, migrate, role_of, transaction
 from services.logins import LOGINS, OWNER, Identity, LoginError, main, make, make_from, read
@@ -120,6 +120,15 @@ async def test_the_backup_dumps_every_firm_and_writes_nothing(world: World, tmp_
     made = kept[2]
     assert kept == ["hub-20200102T021700Z.dump", "hub-20200102T021700Z.dump.json", made, f"{made}.json", "notes.txt"]
     assert manifest.content.tables["ingest.firm"][0] == 1
+    # The night after a loss: nothing is removed, and it does not count.
+    content = replace(manifest.content, tables={"ingest.frame": (3 * manifest.rows, "1")})
+    replace(manifest, content=content).write(tmp_path / kept[1])
+    with pytest.raises(BackupError, match="no dump was removed"):
+        await keep(settings.model_copy(update={"backup_keep": 1}), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {*kept}
+    admin = await asyncpg.connect(world.administrator)
+    assert await admin.fetchval("SELECT count(*) FROM ingest.backup_run WHERE bytes > 0") == 1
+    await admin.close()
     assert manifest.content.tables["matching.maturity_assessment"][0] == 1
     backup = await asyncpg.connect(world.dsns["backup"])
     await backup.execute("SET default_transaction_read_only = off")

@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from services.common.errors import Forbidden, HubError, TryAgain, Unauthenticated
+from services.common.gate import Gate
 from services.common.identity import Caller, Role
+from services.common.limits import Limits
 from services.common.tokens import Issuer, Tokens
 from tests.oidc import AUDIENCE, ISSUER, Provider, running_provider
 from tests.polling import eventually
@@ -169,8 +171,14 @@ async def test_an_issuer_that_is_away_shuts_nobody_out_who_is_known(provider: Pr
     provider.is_away = False
     await checked.caller_of(provider.token())
     provider.is_away = True
-    assert await reason(checked, provider.token("rsa", headers={"kid": "unknown"})) == "TOKEN_REFUSED"
+    # It may have changed its key meanwhile: that the token is bad is not known.
+    rotated = provider.token("rsa", headers={"kid": "unknown"})
+    with pytest.raises(TryAgain) as told:
+        await checked.caller_of(rotated)
+    assert (told.value.reason, told.value.retry_after_s) == ("TOKEN_KEYS_AWAY", 1)
     assert (await checked.caller_of(provider.token(sub="bob"))).subject == "bob"
+    provider.is_away = False
+    assert await reason(checked, rotated) == "TOKEN_REFUSED"
 
 
 async def test_keys_may_come_from_a_file(provider: Provider, clock: StandingClock, tmp_path: Path) -> None:
@@ -222,8 +230,38 @@ async def test_claims_say_who_somebody_is(
 async def test_a_genuine_token_of_nobody_here_opens_nothing(
     provider: Provider, checked: Tokens, claims: dict[str, Any]
 ) -> None:
-    with pytest.raises(Forbidden):
-        await checked.caller_of(provider.token(**claims))
+    token = provider.token(**claims)
+    told = set()
+    for _ in range(2):  # the second time it is remembered
+        with pytest.raises(Forbidden) as refused:
+            await checked.caller_of(token)
+        told.add((refused.value.reason, refused.value.detail))
+    assert len(told) == 1
+
+
+async def test_who_has_no_place_here_is_slowed_whatever_they_show(provider: Provider, clock: StandingClock) -> None:
+    checked = Tokens(Issuer(ISSUER, AUDIENCE, provider.address), clock=clock, keys_interval_s_min=0.0)
+
+    class Known:
+        async def is_caught_up(self) -> bool:
+            return True
+
+    known: Any = Known()
+    gate = Gate(known, tokens=checked, limits=Limits(failures_per_minute=3))
+
+    async def told(address: str, token: str) -> list[str]:
+        found = []
+        for _ in range(4):
+            with pytest.raises(HubError) as refused:
+                await gate.admit(token, address)
+            found.append(refused.value.reason)
+        return found
+
+    nobody, unknown = provider.token(smdih_role=None), provider.token(headers={"kid": "unknown"})
+    assert await told("a", nobody) == ["TOKEN_ROLE"] * 3 + ["LIMIT_FAILURES"]
+    provider.is_away = True
+    assert await told("b", unknown) == ["TOKEN_KEYS_AWAY"] * 3 + ["LIMIT_FAILURES"]
+    assert (await gate.admit(provider.token(), "b")).subject == "alice"
 
 
 async def test_claims_may_lie_deeper_or_be_named_like_an_address(provider: Provider, clock: StandingClock) -> None:
