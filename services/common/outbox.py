@@ -102,8 +102,7 @@ class OutboxRelay:
             )
             if not rows:
                 return 0
-            # Together, in order. If one fails all are sent again in order, so a later event never has the last word.
-            await self._publisher.publish_all(
+            await self._publish(
                 [
                     Message(
                         row["topic"],
@@ -121,3 +120,15 @@ class OutboxRelay:
         for row in rows:
             published_total.labels(self._schema, row["topic"]).inc()
         return len(rows)
+
+    async def _publish(self, messages: Sequence[Message]) -> None:
+        """Together, in order. If one fails all are sent again in order, so a later event never has the last word.
+
+        Nothing is on its way any more when this ends, not even when it is cancelled: the relay of another process takes the lock
+        the moment it is free.
+        """
+        publishing = asyncio.create_task(self._publisher.publish_all(messages))
+        try:
+            await asyncio.shield(publishing)
+        finally:
+            await asyncio.gather(publishing, return_exceptions=True)
