@@ -164,9 +164,12 @@ async def test_a_record_that_the_database_refuses_goes_to_the_dead_letters_and_t
 async def test_a_poll_that_takes_too_long_is_stored_in_parts(cluster: Cluster, dsn: str, publisher: Publisher) -> None:
     pool = await create_pool(dsn, schema="ingest", size_max=4)
     sizes: list[int] = []
+    alive: list[bool] = []
 
     async def slow(_: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
         sizes.append(len(records))
+        await asyncio.sleep(0.3)
+        alive.append(await consumer.is_turning())
         if len(records) > 2:
             raise TimeoutError
         return []
@@ -174,7 +177,7 @@ async def test_a_poll_that_takes_too_long_is_stored_in_parts(cluster: Cluster, d
     for _ in range(7):
         await publisher.publish(topics.OFFERS, b"x", partition=1)
     consumer = PositionedConsumer(
-        cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.test.slow", handler=slow
+        cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.test.slow", handler=slow, silence_s_max=0.5
     )
     running = asyncio.create_task(consumer.run())
 
@@ -185,6 +188,8 @@ async def test_a_poll_that_takes_too_long_is_stored_in_parts(cluster: Cluster, d
     await eventually(all_taken)
     assert not running.done(), running.exception()
     assert sum(size for size in sizes if size <= 2) == 7
+    # Not stuck, though nothing was stored for longer than a loop may be silent.
+    assert all(alive)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await pool.close()

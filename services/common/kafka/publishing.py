@@ -165,9 +165,11 @@ class Publisher:
                 try:
                     async with asyncio.timeout(self._timeout_s):
                         await producer.start()
-                except (KafkaError, OSError, TimeoutError) as error:
+                except BaseException as error:
                     await producer.abort()
-                    raise self._away() from error
+                    if isinstance(error, (KafkaError, OSError, TimeoutError)):
+                        raise self._away() from error
+                    raise
                 self._producer = producer
             return self._producer
 
