@@ -12,8 +12,9 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from services.common import outbox, topics
 from services.common.database import Connection, create_pool, transaction
-from services.common.errors import TryAgain
+from services.common.errors import TooLarge, TryAgain
 from services.common.kafka import (
+    REQUEST_BYTES_MAX,
     Cluster,
     MadeAnew,
     Message,
@@ -66,6 +67,37 @@ async def test_an_event_in_the_outbox_reaches_a_consumer_once_though_it_is_publi
     for task in (relay, running):
         task.cancel()
     await asyncio.gather(relay, running, return_exceptions=True)
+    await pool.close()
+
+
+async def test_an_outbox_of_large_events_leaves_in_batches_that_the_brokers_can_take_in_time(dsn: str) -> None:
+    pool = await create_pool(dsn, schema="matching", size_max=2)
+    sizes: list[int] = []
+    values: list[bytes | None] = []
+
+    class Slow:
+        async def publish_all(self, messages: Sequence[Message]) -> list[int]:
+            sizes.append(sum(len(message.value or b"") for message in messages))
+            if sizes[-1] > 9_000_000:
+                raise TryAgain("The message log does not answer.")
+            values.extend(message.value for message in messages)
+            return [0] * len(messages)
+
+    events = [None if number % 3 == 0 else bytes([number]) * 1_000_000 for number in range(30)]
+    async with pool.acquire() as connection, connection.transaction():
+        await outbox.write_all(connection, topics.DIRECTORY, [("machine/1", value) for value in events])
+        with pytest.raises(TooLarge):
+            await outbox.write(connection, topics.DIRECTORY, key="machine/1", value=bytes(REQUEST_BYTES_MAX))
+    relay = asyncio.create_task(OutboxRelay(pool, Slow(), schema="matching").run())  # type: ignore[arg-type]
+
+    async def is_empty() -> bool:
+        return bool(await pool.fetchval("SELECT count(*) = 0 FROM outbox"))
+
+    await eventually(is_empty)
+    assert values == events
+    assert len(sizes) == 3
+    relay.cancel()
+    await asyncio.gather(relay, return_exceptions=True)
     await pool.close()
 
 

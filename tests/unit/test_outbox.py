@@ -37,7 +37,7 @@ class _Box:
         return {"events": len(self.values), "oldest": 0}
 
     async def fetch(self, *_: object) -> list[dict[str, Any]]:
-        event = {"topic": "t", "key": b"k", "correlation_id": "", "traceparent": ""}
+        event = {"topic": "t", "key": b"k", "correlation_id": "", "traceparent": "", "waiting": len(self.values)}
         return [{"id": number, "value": value, **event} for number, value in self.values.items()]
 
     async def execute(self, _: str, ids: Sequence[int]) -> None:
