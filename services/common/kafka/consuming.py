@@ -22,6 +22,7 @@ from prometheus_client import Counter, Gauge
 from services.common import tracing
 from services.common.database import AWAY, REFUSED, Connection, Pool
 from services.common.errors import TryAgain
+from services.common.kafka.attempts import ATTEMPT_S_MAX, SILENCE_S_MAX, Attempts
 from services.common.kafka.cluster import Cluster
 from services.common.kafka.deadletters import DeadLetters, dead_letters_total
 from services.common.kafka.publishing import Publisher
@@ -32,8 +33,6 @@ log = get_logger(__name__)
 
 POLL_TIMEOUT_MS = 200
 RETRY_DELAY_S_MAX = 5
-# A consumer that has work and stores nothing for this long is stuck and should be started anew.
-STALLED_S_MAX = 60
 OFFSET_COMMIT_INTERVAL_S = 5
 REASON_LENGTH_MAX = 300
 
@@ -88,6 +87,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         records_max: int = 500,
         poll_bytes_max: int = 16 * 1024 * 1024,
         on_change: Callable[[], Awaitable[None]] | None = None,
+        silence_s_max: float = SILENCE_S_MAX,
     ) -> None:
         self._cluster = cluster
         self._pool = pool
@@ -106,6 +106,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         self._working = asyncio.Lock()
         self._broken: BaseException | None = None
         self._dead_letters = DeadLetters(publisher)
+        self._attempts = Attempts(publisher.answers, silence_s_max=silence_s_max)
         self._last_progress = time.monotonic()
         self._last_offset_commit = 0.0
         self._consumer: AIOKafkaConsumer | None = None
@@ -146,8 +147,8 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         return self._assigned.is_set() and self._broken is None
 
     async def is_turning(self) -> bool:
-        """Liveness: the loop makes progress, or has nothing to do."""
-        return self._broken is None and self.stalled_s < STALLED_S_MAX
+        """Liveness: the loop tries, or has nothing to do."""
+        return self._broken is None and await self._attempts.go_on()
 
     @property
     def lag(self) -> int:
@@ -189,6 +190,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 self._positions = await self._load_positions(assigned)
                 self._seek(self._positions)
             self._last_progress = time.monotonic()
+            self._attempts.ended()
             self._assigned.set()
             log.info("partitions assigned", partitions=sorted(f"{p.topic}/{p.partition}" for p in assigned))
         except BaseException as error:
@@ -219,6 +221,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 await self._store(records)
             if records or self.lag == 0:
                 self._last_progress = time.monotonic()
+                self._attempts.ended()
         await self._tell_broker(consumer)
 
     async def _store(self, records: Sequence[ConsumerRecord]) -> bool:
@@ -233,7 +236,11 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         one_by_one = False
         while True:
             try:
-                async with self._connection() as connection, connection.transaction():
+                async with (
+                    asyncio.timeout(ATTEMPT_S_MAX),
+                    self._connection() as connection,
+                    connection.transaction(),
+                ):
                     if self._note is not None:
                         await self._note(connection, records)
                     handle = self._handle_one_by_one if one_by_one else self._handler
@@ -253,6 +260,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 return False
             except TimeoutError as error:
                 log.warning("store took too long, trying half of it", error=repr(error), records=len(records))
+                self._attempts.ended()
                 await self._changed()
                 half = len(records) // 2
                 if half:
@@ -262,11 +270,13 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 if one_by_one:
                     raise  # what is refused is not of one record
                 log.warning("the database refuses a record, looking which", error=repr(error))
+                self._attempts.ended()
                 one_by_one = True
                 await self._changed()
             except (*AWAY, asyncpg.DeadlockDetectedError, asyncpg.SerializationError, TryAgain) as error:
                 # The outcome of a COMMIT may be open: the position in the database tells, and the fence refuses a repeat.
                 log.warning("store failed, trying again", error=repr(error), delay_s=delay_s)
+                self._attempts.ended()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
                 await self._changed()
@@ -275,6 +285,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         for partition, found in by_partition.items():
             consumed_total.labels(self._topics[partition.topic], self._group_label).inc(len(found))
         self._last_progress = time.monotonic()
+        self._attempts.ended()
         return True
 
     async def _handle_one_by_one(
@@ -351,6 +362,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 return loaded
             except AWAY as error:
                 log.warning("positions cannot be loaded yet", error=repr(error))
+                self._attempts.ended()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
 
