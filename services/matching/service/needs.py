@@ -144,6 +144,12 @@ class Needs:
                 if repeated is not None:
                     need = first_answer(*repeated, sha256)
                     return OpenedNeed(need, await offers_store.offers_of_need(connection, need.id))
+            most = self._limits.needs_in_search_max
+            if await needs_store.needs_in_search(connection, firm_id, limit=most) >= most:
+                raise Conflict(
+                    f"{most} open needs of the firm have no offer yet; close some of them, or wait for offers.",
+                    reason="TOO_MANY_NEEDS",
+                )
             opened = await self._open(connection, need, ranking, request_id=request_id, request_sha256=sha256)
         self._relay.kick()
         return opened
