@@ -25,6 +25,8 @@ from tests.integration.matching_hub import (
     FIRM,
     KEYS,
     OTHER_FIRM,
+    OTHER_PARTNER,
+    PARTNER,
     PROVIDERS,
     Hub,
     alarm_event,
@@ -628,6 +630,18 @@ async def test_a_repeated_request_opens_no_second_need(hub: Hub) -> None:
     assert first == again
     other = await hub.call("firm", "POST", "/v1/consents", {**consent, "shared": SHARE_ALL})
     assert (other.status_code, other.json()["reason"]) == (409, "REQUEST_ID_REUSED")
+
+
+async def test_a_provider_keeps_its_partner_once_it_has_been_offered(hub: Hub) -> None:
+    theirs = {**PROVIDERS["forming"], "partner_id": OTHER_PARTNER}
+    await hub.ok("partner", "PUT", "/v1/providers/moving", PROVIDERS["forming"])
+    moved = await hub.ok("operator", "PUT", "/v1/providers/moving", theirs)
+    assert moved["partner_id"] == OTHER_PARTNER
+    await open_need(hub, "Our pressings split at the corner.")
+    back = {**theirs, "partner_id": PARTNER}
+    refused = await hub.call("operator", "PUT", "/v1/providers/moving", back)
+    assert (refused.status_code, refused.json()["reason"]) == (409, "PROVIDER_IN_USE")
+    assert (await hub.ok("operator", "PUT", "/v1/providers/moving", theirs))["partner_id"] == OTHER_PARTNER
 
 
 async def test_things_of_other_firms_and_partners_are_not_there(hub: Hub) -> None:
