@@ -697,6 +697,7 @@ async def test_things_of_other_firms_and_partners_are_not_there(hub: Hub) -> Non
     ("who", "method", "path", "body", "reason"),
     [
         ("firm", "POST", "/v1/needs", {"text": ""}, "TEXT_MISSING"),
+        ("firm", "POST", "/v1/needs", {"text": " \u200b?! "}, "TEXT_MISSING"),
         ("firm", "POST", "/v1/needs", {"text": "x" * 4001}, "TEXT_TOO_LONG"),
         ("firm", "POST", "/v1/needs", {"text": "a\x00b"}, "NOT_TEXT"),
         ("firm", "POST", "/v1/needs", {"text": "x", "urgency": "panic"}, "INVALID"),

@@ -106,7 +106,7 @@ class Needs:
         """Record a need in the firm's words and make offers for it."""
         caller.require(Role.FIRM, Role.OPERATOR)
         firm_id = await self._known.firm(caller.firm_or(firm_id))
-        if not new.text.strip():
+        if not any(map(str.isalnum, new.text)):
             raise Invalid("A need has a text; say what you want help with.", reason="TEXT_MISSING")
         check_text("text", new.text, TEXT_CHARACTERS_MAX)
         check_esco_skills(new.esco_skills)
