@@ -28,6 +28,8 @@ Column = NDArray[np.float64]
 Value = TypeVar("Value", bound=Hashable)
 
 SLOTS_FIRST = 64
+VALUES_SPARE = 1_000
+"""Values that no slot has any more and that a field keeps at most, besides one a slot."""
 REMEMBERED_MAX = 200
 """Columns and masks that a field remembers; for 5,000 providers a column has 40 kB."""
 
@@ -239,6 +241,15 @@ class Field(Generic[Value]):
             self._masks.clear()
         self._codes[slot] = code
         self._used = max(self._used, slot + 1)
+        if len(self._values) > 2 * self._used + VALUES_SPARE:
+            self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        """Keep the values that a slot has; each rule is asked for all that are kept."""
+        kept, codes = np.unique(self._codes[: self._used], return_inverse=True)
+        self._codes[: self._used] = codes
+        self._values = [self._values[code] for code in kept]
+        self._code_of = {value: code for code, value in enumerate(self._values)}
 
     def at(self, slot: int) -> Value:
         return self._values[int(self._codes[slot])]

@@ -178,6 +178,8 @@ class Limits:
     # Providers looked at before giving up on finding one with a free place.
     candidates_max: int = 5_000
     offer_lifetime: timedelta = field(default=timedelta(days=14))
+    # Open needs of a firm without an offer, those from alarms apart: each may take a place in the next round.
+    needs_in_search_max: int = 50
     # Alarms of a machine with less than this between them belong to one fault; so does one that comes after its need's end, so
     # long after the last before it.
     episode_gap: timedelta = field(default=timedelta(hours=24))

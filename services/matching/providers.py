@@ -96,7 +96,8 @@ class ProviderRecord:
             sizes_served=frozenset(self.sizes_served),
             skills=frozenset((*self.skills, *self.esco_skills)),
             capacity_per_quarter=capacity,
-            capacity_left=max(0, capacity - self.taken),
+            # A course has room for everybody: a number would be another value of the index with each that is taken.
+            capacity_left=None if self.capacity_per_quarter is None else max(0, capacity - self.taken),
             lead_days=self.lead_days,
             active=self.active,
             expires_on=self.offered_until,

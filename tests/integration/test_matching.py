@@ -25,6 +25,8 @@ from tests.integration.matching_hub import (
     FIRM,
     KEYS,
     OTHER_FIRM,
+    OTHER_PARTNER,
+    PARTNER,
     PROVIDERS,
     Hub,
     alarm_event,
@@ -630,6 +632,18 @@ async def test_a_repeated_request_opens_no_second_need(hub: Hub) -> None:
     assert (other.status_code, other.json()["reason"]) == (409, "REQUEST_ID_REUSED")
 
 
+async def test_a_provider_keeps_its_partner_once_it_has_been_offered(hub: Hub) -> None:
+    theirs = {**PROVIDERS["forming"], "partner_id": OTHER_PARTNER}
+    await hub.ok("partner", "PUT", "/v1/providers/moving", PROVIDERS["forming"])
+    moved = await hub.ok("operator", "PUT", "/v1/providers/moving", theirs)
+    assert moved["partner_id"] == OTHER_PARTNER
+    await open_need(hub, "Our pressings split at the corner.")
+    back = {**theirs, "partner_id": PARTNER}
+    refused = await hub.call("operator", "PUT", "/v1/providers/moving", back)
+    assert (refused.status_code, refused.json()["reason"]) == (409, "PROVIDER_IN_USE")
+    assert (await hub.ok("operator", "PUT", "/v1/providers/moving", theirs))["partner_id"] == OTHER_PARTNER
+
+
 async def test_things_of_other_firms_and_partners_are_not_there(hub: Hub) -> None:
     await hub.put_providers("gear-rigs")
     opened = await open_need(hub, machine_id=machine_id(FIRM, 6))
@@ -683,6 +697,7 @@ async def test_things_of_other_firms_and_partners_are_not_there(hub: Hub) -> Non
     ("who", "method", "path", "body", "reason"),
     [
         ("firm", "POST", "/v1/needs", {"text": ""}, "TEXT_MISSING"),
+        ("firm", "POST", "/v1/needs", {"text": " \u200b?! "}, "TEXT_MISSING"),
         ("firm", "POST", "/v1/needs", {"text": "x" * 4001}, "TEXT_TOO_LONG"),
         ("firm", "POST", "/v1/needs", {"text": "a\x00b"}, "NOT_TEXT"),
         ("firm", "POST", "/v1/needs", {"text": "x", "urgency": "panic"}, "INVALID"),

@@ -70,11 +70,18 @@ async def test_the_nearest_assessors_without_conflict_are_proposed_and_the_other
 async def test_whoever_works_for_the_firm_and_whoever_belongs_to_a_named_partner_is_left_out(hub: Hub) -> None:
     opened = await hub.ok("other_firm", "POST", "/v1/needs", {"text": "Gears and vibration analysis."})
     offer = next(each for each in opened["offers"] if each["provider_id"] == "vibration")
-    await hub.ok("other_firm", "POST", f"/v1/offers/{offer['id']}/accept")
+    match = (await hub.ok("other_firm", "POST", f"/v1/offers/{offer['id']}/accept"))["match"]
     answer = await propose(hub, conflict_firm_ids=[OTHER_FIRM])
-    assert "vibration" not in names(answer)
+    # Every assessor of this world belongs to the partner called University, which works for the firm now.
+    assert names(answer) == []
+    codes = {each.provider_id: list(each.codes) for each in answer.excluded}
+    assert "WORKED_FOR_FIRM" in codes["vibration"]
+    assert codes["gears"] == ["CONFLICT_ORGANISATION"]
+    # Of a match that came to nothing only the provider itself is left out.
+    await hub.ok("partner", "POST", f"/v1/matches/{match['id']}/cancel", {"reason": "ill"})
+    answer = await propose(hub, conflict_firm_ids=[OTHER_FIRM])
+    assert names(answer)
     assert [(each.provider_id, list(each.codes)) for each in answer.excluded] == [("vibration", ["WORKED_FOR_FIRM"])]
-    # Every assessor of this world belongs to the partner called University.
     assert names(await propose(hub, conflict_organisations=["The University"])) == []
 
 

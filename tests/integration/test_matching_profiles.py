@@ -181,6 +181,11 @@ async def test_a_self_assessment_gives_a_level_and_opens_a_need(hub: Hub) -> Non
     again = await hub.ok("firm", "POST", f"{path}/need", {"text": "Something else."})
     assert again["need"]["id"] == opened["need"]["id"]
     assert (await hub.ok("firm", "GET", path))["need_id"] == opened["need"]["id"]
+    # Cut off before the assessment knew of its need: the need is found, whatever it says.
+    await hub.pool.execute("UPDATE maturity_assessment SET need_id = NULL WHERE need_id = $1", opened["need"]["id"])
+    found = await hub.ok("firm", "POST", f"{path}/need", {"text": "Something else."})
+    assert found["need"]["id"] == opened["need"]["id"]
+    assert (await hub.ok("firm", "GET", path))["need_id"] == opened["need"]["id"]
     assert (await hub.ok("firm", "GET", "/v1/maturity/assessments"))["assessments"][0]["id"] == assessed["id"]
     calls: list[tuple[str, str, str, Any, int]] = [
         ("other_firm", "GET", path, None, 404),

@@ -221,6 +221,24 @@ async def test_rounds_by_grpc_are_for_operators_and_odd_ids_are_refused(hub: Hub
     assert await refused_by_grpc(hub.stub.ListOffers, odd_round, "operator") == "NOT_FOUND"
 
 
+async def test_one_firm_does_not_fill_a_round(hub: Hub) -> None:
+    await hub.pool.executemany(
+        "INSERT INTO need (id, firm_id, source, state, text, urgency, sic, region, size, machine_id, offers, "
+        "no_offer_reason, opened, opened_by, correlation_id, waits) "
+        "VALUES ($1, 1, 'firm', 'open', $2, 'normal', '', '', '', 0, 0, 'WAITS_FOR_ROUND', now(), 0, '', true)",
+        [(uuid.uuid4().hex, GEARS) for _ in range(49)],
+    )
+    last = await wait_for_round(hub, request_id="last")
+    body = {"text": GEARS, "wait_for_round": True}
+    refused = await hub.call("firm", "POST", "/v1/needs", body)
+    assert (refused.status_code, refused.json()["reason"]) == (409, "TOO_MANY_NEEDS")
+    # A repeat opens none, and other firms have their own count.
+    assert await wait_for_round(hub, request_id="last") == last
+    await wait_for_round(hub, who="other_firm")
+    await hub.ok("firm", "POST", f"/v1/needs/{last}/close", {"reason": "solved it"})
+    await hub.ok("firm", "POST", "/v1/needs", body)
+
+
 async def test_a_need_nobody_can_take_says_so_and_is_tried_again_by_itself(hub: Hub) -> None:
     need_id = await wait_for_round(hub)
     assert (await run_round(hub, "nobody"))["unplaced"] == 1
@@ -244,6 +262,9 @@ async def test_a_round_begins_by_itself_once_a_day_while_needs_wait(hub: Hub) ->
     assert await scheduled() == before  # nobody waits
     await hub.put_providers("iot-basics")
     need_id = await wait_for_round(hub)
+    await hub.matching.rounds.start_scheduled()
+    assert await scheduled() == before  # the first to wait has no round of its own, before others come
+    hub.clock.shift = timedelta(days=1)
     await asyncio.gather(*(hub.matching.rounds.start_scheduled() for _ in range(5)))
     assert await scheduled() == before + 1
     assert await hub.matching.rounds.carry_out()

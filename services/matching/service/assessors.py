@@ -28,7 +28,8 @@ _WHY: Mapping[FilterCode, str] = {
     FilterCode.INACTIVE: "Its partner has withdrawn it.",
     FilterCode.EXPIRED: "Its profile has expired.",
     FilterCode.CONFLICT_OF_INTEREST: "Its partner has declared a conflict with a firm of the application.",
-    FilterCode.CONFLICT_ORGANISATION: "It belongs to an organisation of the application, or has declared a conflict with one.",
+    FilterCode.CONFLICT_ORGANISATION: "It belongs to an organisation of the application or to a partner that works for "
+    "one of its firms, or has declared a conflict with one.",
     FilterCode.WORKED_FOR_FIRM: "It works or has worked for a firm of the application through the hub.",
     FilterCode.SECTOR_EXCLUDED: "It does not work for the sector of the application.",
 }
@@ -86,7 +87,7 @@ class Assessors:
         names = frozenset(map(organisation_name, application.organisations)) - {""}
         owners = {str(each.id) for each in self._directory.partners.values() if organisation_name(each.name) in names}
         async with transaction(self._pool) as connection:
-            worked_for = await matches_store.providers_of_firms(connection, application.firm_ids)
+            worked_for, paid = await matches_store.who_works_for(connection, application.firm_ids)
         ranking = await self._index.rank_assessors(
             Assessment(
                 text=application.text,
@@ -94,7 +95,7 @@ class Assessors:
                 region=application.region,
                 firm_ids=frozenset(map(str, application.firm_ids)),
                 organisations=names,
-                owners=frozenset(owners),
+                owners=frozenset(owners | set(map(str, paid))),
                 worked_for=worked_for,
             ),
             count or ASSESSORS_DEFAULT,

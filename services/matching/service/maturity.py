@@ -102,6 +102,13 @@ class Maturity:
         assessment = await self.get_assessment(caller, assessment_id)
         if assessment.need_id:
             return await self._needs.opened_need(caller, assessment.need_id)
+        request_id = f"maturity-{assessment.id}"
+        async with transaction(self._pool) as connection:
+            before = await needs_store.need_by_request(connection, assessment.firm_id, request_id)
+            if before is not None:  # whoever opened it was cut off before the assessment knew of it
+                await maturity_store.set_need(connection, assessment.id, before[0].id)
+        if before is not None:
+            return await self._needs.opened_need(caller, before[0].id)
         text = text.strip() or assessment.need_draft
         if not text:
             raise Invalid("Nothing is weak, so there is no draft; say what you want help with.", reason="TEXT_MISSING")
@@ -109,7 +116,7 @@ class Maturity:
             caller,
             assessment.firm_id,
             NewNeed(text=text, urgency=urgency, source=Source.MATURITY),
-            request_id=f"maturity-{assessment.id}",
+            request_id=request_id,
         )
         async with transaction(self._pool) as connection:
             await maturity_store.set_need(connection, assessment.id, opened.need.id)

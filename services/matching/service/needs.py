@@ -106,7 +106,7 @@ class Needs:
         """Record a need in the firm's words and make offers for it."""
         caller.require(Role.FIRM, Role.OPERATOR)
         firm_id = await self._known.firm(caller.firm_or(firm_id))
-        if not new.text.strip():
+        if not any(map(str.isalnum, new.text)):
             raise Invalid("A need has a text; say what you want help with.", reason="TEXT_MISSING")
         check_text("text", new.text, TEXT_CHARACTERS_MAX)
         check_esco_skills(new.esco_skills)
@@ -144,6 +144,12 @@ class Needs:
                 if repeated is not None:
                     need = first_answer(*repeated, sha256)
                     return OpenedNeed(need, await offers_store.offers_of_need(connection, need.id))
+            most = self._limits.needs_in_search_max
+            if await needs_store.needs_in_search(connection, firm_id, limit=most) >= most:
+                raise Conflict(
+                    f"{most} open needs of the firm have no offer yet; close some of them, or wait for offers.",
+                    reason="TOO_MANY_NEEDS",
+                )
             opened = await self._open(connection, need, ranking, request_id=request_id, request_sha256=sha256)
         self._relay.kick()
         return opened

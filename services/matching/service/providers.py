@@ -8,7 +8,7 @@ from datetime import date, datetime, timedelta
 from services.common.clock import Clock, from_us, today
 from services.common.database import Connection, Pool, transaction
 from services.common.directory import Directory
-from services.common.errors import Forbidden, Invalid, NotFound
+from services.common.errors import Conflict, Forbidden, Invalid, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from services.matching import notices
@@ -77,6 +77,15 @@ class Providers:
             before = await providers_store.lock_provider(connection, provider.id)
             if before is not None and caller.role is Role.PARTNER and before.partner_id != caller.partner_id:
                 raise Forbidden("A provider of another partner has this id; choose another.", reason="ID_TAKEN")
+            if (
+                before is not None
+                and before.partner_id != partner_id
+                and await providers_store.in_use(connection, before.id)
+            ):
+                raise Conflict(
+                    "It has been offered or has sessions, which stay with its partner; put it under another id.",
+                    reason="PROVIDER_IN_USE",
+                )
             now = self._now()
             await providers_store.put_provider(
                 connection, replace(provider, partner_id=partner_id, active=True, change=change, changed=now)

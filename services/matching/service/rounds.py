@@ -80,13 +80,13 @@ class Rounds:
     # --- in the background -----------------------------------------------------------------------------------------
 
     async def start_scheduled(self) -> None:
-        """Begin the round of this period where needs wait, at most one a period, whichever process comes first."""
+        """Begin the round of this period where needs wait since before it, at most one a period, whichever process comes first."""
         if not self._limits.round_every:
             return
         every_us = self._limits.round_every // timedelta(microseconds=1)
         period = from_us(self._clock.now_us() // every_us * every_us)
         async with transaction(self._pool) as connection:
-            if await rounds_store.any_waiting(connection):
+            if await rounds_store.any_waiting(connection, opened_before=period):
                 await self._begin(connection, f"scheduled-{period:%Y%m%dT%H%M%S}", by=None)
 
     async def carry_out(self) -> bool:

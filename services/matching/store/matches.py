@@ -110,12 +110,15 @@ async def due_closings(connection: Connection, *, now: datetime, limit: int) -> 
     return [row["id"] for row in rows]
 
 
-async def providers_of_firms(connection: Connection, firm_ids: Sequence[int]) -> frozenset[str]:
-    """Providers that have or had a match with one of the firms."""
+async def who_works_for(connection: Connection, firm_ids: Sequence[int]) -> tuple[frozenset[str], frozenset[int]]:
+    """Providers that have or had a match with one of the firms, and partners of those whose match came to something or may yet."""
     rows = await connection.fetch(
-        "SELECT DISTINCT provider_id FROM match WHERE firm_id = ANY($1::bigint[])", list(firm_ids)
+        "SELECT DISTINCT provider_id, CASE WHEN state NOT IN ('cancelled', 'expired') THEN partner_id END AS partner_id "
+        "FROM match WHERE firm_id = ANY($1::bigint[])",
+        list(firm_ids),
     )
-    return frozenset(row["provider_id"] for row in rows)
+    partners = {row["partner_id"] for row in rows if row["partner_id"] is not None}
+    return frozenset(row["provider_id"] for row in rows), frozenset(partners)
 
 
 _MATCHES = (

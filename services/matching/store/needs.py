@@ -82,6 +82,17 @@ async def lock_need(connection: Connection, need_id: str) -> Need | None:
     return None if row is None else need_of_row(row)
 
 
+async def needs_in_search(connection: Connection, firm_id: int, *, limit: int) -> int:
+    """How many open needs of the firm have no offer, those from alarms apart; counts up to the limit."""
+    found: int = await connection.fetchval(
+        "SELECT count(*) FROM (SELECT FROM need WHERE firm_id = $1 AND state = 'open' AND offers = 0 AND consent_id IS NULL "
+        "LIMIT $2) AS found",
+        firm_id,
+        limit,
+    )
+    return found
+
+
 async def list_needs(
     connection: Connection,
     *,

@@ -206,6 +206,15 @@ async def bookable_providers(
     return {row["id"]: _provider(row) for row in rows}
 
 
+async def in_use(connection: Connection, provider_id: str) -> bool:
+    """Whether it has ever been offered, or has sessions; these name its partner."""
+    found: bool = await connection.fetchval(
+        "SELECT EXISTS (SELECT FROM offer WHERE provider_id = $1) OR EXISTS (SELECT FROM session WHERE provider_id = $1)",
+        provider_id,
+    )
+    return found
+
+
 async def set_outcomes(connection: Connection, provider_id: str, *, change: int) -> None:
     """Count anew what firms have scored in closed matches: of each firm the newest score, so that nobody counts twice."""
     async with all_firms_within(connection):  # what each of them scored counts

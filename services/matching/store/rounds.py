@@ -81,8 +81,10 @@ async def end_round(
     )
 
 
-async def any_waiting(connection: Connection) -> bool:
-    found: bool = await connection.fetchval("SELECT EXISTS (SELECT FROM need WHERE state = 'open' AND offers = 0)")
+async def any_waiting(connection: Connection, *, opened_before: datetime) -> bool:
+    found: bool = await connection.fetchval(
+        "SELECT EXISTS (SELECT FROM need WHERE state = 'open' AND offers = 0 AND opened < $1)", opened_before
+    )
     return found
 
 
