@@ -13,12 +13,15 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from services import reconcile
 from services.anomaly.rebase import rebase
 from services.common import topics
+from services.common.clock import to_us
 from services.common.database import Pool
 from services.common.directory import entity_key
+from services.common.errors import Conflict
 from services.common.identity import Role
 from services.common.kafka import Cluster, Message, Publisher, create_topics, topic_ids
 from services.common.settings import Settings
-from services.ingest.registry import credential_store, rebuild
+from services.ingest.domain import NewSite
+from services.ingest.registry import credential_store, rebuild, store
 from services.ingest.registry.credentials import make_credential
 from services.matching import room_rebuild
 from services.matching.messages import room_event
@@ -78,6 +81,51 @@ async def test_a_key_that_either_side_says_is_revoked_stays_revoked(ingest: Pool
     told = pb.DirectoryEntry.FromString(published[entity_key("credential", ids["unsent"])] or b"").credential
     assert told.valid_to_us == NOW_US + 5_000_000
     assert last >= max(ids.values())
+
+
+async def test_keys_and_sites_of_a_firm_have_a_number_and_ended_keys_are_forgotten(ingest: Pool) -> None:
+    async with ingest.acquire() as connection:
+        firm_id = await connection.fetchval(
+            "INSERT INTO firm (name, slug, sic, region, size) VALUES ('Many', 'many', '25.62', 'Wales', 'small') RETURNING id"
+        )
+        await connection.execute(
+            "INSERT INTO credential (prefix, sha256, role, firm_id, label, valid_from, valid_to) SELECT 'p', "
+            "sha256(n::text::bytea), 'device', $1, 'l', now() - interval '9 days', now() - interval '8 days' + interval '1 s' * n "
+            "FROM generate_series(1, $2) n",
+            *(firm_id, credential_store.KEYS_PER_FIRM_MAX - 1),
+        )
+
+        async def issue() -> pb.Credential:
+            _, credential = make_credential(Role.DEVICE, firm_id, 0, "one more", NOW_US)
+            return await credential_store.create(connection, credential, Role.DEVICE, NOW_US)
+
+        first = await issue()
+        with pytest.raises(Conflict) as told:
+            await issue()
+        assert told.value.reason == "TOO_MANY_KEYS"
+        await connection.execute("DELETE FROM outbox")
+        ended = to_us(await connection.fetchval("SELECT now()")) - 7 * 86_400_000_000
+        forgotten = await credential_store.forget_ended(connection, ended, 2)
+        assert await connection.fetchval("SELECT count(*) FROM outbox WHERE value IS NULL") == len(forgotten) == 2
+        # Nobody revoked them.
+        now = datetime.now(UTC)
+        assert (await credential_store.locked(connection, forgotten[0])).state(now) == "expired"
+        second = await issue()
+        await credential_store.revoke(connection, second.id)
+        assert (await credential_store.locked(connection, second.id)).state(now) == "revoked"
+        assert (await credential_store.locked(connection, first.id)).state(now) != "revoked"
+
+        await connection.execute(
+            "INSERT INTO site (firm_id, slug, name, timezone) SELECT $1, 's' || n, 's', 'UTC' FROM generate_series(2, $2) n",
+            *(firm_id, store.SITES_PER_FIRM_MAX),
+        )
+        await store.create_site(connection, NewSite(firm_id, "s1", "s", "UTC"), NOW_US)
+        with pytest.raises(Conflict) as told:
+            async with connection.transaction():
+                await store.create_site(connection, NewSite(firm_id, "other", "s", "UTC"), NOW_US)
+        assert told.value.reason == "TOO_MANY_SITES"
+        # One that is there may be sent again.
+        await store.create_site(connection, NewSite(firm_id, "s1", "s", "UTC"), NOW_US)
 
 
 async def test_what_was_registered_since_comes_back_with_its_ids(ingest: Pool) -> None:
