@@ -141,7 +141,7 @@ def _knows_little_of(directory: Mapping[str, bytes | None], messages: Sequence[M
 
 @asynccontextmanager
 async def _alone(dsn: str) -> AsyncIterator[Connection]:
-    """A connection, once it is sure that no process of the hub has one."""
+    """A connection, once it is sure that no process of the hub has one, and no other of these."""
     try:
         connection = await asyncpg.connect(
             dsn, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": "reconcile", "timezone": "UTC"}
@@ -149,6 +149,9 @@ async def _alone(dsn: str) -> AsyncIterator[Connection]:
     except AWAY as error:
         raise ReconcileError(f"The database does not answer: {error!r}. Look at SMDIH_DATABASE_DSN.") from error
     try:
+        # Of this database, until the connection ends: what one publishes is not to be older than what another has.
+        if not await connection.fetchval("SELECT pg_try_advisory_lock(hashtext('smdih-reconcile'))"):
+            raise ReconcileError("Another reconcile is at work on this database; wait until it is done.")
         await _check_alone(connection)
         yield connection
     finally:

@@ -273,6 +273,9 @@ async def test_positions_that_do_not_fit_the_topics_are_told_apart(
         return found
 
     try:
+        async with reconcile._alone(settings.database_dsn):
+            with pytest.raises(ReconcileError, match="Another reconcile"):
+                await after_kafka_loss(settings)
         await stand_at(11)
         with pytest.raises(ReconcileError, match="after-kafka-loss"):
             await after_restore(settings, accept_lost=True)
