@@ -126,6 +126,9 @@ async def test_keys_and_sites_of_a_firm_have_a_number_and_ended_keys_are_forgott
         assert told.value.reason == "TOO_MANY_SITES"
         # One that is there may be sent again.
         await store.create_site(connection, NewSite(firm_id, "s1", "s", "UTC"), NOW_US)
+        for table in ("credential", "site"):
+            await connection.execute(f"DELETE FROM {table} WHERE firm_id = $1", firm_id)
+        await connection.execute("DELETE FROM firm WHERE id = $1", firm_id)
 
 
 async def test_what_was_registered_since_comes_back_with_its_ids(ingest: Pool) -> None:
@@ -322,6 +325,25 @@ async def test_positions_that_do_not_fit_the_topics_are_told_apart(
         assert (await after_kafka_loss(settings))["positions_begun_anew"] == 1
         assert await position() == 0
         assert (await after_kafka_loss(settings))["positions_begun_anew"] == 0
+
+        # A database that was restored as well is older than a directory that is whole: what was revoked since stays revoked, and
+        # what was made since is taken in.
+        async with owner(settings.database_dsn, "ingest") as ingest_pool, ingest_pool.acquire() as ingest:
+            _, credential = make_credential(Role.OPERATOR, 0, 0, "stolen", NOW_US)
+            stolen = (await credential_store.create(ingest, credential, Role.OPERATOR, NOW_US)).id
+            await ingest.execute("DELETE FROM outbox")
+        since = pb.DirectoryEntry(partner=pb.Partner(id=900, name="New", region="Wales"), changed_us=NOW_US)
+        await publisher.publish(topics.DIRECTORY, since.SerializeToString(), key=b"partner/900")
+        await publisher.publish(topics.DIRECTORY, None, key=entity_key("credential", stolen).encode())
+        await stand_at(99)
+        told = await after_kafka_loss(settings)
+        assert (told["taken_from_directory"], told["keys_revoked"]) == ({"partner": 1}, 1)
+        assert await position() == 0
+        async with reconcile._consumer(cluster) as consumer:
+            newest = await reconcile._newest(consumer, cluster.name(topics.DIRECTORY))
+        assert newest[entity_key("credential", stolen)] is None
+        assert await database.fetchval("SELECT revoked IS NOT NULL FROM ingest.credential WHERE id = $1", stolen)
+        assert (await after_kafka_loss(settings))["taken_from_directory"] == {}
 
         # And a process that an autoscaler starts meanwhile is seen before anything is kept.
         async with owner(settings.database_dsn, "matching") as pool, pool.acquire() as other:
