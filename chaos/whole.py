@@ -58,7 +58,8 @@ async def behind(hub: Hub, database: Any) -> dict[str, int]:
 async def judge(hub: Hub, database: Any, told: Told, outcome: Outcome, *, one_release: bool = True) -> None:
     """Everything but the samples of the load; counts into `outcome` and says in words what does not hold.
 
-    `one_release`: alarms are compared with their scores and words too, which another release may put differently.
+    `one_release`: alarms are compared with their scores and words too, and those of several signals, which another release may
+    judge differently.
     """
     await _frames(database, told, outcome)
     await _alarms(hub, database, outcome, one_release)
@@ -125,7 +126,7 @@ def _compared(rows: Sequence[Any], one_release: bool) -> dict[str, Any]:
     names: tuple[str, ...] = ("machine_id", "position", "started")
     if one_release:
         names = ("machine_id", "position", "started", "ended", "severity", "component", "explanation", "score")
-    return {row["id"]: tuple(row[name] for name in names) for row in rows}
+    return {row["id"]: tuple(row[name] for name in names) for row in rows if one_release or row["position"] >= 0}
 
 
 async def _needs(database: Any, told: Told, outcome: Outcome) -> None:

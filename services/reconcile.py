@@ -39,7 +39,7 @@ class ReconcileError(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """A stored position, and where the partition begins and ends now. `made_anew`: the topic is not the one that it is of."""
+    """A stored position, and where the partition begins and ends now, and of which topic that is. `made_anew`: of another one."""
 
     schema: str
     topic: str
@@ -47,6 +47,7 @@ class Found:
     position: int
     first: int
     end: int
+    topic_id: str
     made_anew: bool
 
     def __str__(self) -> str:
@@ -129,7 +130,8 @@ async def after_kafka_loss(settings: Settings) -> dict[str, object]:
             ]
             for each in anew:
                 await _move(connection, each, each.first)
-            await _forget_topic_ids(connection)
+            for each in found:
+                await _note_topic_id(connection, each)
             await _into(connection, "anomaly")
             mine = [each for each in anew if (each.schema, each.topic) == ("anomaly", samples)]
             await rebase(connection, {each.partition: each.first for each in mine})
@@ -222,7 +224,7 @@ async def _positions(cluster: Cluster, connection: Connection, consumer: AIOKafk
     # By topic, since not every consumer notes them.
     anew = {at.topic for _, at, _, noted in rows if noted not in ("", ids[at.topic])}
     return [
-        Found(schema, at.topic, at.partition, position, firsts[at], ends[at], at.topic in anew)
+        Found(schema, at.topic, at.partition, position, firsts[at], ends[at], ids[at.topic], at.topic in anew)
         for schema, at, position, _ in rows
     ]
 
@@ -248,10 +250,11 @@ async def _move(connection: Connection, found: Found, to: int) -> None:
     )
 
 
-async def _forget_topic_ids(connection: Connection) -> None:
-    """Each consumer notes those of the topics that it finds."""
-    for schema in SCHEMAS:
-        await connection.execute(f"UPDATE {schema}.position SET topic_id = '' WHERE topic_id <> ''")  # noqa: S608
+async def _note_topic_id(connection: Connection, found: Found) -> None:
+    await connection.execute(
+        f"UPDATE {found.schema}.position SET topic_id = $3 WHERE topic = $1 AND partition = $2",  # noqa: S608
+        *(found.topic, found.partition, found.topic_id),
+    )
 
 
 async def _into(connection: Connection, schema: str) -> None:

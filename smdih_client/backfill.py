@@ -31,7 +31,6 @@ BLOCKS_PER_CHECK = 8
 EXAMPLES_MAX = 3
 CHECK_ATTEMPTS_MAX = 10
 SHOW_EVERY_S = 2.0
-_FINGERPRINT_BYTES = 1024 * 1024
 
 
 @dataclass
@@ -191,12 +190,12 @@ class Progress:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise NotARecording(f"{path} is no progress file: name another with --progress") from error
 
-    def of(self, job: Job) -> tuple[int, Counts, bool]:
+    def of(self, job: Job, identity: str) -> tuple[int, Counts, bool]:
         """Blocks that are in the hub, what became of them, and whether that was all. Raises NotARecording."""
         found = self._files.get(job.name)
         if found is None:
             return 0, Counts(), False
-        if found["fingerprint"] != fingerprint(job):
+        if found["fingerprint"] != identity:
             raise NotARecording(
                 f"{job.path} has changed since a part of it was sent, or goes to another machine; "
                 f"to send all of it anew, delete {self._path}"
@@ -213,12 +212,9 @@ class Progress:
 
 
 def fingerprint(job: Job) -> str:
-    """Tells files apart by machine, size, beginning and end."""
-    digest = hashlib.sha256(f"{job.machine}\0{job.path.stat().st_size}\0".encode())
+    """Tells files apart by machine and all of their content."""
     with job.path.open("rb") as file:
-        digest.update(file.read(_FINGERPRINT_BYTES))
-        file.seek(-min(_FINGERPRINT_BYTES, job.path.stat().st_size), 2)
-        digest.update(file.read())
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(f"{job.machine}\0".encode()))
     return digest.hexdigest()[:32]
 
 
@@ -226,13 +222,13 @@ async def send(
     job: Job, progress: Progress, *, target: str, key: str, samples_per_s_max: float, tls: Tls | None = None
 ) -> Counts:
     """Send what a file still has to send and wait until the hub has it. Raises Refused, NotARecording, OSError."""
-    first, counts, is_done = progress.of(job)
+    identity = await asyncio.to_thread(fingerprint, job)
+    first, counts, is_done = progress.of(job, identity)
     if is_done:
         print(f"{job.name}: all of it is in the hub already", file=sys.stderr)
         return counts
     if first:
         print(f"{job.name}: going on behind row {counts.rows:,}", file=sys.stderr)
-    identity = fingerprint(job)
     pace = _Pace(samples_per_s_max)
     show = _Show(job.name, counts)
     async with TelemetryClient(target, key, source=f"backfill-{identity}", credentials=tls) as client:

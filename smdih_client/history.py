@@ -3,7 +3,6 @@
 The first column is the time, every other one a signal by name. Rows are counted from 1, without the header.
 """
 
-import csv
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from smdih_client.recording import NotARecording, header_of, number_of, time_us
+from smdih_client.recording import NotARecording, cells_of, header_of, number_of, time_us, values_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,18 +94,20 @@ def _csv(path: Path, first: int) -> Iterator[Block]:
             if not part:
                 return
             if number >= first:
-                rows = list(csv.reader(part, delimiter=separator))
-                yield _csv_block(number, number * size + 1, names, rows, separator, len(part))
+                yield _csv_block(number, number * size + 1, names, part, separator)
 
 
-def _csv_block(
-    number: int, first_row: int, names: tuple[str, ...], rows: list[list[str]], separator: str, rows_read: int
-) -> Block:
+def _csv_block(number: int, first_row: int, names: tuple[str, ...], lines: list[str], separator: str) -> Block:
     left_out: list[LeftOut] = []
     kept: list[int] = []
     times: list[int] = []
     cells: list[list[str]] = []
-    for row, texts in enumerate(rows, first_row):
+    for row, line in enumerate(lines, first_row):
+        texts = cells_of(line, separator)
+        if texts is None:
+            detail = "the row is no CSV: a quote has no end, or stands inside a cell, or a cell is far too long"
+            left_out.append(LeftOut(NO_NUMBER, row, values_in(line, separator), detail))
+            continue
         at = time_us(texts[0].strip())
         if at is None:
             count = sum(1 for text in texts[1:] if text.strip())
@@ -119,7 +120,7 @@ def _csv_block(
         times.append(at)
         cells.append((texts[1:] + [""] * len(names))[: len(names)])
     values = _values(names, kept, cells, separator, left_out)
-    return Block(number, names, np.array(kept), np.array(times, dtype=np.int64), values, rows_read, left_out)
+    return Block(number, names, np.array(kept), np.array(times, dtype=np.int64), values, len(lines), left_out)
 
 
 def _values(

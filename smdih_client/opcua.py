@@ -404,29 +404,30 @@ class Gateway:
 
     async def run(self) -> None:
         """Until cancelled; then what waits goes to the disk. Raises BufferInUse, OSError."""
-        readers = [asyncio.create_task(source.run()) for source in self.sources]
-        try:
-            await self._send()
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
-
-    async def _send(self) -> None:
         to = self._configuration
         async with TelemetryClient(
             to.target, self._key, source=to.source, buffer=to.buffer, credentials=self._tls
         ) as client:
-            reported_s = time.monotonic()
+            readers = [asyncio.create_task(source.run()) for source in self.sources]
             try:
-                while True:
-                    await asyncio.sleep(SEND_EVERY_S)
-                    await self.waiting.send(client)
-                    if time.monotonic() - reported_s >= REPORT_EVERY_S:
-                        reported_s = time.monotonic()
-                        log.info("%s; hub: %s", self.waiting.totals, client.totals)
+                await self._send(client)
             finally:
-                await self.waiting.send(client)
+                try:
+                    await self.waiting.send(client)  # first of all: a server may be slow to let go
+                finally:
+                    for reader in readers:
+                        reader.cancel()
+                    await asyncio.gather(*readers, return_exceptions=True)
+                await self.waiting.send(client)  # what came while that was written
+
+    async def _send(self, client: TelemetryClient) -> None:
+        reported_s = time.monotonic()
+        while True:
+            await asyncio.sleep(SEND_EVERY_S)
+            await self.waiting.send(client)
+            if time.monotonic() - reported_s >= REPORT_EVERY_S:
+                reported_s = time.monotonic()
+                log.info("%s; hub: %s", self.waiting.totals, client.totals)
 
 
 async def connected(server: Server) -> Client:

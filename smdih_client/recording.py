@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 ROWS_MAX = 5_000_000
-_TIME_FORMATS = ("%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%Y/%m/%d %H:%M:%S")
+# The day comes first: with the month first as well, half of a file's dates would be others, unseen.
+_TIME_FORMATS = ("%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%Y/%m/%d %H:%M:%S")
 
 
 class NotARecording(Exception):
@@ -39,12 +40,15 @@ def read(path: Path) -> Recording:
     if len(lines) < 2:
         raise NotARecording(f"{path}: needs a header line and at least one row")
     separator, names = header_of(path, lines[0])
-    rows = csv.reader(lines[1:], delimiter=separator)
     times: list[int] = []
     values: list[list[float]] = []
     refused = 0
-    for row in rows:
-        if not row:
+    for line in lines[1:]:
+        if not line.strip():
+            continue
+        row = cells_of(line, separator)
+        if row is None:
+            refused += values_in(line, separator)
             continue
         if len(times) >= ROWS_MAX:
             raise NotARecording(f"{path}: more than {ROWS_MAX} rows; split the file")
@@ -72,11 +76,27 @@ def header_of(path: Path, line: str) -> tuple[str, tuple[str, ...]]:
     separator = max(",;\t|", key=line.count)
     if separator not in line:
         raise NotARecording(f"{path}: the header has one column; the first is a timestamp, the others are numbers")
-    header = [name.strip() for name in next(csv.reader([line], delimiter=separator))]
+    cells = cells_of(line, separator)
+    if cells is None:
+        raise NotARecording(f"{path}: the header cannot be read: a quote has no end, or a name is far too long")
+    header = [name.strip() for name in cells]
     names = tuple(name or f"column {number}" for number, name in enumerate(header[1:], 2))
     if len(set(names)) != len(names):
         raise NotARecording(f"{path}: two columns have the same name; give each its own")
     return separator, names
+
+
+def cells_of(line: str, separator: str) -> list[str] | None:
+    """The cells of one line; None where it is no CSV. A quote without an end takes no other lines along."""
+    try:
+        return next(csv.reader([line], delimiter=separator, strict=True))
+    except csv.Error:
+        return None
+
+
+def values_in(line: str, separator: str) -> int:
+    """How many cells behind the first have something in them, in a line that is no CSV."""
+    return sum(1 for cell in line.split(separator)[1:] if cell.strip())
 
 
 def _merged(

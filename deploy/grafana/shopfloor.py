@@ -55,16 +55,20 @@ SELECT machine_id, ts, CASE WHEN mean < off_below THEN 1 WHEN mean < working_fro
 )
 """
 
-# Items of each minute: what a counter rose by. One that falls was set back: what came after counts.
+# Items of each minute: what a counter rose by. One that falls was set back: what came after counts. A minute that is lower than the
+# ones before and after it was misread.
 COUNTED = f"""
 counted AS (
 SELECT machine_id, role, ts, ideal_cycle_s,
 CASE WHEN last >= before THEN last - before ELSE last END AS items
 FROM (
-SELECT r.machine_id, r.role, r.ideal_cycle_s, m.ts, m.last,
-lag(m.last) OVER (PARTITION BY r.machine_id, r.role ORDER BY m.ts) AS before
+SELECT machine_id, role, ideal_cycle_s, ts, last, lag(last) OVER (PARTITION BY machine_id, role ORDER BY ts) AS before
+FROM (
+SELECT r.machine_id, r.role, r.ideal_cycle_s, m.ts, m.last, lag(m.last) OVER beside AS earlier, lead(m.last) OVER beside AS later
 FROM shopfloor.role r JOIN shopfloor.minute m ON m.signal_id = r.signal_id AND m.machine_id = r.machine_id
 WHERE r.role IN ('total_count', 'good_count') AND {picked("r")} AND $__timeFilter(m.ts)
+WINDOW beside AS (PARTITION BY r.machine_id, r.role ORDER BY m.ts)
+) AS minute WHERE NOT coalesce(last < earlier AND later >= earlier, false)
 ) AS read WHERE before IS NOT NULL
 )
 """

@@ -296,7 +296,8 @@ async def restore(cluster: Cluster, around: Around, claims: Claims) -> None:
     made, dumping = (cluster.get("cronjob", name)["spec"]["jobTemplate"]["spec"] for name in ("restore", "backup"))
     pod = made["template"]["spec"]
     pod["initContainers"] = [dumping["template"]["spec"]["containers"][0] | {"name": "dump"}]
-    pod["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]["name"] = "restored"
+    (dsn,) = (one for one in pod["containers"][0]["env"] if one["name"] == "SMDIH_DATABASE_DSN")
+    dsn["valueFrom"]["secretKeyRef"]["name"] = "restored"
     wanted = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "restore-now"}, "spec": made}
     cluster.run("-n", NAMESPACE, "create", "-f", "-", given=json.dumps(wanted))
     told, said = await job_ended(cluster, "restore-now")

@@ -220,15 +220,7 @@ def write_overlay(around: Around, image: str, *, log_level: str = "INFO") -> Pat
             },
             {
                 "target": {"kind": "CronJob", "name": "(backup|restore|backup-shelf)"},
-                "patch": json.dumps(
-                    [
-                        {
-                            "op": "replace",
-                            "path": "/spec/jobTemplate/spec/template/spec/volumes/1",
-                            "value": {"name": "backup", "emptyDir": {"sizeLimit": "1Gi"}},
-                        }
-                    ]
-                ),
+                "patch": json.dumps(_volume_of_job("backup", {"emptyDir": {"sizeLimit": "1Gi"}})),
             },
             # Where the component tls looks for it.
             {
@@ -255,6 +247,13 @@ def write_overlay(around: Around, image: str, *, log_level: str = "INFO") -> Pat
 
 def _without(one: dict[str, Any]) -> dict[str, Any]:
     return {"$patch": "delete", **{key: one[key] for key in ("apiVersion", "kind", "metadata")}}
+
+
+def _volume_of_job(name: str, source: dict[str, Any]) -> dict[str, Any]:
+    """This in place of the volume's claim."""
+    spec = {"volumes": [{"name": name, "persistentVolumeClaim": None, **source}]}
+    job = {"jobTemplate": {"spec": {"template": {"spec": spec}}}}
+    return {"apiVersion": "batch/v1", "kind": "CronJob", "metadata": {"name": "any"}, "spec": job}
 
 
 def _endpoints(service: str, port: str, address: str, number: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class HistoryEntryOut(BaseModel):
 class AlarmDetail(BaseModel):
     alarm: AlarmOut
     changes: list[HistoryEntryOut]
-    next_changes_page_token: str
+    next_page_token: str
 
 
 class AlarmEventOut(BaseModel):
@@ -208,6 +208,7 @@ def router(
         machine_id: int | None = None,
         active: bool = False,
         unacknowledged: bool = False,
+        uncleared: bool = False,
         since_us: int | None = None,
         suppressed: Suppressed = Suppressed.HIDDEN,
         page_size: Annotated[int, Query(ge=0, le=PAGE_SIZE_MAX)] = 0,
@@ -219,6 +220,7 @@ def router(
             machine_id=machine_id,
             active=active,
             unacknowledged=unacknowledged,
+            uncleared=uncleared,
             since_us=since_us,
             suppressed=suppressed,
         )
@@ -296,12 +298,10 @@ def router(
         return _bulk(await service.clear_all(caller, body.ids, comment=body.comment))
 
     @routes.get("/{alarm_id}")
-    async def get_alarm(caller: Authenticated, alarm_id: str, changes_page_token: str = "") -> AlarmDetail:
+    async def get_alarm(caller: Authenticated, alarm_id: str, page_token: str = "") -> AlarmDetail:
         """One alarm with what has happened to it: the newest 200 changes in order of time, and the token of those before."""
-        alarm, history, token = await service.with_history(caller, alarm_id, page_token=changes_page_token)
-        return AlarmDetail(
-            alarm=alarm_out(alarm), changes=[_entry(entry) for entry in history], next_changes_page_token=token
-        )
+        alarm, history, token = await service.with_history(caller, alarm_id, page_token=page_token)
+        return AlarmDetail(alarm=alarm_out(alarm), changes=[_entry(entry) for entry in history], next_page_token=token)
 
     @routes.post("/{alarm_id}/acknowledge")
     async def acknowledge_alarm(caller: Authenticated, alarm_id: str, body: AcknowledgeIn) -> AlarmOut:

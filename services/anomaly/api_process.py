@@ -6,6 +6,7 @@ from services.anomaly.contacts import ContactService
 from services.anomaly.evidence import EvidenceService
 from services.anomaly.feed import AlarmFeedConsumer, AlarmRecall
 from services.anomaly.measures import GAUGE_INTERVAL_S, FloodGauge, MeasureService
+from services.anomaly.retention import AlarmRetention
 from services.anomaly.rules import RuleService
 from services.anomaly.samples import Samples
 from services.anomaly.service import AlarmFeed, AlarmService
@@ -15,6 +16,7 @@ from services.anomaly.suppression import SuppressionClock, SuppressionService
 from services.anomaly.suppression_store import SuppressionStore
 from services.anomaly.tuning import TuningService
 from services.anomaly.tuning_store import TuningStore
+from services.common import topics
 from services.common.clock import SystemClock
 from services.common.database import can_write, create_pool
 from services.common.directory import Directory
@@ -57,6 +59,10 @@ async def start(runtime: Runtime, settings: AnomalySettings) -> None:
     runtime.background("directory", directory.run())
     runtime.background("feed", feed_consumer.run())
     runtime.background("suppression", SuppressionClock(alarms, suppressions, pool, clock).run())
+    retention = AlarmRetention(
+        pool, clock, kept_days=settings.anomaly_alarms_kept_days, topic=cluster.name(topics.SAMPLES)
+    )
+    runtime.background("retention", retention.run())
     runtime.background("measures", keep_measuring(FloodGauge(pool, clock).measure, interval_s=GAUGE_INTERVAL_S))
     runtime.background("outbox", OutboxRelay(pool, publisher, schema=SCHEMA).run())
     runtime.ready_when("kafka", publisher.answers)

@@ -33,6 +33,15 @@ class ContactOut(BaseModel):
     name: str
     kind: ContactKind
     address: str
+    confirmed: bool
+
+
+class ConfirmIn(BaseModel):
+    """`code` is what was sent to the mail address."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    code: Annotated[str, Field(max_length=100)]
 
 
 class NewContactOut(BaseModel):
@@ -118,7 +127,8 @@ def router(contacts: ContactService) -> APIRouter:
 
     @routes.post("/contacts", status_code=201)
     async def create_contact(caller: Authenticated, body: ContactIn) -> NewContactOut:
-        """Where a firm wants to be told of alarms: a web address that takes signed POSTs, or a mail address."""
+        """Where a firm wants to be told of alarms: a web address that takes signed POSTs, or a mail address. The latter gets a
+        code, and alarms once that has been confirmed."""
         contact, secret = await contacts.create_contact(
             caller, firm_id=body.firm_id, name=body.name, kind=body.kind, address=body.address
         )
@@ -129,9 +139,14 @@ def router(contacts: ContactService) -> APIRouter:
         """It is told nothing more."""
         await contacts.remove_contact(caller, contact_id)
 
+    @routes.post("/contacts/{contact_id}/confirm")
+    async def confirm_contact(caller: Authenticated, contact_id: str, body: ConfirmIn) -> ContactOut:
+        """Give the code that was sent to its mail address."""
+        return _contact(await contacts.confirm_contact(caller, contact_id, code=body.code))
+
     @routes.post("/contacts/{contact_id}/try")
     async def try_contact(caller: Authenticated, contact_id: str) -> DeliveryOut:
-        """Send it a trial message; look at the delivery to see what came of it."""
+        """Send it a trial message, or its code once more; look at the delivery to see what came of it."""
         return _delivery(await contacts.try_contact(caller, contact_id))
 
     @routes.get("/escalations")

@@ -37,6 +37,10 @@ class NotificationServicer(pb_grpc.NotificationServiceServicer):
         await self._contacts.remove_contact(current_caller(), request.id)
         return pb.RemoveContactResponse()
 
+    async def ConfirmContact(self, request: pb.ConfirmContactRequest, context: Any) -> pb.ConfirmContactResponse:
+        found = await self._contacts.confirm_contact(current_caller(), request.id, code=request.code)
+        return pb.ConfirmContactResponse(contact=message_of(pb.Contact, found))
+
     async def TryContact(self, request: pb.TryContactRequest, context: Any) -> pb.TryContactResponse:
         found = await self._contacts.try_contact(current_caller(), request.id)
         return pb.TryContactResponse(delivery=message_of(pb.Delivery, found))

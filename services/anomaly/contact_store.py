@@ -26,7 +26,9 @@ from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.logs import current_correlation_id
 
-_CONTACT_ROWS = "SELECT id, firm_id, name, kind, address, secret, removed, made, actor, credential_id FROM contact "
+_CONTACT_ROWS = (
+    "SELECT id, firm_id, name, kind, address, secret, confirmed, removed, made, actor, credential_id FROM contact "
+)
 _ESCALATION_ROWS = (
     "SELECT id, firm_id, name, site, severity_min, tell_changes, removed, made, actor, credential_id FROM escalation "
 )
@@ -43,6 +45,7 @@ PLAN_MAX = 1_000
 # What started so long before the hub noticed is history that came late: it is told a little later, and only if it is not over.
 HISTORY_S = 86_400
 HISTORY_WAIT_S = 60
+WAITING_COUNTED_MAX = 1_000
 # Before messages about any alarm: a person waits.
 URGENCY_OF_TRIALS = 4
 # The id is derived, so that it is the same whoever plans it.
@@ -74,7 +77,7 @@ _STEPS = _PLANNED.format(
     "s.contact_id, e.tell_changes, a.correlation_id, a.severity AS urgency "
     "FROM unnest($2::text[], $3::text[], $4::int[]) AS now (alarm_id, escalation_id, step) JOIN alarm a ON a.id = now.alarm_id "
     "JOIN escalation e ON e.id = now.escalation_id JOIN escalation_step s ON s.escalation_id = e.id AND s.step = now.step "
-    f"JOIN contact c ON c.id = s.contact_id WHERE {_OF_ESCALATION} AND NOT c.removed AND a.suppression = 0 "
+    f"JOIN contact c ON c.id = s.contact_id WHERE {_OF_ESCALATION} AND NOT c.removed AND c.confirmed AND a.suppression = 0 "
     # Whoever is told at once is told also of what is over already; later steps are for what nobody has taken care of. What was off
     # the list and came back is told as that.
     "AND CASE WHEN s.after_s = 0 THEN (a.ended IS NULL OR a.ended >= a.raised - make_interval(secs => $5)) "
@@ -85,7 +88,7 @@ _CHANGES = _PLANNED.format(
     "SELECT d.firm_id, d.alarm_id, h.change AS transition, '' AS again, d.contact_id, true AS tell_changes, "  # noqa: S608
     "d.correlation_id, d.urgency FROM unnest($2::text[], $3::text[]) AS h (alarm_id, change) "
     "JOIN delivery d ON d.alarm_id = h.alarm_id AND d.tell_changes JOIN contact c ON c.id = d.contact_id "
-    f"WHERE NOT c.removed AND {_CALLS}"
+    f"WHERE NOT c.removed AND c.confirmed AND {_CALLS}"
 )
 _BACK = _PLANNED.format(
     "SELECT a.firm_id, a.id AS alarm_id, 'back_on_list' AS transition, '/' || h.event_id AS again, "  # noqa: S608
@@ -94,7 +97,7 @@ _BACK = _PLANNED.format(
     "FROM (SELECT alarm_id, max(event_id) AS event_id FROM unnest($2::text[], $3::text[]) AS b (alarm_id, event_id) "
     "GROUP BY alarm_id) AS h JOIN alarm a ON a.id = h.alarm_id JOIN escalation e ON e.firm_id = a.firm_id "
     "JOIN escalation_step s ON s.escalation_id = e.id AND s.step = 0 JOIN contact c ON c.id = s.contact_id "
-    f"WHERE {_OF_ESCALATION} AND NOT c.removed AND a.suppression = 0 AND a.ended IS NULL AND NOT a.acknowledged"
+    f"WHERE {_OF_ESCALATION} AND NOT c.removed AND c.confirmed AND a.suppression = 0 AND a.ended IS NULL AND NOT a.acknowledged"
 )
 # Contacts that something waits for and that may be sent to now, those that answer first. Contact by contact along the index: one
 # with thousands of messages costs no more than one with a few.
@@ -108,12 +111,11 @@ _FREE = (
     "AND finished > $1::timestamptz - interval '1 minute' GROUP BY contact_id HAVING count(*) >= $2) "
     "ORDER BY c.failures, first.due LIMIT $3 FOR UPDATE OF c SKIP LOCKED"
 )
-# Nobody has to hear of what is over and taken care of; and of changes only who heard of the alarm.
+# Nobody has to hear of what is over and taken care of; and of changes only who may have heard of the alarm.
 _OVER = (
-    "DELETE FROM delivery d USING alarm a WHERE d.contact_id = ANY($1::text[]) AND d.state = 'pending' AND d.due <= $2 "  # noqa: S608
-    "AND a.id = d.alarm_id AND a.ended IS NOT NULL AND a.acknowledged "
-    f"AND ({_CALLS} OR NOT EXISTS (SELECT FROM delivery t WHERE t.alarm_id = a.id AND t.contact_id = d.contact_id "
-    "AND t.state = 'sent'))"
+    "DELETE FROM delivery d USING alarm a WHERE a.id = ANY($1::text[]) AND a.ended IS NOT NULL AND a.acknowledged "  # noqa: S608
+    f"AND d.alarm_id = a.id AND d.state = 'pending' AND d.attempts = 0 AND ({_CALLS} OR NOT EXISTS (SELECT FROM delivery t "
+    "WHERE t.alarm_id = a.id AND t.contact_id = d.contact_id AND t.attempts > 0))"
 )
 
 
@@ -124,13 +126,14 @@ class Claimed:
     delivery: Delivery
     contact: Contact
     alarm: Alarm | None
+    waiting: int = 0  # more messages for this contact; counted to WAITING_COUNTED_MAX
 
 
 class ContactStore:
     async def add_contact(self, connection: Connection, contact: Contact, *, now_us: int, actor: Actor) -> None:
         await connection.execute(
-            "INSERT INTO contact (id, firm_id, name, kind, address, secret, made, actor, credential_id) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+            "INSERT INTO contact (id, firm_id, name, kind, address, secret, made, actor, credential_id, confirmed) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
             contact.id,
             contact.firm_id,
             contact.name,
@@ -140,6 +143,7 @@ class ContactStore:
             from_us(now_us),
             actor.name,
             actor.credential_id,
+            contact.confirmed,
         )
 
     async def contacts(self, connection: Connection, firm_id: int, *, limit: int) -> Sequence[Contact]:
@@ -170,17 +174,33 @@ class ContactStore:
     async def remove_contact(self, connection: Connection, contact_id: str) -> None:
         await connection.execute("UPDATE contact SET removed = true, secret = '' WHERE id = $1", contact_id)
         await connection.execute(
-            "DELETE FROM delivery WHERE contact_id = $1 AND state <> 'sent'",  # nobody could send it again
+            # Nobody could send them again; but a trial that may have gone out is counted.
+            "DELETE FROM delivery WHERE contact_id = $1 AND state <> 'sent' "
+            "AND (state = 'dead' OR alarm_id IS NOT NULL OR attempts = 0)",
             contact_id,
         )
 
-    async def trials(self, connection: Connection, contact_id: str, *, now_us: int) -> int:
+    async def count_code(self, connection: Connection, contact_id: str) -> int:
+        """One more code is tried; returns how many have been. Nobody else tries one until the transaction ends."""
         count: int = await connection.fetchval(
-            "SELECT count(*) FROM delivery WHERE contact_id = $1 AND alarm_id IS NULL AND made > $2",
-            contact_id,
-            from_us(now_us - 3600 * MICROSECONDS),
+            "UPDATE contact SET codes_tried = codes_tried + 1 WHERE id = $1 RETURNING codes_tried", contact_id
         )
         return count
+
+    async def confirm(self, connection: Connection, contact_id: str) -> None:
+        await connection.execute("UPDATE contact SET confirmed = true, secret = '' WHERE id = $1", contact_id)
+
+    async def trials(self, connection: Connection, firm_id: int, address: str, *, since_us: int) -> tuple[int, int]:
+        """Trials and codes that a firm has had sent since then, in all and to one address, also by contacts that it removed."""
+        row = await connection.fetchrow(
+            "SELECT count(*) AS of_firm, count(*) FILTER (WHERE c.address = $2) AS of_address FROM delivery d "
+            "JOIN contact c ON c.id = d.contact_id WHERE d.firm_id = $1 AND d.alarm_id IS NULL AND d.made > $3",
+            firm_id,
+            address,
+            from_us(since_us),
+        )
+        assert row is not None
+        return row["of_firm"], row["of_address"]
 
     async def add_trial(self, connection: Connection, contact: Contact, *, now_us: int) -> Delivery:
         row = await connection.fetchrow(
@@ -283,6 +303,8 @@ class ContactStore:
         for text, rows in ((_BACK, back), (_CHANGES, told)):
             if rows:
                 await connection.execute(text, now, [first for first, _ in rows], [second for _, second in rows])
+        if told:
+            await connection.execute(_OVER, [alarm_id for alarm_id, _ in told])
         return PLAN_MAX in (len(changes), len(steps))
 
     async def claim(self, connection: Connection, *, now_us: int, limit: int) -> Sequence[Claimed]:
@@ -303,7 +325,6 @@ class ContactStore:
             [row["id"] for row in free if row["removed"]],
         )
         ids = [row["id"] for row in free if not row["removed"]]
-        await connection.execute(_OVER, ids, now)
         rows = await connection.fetch(
             "UPDATE delivery d SET attempts = attempts + 1, due = $3 WHERE id IN (SELECT first.id "  # noqa: S608
             "FROM unnest($1::text[]) AS c (id) CROSS JOIN LATERAL (SELECT id FROM delivery "
@@ -314,11 +335,15 @@ class ContactStore:
             until,
         )
         contacts = {
-            row["id"]: _contact(row)
+            row["id"]: row
             for row in await connection.fetch(
-                "UPDATE contact SET free = $2 WHERE id = ANY($1::text[]) RETURNING id, firm_id, name, kind, address, secret",
+                "UPDATE contact SET free = $2 WHERE id = ANY($1::text[]) RETURNING id, firm_id, name, kind, address, secret, "
+                "confirmed, (SELECT count(*) FROM (SELECT FROM delivery WHERE contact_id = contact.id AND state = 'pending' "
+                "AND due <= $3 LIMIT $4) AS counted) AS waiting",
                 [row["contact_id"] for row in rows],
                 until,
+                now,
+                WAITING_COUNTED_MAX,
             )
         }
         alarms = {
@@ -327,7 +352,11 @@ class ContactStore:
                 ALARM_ROWS + "WHERE id = ANY($1::text[])", [row["alarm_id"] for row in rows if row["alarm_id"]]
             )
         }
-        return [Claimed(_delivery(row), contacts[row["contact_id"]], alarms.get(row["alarm_id"])) for row in rows]
+        return [
+            Claimed(_delivery(row), _contact(contact), alarms.get(row["alarm_id"]), contact["waiting"])
+            for row in rows
+            for contact in [contacts[row["contact_id"]]]
+        ]
 
     async def sent(self, connection: Connection, delivery: Delivery, *, now_us: int) -> None:
         await connection.execute(
@@ -436,6 +465,7 @@ def _contact(row: asyncpg.Record) -> Contact:
         kind=ContactKind(row["kind"]),
         address=row["address"],
         secret=row["secret"],
+        confirmed=row["confirmed"],
     )
 
 

@@ -4,21 +4,21 @@ import re
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from urllib.parse import urlsplit
 
 from services.anomaly.contact_store import ContactStore
 from services.anomaly.delivery import Contact, ContactKind, Delivery, DeliveryState, Escalation, Step
-from services.anomaly.domain import Severity
+from services.anomaly.domain import MICROSECONDS, Severity
 from services.anomaly.service import actor_of, check_role, check_text
 from services.anomaly.tuning import LIST_MAX, check_id
 from services.common.clock import Clock
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import Conflict, Invalid, NotFound
 from services.common.identity import Caller
-from services.common.sealing import Seal
+from services.common.sealing import Seal, Unreadable
 
 NAME_CHARACTERS_MAX = 100
 ADDRESS_CHARACTERS_MAX = 500
@@ -29,8 +29,13 @@ STEPS_MAX = 10
 CONTACTS_A_STEP_MAX = 20
 AFTER_S_MAX = 7 * 86_400
 SECRET_BYTES = 32
-# Trials of a contact in an hour: a contact may be somebody else's address.
+# Messages that no alarm asked for, to one address in an hour and of a firm: an address may be somebody else's.
 TRIALS_MAX = 10
+TRIALS_OF_A_FIRM_MAX = 60
+# Of codes to one address, in a day; and how often one is guessed.
+CODES_A_DAY_MAX = 3
+CODE_TRIES_MAX = 10
+CODE_DIGITS = 8
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _SITE = re.compile(r"[a-z0-9-]{1,64}")
@@ -62,7 +67,10 @@ class ContactService:
     async def create_contact(
         self, caller: Caller, *, firm_id: int, name: str, kind: ContactKind, address: str
     ) -> tuple[Contact, str]:
-        """The contact, and the secret that its webhooks are signed with (empty for mail), which is shown only now."""
+        """The contact, and the secret that its webhooks are signed with (empty for mail), which is shown only now.
+
+        A mail address gets a code, and nothing else until the firm has given it to `confirm_contact`.
+        """
         check_role(caller)
         firm_id = _one_firm(caller, firm_id)
         check_text(name, "name", needed=True, characters_max=NAME_CHARACTERS_MAX)
@@ -74,15 +82,30 @@ class ContactService:
                 raise Invalid("address is not a mail address such as maintenance@firm.example.")
         else:
             check_webhook(address)
-        secret = secrets.token_urlsafe(SECRET_BYTES) if kind is ContactKind.WEBHOOK else ""
+        confirmed = kind is ContactKind.WEBHOOK
+        secret = (
+            secrets.token_urlsafe(SECRET_BYTES)
+            if confirmed
+            else str(secrets.randbelow(10**CODE_DIGITS)).zfill(CODE_DIGITS)
+        )
         contact_id = uuid.uuid4().hex
-        sealed = self._seal.seal(secret, of=contact_id)
-        contact = Contact(id=contact_id, firm_id=firm_id, name=name.strip(), kind=kind, address=address, secret=sealed)
+        contact = Contact(
+            id=contact_id,
+            firm_id=firm_id,
+            name=name.strip(),
+            kind=kind,
+            address=address,
+            secret=self._seal.seal(secret, of=contact_id),
+            confirmed=confirmed,
+        )
+        now_us = self._clock.now_us()
         async with transaction(self._pool) as connection:
-            await self._store.add_contact(connection, contact, now_us=self._clock.now_us(), actor=actor_of(caller))
+            await self._store.add_contact(connection, contact, now_us=now_us, actor=actor_of(caller))
+            if not confirmed:
+                await self._send_trial(connection, contact, now_us=now_us)
             if len(await self._store.contacts(connection, firm_id, limit=CONTACTS_MAX + 1)) > CONTACTS_MAX:
                 raise Conflict(f"A firm has at most {CONTACTS_MAX} contacts; remove one first.", reason="TOO_MANY")
-        return contact, secret
+        return contact, secret if confirmed else ""
 
     async def contacts(self, caller: Caller, *, firm_id: int) -> Sequence[Contact]:
         """Newest first."""
@@ -97,14 +120,27 @@ class ContactService:
             await self._store.remove_contact(connection, contact_id)
             return contact
 
-    async def try_contact(self, caller: Caller, contact_id: str) -> Delivery:
-        """Send it a trial message."""
+    async def confirm_contact(self, caller: Caller, contact_id: str, *, code: str) -> Contact:
+        """Give the code that was sent to its mail address: alarms are sent there from now on. A repeat changes nothing."""
         async with transaction(self._pool) as connection:
             contact = await self._contact(connection, caller, contact_id)
-            now_us = self._clock.now_us()
-            if await self._store.trials(connection, contact_id, now_us=now_us) >= TRIALS_MAX:
-                raise Conflict(f"A contact is tried at most {TRIALS_MAX} times an hour.", reason="TOO_MANY")
-            return await self._store.add_trial(connection, contact, now_us=now_us)
+            if contact.confirmed:
+                return contact
+            tries = await self._store.count_code(connection, contact_id)
+            is_right = tries <= CODE_TRIES_MAX and self._is_code(contact, code.strip())
+            if is_right:
+                await self._store.confirm(connection, contact_id)
+        if tries > CODE_TRIES_MAX:
+            raise Conflict("Too many codes were tried; remove the contact and make another one.", reason="CODE_LOCKED")
+        if not is_right:
+            raise Invalid("This is not the code that was sent to the address; look again.", reason="WRONG_CODE")
+        return replace(contact, confirmed=True)
+
+    async def try_contact(self, caller: Caller, contact_id: str) -> Delivery:
+        """Send it a trial message; the code once more where that has not been given."""
+        async with transaction(self._pool) as connection:
+            contact = await self._contact(connection, caller, contact_id)
+            return await self._send_trial(connection, contact, now_us=self._clock.now_us())
 
     async def create_escalation(
         self,
@@ -199,6 +235,31 @@ class ContactService:
         if again is None:
             raise Conflict("Its contact was removed.", reason="NO_CONTACT")
         return again
+
+    async def _send_trial(self, connection: Connection, contact: Contact, *, now_us: int) -> Delivery:
+        """Raises Conflict where the firm has asked for too many."""
+        firm_id, address = contact.firm_id, contact.address
+        of_firm, of_address = await self._store.trials(
+            connection, firm_id, address, since_us=now_us - 3600 * MICROSECONDS
+        )
+        if of_address >= TRIALS_MAX:
+            raise Conflict(f"An address is tried at most {TRIALS_MAX} times an hour.", reason="TOO_MANY")
+        if of_firm >= TRIALS_OF_A_FIRM_MAX:
+            raise Conflict(f"A firm tries at most {TRIALS_OF_A_FIRM_MAX} times an hour.", reason="TOO_MANY")
+        if not contact.confirmed:
+            _, of_day = await self._store.trials(connection, firm_id, address, since_us=now_us - 86_400 * MICROSECONDS)
+            if of_day >= CODES_A_DAY_MAX:
+                raise Conflict(
+                    f"A code is sent at most {CODES_A_DAY_MAX} times a day; look for one that came.", reason="TOO_MANY"
+                )
+        return await self._store.add_trial(connection, contact, now_us=now_us)
+
+    def _is_code(self, contact: Contact, code: str) -> bool:
+        try:
+            expected = self._seal.open(contact.secret, of=contact.id)
+        except Unreadable as error:
+            raise Conflict("The code cannot be read any more; remove the contact and make another one.") from error
+        return secrets.compare_digest(expected.encode(), code.encode())
 
     async def _contact(
         self, connection: Connection, caller: Caller, contact_id: str, *, removed: bool = False

@@ -43,7 +43,8 @@ class Contact:
     name: str
     kind: ContactKind
     address: str
-    secret: str
+    secret: str  # what webhooks are signed with; of a mail address the code, until it is confirmed
+    confirmed: bool = True
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from services.anomaly.contact_store import Claimed, ContactStore
 from services.anomaly.delivery import ContactKind, NotDelivered
 from services.common.clock import Clock
 from services.common.database import AWAY, Pool, transaction
-from services.common.errors import TryAgain
+from services.common.errors import HubError, TryAgain
 from services.common.logs import correlated, get_logger
 from services.common.sealing import Seal, Unreadable
 
 log = get_logger(__name__)
 
-PLAN_INTERVAL_S = 1.0
+PLAN_INTERVAL_S = 0.5
 RETRY_DELAY_S = 1.0
 # Contacts that one process sends to at once.
 SENDING_MAX = 50
@@ -150,8 +150,8 @@ class Notifier:
             error = await self._error_of(claimed)
             try:
                 await self._note(claimed, error)
-            except (*AWAY, asyncpg.PostgresError, TryAgain) as away:  # it is sent again when the claim has run out
-                log.warning("outcome not noted", delivery_id=claimed.delivery.id, error=repr(away))
+            except (*AWAY, asyncpg.PostgresError, HubError) as why:  # it is sent again when the claim has run out
+                log.warning("outcome not noted", delivery_id=claimed.delivery.id, error=repr(why))
 
     async def _note(self, claimed: Claimed, error: str) -> None:
         delivery, kind = claimed.delivery, claimed.contact.kind

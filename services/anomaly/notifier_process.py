@@ -24,6 +24,7 @@ async def start(runtime: Runtime, settings: AnomalySettings) -> None:
     webhooks = WebhookSender([ipaddress.ip_network(one) for one in settings.anomaly_webhook_networks], seal)
     runtime.on_stop(webhooks.close)
     mail = MailSender(
+        seal,
         host=settings.anomaly_smtp_host,
         port=settings.anomaly_smtp_port,
         sender=settings.anomaly_smtp_sender,

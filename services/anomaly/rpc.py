@@ -54,6 +54,7 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
             machine_id=request.machine_id or None,
             active=request.active,
             unacknowledged=request.unacknowledged,
+            uncleared=request.uncleared,
             since_us=request.since_us or None,
             suppressed=_SUPPRESSED[request.suppressed],
         )
@@ -64,12 +65,12 @@ class AlarmServicer(pb_grpc.AlarmServiceServicer):
 
     async def GetAlarm(self, request: pb.GetAlarmRequest, context: Any) -> pb.GetAlarmResponse:
         alarm, history, token = await self._service.with_history(
-            current_caller(), request.id, page_token=request.changes_page_token
+            current_caller(), request.id, page_token=request.page_token
         )
         return pb.GetAlarmResponse(
             alarm=alarm_message(alarm),
             changes=[message_of(pb.AlarmHistoryEntry, entry) for entry in history],
-            next_changes_page_token=token,
+            next_page_token=token,
         )
 
     async def AcknowledgeAlarm(self, request: pb.AcknowledgeAlarmRequest, context: Any) -> pb.AcknowledgeAlarmResponse:

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import aiosmtplib
 import httpcore
 
-from services.anomaly.contact_store import Claimed
-from services.anomaly.delivery import NotDelivered, signature
+from services.anomaly.contact_store import WAITING_COUNTED_MAX, Claimed
+from services.anomaly.delivery import Contact, NotDelivered, signature
 from services.anomaly.messages import alarm_message
 from services.common.clock import from_us
 from services.common.logs import get_logger
@@ -119,12 +119,7 @@ class WebhookSender:
         url = urlsplit(contact.address)
         if url.scheme != "https" and not is_allowed_literal(url.hostname or "", self._allowed):
             raise NotDelivered("Only https addresses are called.")
-        try:
-            secret = self._seal.open(contact.secret, of=contact.id)
-        except Unreadable as error:
-            raise NotDelivered(
-                "The hub cannot read the secret that it signs with; its operator has to look."
-            ) from error
+        secret = _opened(self._seal, contact)
         body = webhook_body(claimed)
         timestamp_s = now_us // 1_000_000
         headers: dict[bytes | str, bytes | str] = {
@@ -133,6 +128,7 @@ class WebhookSender:
             "X-SMDIH-Delivery": claimed.delivery.id,
             "X-SMDIH-Timestamp": str(timestamp_s),
             "X-SMDIH-Signature": signature(secret, timestamp_s=timestamp_s, body=body),
+            "X-SMDIH-Waiting": str(claimed.waiting),
             "X-Correlation-Id": claimed.delivery.correlation_id,
         }
         timeouts = dict.fromkeys(("connect", "read", "write", "pool"), float(TRY_TIMEOUT_S))
@@ -165,8 +161,17 @@ class MailSender:
     """Sends mail through the operator's server."""
 
     def __init__(
-        self, *, host: str, port: int, sender: str, username: str = "", password: str = "", tls: str = "starttls"
+        self,
+        seal: Seal,
+        *,
+        host: str,
+        port: int,
+        sender: str,
+        username: str = "",
+        password: str = "",
+        tls: str = "starttls",
     ) -> None:
+        self._seal = seal
         self._host = host
         self._port = port
         self._sender = sender
@@ -180,12 +185,14 @@ class MailSender:
         message = EmailMessage()
         message["From"] = self._sender
         message["To"] = claimed.contact.address
-        message["Subject"] = subject(claimed)
+        message["Subject"] = subject(claimed) if claimed.contact.confirmed else "Code for messages about alarms"
         message["Message-ID"] = f"<{claimed.delivery.id}@smdih>"
         message["Date"] = from_us(now_us)
         message["Auto-Submitted"] = "auto-generated"
         message["X-SMDIH-Delivery"] = claimed.delivery.id
-        message.set_content(text(claimed))
+        message.set_content(
+            text(claimed) if claimed.contact.confirmed else code_text(_opened(self._seal, claimed.contact))
+        )
         try:
             async with asyncio.timeout(MAIL_TIMEOUT_S):
                 await aiosmtplib.send(
@@ -199,6 +206,13 @@ class MailSender:
                 )
         except (aiosmtplib.SMTPException, OSError, TimeoutError) as error:
             raise NotDelivered(f"The mail server did not take it: {error}") from error
+
+
+def _opened(seal: Seal, contact: Contact) -> str:
+    try:
+        return seal.open(contact.secret, of=contact.id)
+    except Unreadable as error:
+        raise NotDelivered("The hub cannot read the contact's secret; its operator has to look.") from error
 
 
 def webhook_body(claimed: Claimed) -> bytes:
@@ -257,4 +271,15 @@ def text(claimed: Claimed) -> str:
         f"state: {alarm.state.value.replace('_', ' ')}",
         f"alarm: {alarm.id}",
     ]
+    if claimed.waiting:  # in a flood the list of alarms tells sooner than the messages
+        at_least = "at least " * (claimed.waiting == WAITING_COUNTED_MAX)
+        lines += ["", f"waiting for this address: {at_least}{claimed.waiting:,} more"]
     return "\n".join(lines) + "\n"
+
+
+def code_text(code: str) -> str:
+    """No word of it is the firm's: whoever reads this may have nothing to do with it."""
+    return (
+        "Somebody wants messages about alarms of machines sent to this address. If you know of it, give them this code:\n\n"
+        f"    {code}\n\nIf not, do nothing: no such message is sent without the code.\n"
+    )

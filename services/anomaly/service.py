@@ -34,7 +34,9 @@ CHANGES_MAX = 2_000
 ASSIGNEE_CHARACTERS_MAX = 200
 # Alarms acknowledged or cleared in one call, in one transaction.
 BULK_MAX = 5_000
+# In one process: in all, and with the keys of one firm.
 WATCHERS_MAX = 200
+WATCHERS_OF_A_FIRM_MAX = 10
 # Changes that wait for one watcher; a watcher further behind is ended.
 WATCHER_QUEUE_MAX = 1_000
 # Changes of all firms that one who comes back may have missed.
@@ -102,10 +104,10 @@ class AlarmService:
         self, caller: Caller, alarm_id: str, *, page_token: str
     ) -> tuple[Alarm, Sequence[HistoryEntry], str]:
         """An alarm, the newest of its changes in order, and the token of those before; empty: there are none."""
-        if page_token and not _ALARM_ID.fullmatch(page_token):
-            raise Invalid("changes_page_token is not one from a page before.")
         async with transaction(self._pool) as connection:
             alarm = await self._seen(connection, caller, alarm_id)
+            if page_token and not _ALARM_ID.fullmatch(page_token):
+                raise Invalid("page_token is not one from a page before.")
             history = await self._store.history(connection, alarm_id, before=page_token or None, limit=CHANGES_PAGE + 1)
         if len(history) <= CHANGES_PAGE:
             return alarm, history, ""
@@ -270,6 +272,13 @@ class AlarmFeed:
         firm_id = caller.firm_or(firm_id)
         if len(self._watchers) >= WATCHERS_MAX:
             raise SlowDown("Too many watch alarms here already; try again later.", retry_after_s=60)
+        own = sum(watcher.credited_to == caller.firm_id for watcher in self._watchers)
+        if caller.role is not Role.OPERATOR and own >= WATCHERS_OF_A_FIRM_MAX:
+            raise SlowDown(
+                f"A firm watches at most {WATCHERS_OF_A_FIRM_MAX} times here; end one first.",
+                reason="LIMIT_WATCHERS",
+                retry_after_s=60,
+            )
         place = _place_of(token)
         if place and not self._place:
             raise TryAgain("This process has just started; watch again.", reason="STARTING", retry_after_s=1)
@@ -288,7 +297,7 @@ class AlarmFeed:
         The iterator raises SlowDown when its reader is too far behind.
         """
         firm_id, place = self.admit(caller, firm_id=firm_id, token=token)
-        watcher = _Watcher(firm_id)
+        watcher = _Watcher(firm_id, credited_to=None if caller.role is Role.OPERATOR else caller.firm_id)
         self._watchers.add(watcher)
         try:
             yield self._heard(watcher, firm_id, place, self._place) if place else watcher.events()
@@ -306,8 +315,9 @@ class AlarmFeed:
 
 
 class _Watcher:
-    def __init__(self, firm_id: int) -> None:
+    def __init__(self, firm_id: int, *, credited_to: int | None) -> None:
         self._firm_id = firm_id  # 0: all
+        self.credited_to = credited_to  # whose place it takes; None: an operator's
         self._queue: asyncio.Queue[Heard] = asyncio.Queue(WATCHER_QUEUE_MAX)
         self._too_slow = False
 

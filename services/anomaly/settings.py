@@ -19,6 +19,8 @@ class AnomalySettings(Settings):
     anomaly_checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     # A folder with the kernel as it was compiled before, for this code; the worker copies it into NUMBA_CACHE_DIR.
     anomaly_kernel: str = ""
+    # How long alarms are kept after they ended, with their history; those that last are kept.
+    anomaly_alarms_kept_days: int = Field(1_096, ge=90, le=36_500)
     # host:port of ingest's gRPC: explanations and previews of rules show samples from there, asked for with the caller's own key.
     ingest_grpc: str = ""
     # Networks that webhooks may call though they are not public, such as ["10.2.0.0/16"]; there also without TLS, by number.

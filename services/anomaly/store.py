@@ -73,6 +73,7 @@ class AlarmFilter:
     machine_id: int | None = None
     active: bool = False
     unacknowledged: bool = False
+    uncleared: bool = False
     since_us: int | None = None
     suppressed: Suppressed = Suppressed.HIDDEN
 
@@ -320,6 +321,8 @@ class AlarmStore:
             condition("ended IS NULL")
         if asked.unacknowledged:
             condition("NOT acknowledged")
+        if asked.uncleared:
+            condition("NOT cleared")
         if asked.since_us is not None:
             condition("started >= {}", from_us(asked.since_us))
         if asked.suppressed is not Suppressed.INCLUDED:

@@ -28,7 +28,7 @@ from services.common.errors import TryAgain
 from services.common.kafka import (
     REQUEST_BYTES_MAX,
     RETRY_DELAY_S_MAX,
-    STALLED_S_MAX,
+    Attempts,
     Cluster,
     DeadLetters,
     Fenced,
@@ -170,6 +170,7 @@ class Worker:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = asyncio.Event()
         self._checkpointing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._attempts = Attempts(dead_letters.answers)
         self._last_progress = time.monotonic()
         self._topic_name = cluster.name(topics.SAMPLES)
         self._app = _App(
@@ -228,8 +229,10 @@ class Worker:
         return self._loaded.is_set()
 
     async def is_turning(self) -> bool:
-        """Liveness: there is progress, or nothing to do."""
-        return not self._failed.done() and self.stalled_s < STALLED_S_MAX
+        """Liveness: the worker tries, or has nothing to do."""
+        if self._loaded.is_set() and self.lag == 0:
+            self._attempts.ended()
+        return not self._failed.done() and await self._attempts.go_on()
 
     @property
     def stalled_s(self) -> float:
@@ -323,6 +326,7 @@ class Worker:
             event.value = event.message.value = None  # only the offset is needed from here on
             partition.uncovered.append(event)
         self._last_progress = partition.taken_at = time.monotonic()
+        self._attempts.ended()
         consumed_total.labels(topics.SAMPLES, GROUP).inc(len(events))
         samples_scored_total.inc(taken.samples)
         frames_skipped_total.inc(taken.frames_skipped)
@@ -384,6 +388,7 @@ class Worker:
         for first in range(0, len(taken.found), ALARMS_AT_ONCE_MAX):
             await self._raise_some(taken.found[first : first + ALARMS_AT_ONCE_MAX])
             self._last_progress = time.monotonic()
+            self._attempts.ended()
 
     async def _raise_some(self, found: Sequence[Found]) -> None:
         stored = await self._until_answered(lambda: self._raiser.store(found))
@@ -406,6 +411,7 @@ class Worker:
                 return await work()
             except (*AWAY, asyncpg.DeadlockDetectedError, asyncpg.SerializationError, TryAgain) as error:
                 log.warning("the worker waits", error=repr(error), delay_s=delay_s)
+                self._attempts.ended()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
 
@@ -522,6 +528,7 @@ class Worker:
         load_seconds.observe(time.perf_counter() - started)
         self._partitions = loaded
         self._last_progress = time.monotonic()
+        self._attempts.ended()
         self._loaded.set()
         log.info("partitions assigned", partitions=sorted(loaded))
 

@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.anomaly.domain import Alarm
+from services.anomaly.domain import MICROSECONDS, Alarm
 from services.anomaly.service import AlarmService, actor_of, changing, check_role, check_text
 from services.anomaly.tuning_store import NewTuning, Threshold, TuningEntry, TuningStore
 from services.anomaly.tunings import TuningKind, threshold_offset
 from services.common.clock import Clock
 from services.common.database import Connection, Pool, transaction
 from services.common.directory import Directory
-from services.common.errors import Conflict, Invalid, NotFound
+from services.common.errors import Conflict, Invalid, NotFound, SlowDown
 from services.common.identity import Caller
 from smdih.directory.v1 import directory_pb2 as directory_pb
 
 MACHINE_TIMEOUT_S = 0.5
 LIST_MAX = 1_000
 HISTORY_MAX = 200
+# Ratings, resets, relearnings and versions of rules of a firm: each stops all workers for a moment.
+TUNINGS_AN_HOUR_MAX = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class TuningService:
         check_text(comment, "comment")
         async with changing(self._pool) as connection:
             alarm = await self._learned(connection, caller, alarm_id)
+            await check_pace(self._store, connection, alarm.firm_id, now_us=self._clock.now_us())
             await self._store.lock(connection)
             if await self._store.rate(
                 connection, alarm_id=alarm_id, machine_id=alarm.machine_id, position=alarm.position, useful=useful
@@ -65,6 +68,7 @@ class TuningService:
         check_text(comment, "comment")
         async with changing(self._pool) as connection:
             alarm = await self._learned(connection, caller, alarm_id)
+            await check_pace(self._store, connection, alarm.firm_id, now_us=self._clock.now_us())
             await self._store.lock(connection)
             await self._store.discount(connection, alarm.machine_id, alarm.position)
             if await self._store.offset(connection, alarm.machine_id, alarm.position):
@@ -92,6 +96,7 @@ class TuningService:
         machine = await known_machine(self._directory, caller, machine_id)
         position = position_of(machine, check_id(signal_id, "signal_id")) if signal_id else None
         async with changing(self._pool) as connection:
+            await check_pace(self._store, connection, machine.firm_id, now_us=self._clock.now_us())
             await self._store.lock(connection)
             new = NewTuning(
                 kind=TuningKind.RELEARN,
@@ -151,6 +156,17 @@ class TuningService:
             history=await self._store.history(
                 connection, machine_id=alarm.machine_id, position=alarm.position, rule_id="", limit=HISTORY_MAX
             ),
+        )
+
+
+async def check_pace(store: TuningStore, connection: Connection, firm_id: int, *, now_us: int) -> None:
+    """Raises SlowDown when the firm has changed too much of late. Before the lock, so that it holds up nobody."""
+    since_us = now_us - 3600 * MICROSECONDS
+    if await store.made(connection, firm_id, since_us=since_us, limit=TUNINGS_AN_HOUR_MAX) >= TUNINGS_AN_HOUR_MAX:
+        raise SlowDown(
+            f"A firm changes rules and thresholds at most {TUNINGS_AN_HOUR_MAX:,} times an hour; send again later.",
+            reason="LIMIT_TUNINGS",
+            retry_after_s=600,
         )
 
 

@@ -96,9 +96,11 @@ class HorizonStore:
                 partition,
                 position,
             ):
-                # A new partition: whatever people have said so far holds in it from the start.
+                # A new partition: the last that people have said of each thing holds in it from the start.
                 await connection.execute(
-                    "INSERT INTO tuning_start (partition, tuning_id, from_offset) SELECT $1, id, $2 FROM tuning",
+                    "INSERT INTO tuning_start (partition, tuning_id, from_offset) SELECT DISTINCT ON (kind, machine_id, position, "
+                    "rule_id) $1::int, id, $2::bigint FROM tuning WHERE kind <> 'relearn' "
+                    "ORDER BY kind, machine_id, position, rule_id, id DESC",
                     partition,
                     position,
                 )
@@ -158,6 +160,16 @@ class TuningStore:
     async def lock(self, connection: Connection) -> None:
         """One change at a time, until the transaction ends."""
         await connection.execute(_LOCK)
+
+    async def made(self, connection: Connection, firm_id: int, *, since_us: int, limit: int) -> int:
+        """How many a firm has made since then; counts to `limit`."""
+        count: int = await connection.fetchval(
+            "SELECT count(*) FROM (SELECT FROM tuning WHERE firm_id = $1 AND made > $2 LIMIT $3) AS counted",
+            firm_id,
+            from_us(since_us),
+            limit,
+        )
+        return count
 
     async def add(self, connection: Connection, new: NewTuning, *, now_us: int, actor: Actor) -> int:
         """Add a tuning; it holds from the horizon of each partition on. Returns its id. `lock` comes first."""

@@ -22,6 +22,7 @@ from services.common.errors import HubError, Invalid, TryAgain
 from services.common.identity import Caller, Role
 from services.common.limits import Allowances
 from services.common.logs import current_correlation_id, get_logger
+from services.common.texts import showable
 
 log = get_logger(__name__)
 
@@ -40,8 +41,6 @@ REFUSALS_AT_ONCE = 1_000
 REFUSALS_PER_S = 1.0
 ADDRESS_CHARACTERS_MAX = 64
 
-# What no text of the database holds, or what would change how a list of entries looks.
-_UNSTORABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _ID_NAME = re.compile(r"[a-z][a-z_]{0,40}_ids?|id")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 # Calls that change nothing, by how their names begin.
@@ -117,12 +116,12 @@ class ChangeLog:
         change = Change(
             at_us=self._clock.now_us(),
             caller=caller,
-            shown=_storable(shown),
-            action=_storable(action),
+            shown=showable(shown),
+            action=showable(action),
             ids=ids,
-            outcome=_storable(outcome),
+            outcome=showable(outcome),
             correlation_id=current_correlation_id(),
-            address=_storable(address[:ADDRESS_CHARACTERS_MAX]),
+            address=showable(address[:ADDRESS_CHARACTERS_MAX]),
         )
         log.info(
             "change", role=caller.role, credential=caller.credential_id, action=action, ids=dict(ids), outcome=outcome
@@ -270,10 +269,6 @@ def ids_in_json(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return ids_in(document.items()) if isinstance(document, dict) else {}
-
-
-def _storable(text: str) -> str:
-    return _UNSTORABLE.sub("?", text)
 
 
 def _is_id(value: Any) -> bool:

@@ -66,6 +66,68 @@ class _Machines(Mapping[int, pb.Machine]):
         return len(self.entries)
 
 
+class _Entries:
+    """What the topic tells: each entity as its newest record has it."""
+
+    def __init__(self, kinds: Collection[str]) -> None:
+        self._kinds = kinds
+        self.credentials: dict[bytes, pb.Credential] = {}
+        self.credential_digests: dict[int, bytes] = {}
+        self.machine_ids: dict[str, int] = {}
+        self.firms: dict[int, pb.Firm] = {}
+        self.sites: dict[int, pb.Site] = {}
+        self.partners: dict[int, pb.Partner] = {}
+        self.machines = _Machines()
+
+    def of(self, kind: str) -> Mapping[int, object]:
+        known: dict[str, Mapping[int, object]] = {
+            "firm": self.firms,
+            "site": self.sites,
+            "partner": self.partners,
+            "machine": self.machines,
+        }
+        return known[kind]
+
+    def apply(self, record: ConsumerRecord) -> None:
+        kind, _, number = record.key.decode().partition("/")
+        entity_id = int(number)
+        if record.value is None:
+            self._remove(kind, entity_id)
+            return
+        try:
+            entry = pb.DirectoryEntry.FromString(record.value)
+        except DecodeError:
+            # One owner writes this topic; an unreadable entry is a fault of a release, and the rest must go on working.
+            log.error("directory entry unreadable", offset=record.offset, key=record.key)
+            return
+        if kind == "credential":
+            self._remove(kind, entity_id)
+            self.credentials[entry.credential.sha256] = entry.credential
+            self.credential_digests[entity_id] = entry.credential.sha256
+        elif kind not in self._kinds:
+            return
+        elif kind == "firm":
+            self.firms[entity_id] = entry.firm
+        elif kind == "site":
+            self.sites[entity_id] = entry.site
+        elif kind == "partner":
+            self.partners[entity_id] = entry.partner
+        elif kind == "machine":
+            self.machines.entries[entity_id] = record.value
+            self.machine_ids[entry.machine.path.lower()] = entity_id
+
+    def _remove(self, kind: str, entity_id: int) -> None:
+        if kind == "credential":
+            digest = self.credential_digests.pop(entity_id, None)
+            if digest is not None:
+                self.credentials.pop(digest, None)
+        elif kind == "machine" and entity_id in self.machines:
+            self.machine_ids.pop(self.machines[entity_id].path.lower(), None)
+            del self.machines.entries[entity_id]
+        elif kind in ("firm", "site", "partner"):
+            {"firm": self.firms, "site": self.sites, "partner": self.partners}[kind].pop(entity_id, None)  # type: ignore[attr-defined]
+
+
 class Directory:
     """Firms, sites, machines, partners and credentials, as last published.
 
@@ -81,23 +143,29 @@ class Directory:
         self._kinds = frozenset(kinds)
         self._caught_up = asyncio.Event()
         self._changed = asyncio.Condition()
-        self._credentials: dict[bytes, pb.Credential] = {}
-        self._credential_digests: dict[int, bytes] = {}
-        self._machine_ids: dict[str, int] = {}
-        self.firms: dict[int, pb.Firm] = {}
-        self.sites: dict[int, pb.Site] = {}
-        self.partners: dict[int, pb.Partner] = {}
-        self.machines = _Machines()
-        self._known: dict[str, Mapping[int, object]] = {
-            "firm": self.firms,
-            "site": self.sites,
-            "partner": self.partners,
-            "machine": self.machines,
-        }
+        self._entries = _Entries(self._kinds)
+        # The offset behind the newest record that they have.
+        self._read_to = 0
+
+    @property
+    def firms(self) -> dict[int, pb.Firm]:
+        return self._entries.firms
+
+    @property
+    def sites(self) -> dict[int, pb.Site]:
+        return self._entries.sites
+
+    @property
+    def partners(self) -> dict[int, pb.Partner]:
+        return self._entries.partners
+
+    @property
+    def machines(self) -> _Machines:
+        return self._entries.machines
 
     def caller_of(self, key: str) -> Caller:
         """Whose key this is. Raises Unauthenticated for none, unknown, not yet valid, expired and revoked keys alike."""
-        credential = self._credentials.get(key_sha256(key)) if key else None
+        credential = self._entries.credentials.get(key_sha256(key)) if key else None
         if credential is None:
             if key and self._key_watch is not None:
                 self._key_watch.key_refused(key, None, "KEY_UNKNOWN", "")
@@ -114,15 +182,15 @@ class Directory:
 
     def prefix_of(self, credential_id: int) -> str:
         """What may be shown of a key; empty once it is revoked."""
-        digest = self._credential_digests.get(credential_id)
-        return self._credentials[digest].prefix if digest is not None else ""
+        digest = self._entries.credential_digests.get(credential_id)
+        return self._entries.credentials[digest].prefix if digest is not None else ""
 
     def check_still_valid(self, credential_id: int) -> None:
         """For calls that last: raise Unauthenticated once the key with which one began is revoked or has ended."""
-        digest = self._credential_digests.get(credential_id)
+        digest = self._entries.credential_digests.get(credential_id)
         if digest is None:
             raise Unauthenticated("This key has been revoked; ask for a new one.", reason="KEY_REVOKED")
-        self._check_window("", self._credentials[digest])
+        self._check_window("", self._entries.credentials[digest])
 
     def _check_window(self, key: str, credential: pb.Credential) -> None:
         now_us = self._clock.now_us()
@@ -140,13 +208,13 @@ class Directory:
 
     def machine_id(self, path: str) -> int:
         """0: no machine has this path."""
-        return self._machine_ids.get(path.lower(), 0)
+        return self._entries.machine_ids.get(path.lower(), 0)
 
     def machines_of(self, firm: pb.Firm, *, limit: int) -> list[pb.Machine]:
         """Machines of a firm in order of their paths, at most `limit`."""
         prefix = f"{firm.slug}/"
-        paths = sorted(path for path in self._machine_ids if path.startswith(prefix))[:limit]
-        return [self.machines[self._machine_ids[path]] for path in paths]
+        paths = sorted(path for path in self._entries.machine_ids if path.startswith(prefix))[:limit]
+        return [self.machines[self._entries.machine_ids[path]] for path in paths]
 
     def machine_version(self, machine_id: int) -> object:
         """Another object whenever the machine changed: what is derived from it can tell that it is stale. None: no such machine."""
@@ -161,7 +229,7 @@ class Directory:
 
     async def wait_for_credential(self, credential_id: int, *, timeout_s: float = 5.0) -> bool:
         """Wait until a credential that was just made is known here; False when that takes too long."""
-        return await self._wait_for(lambda: credential_id in self._credential_digests, timeout_s)
+        return await self._wait_for(lambda: credential_id in self._entries.credential_digests, timeout_s)
 
     async def wait_for_machine(self, machine_id: int, *, signals: int, timeout_s: float = 5.0) -> bool:
         """Wait until a machine that was just made or extended is known here with so many signals."""
@@ -174,8 +242,11 @@ class Directory:
 
     async def wait_for(self, kind: str, entity_id: int, *, timeout_s: float) -> bool:
         """Wait until a firm, site, machine or partner that may just have been made is known here; False when it takes too long."""
-        known = self._known[kind]
-        return entity_id in known or await self._wait_for(lambda: entity_id in known, timeout_s)
+
+        def known() -> bool:
+            return entity_id in self._entries.of(kind)
+
+        return known() or await self._wait_for(known, timeout_s)
 
     async def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         try:
@@ -195,12 +266,17 @@ class Directory:
                 await asyncio.sleep(RETRY_DELAY_S)
 
     async def _follow(self) -> None:
+        """Read the topic from its beginning to its end, take that in place of what was known, and take in what comes.
+
+        What was known stands meanwhile: record by record, a key that was revoked would be valid again until its end is read.
+        """
         partition = TopicPartition(self._cluster.name(topics.DIRECTORY), 0)
         consumer = AIOKafkaConsumer(
             **self._cluster.client(),
             group_id=None,
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
+            # Records that are not where they were are read from the beginning too.
+            auto_offset_reset="none",
             # The broker answers as soon as there is a change: new keys and machines are known within milliseconds.
             fetch_max_wait_ms=POLL_TIMEOUT_MS,
         )
@@ -209,58 +285,30 @@ class Directory:
             consumer.assign([partition])
             await consumer.seek_to_beginning(partition)
             end = (await consumer.end_offsets([partition]))[partition]
+            if end < self._read_to:
+                raise KafkaError(
+                    f"the directory's topic ends at {end}, and was read to {self._read_to}: it lost records"
+                )
+            fresh = _Entries(self._kinds)
+            while await consumer.position(partition) < end:
+                await self._take_in(consumer, fresh)
+            self._entries, self._read_to = fresh, max(end, self._read_to)
+            self._caught_up.set()
+            log.info(
+                "directory read",
+                firms=len(fresh.firms),
+                machines=len(fresh.machines),
+                credentials=len(fresh.credentials),
+            )
             while True:
-                if not self._caught_up.is_set() and await consumer.position(partition) >= end:
-                    self._caught_up.set()
-                    log.info(
-                        "directory read",
-                        firms=len(self.firms),
-                        machines=len(self.machines),
-                        credentials=len(self._credentials),
-                    )
-                for records in (await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS)).values():
-                    for record in records:
-                        self._apply(record)
-                    async with self._changed:
-                        self._changed.notify_all()
+                async with self._changed:
+                    self._changed.notify_all()
+                await self._take_in(consumer, fresh)
+                self._read_to = await consumer.position(partition)
         finally:
             await consumer.stop()
 
-    def _apply(self, record: ConsumerRecord) -> None:
-        kind, _, number = record.key.decode().partition("/")
-        entity_id = int(number)
-        if record.value is None:
-            self._remove(kind, entity_id)
-            return
-        try:
-            entry = pb.DirectoryEntry.FromString(record.value)
-        except DecodeError:
-            # One owner writes this topic; an unreadable entry is a fault of a release, and the rest must go on working.
-            log.error("directory entry unreadable", offset=record.offset, key=record.key)
-            return
-        if kind == "credential":
-            self._remove(kind, entity_id)
-            self._credentials[entry.credential.sha256] = entry.credential
-            self._credential_digests[entity_id] = entry.credential.sha256
-        elif kind not in self._kinds:
-            return
-        elif kind == "firm":
-            self.firms[entity_id] = entry.firm
-        elif kind == "site":
-            self.sites[entity_id] = entry.site
-        elif kind == "partner":
-            self.partners[entity_id] = entry.partner
-        elif kind == "machine":
-            self.machines.entries[entity_id] = record.value
-            self._machine_ids[entry.machine.path.lower()] = entity_id
-
-    def _remove(self, kind: str, entity_id: int) -> None:
-        if kind == "credential":
-            digest = self._credential_digests.pop(entity_id, None)
-            if digest is not None:
-                self._credentials.pop(digest, None)
-        elif kind == "machine" and entity_id in self.machines:
-            self._machine_ids.pop(self.machines[entity_id].path.lower(), None)
-            del self.machines.entries[entity_id]
-        elif kind in ("firm", "site", "partner"):
-            {"firm": self.firms, "site": self.sites, "partner": self.partners}[kind].pop(entity_id, None)  # type: ignore[attr-defined]
+    async def _take_in(self, consumer: AIOKafkaConsumer, entries: _Entries) -> None:
+        for records in (await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS)).values():
+            for record in records:
+                entries.apply(record)

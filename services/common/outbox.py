@@ -9,13 +9,17 @@ from prometheus_client import Counter, Gauge
 
 from services.common import tracing
 from services.common.database import AWAY, Connection, Pool
-from services.common.errors import TryAgain
-from services.common.kafka import Message, Publisher
+from services.common.errors import TooLarge, TryAgain
+from services.common.kafka import REQUEST_BYTES_MAX, Message, Publisher
 from services.common.logs import current_correlation_id, get_logger
 
 log = get_logger(__name__)
 
 BATCH_MAX = 500
+# Of events in a batch: a process must hold them, and the brokers take them within the publisher's limit of time.
+BATCH_BYTES_MAX = REQUEST_BYTES_MAX
+# What the brokers take, less the key, headers and frame of a record.
+EVENT_BYTES_MAX = REQUEST_BYTES_MAX - 64 * 1024
 POLL_INTERVAL_S = 0.25
 RETRY_DELAY_S = 1.0
 MEASURE_INTERVAL_S = 5.0
@@ -29,12 +33,19 @@ oldest_seconds = Gauge("smdih_outbox_oldest_seconds", "In the database: age of t
 
 
 async def write(connection: Connection, topic: str, *, key: str, value: bytes | None) -> None:
-    """Put an event into the outbox, in the caller's transaction. Consumers keep the event's own id: it may arrive twice."""
+    """Put an event into the outbox, in the caller's transaction. Consumers keep the event's own id: it may arrive twice.
+
+    Raises TooLarge for one that no broker would take, and that everything behind it would wait for.
+    """
     await write_all(connection, topic, [(key, value)])
 
 
 async def write_all(connection: Connection, topic: str, events: Sequence[tuple[str, bytes | None]]) -> None:
     """The same for several events, each with its key, in one round trip; they leave in this order."""
+    if any(value is not None and len(value) > EVENT_BYTES_MAX for _, value in events):
+        raise TooLarge(
+            f"What this changes is more than {EVENT_BYTES_MAX} bytes to tell; change less of it, or split it."
+        )
     correlation_id = current_correlation_id()
     await connection.execute(
         "INSERT INTO outbox (topic, key, value, correlation_id, traceparent) "
@@ -67,7 +78,7 @@ class OutboxRelay:
         while True:
             try:
                 await self._measure()
-                while await self._relay_some() == BATCH_MAX:
+                while await self._relay_some():
                     await self._measure()
             except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
                 log.warning("outbox waits", error=repr(error))
@@ -93,17 +104,23 @@ class OutboxRelay:
         events_waiting.labels(self._schema).set(row["events"])
         oldest_seconds.labels(self._schema).set(max(0.0, row["oldest"]))
 
-    async def _relay_some(self) -> int:
+    async def _relay_some(self) -> bool:
+        """Publish the oldest; tells whether there may be more."""
         async with self._pool.acquire(timeout=10) as connection, connection.transaction():
             if not await connection.fetchval("SELECT pg_try_advisory_xact_lock(hashtext($1))", self._lock_name):
-                return 0
+                return False
             rows = await connection.fetch(
-                "SELECT id, topic, key, value, correlation_id, traceparent FROM outbox ORDER BY id LIMIT $1", BATCH_MAX
+                "SELECT id, topic, key, value, correlation_id, traceparent, waiting FROM ("
+                "SELECT id, topic, key, value, correlation_id, traceparent, count(*) OVER () AS waiting, "
+                "coalesce(sum(octet_length(value)) OVER (ORDER BY id), 0) AS bytes "
+                "FROM (SELECT id, topic, key, value, correlation_id, traceparent FROM outbox ORDER BY id LIMIT $1) AS oldest"
+                ") AS summed WHERE bytes <= $2 ORDER BY id",
+                BATCH_MAX,
+                BATCH_BYTES_MAX,
             )
             if not rows:
-                return 0
-            # Together, in order. If one fails all are sent again in order, so a later event never has the last word.
-            await self._publisher.publish_all(
+                return False
+            await self._publish(
                 [
                     Message(
                         row["topic"],
@@ -120,4 +137,16 @@ class OutboxRelay:
             await connection.execute("DELETE FROM outbox WHERE id = ANY($1::bigint[])", [row["id"] for row in rows])
         for row in rows:
             published_total.labels(self._schema, row["topic"]).inc()
-        return len(rows)
+        return len(rows) < rows[0]["waiting"] or len(rows) == BATCH_MAX
+
+    async def _publish(self, messages: Sequence[Message]) -> None:
+        """Together, in order. If one fails all are sent again in order, so a later event never has the last word.
+
+        Nothing is on its way any more when this ends, not even when it is cancelled: the relay of another process takes the lock
+        the moment it is free.
+        """
+        publishing = asyncio.create_task(self._publisher.publish_all(messages))
+        try:
+            await asyncio.shield(publishing)
+        finally:
+            await asyncio.gather(publishing, return_exceptions=True)

@@ -281,7 +281,6 @@ class PublicAward:
     firm_id: int
     call_id: str
     call_title: str
-    provider_title: str
     grant_pence: int
     co_investment_pence: int
     # Less what was recovered.
@@ -306,10 +305,10 @@ class EntryDue:
 async def public_awards(connection: Connection, *, after_us: int, after_id: str, limit: int) -> list[PublicAward]:
     """Oldest first, so that a page once read stays the same; without awards given up before anything was paid."""
     rows = await connection.fetch(
-        "SELECT w.id, w.firm_id, w.call_id, c.title AS call_title, m.provider_title, w.grant_pence, w.co_investment_pence, "
+        "SELECT w.id, w.firm_id, w.call_id, c.title AS call_title, w.grant_pence, w.co_investment_pence, "
         "  coalesce(g.paid_pence - g.recovered_pence, 0) AS paid_pence, w.awarded, w.awarded_on, g.project_start, "
         "  g.project_end "
-        "FROM award w JOIN call c ON c.id = w.call_id JOIN match m ON m.id = w.match_id "
+        "FROM award w JOIN call c ON c.id = w.call_id "
         "LEFT JOIN agreement g ON g.award_id = w.id "
         "WHERE (w.awarded, w.id) > ($1, $2) AND coalesce(g.restored_pence, 0) < w.grant_pence "
         "ORDER BY w.awarded, w.id LIMIT $3",

@@ -30,6 +30,7 @@ from services.funding.judging import Judge, call_of, there
 from services.funding.ledger import AccountKind
 from services.funding.parameters import ParameterTable
 from services.funding.requests import understood
+from services.funding.reviewing import REJECTING
 from services.funding.reviews import PanelRow, ReviewService
 from services.funding.rules.exact import decimal
 from services.funding.selection import Application, Quota, allocation_input
@@ -43,7 +44,6 @@ DECISIONS_PER_REQUEST_MAX = 200
 NAMED_MAX = 10
 # Rules that an allocation keeps by itself, or that only the whole of its awards can keep.
 _LEFT_TO_ALLOCATION = (checks.BUDGET, checks.RATIO)
-_REJECTED = ("OUT_OF_SCOPE",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +150,7 @@ class AllocationService:
 
     async def confirm(self, caller: Caller, allocation_id: str, *, reason: str) -> Carried:
         """A second person confirms, and up to DECISIONS_PER_REQUEST_MAX applications are decided; ask again until none is pending.
+        While an award is refused nobody is rejected for want of room.
 
         Refused with ALLOCATION_STALE when the facts are not those any more that were allocated.
         """
@@ -204,6 +205,8 @@ class AllocationService:
         chosen = set(carried.certificate["chosen"])
         for application_id in carried.pending[:DECISIONS_PER_REQUEST_MAX]:
             text = _reason(carried, application_id)
+            if refused and not text.startswith(REJECTING) and application_id not in chosen:
+                break  # the money of an award that was refused may be theirs
             try:
                 await self._decisions.decide(caller, application_id, award=application_id in chosen, reason=text)
             except TryAgain:
@@ -216,12 +219,15 @@ class AllocationService:
         return Carried(allocation=allocation, pending=after.pending, refused=refused)
 
     async def _carried(self, connection: Connection, allocation: StoredAllocation) -> Carried:
-        """Awards come first, in the order of the ids; what the rules left out waits for people."""
+        """Awards come first, then who is rejected for itself, then who for want of room, each in the order of the ids; what the
+        rules left out waits for people."""
         open_ids = await allocation_store.submitted_ids(connection, allocation.call_id)
         certificate = json.loads(allocation.certificate)
         chosen = set(certificate["chosen"])
-        ids = [*sorted(chosen), *sorted(certificate["reasons"].keys() - chosen)]
-        ids += sorted(one for one, why in allocation.left_out.items() if why["code"] in _REJECTED)
+        reasons = certificate["reasons"] | allocation.left_out
+        # Whatever becomes of the others; all further reasons come from the room that the chosen ones take.
+        rejected = [one for one, why in reasons.items() if why["code"] in REJECTING]
+        ids = [*sorted(chosen), *sorted(rejected), *sorted(certificate["reasons"].keys() - chosen - set(rejected))]
         return Carried(allocation=allocation, pending=tuple(one for one in ids if one in open_ids), refused={})
 
     async def _facts(self, connection: Connection, call_id: str) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:

@@ -202,6 +202,11 @@ class ReasonIn(_In):
     reason: str
 
 
+class MatchIn(_In):
+    match_id: str = Field(description="one that stands, of the firm of the application")
+    reason: str
+
+
 class DecisionIn(_In):
     award: StrictBool = Field(description="true: award, false: reject")
     reason: str
@@ -449,6 +454,10 @@ def router(
     @routes.post("/applications/{application_id}/submit")
     async def submit(caller: Authenticated, application_id: str) -> ApplicationOut:
         return _application_out(caller, await applications.submit(caller, application_id))
+
+    @routes.post("/applications/{application_id}/match")
+    async def replace_match(caller: Authenticated, application_id: str, body: MatchIn) -> ApplicationOut:
+        return _application_out(caller, await applications.replace_match(caller, application_id, **body.model_dump()))
 
     @routes.post("/applications/{application_id}/withdraw")
     async def withdraw(caller: Authenticated, application_id: str) -> ApplicationOut:

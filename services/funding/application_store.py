@@ -168,17 +168,24 @@ async def live_of_match(connection: Connection, match_id: str) -> Application | 
     return None if found is None else await application_of(connection, found)
 
 
-async def move_to_match(connection: Connection, match: Match) -> Application | None:
-    """The newest live application whose match for the same need has ended rests on this one from now on. None: there is none."""
-    row = await connection.fetchrow(
-        "UPDATE application SET match_id = $1 WHERE id = (SELECT p.id FROM application p JOIN match m ON m.id = p.match_id "
-        "WHERE m.need_id = $2 AND m.firm_id = $3 AND m.ended IS NOT NULL AND p.state IN ('draft', 'submitted') "
-        "ORDER BY p.created DESC, p.id DESC LIMIT 1) RETURNING id",
-        match.id,
+async def without_match(connection: Connection, match: Match) -> Application | None:
+    """The newest live application whose match for the same need as this one's has ended; held until the transaction ends."""
+    found = await connection.fetchval(
+        "SELECT p.id FROM application p JOIN match m ON m.id = p.match_id "
+        "WHERE m.need_id = $1 AND m.firm_id = $2 AND m.ended IS NOT NULL AND p.state IN ('draft', 'submitted') "
+        "ORDER BY p.created DESC, p.id DESC LIMIT 1 FOR NO KEY UPDATE OF p",
         match.need_id,
         match.firm_id,
     )
-    return None if row is None else await application_of(connection, row["id"])
+    return None if found is None else await application_of(connection, found)
+
+
+async def set_match(connection: Connection, application_id: str, match_id: str) -> None:
+    """Raises MatchInUse."""
+    try:
+        await connection.execute("UPDATE application SET match_id = $2 WHERE id = $1", application_id, match_id)
+    except asyncpg.UniqueViolationError as error:
+        raise MatchInUse() from error
 
 
 async def set_decided(

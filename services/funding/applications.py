@@ -10,7 +10,7 @@ from services.common.directory import Directory
 from services.common.errors import Conflict, Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
 from services.common.logs import correlated, get_logger
-from services.funding import application_store, award_store, call_store, checks
+from services.funding import application_store, award_store, call_store, checks, matches
 from services.funding.domain import (
     PLEDGES_PER_APPLICATION_MAX,
     SUPPORTERS_PER_APPLICATION_MAX,
@@ -444,6 +444,29 @@ class ApplicationService:
                 check_may(caller, application, Action.SUBMIT)
             return await self._judge.view(
                 connection, there(await application_store.application_of(connection, application.id)), call
+            )
+
+    async def replace_match(self, caller: Caller, application_id: str, *, match_id: str, reason: str) -> View:
+        """An application that has lost its match goes on with another one of the firm, where the need was closed with the match. A
+        repeat gets the first answer."""
+        caller.require(Role.OPERATOR)
+        with understood():
+            reason = checked_text("reason", reason)
+        async with transaction(self._pool) as connection:
+            application = await application_of(connection, caller, application_id, lock=True)
+            if application.match_id != match_id:
+                check_may(caller, application, Action.REPLACE_MATCH)
+                before = there(await call_store.match_of(connection, application.match_id))
+                if before.ended_us is None:
+                    raise Conflict("The application's match stands; it goes on with that.", reason="MATCH_STANDS")
+                match = await _match(connection, caller, match_id)
+                if match.firm_id != application.firm_id:
+                    raise NotFound("The firm of the application has no such match.", reason="MATCH_UNKNOWN")
+                _check_stands(match)
+                with correlated(application.correlation_id):
+                    await matches.replace(connection, self._clock, caller, application, match, reason=reason)
+            return await self._judge.view(
+                connection, there(await application_store.application_of(connection, application.id))
             )
 
     async def withdraw(self, caller: Caller, application_id: str) -> View:

@@ -5,7 +5,7 @@ is derived again; the optimum of a portfolio is proven by exhaustion where few a
 exactly.
 
 Command: ``python services/funding/checker.py FILE``, where the file has ``input`` and ``certificate`` as the fund gives them out;
-exit code 0 if the certificate holds.
+exit code 0 if the certificate holds, 1 if it does not, 2 if there is none in the file.
 """
 
 import hashlib
@@ -330,9 +330,14 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: checker.py FILE\n")
         return 2
-    with open(arguments[0], encoding="utf-8") as file:
-        document = json.load(file)
-    verdict = check_allocation(document["input"], document["certificate"])
+    try:
+        with open(arguments[0], encoding="utf-8") as file:
+            document = json.load(file)
+        given, certificate = document["input"], document["certificate"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        sys.stderr.write(f"{arguments[0]}: not the documents of an allocation ({type(error).__name__})\n")
+        return 2
+    verdict = check_allocation(given, certificate)
     for problem in verdict.problems:
         sys.stdout.write(f"{problem}\n")
     gap = "" if verdict.gap is None else f", gap at most {float(verdict.gap):.6%}"

@@ -51,6 +51,14 @@ class Given:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Related:
+    """A firm that holds, or is held by, the applicant by the hub's own record, in so large a part that it counts."""
+
+    firm_id: int
+    percent: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is to be judged. `requested_pence` 0: the most that the rules allow. `pledges` None: not known yet, so match and
     ratio are only told, not judged."""
@@ -65,6 +73,7 @@ class Facts:
     partners: Sequence[domain.ProjectPartner] = ()
     pledges: Sequence[domain.Pledge] | None = None
     given: Sequence[Given] = ()
+    related: Sequence[Related] = ()
     # What the application rests on; None: there is no application yet.
     match: domain.Match | None = None
 
@@ -105,7 +114,7 @@ def _assess(facts: Facts, call: Call, fund: Fund, table: ParameterTable, day: da
     findings = [
         *_match_findings(facts),
         _firm_finding(firm),
-        Finding(rule=SIZE, met=True, code="", text=" ".join(size.reasons)),
+        Finding(rule=SIZE, met=True, code="", text=" ".join((*size.reasons, *_record(facts, call, parameters)))),
         _cap_finding(facts, cap),
         *_research_findings(facts, call, size, parameters),
         _assistance_finding(facts, assistance),
@@ -151,8 +160,8 @@ def _match_findings(facts: Facts) -> list[Finding]:
         text = f"The match with {facts.match.provider_title} stands."
         return [Finding(rule=PROVIDER, met=True, code="", text=text)]
     text = (
-        f"{ended} Accept another offer for the same need, and the application goes on with that one; for another need "
-        "withdraw it, and apply anew while the call is open."
+        f"{ended} Accept another offer for the same need, and the application goes on with that one; with a match for "
+        "another need an operator lets it go on."
     )
     return [Finding(rule=PROVIDER, met=False, code=MATCH_ENDED, text=text)]
 
@@ -206,6 +215,25 @@ def _size(declaration: Declaration, call: Call, table: ParameterTable, day: date
             "this call uses the Companies Act: state the first day of the accounting period (period_start)"
         )
     return companies_act_size(own, table.at(date.fromisoformat(stated.period_start)))
+
+
+def _record(facts: Facts, call: Call, parameters: ParametersAt) -> Sequence[str]:
+    """What the hub's own record has to say to the figures that were declared; whoever decides looks at it."""
+    if not facts.related:
+        return ()
+    named = ", ".join(f"firm {one.firm_id} ({one.percent} %)" for one in facts.related)
+    if call.size_definition is not Definition.EU:
+        return (f"By record its group has {named}: the figures have to be those of the whole group.",)
+    least = parameters.exact("eu_links.partner_percent_min")
+    stated = [
+        one for one in facts.declaration.size.relations if one.dominant_influence or decimal(one.percent) >= least
+    ]
+    if len(stated) >= len(facts.related):
+        return ()
+    return (
+        f"By record {named} count in its size, and the declaration states {len(stated)} such holdings: it has to state "
+        "them all.",
+    )
 
 
 @dataclass(frozen=True)

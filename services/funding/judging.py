@@ -8,11 +8,13 @@ from services.common.database import Connection
 from services.common.errors import Forbidden, NotFound
 from services.common.identity import Caller, Role
 from services.common.logs import correlated
-from services.funding import application_store, award_store, call_store, checks, ledger
+from services.funding import application_store, award_store, call_store, checks, group_store, ledger
 from services.funding.domain import Application, ApplicationState, Assessment, Call, is_id, uk_day
 from services.funding.ledger import AccountKind
 from services.funding.parameters import ParameterTable
 from services.funding.requests import understood
+from services.funding.rules.exact import decimal
+from services.funding.rules.size import Relation
 
 T = TypeVar("T")
 
@@ -51,9 +53,19 @@ class Judge:
             partners=application.content.partners,
             pledges=application.pledges,
             given=await award_store.given_to(connection, application.firm_id),
+            related=await self._related(connection, application.firm_id),
             match=there(await call_store.match_of(connection, application.match_id)),
         )
         return await self.assess(connection, facts, call)
+
+    async def _related(self, connection: Connection, firm_id: int) -> list[checks.Related]:
+        """Linked firms and partners, each once."""
+        percents: dict[int, str] = {}
+        for holding in await group_store.holdings_of(connection, [firm_id]):
+            if holding.relation is not Relation.AUTONOMOUS:
+                other = holding.owned_firm_id if holding.owner_firm_id == firm_id else holding.owner_firm_id
+                percents[other] = max(holding.percent, percents.get(other, "0"), key=decimal)
+        return [checks.Related(firm_id=other, percent=percent) for other, percent in sorted(percents.items())]
 
     async def assess(self, connection: Connection, facts: checks.Facts, call: Call) -> Assessment:
         of_call, of_fund = await ledger.balances(connection, call.id), await ledger.balances(connection)

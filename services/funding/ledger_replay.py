@@ -1,20 +1,31 @@
-"""Reading the whole ledger again: hashes and balances rebuilt from the rows alone, and compared with what is stored."""
+"""Reading the whole ledger again: hashes, balances and what awards came to, rebuilt from the rows alone and compared with what is
+stored."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import asyncpg
 
 from services.common.clock import to_us
 from services.common.database import Connection
-from services.funding.ledger import Account, AccountKind, Event, Transfer, event_hash
+from services.funding.ledger import Account, AccountKind, Event, Purpose, Transfer, event_hash
 
 _LEDGER_EVENT_ROWS = (
     "SELECT sequence, request_id, content_sha256, kind, recorded, credential_id, correlation_id, previous_hash, hash FROM "
     "ledger_event "
 )
 REPLAY_PAGE = 2_000
+# Figures of an award that transfers of a purpose move, up or down; their subject begins with the award's id.
+_AWARD_FIGURES: Mapping[str, Mapping[str, int]] = {
+    Purpose.CLAIM_PAID: {"paid_pence": 1},
+    Purpose.CLAIM_HELD: {"held_pence": 1},
+    Purpose.HELD_PAID: {"paid_pence": 1, "held_pence": -1},
+    Purpose.HELD_RESTORED: {"held_pence": -1, "restored_pence": 1},
+    Purpose.GRANT_RESTORED: {"restored_pence": 1},
+    Purpose.GRANT_RECOVERED: {"recovered_pence": 1},
+    Purpose.BUSINESS_PAID: {"business_paid_pence": 1},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +39,7 @@ class Replay:
 
 
 async def replay(connection: Connection) -> Replay:
-    """Read every event from the first, rebuild hashes and balances from the rows, and compare with what is stored.
+    """Read every event from the first, rebuild hashes, balances and figures of awards, and compare with what is stored.
 
     Run it in a REPEATABLE READ transaction, else events posted meanwhile look like faults.
     """
@@ -55,7 +66,11 @@ async def replay(connection: Connection) -> Replay:
     head = await connection.fetchrow("SELECT sequence, hash FROM ledger_head")
     accounts = await connection.fetch("SELECT call_id, kind, balance_pence FROM ledger_account ORDER BY id")
     stored_transfers = await connection.fetchval("SELECT count(*) FROM ledger_transfer")
-    return reading.finish(head, accounts, stored_transfers)
+    awards = await connection.fetch(
+        "SELECT award_id, paid_pence, held_pence, restored_pence, recovered_pence, business_paid_pence FROM agreement "
+        "ORDER BY award_id"
+    )
+    return reading.finish(head, accounts, stored_transfers, awards)
 
 
 class _Reading:
@@ -66,6 +81,7 @@ class _Reading:
         self._hash = b""
         self._transfers = 0
         self._balances: dict[Account, int] = defaultdict(int)
+        self._awards: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._faults: list[str] = []
 
     def take(self, events: Sequence[asyncpg.Record], transfers: Sequence[asyncpg.Record]) -> None:
@@ -82,6 +98,8 @@ class _Reading:
             self._balances[transfer.debit] -= transfer.amount_pence
             self._balances[transfer.credit] += transfer.amount_pence
             self._transfers += 1
+            for figure, sign in _AWARD_FIGURES.get(transfer.purpose, {}).items():
+                self._awards[transfer.subject_id.partition("/")[0]][figure] += sign * transfer.amount_pence
         for row in events:
             self._take_event(row, tuple(by_event.get(row["sequence"], ())))
 
@@ -111,7 +129,13 @@ class _Reading:
                 self._faults.append(f"event {sequence} or one of its transfers was altered after it was written")
         self._sequence, self._hash = sequence, row["hash"]
 
-    def finish(self, head: asyncpg.Record | None, accounts: Sequence[asyncpg.Record], stored_transfers: int) -> Replay:
+    def finish(
+        self,
+        head: asyncpg.Record | None,
+        accounts: Sequence[asyncpg.Record],
+        stored_transfers: int,
+        awards: Sequence[asyncpg.Record],
+    ) -> Replay:
         if head is None or (head["sequence"], head["hash"]) != (self._sequence, self._hash):
             self._faults.append(
                 f"the newest event is not the one that the head names; {self._sequence} is the last there"
@@ -124,6 +148,14 @@ class _Reading:
             if rebuilt != row["balance_pence"]:
                 self._faults.append(f"{account} shows {row['balance_pence']} pence, its transfers make {rebuilt}")
         self._faults.extend(f"{account} has transfers but is not there" for account in self._balances)
+        for row in awards:
+            made = self._awards.pop(row["award_id"], {})
+            self._faults.extend(
+                f"award {row['award_id']} shows {shown} pence as {figure}, its transfers make {made.get(figure, 0)}"
+                for figure, shown in row.items()
+                if figure != "award_id" and shown != made.get(figure, 0)
+            )
+        self._faults.extend(f"award {award_id} has transfers but is not there" for award_id in self._awards)
         return Replay(
             events=self._sequence,
             transfers=self._transfers,

@@ -9,7 +9,7 @@ from services.common.database import Connection
 from services.common.identity import Caller, Role
 from services.common.logs import get_logger
 from services.funding import application_store, call_store, review_store
-from services.funding.domain import Match
+from services.funding.domain import Application, Match
 from services.funding.judging import audit_application
 from services.funding.reviewing import ACTIVE
 
@@ -24,10 +24,18 @@ async def begin(connection: Connection, clock: Clock, match: Match) -> None:
     if not await call_store.add_match(connection, match):
         return
     log.info("match known", match_id=match.id, firm_id=match.firm_id)
-    application = await application_store.move_to_match(connection, match)
-    if application is None:
-        return
-    await audit_application(connection, clock, HUB, "match_replaced", application, {"match_id": match.id})
+    application = await application_store.without_match(connection, match)
+    if application is not None:
+        await replace(connection, clock, HUB, application, match, reason="another offer for the same need was accepted")
+
+
+async def replace(
+    connection: Connection, clock: Clock, caller: Caller, application: Application, match: Match, *, reason: str
+) -> None:
+    """The application rests on this match from now on. Raises MatchInUse."""
+    await application_store.set_match(connection, application.id, match.id)
+    told: dict[str, str | int] = {"match_id": match.id, "before": application.match_id, "reason": reason}
+    await audit_application(connection, clock, caller, "match_replaced", application, told)
     log.info("application goes on with another match", application_id=application.id, match_id=match.id)
     # Who takes part in a project does not judge it.
     for review in (await review_store.reviews_of(connection, [application.id])).get(application.id, ()):
@@ -35,7 +43,7 @@ async def begin(connection: Connection, clock: Clock, match: Match) -> None:
             await review_store.set_withdrawn(connection, review.id)
             detail: dict[str, str | int] = {"review_id": review.id, "percent": review.percent}
             detail["reason"] = "the new match is with this assessor"
-            await audit_application(connection, clock, HUB, "assessor_taken_back", application, detail)
+            await audit_application(connection, clock, caller, "assessor_taken_back", application, detail)
 
 
 async def end(connection: Connection, clock: Clock, match: Match) -> None:

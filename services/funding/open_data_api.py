@@ -140,15 +140,15 @@ def router(service: OpenDataService) -> APIRouter:
 
 def _grant(published: Published) -> GrantOut:
     award = published.award
-    provider = award.provider_title or "an expert"
     dates = None
     if award.project_start and award.project_end:
         dates = [PlannedDatesOut(startDate=award.project_start, endDate=award.project_end)]
     return GrantOut(
         id=f"{PUBLISHER_PREFIX}-{award.id}",
-        title=f"{award.call_title}: {provider}",
+        title=f"{award.call_title}: {published.recipient}",
         description=(
-            f"Part of the cost of a project of a manufacturer with {provider}; "
+            # Not with whom: a provider may be a person.
+            "Part of the cost of a manufacturer's project with an expert, a laboratory or a workshop; "
             f"{gbp(award.co_investment_pence)} of business money stands beside the grant."
         ),
         currency="GBP",

@@ -15,6 +15,7 @@ class Action(StrEnum):
     TAKE_PLEDGE_BACK = "take_pledge_back"
     SUBMIT = "submit"
     WITHDRAW = "withdraw"
+    REPLACE_MATCH = "replace_match"
     INVITE_ASSESSORS = "invite_assessors"
     TAKE_ASSESSOR_BACK = "take_assessor_back"
     MODERATE = "moderate"
@@ -41,6 +42,7 @@ TABLE: Mapping[Action, May] = {
     Action.TAKE_PLEDGE_BACK: May((Role.FIRM, Role.OPERATOR), (_DRAFT, _SUBMITTED)),
     Action.SUBMIT: May((Role.FIRM, Role.OPERATOR), (_DRAFT,)),
     Action.WITHDRAW: May((Role.FIRM, Role.OPERATOR), (_DRAFT, _SUBMITTED)),
+    Action.REPLACE_MATCH: May((Role.OPERATOR,), (_DRAFT, _SUBMITTED)),
     Action.INVITE_ASSESSORS: May((Role.OPERATOR,), (_SUBMITTED,)),
     Action.TAKE_ASSESSOR_BACK: May((Role.OPERATOR,), (_SUBMITTED,)),
     Action.MODERATE: May((Role.OPERATOR,), (_SUBMITTED,)),

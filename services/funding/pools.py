@@ -38,12 +38,13 @@ from services.funding.pledges import CoInvestor, Completion, PledgeRules, Projec
 from services.funding.pledges_checker import check_pledges
 from services.funding.pool_store import PoolPledge, Spread
 from services.funding.requests import check_same, content_sha256, understood
+from services.funding.reviewing import REJECTING
+from services.funding.reviews import ReviewService
 
 log = get_logger(__name__)
 
 POOL_PLEDGES_MAX = 500
 SUPPORTS_MAX = 2_000
-APPLICATIONS_MAX = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,18 @@ class PoolService:
     """The use cases, all for operators. Each raises Forbidden or NotFound where it may not or cannot see."""
 
     def __init__(
-        self, pool: Pool, *, applications: ApplicationService, judge: Judge, table: ParameterTable, clock: Clock
+        self,
+        pool: Pool,
+        *,
+        applications: ApplicationService,
+        reviews: ReviewService,
+        judge: Judge,
+        table: ParameterTable,
+        clock: Clock,
     ) -> None:
         self._pool = pool
         self._applications = applications
+        self._reviews = reviews
         self._judge = judge
         self._table = table
         self._clock = clock
@@ -237,15 +246,16 @@ class PoolService:
     async def _facts(
         self, connection: Connection, call_id: str
     ) -> tuple[PledgeRules, Sequence[Project], Sequence[CoInvestor]]:
-        """Projects are the submitted applications whose match is not complete; their cost is what is missing."""
+        """Projects are the submitted applications whose match is not complete; their cost is what is missing. Those that did not
+        pass their assessment are none: what was paid for them would come back when the rest is spread."""
         call = await call_of(connection, call_id)
         if call.state_at(self._clock.now_us()) is not CallState.CLOSED:
             raise Conflict("A call's pool is spread once it is closed.", reason="CALL_NOT_CLOSED")
         projects = []
-        for found in await application_store.submitted_of(connection, call.id, limit=APPLICATIONS_MAX):
-            if found.state is not ApplicationState.SUBMITTED:
+        for row in await self._reviews.panel_rows(connection, call.id):
+            if row.application.state is not ApplicationState.SUBMITTED or row.verdict.code in REJECTING:
                 continue
-            application = there(await application_store.application_of(connection, found.id))
+            application = there(await application_store.application_of(connection, row.application.id))
             assessment = await self._judge.assess_application(connection, application, call)
             missing = assessment.match_required_pence - assessment.match_counted_pence
             if missing > 0:

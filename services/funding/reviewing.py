@@ -36,6 +36,8 @@ class ModerationOutcome(StrEnum):
     REOPENED = "reopened"
 
 
+# Verdicts with which an application is rejected.
+REJECTING = ("BELOW_THRESHOLD", "OUT_OF_SCOPE")
 # Those that take one of the places of an application.
 ACTIVE = (ReviewState.INVITED, ReviewState.ACCEPTED, ReviewState.SCORED)
 
@@ -86,7 +88,7 @@ class Verdict:
     @property
     def decided(self) -> bool:
         """Whether an allocation can take it as it is."""
-        return self.code in ("", "BELOW_THRESHOLD", "OUT_OF_SCOPE")
+        return self.code in ("", *REJECTING)
 
 
 def verdict(reviews: Sequence[Review], moderations: Sequence[Moderation], parameters: ParametersAt) -> Verdict:

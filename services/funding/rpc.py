@@ -162,6 +162,12 @@ class FundingRpc(FundingServiceServicer):
         view = await self._applications.submit(current_caller(), request.application_id)
         return pb.SubmitApplicationResponse(application=_view(current_caller(), view))
 
+    async def ReplaceMatch(self, request: pb.ReplaceMatchRequest, context: Any) -> pb.ReplaceMatchResponse:
+        view = await self._applications.replace_match(
+            current_caller(), request.application_id, match_id=request.match_id, reason=request.reason
+        )
+        return pb.ReplaceMatchResponse(application=_view(current_caller(), view))
+
     async def WithdrawApplication(
         self, request: pb.WithdrawApplicationRequest, context: Any
     ) -> pb.WithdrawApplicationResponse:

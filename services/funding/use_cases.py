@@ -59,7 +59,9 @@ class UseCases:
         self.allocations = AllocationService(
             pool, judge=judge, reviews=self.reviews, decisions=self.decisions, table=table, clock=clock
         )
-        self.pools = PoolService(pool, applications=self.applications, judge=judge, table=table, clock=clock)
+        self.pools = PoolService(
+            pool, applications=self.applications, reviews=self.reviews, judge=judge, table=table, clock=clock
+        )
         self.groups = GroupService(pool, table=table, directory=directory, clock=clock)
         self.audits = AuditService(pool)
         self.notices = NoticeService(pool)

@@ -56,7 +56,6 @@ RESERVED_NAMES: Final = frozenset(("all", "any", "default", "nan", "nil", "none"
 _SLUG = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _SIC = re.compile(r"\d\d\.\d\d?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Reason:
@@ -157,11 +156,6 @@ def check_text(text: str, *, what: str, length_max: int = 200) -> str:
     except UnicodeEncodeError as error:
         raise BadName(f"{what}: not valid Unicode") from error
     return stripped
-
-
-def showable(text: str, *, length_max: int) -> str:
-    """What a sender wrote, as it can be stored and shown."""
-    return _UNSHOWABLE.sub("?", text[:length_max])
 
 
 def check_signal_name(name: str) -> str:

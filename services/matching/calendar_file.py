@@ -47,14 +47,20 @@ def _event(uid: str, session: Session, changed: datetime) -> Event:
     event = Event()
     event.add("uid", uid)
     event.add("summary", session.title)
-    event.add("dtstart", session.starts.astimezone(LONDON))
-    event.add("dtend", session.ends.astimezone(LONDON))
+    event.add("dtstart", _local(session.starts))
+    event.add("dtend", _local(session.ends))
     # Of the last change rather than of the download: the same state gives the same file.
     event.add("dtstamp", changed.astimezone(UTC))
     event.add("last-modified", changed.astimezone(UTC))
     if session.place:
         event.add("location", session.place)
     return event
+
+
+def _local(time: datetime) -> datetime:
+    """British time, or UTC where that comes twice: readers take it for the first."""
+    local = time.astimezone(LONDON)
+    return time.astimezone(UTC) if local.fold else local
 
 
 def _file(events: Sequence[Event]) -> bytes:

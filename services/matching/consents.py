@@ -52,9 +52,9 @@ class Consent:
     ended_by: int = 0
     replaced: bool = False
 
-    def coverage(self, *, machine_id: int, severity: Severity, raised: datetime) -> Coverage:
-        """Whether an alarm raised then may open a need. The time is the alarm's own, so a replay decides the same."""
-        if raised < self.valid_from or (self.valid_until is not None and raised >= self.valid_until):
+    def coverage(self, *, machine_id: int, severity: Severity, raised: datetime, now: datetime) -> Coverage:
+        """Whether an alarm raised then may open a need now: both within the consent's time."""
+        if raised < self.valid_from or (self.valid_until is not None and max(raised, now) >= self.valid_until):
             return Coverage.OTHER_TIME
         if self.machine_ids and machine_id not in self.machine_ids:
             return Coverage.OTHER_MACHINE

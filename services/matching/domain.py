@@ -205,12 +205,14 @@ def organisation_name(name: str) -> str:
 OUTCOME_PRIOR_MEAN, OUTCOME_PRIOR_FIRMS = 0.75, 8
 """A provider nobody has scored counts as if eight firms had scored 4 of 5, which is (4 - 1) / 4 of the scale: what good
 work gets. So few scores move little, and what is usual moves nothing."""
-OUTCOME_FIRMS_SHOWN_MIN = 3
-"""A mean of fewer firms would tell what one firm has said."""
+OUTCOME_FIRMS_MIN = 3
+"""Scores of fewer firms count as none: what they move would tell what one firm has said."""
 
 
 def outcome_lift(firms: int, points: int) -> float:
     """How far the scores lift a provider over one without any, -0.75 to 0.25: the shrunk mean less its prior."""
+    if firms < OUTCOME_FIRMS_MIN:
+        return 0.0
     scaled = (points - firms) / 4  # the sum of scores as 0..1
     return (OUTCOME_PRIOR_MEAN * OUTCOME_PRIOR_FIRMS + scaled) / (OUTCOME_PRIOR_FIRMS + firms) - OUTCOME_PRIOR_MEAN
 

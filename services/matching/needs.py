@@ -166,7 +166,7 @@ class Offer:
     holds_place: bool = False
     # Of the partner to the firm.
     message: str = ""
-    # The consent that its need was made under has ended, and the need with it.
+    # The consent that its need was made under has ended, and none that covers as much has followed.
     unshared: bool = False
 
 
@@ -178,7 +178,8 @@ class Limits:
     # Providers looked at before giving up on finding one with a free place.
     candidates_max: int = 5_000
     offer_lifetime: timedelta = field(default=timedelta(days=14))
-    # Alarms of a machine with less than this between them belong to one fault, also after its need has ended.
+    # Alarms of a machine with less than this between them belong to one fault; so does one that comes after its need's end, so
+    # long after the last before it.
     episode_gap: timedelta = field(default=timedelta(hours=24))
     # A match that nobody has engaged by then expires. Long enough to wait for money from the fund.
     engage_within: timedelta = field(default=timedelta(days=180))

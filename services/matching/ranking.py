@@ -29,7 +29,7 @@ from services.matching.directory import (
 )
 from services.matching.domain import (
     ANY_DIVISION,
-    OUTCOME_FIRMS_SHOWN_MIN,
+    OUTCOME_FIRMS_MIN,
     REGION_SAME,
     Assessment,
     FilterCode,
@@ -465,7 +465,7 @@ def _sentences(
         told.append(
             f"Being {_article(provider.kind)}, it {'suits' if fits else 'suits less well'} {need.urgency} urgency."
         )
-    if provider.outcome_firms >= OUTCOME_FIRMS_SHOWN_MIN:
+    if provider.outcome_firms >= OUTCOME_FIRMS_MIN:
         mean = provider.outcome_points / provider.outcome_firms
         told.append(f"{provider.outcome_firms} firms have scored its work, {mean:.1f} of 5 on average.")
     if provider.kind is Kind.COURSE:

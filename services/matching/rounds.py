@@ -58,7 +58,7 @@ class Place:
     need_id: str
     provider_id: str
     ranked: Ranked
-    # Providers that fit the need better and were full with needs ranked above it.
+    # Providers that fit the need better and were full with needs ranked above it: its offer is of the rank after them.
     better: int
     from_safety_net: bool
 

@@ -300,6 +300,7 @@ def plain_name(text: str) -> str:
 
     "Teaching Assistants, Special Education, Except Preschool" becomes "Special Education Teaching Assistant".
     """
+    text = " ".join(text.split())  # a run of white space would cost its square below
     kept = _EXCEPTION.sub("", text).strip(" ,;") or text
     return re.sub(r"[^\W\d_]+", lambda found: _singular(found.group()), kept)
 

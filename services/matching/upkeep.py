@@ -46,6 +46,8 @@ async def run(matching: Matching, *, interval_s: float = INTERVAL_S) -> None:
                 pass
             while await matching.sessions.expire_due_bookings() >= BOOKING_EXPIRIES_AT_ONCE_MAX:
                 pass
+            while await matching.sessions.end_bookings_of_ended_matches() >= BOOKING_EXPIRIES_AT_ONCE_MAX:
+                pass
             while await matching.consents.close_unshared_needs() >= CONSENT_CLOSINGS_AT_ONCE_MAX:
                 pass
             while await matching.needs.expire_due_needs() >= NEED_CLOSINGS_AT_ONCE_MAX:

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from demo.journey import COSTS, DECLARATION
 from localstack.hub import Hub
 from tests.oidc import Provider
 from tests.polling import eventually
@@ -137,8 +138,6 @@ async def build(hub: Hub, provider: Provider) -> World:
         "rate_max": "0.40",
     }
     ids["call_id"] = (await world.call("funding", "POST", "/v1/calls", body))["id"]
-    from demo.journey import COSTS, DECLARATION
-
     body = {
         "request_id": "application-1",
         "call_id": ids["call_id"],
@@ -183,6 +182,87 @@ EXAMPLES: dict[str, Any] = {
     "until_us": time.time_ns() // 1000 + 3_600_000_000,
     "size": "small",
 }
+
+
+def bodies(ids: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of routes and calls whose values must fit each other, or be of a form that their type does not tell: whole requests that are
+    good for who has what they name. Calls: in the JSON form of their messages."""
+    now_us = time.time_ns() // 1000
+    day_us = 86_400_000_000
+    cost = {"category": "labour", "amount_pence": 1_000_00}
+    line = cost | {"evidence": f"{MARK} invoice 1"}
+    period = {"request_id": "access-1", "period_start": "2026-01-01", "period_end": "2026-03-31"}
+    application = {
+        "request_id": "access-1",
+        "call_id": ids["call_id"],
+        "match_id": ids["match_id"],
+        "declaration": DECLARATION,
+    }
+    change = {"request_id": "access-1", "reason": MARK, "project_end": "2027-12-31"}
+    figures = {"jobs_fte": "31", "value_added_pence": 1, "hours_worked": "1", "energy_kwh": "1", "carbon_kg_co2e": "1"}
+    impact = {"year_ending": "2026-01-31", "figures": figures, "uncertainty_percent": "10", "method": MARK}
+    project = {"project_start": "2026-12-01", "project_end": "2027-11-30"}
+    document = {"reference": MARK, "sha256": "0" * 64}
+    tariff = {"site_id": ids["site_id"], "valid_from": "2026-01-01", "source": MARK, "confirmed_by": MARK}
+    tariff |= {"rates": [{"name": "all", "pence_per_kwh": "24.73"}]}
+    room = {"request_id": "access-1", "match_id": ids["match_id"], "purpose": MARK, "data_from_us": now_us - day_us}
+    room |= {"closes_us": now_us + day_us}
+    room |= {"signals": [{"machine_id": ids["machine_id"], "signal_ids": ids["signal_ids"]}]}
+    session = {"provider_id": f"{MARK}-workshop", "title": MARK, "seats": 1}
+    session |= {"starts_us": now_us + day_us, "ends_us": now_us + 2 * day_us}
+    provider = {
+        "title": f"{MARK} lab",
+        "region": "Northern Ireland",
+        "capacity_per_quarter": 6,
+        "text": f"{MARK}: spindles",
+    }
+    award, match = {"award_id": ids["award_id"]}, {"match_id": ids["match_id"]}
+    milestone = award | {"milestone_id": "m-1"}
+    funding, matching = "/smdih.funding.v1.", "/smdih.matching.v1."
+    return {
+        "ingest POST /v1/tariffs": tariff,
+        "funding POST /v1/applications": application | {"costs": [cost]},
+        "funding POST /v1/awards/{award_id}/accept": project,
+        "funding POST /v1/awards/{award_id}/changes": change | {"kind": "time"},
+        "funding POST /v1/awards/{award_id}/claims": period | {"costs": [line], "is_final": False},
+        "funding POST /v1/awards/{award_id}/impact/{kind}": impact,
+        "funding POST /v1/awards/{award_id}/milestones/{milestone_id}/document": document,
+        "funding POST /v1/reviews/{review_id}/accept": {"no_conflict": True, "declaration": MARK},
+        "matching POST /v1/bookings/{booking_id}/cancel": {"reason": MARK},
+        "matching POST /v1/matches/{match_id}/score": {"points": 5, "comment": MARK},
+        "matching POST /v1/rooms": room,
+        "matching POST /v1/sessions/{session_id}/cancel": {"reason": MARK},
+        "matching PUT /v1/providers/{provider_id}": provider | {"kind": "expert"},
+        "matching PUT /v1/sessions/{session_id}": session,
+        "/smdih.anomaly.v1.NotificationService/ListDeliveries": {"firm_id": ids["firm_id"]},
+        "/smdih.ingest.v1.KpiService/AddTariff": tariff,
+        f"{funding}AgreementService/AcceptOffer": award | project,
+        f"{funding}AgreementService/SubmitClaim": award
+        | period
+        | {"costs": [line | {"category": "COST_CATEGORY_LABOUR"}]},
+        f"{funding}ChangeService/RequestChange": award | change | {"kind": "CHANGE_KIND_TIME"},
+        f"{funding}FundingService/CreateApplication": application
+        | {"costs": [cost | {"category": "COST_CATEGORY_LABOUR"}]},
+        f"{funding}ImpactService/ReportImpact": award | impact | {"kind": "IMPACT_KIND_BASELINE"},
+        f"{funding}MilestoneService/SendMilestoneDocument": milestone | document,
+        f"{funding}MilestoneService/ShowMilestone": milestone | {"evidence_json": "{}"},
+        f"{matching}MatchingService/PutProvider": {
+            "provider": provider | {"id": ids["provider_id"], "kind": "PROVIDER_KIND_EXPERT"}
+        },
+        f"{matching}MatchingService/ScoreMatch": match | {"points": 5, "comment": MARK},
+        f"{matching}RoomService/OpenRoom": room,
+        f"{matching}SessionService/PutSession": {"session": session | {"id": f"{MARK}-day"}},
+    }
+
+
+def names_in(body: Any, ids: Mapping[str, Any]) -> set[str]:
+    """Of the first firm's things that a request names."""
+    if isinstance(body, list):
+        return {name for one in body for name in names_in(one, ids)}
+    if not isinstance(body, dict):
+        return set()
+    mine = {name for name in body if name in ids}
+    return mine | {name for one in body.values() for name in names_in(one, ids)}
 
 
 def filled(schema: Mapping[str, Any], document: Mapping[str, Any], ids: Mapping[str, Any], named: set[str]) -> Any:

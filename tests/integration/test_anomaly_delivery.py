@@ -20,10 +20,11 @@ from aiosmtpd.controller import Controller
 
 from localstack.servers import free_port
 from services.anomaly.contact_store import SENT_KEPT_DAYS
-from services.anomaly.contacts import CONTACTS_MAX, TRIALS_MAX
-from services.anomaly.delivery import ATTEMPTS_MAX, MESSAGES_A_MINUTE_MAX
+from services.anomaly.contacts import CODE_DIGITS, CODE_TRIES_MAX, CODES_A_DAY_MAX, CONTACTS_MAX, TRIALS_MAX
+from services.anomaly.delivery import ATTEMPTS_MAX, GIVE_UP_S, MESSAGES_A_MINUTE_MAX
 from services.anomaly.domain import Alarm, Return, Severity, alarm_id
 from services.anomaly.store import AlarmStore
+from services.common.clock import from_us
 from services.common.database import Pool, create_pool, transaction
 from services.common.identity import Role
 from services.common.kafka import Publisher
@@ -108,6 +109,25 @@ class Hub:
         address = f"http://127.0.0.1:{self.receiver.port}/alarms"
         made = await self.call("POST", "/v1/contacts", status=201, name="shift", kind="webhook", address=address)
         return made["contact"]["id"], made["secret"]
+
+    async def mail(self, address: str) -> str:
+        """A contact that is confirmed by the code that came."""
+        made = await self.call("POST", "/v1/contacts", status=201, name="mail", kind="email", address=address)
+        contact = str(made["contact"]["id"])
+        assert (made["secret"], made["contact"]["confirmed"]) == ("", False)
+        confirmed = await self.call("POST", f"/v1/contacts/{contact}/confirm", code=f" {await self.code(address)}\n")
+        assert confirmed["confirmed"]
+        return contact
+
+    async def code(self, address: str) -> str:
+        """The newest that came to an address."""
+
+        async def has_come() -> bool:
+            return any(message["To"] == address for message in self.mailbox.got)
+
+        await eventually(has_come)
+        newest = next(message for message in reversed(self.mailbox.got) if message["To"] == address)
+        return str(newest.get_payload()).split("code:")[1].split()[0]
 
     async def escalation(self, *steps: tuple[int, str], site: str, **given: Any) -> str:
         parts = [{"after_s": after_s, "contact_ids": [contact]} for after_s, contact in steps]
@@ -265,14 +285,27 @@ async def test_a_receiver_that_fails_is_tried_again_given_up_and_sent_again_by_a
     await hub.pool.execute(
         "UPDATE delivery SET attempts = $1, due = now() WHERE alarm_id = $2", ATTEMPTS_MAX - 1, alarm.id
     )
-    await hub.pool.execute("UPDATE contact SET free = now() WHERE id = $1", contact)
+    # Another one is left alone meanwhile; as the contact has failed for long, it is given up without a try.
+    await hub.pool.execute("UPDATE contact SET free = now() + interval '1 hour' WHERE id = $1", contact)
+    waiting = await hub.raised("east")
+    await hub.becomes(waiting, ("raised", "pending"))
+    await hub.pool.execute(
+        "UPDATE delivery SET made = $2, due = now() + interval '1 hour' WHERE alarm_id = $1",
+        waiting.id,
+        from_us(time.time_ns() // 1000 - (GIVE_UP_S + 60) * 1_000_000),
+    )
+    await hub.pool.execute("UPDATE contact SET free = now(), failures = $2 WHERE id = $1", contact, ATTEMPTS_MAX - 1)
     await hub.becomes(alarm, ("raised", "dead"))
-    (dead,) = (await hub.call("GET", "/v1/deliveries", state="dead"))["deliveries"]
+    (untried,) = await hub.deliveries(waiting)
+    assert (untried["state"], untried["attempts"]) == ("dead", 0)
+    dead, _ = (await hub.call("GET", "/v1/deliveries", state="dead"))["deliveries"]
     hub.receiver.status = 204
     await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend", key=hub.other_firm, status=404)
     assert (await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend"))["state"] == "pending"
     await hub.becomes(alarm, ("raised", "sent"))
     assert (await hub.call("POST", f"/v1/deliveries/{dead['id']}/resend"))["state"] == "sent"
+    await hub.call("POST", f"/v1/deliveries/{untried['id']}/resend")
+    await hub.becomes(waiting, ("raised", "sent"))
 
 
 async def test_a_notifier_killed_after_sending_lets_it_go_out_again_with_the_same_id(hub: Hub) -> None:
@@ -308,8 +341,7 @@ async def test_a_notifier_killed_after_sending_lets_it_go_out_again_with_the_sam
 
 
 async def test_mail_is_sent_and_what_is_off_the_list_is_told_when_it_is_back(hub: Hub) -> None:
-    made = await hub.call("POST", "/v1/contacts", status=201, name="mail", kind="email", address="shift@acme.example")
-    await hub.escalation((0, made["contact"]["id"]), site="mail")
+    await hub.escalation((0, await hub.mail("shift@acme.example")), site="mail")
     alarm = await hub.raised("mail")
     await hub.becomes(alarm, ("raised", "sent"))
     message = hub.mailbox.got[-1]
@@ -429,7 +461,9 @@ async def test_a_flood_is_told_by_urgency_slowly_and_without_what_is_over(hub: H
     before = len(hub.receiver.got)
     hub.receiver.answering.set()
     await hub.becomes(urgent, ("raised", "sent"))
-    assert hub.receiver.got[before][1].count(urgent.id.encode()) == 1
+    headers, body = hub.receiver.got[before]
+    assert json.loads(body)["alarm"]["id"] == urgent.id
+    assert int(headers["x-smdih-waiting"]) == len(rest)
 
     async def is_full() -> bool:
         return len(hub.receiver.got) >= before + MESSAGES_A_MINUTE_MAX - 1
@@ -442,15 +476,15 @@ async def test_a_flood_is_told_by_urgency_slowly_and_without_what_is_over(hub: H
     await hub.becomes(calm, ("raised", "sent"))
     assert len(hub.receiver.got) == before + MESSAGES_A_MINUTE_MAX - 1 + 1
     assert await hub.deliveries(over) == []
-    assert [one["state"] for one in await hub.deliveries(rest[-1])] == ["pending"]
+    waiting = (await hub.call("GET", "/v1/deliveries", state="pending"))["deliveries"]
+    assert len([one for one in waiting if one["contact_id"] == contact]) == len(rest) - (MESSAGES_A_MINUTE_MAX - 2)
     await hub.call("DELETE", f"/v1/contacts/{contact}", status=204)
 
 
 async def test_a_contact_that_nothing_can_be_sent_to_does_not_keep_others_from_being_told(hub: Hub) -> None:
     wrong = "=?x?b?!?=@x.yy"  # no mail can be addressed to it
     await hub.call("POST", "/v1/contacts", status=400, name="mail", kind="email", address=wrong)
-    made = await hub.call("POST", "/v1/contacts", status=201, name="mail", kind="email", address="x@acme.example")
-    contact, good = made["contact"]["id"], (await hub.webhook())[0]
+    contact, good = await hub.mail("x@acme.example"), (await hub.webhook())[0]
     await hub.pool.execute("UPDATE contact SET address = $2 WHERE id = $1", contact, wrong)
     await hub.escalation((0, contact), site="wrong")
     await hub.escalation((0, good), site="wrong")
@@ -468,6 +502,36 @@ async def test_a_contact_that_nothing_can_be_sent_to_does_not_keep_others_from_b
     await hub.becomes(alarm, ("raised", "dead"), ("raised", "sent"))
     assert all(one.process.returncode is None for one in hub.notifiers[-2:])
     await hub.call("DELETE", f"/v1/contacts/{contact}", status=204)
+
+
+async def test_a_stranger_gets_a_few_codes_and_no_alarms(hub: Hub) -> None:
+    there = {"name": "buy my goods", "kind": "email", "address": "stranger@acme.example"}
+    made = await hub.call("POST", "/v1/contacts", status=201, **there)
+    contact = made["contact"]["id"]
+    code = await hub.code("stranger@acme.example")
+    assert "goods" not in hub.mailbox.got[-1].as_string()
+    good, _ = await hub.webhook()
+    await hub.escalation((0, contact), site="stranger")
+    await hub.escalation((0, good), site="stranger")
+    alarm = await hub.raised("stranger")
+    await hub.becomes(alarm, ("raised", "sent"))
+    wrong = str((int(code) + 1) % 10**CODE_DIGITS).zfill(CODE_DIGITS)
+    await hub.call("POST", f"/v1/contacts/{contact}/confirm", status=400, code=wrong)
+    await hub.call("POST", f"/v1/contacts/{contact}/confirm", status=404, code=code, key=hub.other_firm)
+    for _ in range(CODE_TRIES_MAX - 1):
+        await hub.call("POST", f"/v1/contacts/{contact}/confirm", status=400, code="x")
+    await hub.call("POST", f"/v1/contacts/{contact}/confirm", status=409, code=code)
+    for _ in range(CODES_A_DAY_MAX - 1):
+        await hub.call("POST", f"/v1/contacts/{contact}/try")
+    await hub.call("POST", f"/v1/contacts/{contact}/try", status=409)
+
+    async def are_sent() -> bool:
+        return [message["To"] for message in hub.mailbox.got].count("stranger@acme.example") == CODES_A_DAY_MAX
+
+    await eventually(are_sent)
+    # Another contact of that address gets none either.
+    await hub.call("DELETE", f"/v1/contacts/{contact}", status=204)
+    await hub.call("POST", "/v1/contacts", status=409, **there)
 
 
 async def test_contacts_are_tried_removed_and_nobody_elses(hub: Hub) -> None:

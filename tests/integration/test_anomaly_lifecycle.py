@@ -14,9 +14,14 @@ import pytest
 import pytest_asyncio
 
 from services.anomaly.domain import Alarm, Return, Severity, alarm_id
+from services.anomaly.retention import AlarmRetention
 from services.anomaly.service import BULK_MAX, CHANGES_MAX, CHANGES_PAGE
-from services.anomaly.store import AlarmStore
+from services.anomaly.store import Actor, AlarmStore
 from services.anomaly.suppression import SHELVE_S_MAX, WINDOW_S_MAX
+from services.anomaly.tuning import TUNINGS_AN_HOUR_MAX
+from services.anomaly.tuning_store import HorizonStore, NewTuning, TuningStore
+from services.anomaly.tunings import TuningKind
+from services.common.clock import SystemClock, from_us
 from services.common.database import Pool, create_pool, transaction
 from services.common.identity import Role
 from services.common.kafka import Publisher
@@ -178,17 +183,17 @@ async def test_a_long_history_comes_in_pages_and_has_an_end(hub: Hub) -> None:
     newest = await hub.get(f"/{alarm.id}")
     numbers = [entry["comment"] for entry in newest["changes"]]
     assert numbers == [str(n) for n in range(CHANGES_MAX - CHANGES_PAGE, CHANGES_MAX)]
-    token = newest["next_changes_page_token"]
-    before = await hub.get(f"/{alarm.id}?changes_page_token={token}")
+    token = newest["next_page_token"]
+    before = await hub.get(f"/{alarm.id}?page_token={token}")
     assert before["changes"][-1]["comment"] == str(CHANGES_MAX - CHANGES_PAGE - 1)
     seen = len(numbers)
     while token:
-        request = pb.GetAlarmRequest(id=alarm.id, changes_page_token=token)
+        request = pb.GetAlarmRequest(id=alarm.id, page_token=token)
         page = await hub.alarms.GetAlarm(request, metadata=metadata(hub.firm))
-        seen, token = seen + len(page.changes), page.next_changes_page_token
+        seen, token = seen + len(page.changes), page.next_page_token
     assert seen == CHANGES_MAX
     assert page.changes[0].change == events_pb.ALARM_CHANGE_RAISED
-    await hub.get(f"/{alarm.id}?changes_page_token=x", status=400)
+    await hub.get(f"/{alarm.id}?page_token=x", status=400)
     await hub.post(f"/{alarm.id}/comment", comment="one more", status=409)
     await hub.post(f"/{alarm.id}/assign", assignee="Mary Quant", status=409)
     await hub.post(f"/{alarm.id}/take-out-of-service", reason="why not", status=409)
@@ -353,6 +358,99 @@ async def test_an_alarm_that_missed_its_mark_gets_it_and_one_that_kept_it_loses_
     await hub.pool.execute("DELETE FROM suppression WHERE machine_id = $1", machine)
     await hub.becomes(alarm, "unacknowledged")
     await hub.becomes(unmarked, "unacknowledged")
+
+
+async def test_what_ended_long_ago_is_removed_and_what_lasts_is_kept(hub: Hub) -> None:
+    machine = await hub.machine()
+    long_us = 101 * 86_400 * SECOND_US
+    ages = {"over": long_us, "hidden": long_us, "lasting": long_us, "late": 0, "recent": 0}
+    alarms = {
+        name: await hub.raised(machine, position=position, started_us=now_us() - long_us)
+        for position, name in enumerate(ages)
+    }
+    for name, alarm in alarms.items():
+        await hub.pool.execute("UPDATE alarm SET raised = $2 WHERE id = $1", alarm.id, from_us(now_us() - ages[name]))
+        await hub.post(f"/{alarm.id}/rating", useful=True)
+        if name != "lasting":
+            await hub.returned(alarm)
+    await hub.pool.execute("UPDATE alarm SET ended = now() WHERE id = $1", alarms["recent"].id)
+    await hub.post(f"/{alarms['hidden'].id}/take-out-of-service", reason="sensor sent in")
+    await AlarmRetention(hub.pool, SystemClock(), kept_days=100, topic="samples").remove()
+    left = await hub.pool.fetch("SELECT id FROM alarm WHERE machine_id = $1", machine)
+    assert {row["id"] for row in left} == {alarm.id for name, alarm in alarms.items() if name != "over"}
+    await hub.get(f"/{alarms['over'].id}", status=404)
+    parts = "SELECT (SELECT count(*) FROM alarm_change WHERE alarm_id = $1), (SELECT count(*) FROM rating WHERE alarm_id = $1)"
+    assert tuple(await hub.pool.fetchrow(parts, alarms["over"].id) or ()) == (0, 0)
+
+
+async def test_what_is_cleared_can_be_left_out(hub: Hub) -> None:
+    machine = await hub.machine()
+    cleared, other = [await hub.raised(machine, position=position) for position in range(2)]
+    await hub.post(f"/{cleared.id}/clear", comment="the machine is gone")
+    listed = await hub.get(f"?machine_id={machine}&active=true&uncleared=true")
+    assert [alarm["id"] for alarm in listed["alarms"]] == [other.id]
+    request = pb.ListAlarmsRequest(machine_id=machine, uncleared=True)
+    answer = await hub.alarms.ListAlarms(request, metadata=metadata(hub.firm))
+    assert [alarm.id for alarm in answer.alarms] == [other.id]
+
+
+async def test_words_on_tunings_that_nobody_reads_again_are_removed(hub: Hub) -> None:
+    machine = await hub.machine()
+    store, partition = TuningStore(), 900
+    horizons = HorizonStore(hub.pool)
+    await horizons.load(partition, position=0)
+    position = 100
+    await hub.pool.execute(
+        "INSERT INTO position (topic, partition, next_offset) VALUES ('samples', $1, $2)", partition, position
+    )
+    for from_offset in (10, 20, position):
+        await hub.pool.execute("UPDATE horizon SET next_offset = $2 WHERE partition = $1", partition, from_offset)
+        for kind, offset in ((TuningKind.THRESHOLD, float(from_offset)), (TuningKind.RELEARN, None)):
+            new = NewTuning(
+                kind=kind,
+                firm_id=FIRM,
+                machine_id=machine,
+                position=0,
+                cause="test",
+                reason="test",
+                threshold_offset=offset,
+            )
+            async with transaction(hub.pool) as connection:
+                await store.lock(connection)
+                await store.add(
+                    connection, new, now_us=now_us() - (200 - from_offset) * 86_400 * SECOND_US, actor=Actor()
+                )
+    before = await horizons.load(partition, position=position)
+    assert [(t.kind, t.from_offset) for t in before.tunings if t.machine_id == machine] == [
+        (TuningKind.THRESHOLD, 20),
+        (TuningKind.THRESHOLD, position),
+        (TuningKind.RELEARN, position),
+    ]
+    await AlarmRetention(hub.pool, SystemClock(), kept_days=100, topic="samples").remove()
+    assert await horizons.load(partition, position=position) == before
+    query = "SELECT count(*) FROM tuning_start s JOIN tuning t ON t.id = s.tuning_id WHERE partition = $1 AND machine_id = $2"
+    assert await hub.pool.fetchval(query, partition, machine) == 3
+    # Those that still hold in another partition stay.
+    await hub.pool.execute("DELETE FROM tuning_start WHERE partition <> $1", partition)
+    await AlarmRetention(hub.pool, SystemClock(), kept_days=100, topic="samples").remove()
+    assert await hub.pool.fetchval("SELECT count(*) FROM tuning WHERE machine_id = $1", machine) == 3
+    await hub.pool.execute("DELETE FROM tuning_start WHERE partition = $1", partition)
+    await hub.pool.execute("DELETE FROM horizon WHERE partition = $1", partition)
+
+
+async def test_a_firm_changes_so_much_an_hour_and_others_go_on(hub: Hub) -> None:
+    alarm = await hub.raised(await hub.machine())
+    foreign = await hub.raised(await hub.machine(OTHER_FIRM), firm_id=OTHER_FIRM)
+    await hub.pool.execute(
+        "INSERT INTO tuning (kind, firm_id, machine_id, cause, reason, made, actor, credential_id) "
+        "SELECT 'relearn', $1, 0, 'test', '', now(), 'firm', 1 FROM generate_series(1, $2::int)",
+        FIRM,
+        TUNINGS_AN_HOUR_MAX,
+    )
+    await hub.post(f"/{alarm.id}/rating", useful=True, status=429)
+    await hub.post(f"/{foreign.id}/rating", useful=True, key=hub.other_firm)
+    await hub.pool.execute("DELETE FROM tuning WHERE cause = 'test' AND machine_id = 0")
+    await hub.post(f"/{alarm.id}/rating", useful=True)
 
 
 async def test_every_change_is_published_with_the_mark(hub: Hub) -> None:

@@ -342,6 +342,8 @@ async def test_everybody_can_read_the_awards_in_the_360giving_standard(hub: Hub)
         uk_day(datetime.now(UTC)).isoformat(),
     )
     assert '"amountAwarded":1234.56,' in answer.text
+    # A provider may be a person, and its title his name.
+    assert "Spindle bearing clinic" not in answer.text
     assert made["recipientOrganization"] == [{"id": f"360G-smdih-ORG:firm-{FIRM}", "name": f"Firm {FIRM}"}]
     # What was given up before anything was paid is no grant.
     await hub.done("POST", f"/v1/awards/{award_id}/withdraw", {"reason": "sold"}, who="firm")
@@ -714,6 +716,9 @@ async def test_the_commands_tell_by_their_exit_code_whether_the_ledger_is_in_ord
     await hub.call()
     connection = await asyncpg.connect(hub.dsn, server_settings={"search_path": "funding"})
     tamper = "UPDATE ledger_transfer SET amount_pence = amount_pence + $1 WHERE event_sequence = 1"
+    award_id, claim_id = await decided_claim(hub, (await hub.call())["id"])
+    await settle(hub, award_id, claim_id)
+    promise = "UPDATE agreement SET paid_pence = paid_pence + $2 WHERE award_id = $1"
 
     async def outcomes(*commands: str) -> list[tuple[int, str]]:
         return await asyncio.gather(*(asyncio.to_thread(hub.command, command) for command in commands))
@@ -721,13 +726,16 @@ async def test_the_commands_tell_by_their_exit_code_whether_the_ledger_is_in_ord
     try:
         await connection.execute("SET session_replication_role = replica")
         await connection.execute(tamper, 1)
+        await connection.execute(promise, award_id, 1)
         (balance_code, balance_output), (replay_code, replay_output) = await outcomes("trial-balance", "replay")
         await connection.execute(tamper, -1)
+        await connection.execute(promise, award_id, -1)
     finally:
         await connection.close()
     assert (balance_code, replay_code) == (1, 1)
     assert "DIFFERS FROM ITS TRANSFERS" in balance_output
     assert "event 1 or one of its transfers was altered" in replay_output
+    assert f"award {award_id} shows 5001 pence as paid_pence, its transfers make 5000" in replay_output
     *in_order, (usage_code, usage) = await outcomes("trial-balance", "replay", "nonsense")
     assert [code for code, _ in in_order] == [0, 0], in_order
     assert (usage_code, usage.count("\n")) == (2, 1)

@@ -338,6 +338,48 @@ async def test_what_an_enterprise_may_still_be_given_is_shared_by_its_applicatio
     await world.done("PUT", "/v1/groups/welsh", {**group, "firm_ids": []})
 
 
+async def test_nobody_is_rejected_for_want_of_money_while_an_award_is_refused(world: World) -> None:
+    call_id = await world.call(40_00)
+    # 49.00 of business money beside 40.00: below the programme's ratio, which is judged at the award.
+    costs = [{"category": "labour", "amount_pence": 89_00}]
+    thin = await world.submitted(call_id, FIRM, pledge=False, costs=costs)
+
+    async def pledged(application_id: str, pence: int) -> None:
+        promise = {"request_id": "p", "co_investor": "Northgate", "kind": "cash", "amount_pence": pence}
+        path = f"/v1/applications/{application_id}/pledges"
+        made = await world.done("POST", path, promise)
+        await world.done("POST", f"{path}/{made['id']}/confirm", {"evidence": "letter"})
+
+    await pledged(thin, 49_00)
+    second, low = await world.submitted(call_id, 101), await world.submitted(call_id, 101)
+    for made, score in ((thin, "90"), (second, "80"), (low, "60")):
+        await world.scored(made, score, score, score)
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/allocations")
+    confirm = ("POST", f"/v1/allocations/{run['id']}/confirm", {"reason": "panel"})
+    done = await world.done(*confirm, who=SECOND)
+    assert (done["refused"], set(done["pending"])) == ({thin: "FUND_RATIO"}, {thin, second})
+    assert [await world.state(made) for made in (thin, second, low)] == [
+        ("submitted", ""),
+        ("submitted", ""),
+        ("rejected", "BELOW_THRESHOLD"),
+    ]
+    # The money is there for another run, or for the first once it may be awarded.
+    again = await world.done("POST", f"/v1/calls/{call_id}/allocations")
+    assert {one["application_id"] for one in again["reasons"]} == {thin, second}
+    for who in ("operator", SECOND):
+        await world.done("POST", f"/v1/applications/{thin}/waive-ratio", {"reason": "first of a series"}, who=who)
+    assert (await world.done(*confirm, who=SECOND))["pending"] == []
+    assert [await world.state(made) for made in (thin, second)] == [
+        ("awarded", "FUNDED"),
+        ("rejected", "ASKS_MORE_THAN_LEFT"),
+    ]
+    # Business money again, so that the tests after this one meet a fund in its ratio.
+    more = await world.submitted(await world.call(1_00), 101, 1_00, pledge=False)
+    await pledged(more, 100_00)
+    await world.done("POST", f"/v1/applications/{more}/decide", {"award": True, "reason": "good"})
+
+
 async def test_who_was_left_out_for_another_reason_makes_an_allocation_stale(world: World) -> None:
     call_id = await world.call(80_00)
     made = await world.submitted(call_id, FIRM, pledge=False)
@@ -373,6 +415,46 @@ async def test_who_is_the_new_provider_of_a_project_does_not_judge_it(world: Wor
     assert (await world.done("GET", f"/v1/applications/{made}"))["match_id"] == "match-of-gears"
     actions = [one["action"] for one in (await world.done("GET", f"/v1/audit?application_id={made}"))["entries"]]
     assert actions[:3] == ["assessor_taken_back", "match_replaced", "match_ended"]
+
+
+async def test_an_operator_puts_an_application_on_another_match_where_the_need_was_closed(world: World) -> None:
+    call_id = await world.call(100_00)
+    made = await world.submitted(call_id, FIRM)
+    async with transaction(world.pool) as connection:
+        old = await call_store.match_of(connection, f"match-{world.matches}")
+        assert old is not None
+        names = {"other need": FIRM, "of another firm": 101, "ended": FIRM, "used": FIRM}
+        fresh = {
+            name: replace(old, id=f"{made}-{number}", need_id=f"{made}-{number}", firm_id=firm_id)
+            for number, (name, firm_id) in enumerate(names.items())
+        }
+        for match in fresh.values():
+            await matches.begin(connection, world.clock, match)
+        await matches.end(connection, world.clock, replace(fresh["ended"], ended_us=world.clock.now_us()))
+        await connection.execute(
+            "INSERT INTO application (id, request_id, content_sha256, call_id, match_id, firm_id, state, costs, declaration, sic, "
+            "requested_pence, other_public_pence, created, correlation_id, content) SELECT id || '-2', id || '-2', content_sha256, "
+            "call_id, $2, firm_id, 'draft', costs, declaration, sic, requested_pence, other_public_pence, created, "
+            "correlation_id, content FROM application WHERE id = $1",
+            made,
+            fresh["used"].id,
+        )
+    path = f"/v1/applications/{made}/match"
+
+    def to(name: str) -> dict[str, str]:
+        return {"match_id": fresh[name].id, "reason": "the laboratory closed the need"}
+
+    await world.refused(409, "MATCH_STANDS", "POST", path, to("other need"))
+    async with transaction(world.pool) as connection:
+        await matches.end(connection, world.clock, replace(old, ended_us=world.clock.now_us()))
+    for who in ("firm", "partner"):
+        await world.refused(403, "FORBIDDEN", "POST", path, to("other need"), who=who)
+    await world.refused(404, "MATCH_UNKNOWN", "POST", path, to("of another firm"))
+    await world.refused(409, "MATCH_ENDED", "POST", path, to("ended"))
+    await world.refused(409, "MATCH_IN_USE", "POST", path, to("used"))
+    for _ in range(2):  # the second is a repeat
+        seen = await world.done("POST", path, to("other need"))
+        assert (seen["match_id"], seen["assessment"]["eligible"]) == (fresh["other need"].id, True)
 
 
 async def test_limits_that_cannot_be_kept_decide_nothing_and_say_which(world: World) -> None:
@@ -508,6 +590,20 @@ async def test_as_many_as_may_choose_an_application_pay_it_whole(world: World) -
         ("pool_paid", SUPPORTERS_PER_APPLICATION_MAX),
         ("application_awarded", SUPPORTERS_PER_APPLICATION_MAX + 1),
     ]
+
+
+async def test_no_co_investor_pays_for_an_application_that_did_not_pass(world: World) -> None:
+    call_id = await world.call(1_000_00)
+    weak = await world.submitted(call_id, FIRM, 20_00, pledge=False)
+    good = await world.submitted(call_id, 101, 40_00, pledge=False)
+    await world.scored(weak, "60", "61", "62")
+    body = {"request_id": "a", "co_investor": "Ash", "amount_pence": 60_00, "supports": [weak, good], "evidence": "x"}
+    await world.done("POST", f"/v1/calls/{call_id}/pool-pledges", body)
+    world.close_calls()
+    run = await world.done("POST", f"/v1/calls/{call_id}/pool-spreads")
+    # The cheaper one would have come first, and its money back only when everything is spread.
+    assert [one["project"] for one in run["certificate"]["purchases"]] == [good]
+    assert run["input"]["projects"].keys() == {good}
 
 
 async def test_co_investors_pay_alike_for_what_they_chose_and_for_nothing_else(world: World) -> None:

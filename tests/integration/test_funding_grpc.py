@@ -123,6 +123,7 @@ async def test_firms_are_one_enterprise_by_what_they_own_of_each_other(world: Wo
 
     made = await world.submitted(await world.call(1_000_00), 103, 40_00)
     await world.done("POST", f"/v1/applications/{made}/decide", {"award": True, "reason": "good"})
+    draft = await world.submitted(await world.call(1_000_00), 101)
     # Half and less is a partner, not one enterprise; a hair more is a link. Links go on from firm to firm.
     for percent, relation, kin in (
         ("24.99", "autonomous", [101]),
@@ -132,6 +133,9 @@ async def test_firms_are_one_enterprise_by_what_they_own_of_each_other(world: Wo
     ):
         found = await world.done("PUT", *holding(FIRM, 101, percent))
         [stated] = found["holdings"]
+        seen = await world.done("GET", f"/v1/applications/{draft}")
+        (size,) = [one["text"] for one in seen["assessment"]["findings"] if one["rule"] == "SME"]
+        assert (f"its group has firm {FIRM} ({percent} %)" in size) == (relation != "autonomous")
         assert (stated["relation"], stated["percent"], found["firm_ids"]) == (relation, percent, kin)
     await world.done("PUT", *holding(102, 101, "10", dominant_influence=True))
     await world.done("PUT", *holding(102, 103, "100"))

@@ -219,6 +219,8 @@ async def test_the_newest_value_of_a_signal_that_is_seldom_sent_is_found_behind_
 
     expected = {name: (int(times[row]), float(row)) for name, row in seldom.items()}
     assert await latest() == expected | {"always": (int(times[-1]), len(times) - 1.0)}
+    # Again, now that it is known of one that it was never sent.
+    assert await latest() == expected | {"always": (int(times[-1]), len(times) - 1.0)}
     found = (await plant.http.get(f"/v1/machines/{machine['id']}/diagnosis")).json()["signals"]
     assert {one["name"] for one in found if one["last_us"]} == set(expected) | {"always"}
     # Where samples, then minutes, are kept no longer: the time is right to the bucket.
@@ -426,6 +428,10 @@ async def test_a_machine_of_more_than_a_thousand_signals_leaves_whole(stored: St
     refused = await plant.http.get("/v1/export", params={**wanted, "format": "parquet"})
     assert refused.status_code == 400
     assert "layout=narrow" in refused.json()["detail"]
+    five_each = {**wanted, "machine_id": stored.wide["id"], "format": "parquet", "resolution": "minute"}
+    refused = await plant.http.get("/v1/export", params=five_each)
+    assert refused.status_code == 400
+    assert "1150 columns" in refused.json()["detail"]
 
 
 async def test_a_file_whose_database_goes_away_is_seen_to_be_broken(stored: Stored) -> None:

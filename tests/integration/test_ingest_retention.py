@@ -345,9 +345,9 @@ async def test_quarantine_of_a_firm_is_bounded_and_what_is_refused_there_is_coun
     assert (await use(firms[0]))["bytes"] == 12_000
     await store([record(firms[0], number) for number in (0, 5)])
     assert await use(firms[0]) == {"bytes": 31_500, "refused_items": 3, "refused_samples": 9, "items": 6}
-    async with database.acquire() as connection:
-        item = await quarantine_store.quarantined_item(connection, f"full-{firms[0]}-0")
-    assert (item.replayed, item.raw) == (None, b"x" * 9_500)
+    again = await database.fetchrow("SELECT replayed, raw FROM quarantine WHERE id = $1", f"full-{firms[0]}-0")
+    assert again is not None
+    assert dict(again) == {"replayed": None, "raw": b"x" * 9_500}
     # And when the old has gone.
     await kept.enforce()
     assert await use(firms[0]) == {"bytes": 0, "refused_items": 3, "refused_samples": 9, "items": 0}

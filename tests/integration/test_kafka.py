@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
 
 import asyncpg
 import httpx
@@ -11,9 +12,10 @@ from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient
 
 from services.common import outbox, topics
-from services.common.database import Connection, create_pool, transaction
-from services.common.errors import TryAgain
+from services.common.database import Connection, Pool, create_pool, transaction
+from services.common.errors import TooLarge, TryAgain
 from services.common.kafka import (
+    REQUEST_BYTES_MAX,
     Cluster,
     MadeAnew,
     Message,
@@ -66,6 +68,37 @@ async def test_an_event_in_the_outbox_reaches_a_consumer_once_though_it_is_publi
     for task in (relay, running):
         task.cancel()
     await asyncio.gather(relay, running, return_exceptions=True)
+    await pool.close()
+
+
+async def test_an_outbox_of_large_events_leaves_in_batches_that_the_brokers_can_take_in_time(dsn: str) -> None:
+    pool = await create_pool(dsn, schema="matching", size_max=2)
+    sizes: list[int] = []
+    values: list[bytes | None] = []
+
+    class Slow:
+        async def publish_all(self, messages: Sequence[Message]) -> list[int]:
+            sizes.append(sum(len(message.value or b"") for message in messages))
+            if sizes[-1] > 9_000_000:
+                raise TryAgain("The message log does not answer.")
+            values.extend(message.value for message in messages)
+            return [0] * len(messages)
+
+    events = [None if number % 3 == 0 else bytes([number]) * 1_000_000 for number in range(30)]
+    async with pool.acquire() as connection, connection.transaction():
+        await outbox.write_all(connection, topics.DIRECTORY, [("machine/1", value) for value in events])
+        with pytest.raises(TooLarge):
+            await outbox.write(connection, topics.DIRECTORY, key="machine/1", value=bytes(REQUEST_BYTES_MAX))
+    relay = asyncio.create_task(OutboxRelay(pool, Slow(), schema="matching").run())  # type: ignore[arg-type]
+
+    async def is_empty() -> bool:
+        return bool(await pool.fetchval("SELECT count(*) = 0 FROM outbox"))
+
+    await eventually(is_empty)
+    assert values == events
+    assert len(sizes) == 3
+    relay.cancel()
+    await asyncio.gather(relay, return_exceptions=True)
     await pool.close()
 
 
@@ -164,9 +197,12 @@ async def test_a_record_that_the_database_refuses_goes_to_the_dead_letters_and_t
 async def test_a_poll_that_takes_too_long_is_stored_in_parts(cluster: Cluster, dsn: str, publisher: Publisher) -> None:
     pool = await create_pool(dsn, schema="ingest", size_max=4)
     sizes: list[int] = []
+    alive: list[bool] = []
 
     async def slow(_: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
         sizes.append(len(records))
+        await asyncio.sleep(0.3)
+        alive.append(await consumer.is_turning())
         if len(records) > 2:
             raise TimeoutError
         return []
@@ -174,7 +210,7 @@ async def test_a_poll_that_takes_too_long_is_stored_in_parts(cluster: Cluster, d
     for _ in range(7):
         await publisher.publish(topics.OFFERS, b"x", partition=1)
     consumer = PositionedConsumer(
-        cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.test.slow", handler=slow
+        cluster, pool, publisher, topic_names=[topics.OFFERS], group="smdih.test.slow", handler=slow, silence_s_max=0.5
     )
     running = asyncio.create_task(consumer.run())
 
@@ -185,6 +221,60 @@ async def test_a_poll_that_takes_too_long_is_stored_in_parts(cluster: Cluster, d
     await eventually(all_taken)
     assert not running.done(), running.exception()
     assert sum(size for size in sizes if size <= 2) == 7
+    # Not stuck, though nothing was stored for longer than a loop may be silent.
+    assert all(alive)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await pool.close()
+
+
+class Busy:
+    """A pool that has no connection for some who ask."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.refusals = 0
+
+    def acquire(self, **more: Any) -> Any:
+        if self.refusals:
+            self.refusals -= 1
+            raise TimeoutError
+        return self._pool.acquire(**more)
+
+    async def release(self, connection: Any) -> None:
+        await self._pool.release(connection)
+
+
+async def test_a_store_that_gets_no_connection_has_not_taken_too_long(
+    cluster: Cluster, dsn: str, publisher: Publisher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = await create_pool(dsn, schema="ingest", size_max=4)
+    busy, taken = Busy(pool), 0
+
+    async def take(_: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        nonlocal taken
+        taken += len(records)
+        return []
+
+    consumer = PositionedConsumer(
+        *(cluster, cast(Pool, busy), publisher),
+        topic_names=[topics.BOOKINGS],
+        group="smdih.test.busy",
+        handler=take,
+    )
+    running = asyncio.create_task(consumer.run())
+    await eventually(consumer.is_assigned)
+    busy.refusals = 2
+    await publisher.publish(topics.BOOKINGS, b"x", partition=0)
+
+    async def all_taken() -> bool:
+        return bool(running.done() or taken == 1)
+
+    await eventually(all_taken)
+    assert not running.done(), running.exception()
+    told = capsys.readouterr().out
+    assert "store failed, trying again" in told
+    assert "store took too long" not in told
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await pool.close()

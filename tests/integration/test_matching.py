@@ -521,6 +521,87 @@ async def test_what_a_consent_shared_ends_with_it(hub: Hub) -> None:
     await eventually(functools.partial(closed, need_id))
 
 
+async def test_what_a_consent_shared_does_not_come_back_with_the_end_of_a_match(hub: Hub, cluster: Cluster) -> None:
+    await hub.put_providers("gear-rigs")
+    other = {**PROVIDERS["gear-rigs"], "title": "Other gear rigs"}
+    await hub.ok("other_partner", "PUT", "/v1/providers/other-rigs", other)
+    shares = [*SHARE_ALL, "partners"]
+
+    async def matched(alarm_id: str, machine: int) -> tuple[str, dict[str, Any]]:
+        await give_consent(hub, shared=shares)
+        await hub.raise_alarm(alarm_id, machine)
+        need_id: str = (await opened_need(hub, machine))["id"]
+        offer = next(each for each in await offers_of(hub, need_id) if each["provider_id"] == "gear-rigs")
+        return need_id, (await hub.ok("firm", "POST", f"/v1/offers/{offer['id']}/accept"))["match"]
+
+    async def texts_for(who: str, need_id: str) -> set[tuple[str, tuple[str, ...]]]:
+        return {(each["need_text"], tuple(each["reasons"])) for each in await offers_of(hub, need_id, who)}
+
+    async def cancelled(match: dict[str, Any]) -> None:
+        await hub.ok("partner", "POST", f"/v1/matches/{match['id']}/cancel", {"reason": "ill"})
+
+    # It is not shown to partners any more.
+    need_id, match = await matched("back-1", machine_id(FIRM, 32))
+    await give_consent(hub)
+    await cancelled(match)
+    need = await hub.ok("firm", "GET", f"/v1/needs/{need_id}")
+    assert (need["state"], need["shown_to_partners"]) == ("open", False)
+    desk = (await hub.ok("partner", "GET", "/v1/desk/needs"))["needs"]
+    assert need_id not in {each["id"] for each in desk}
+    # Nothing is shared any more: who won goes on, who lost reads nothing, and the need is not opened again.
+    need_id, match = await matched("back-2", machine_id(FIRM, 33))
+    [before] = await texts_for("other_partner", need_id)
+    assert all(before)
+    await hub.ok("firm", "POST", "/v1/consents/revoke")
+    assert await texts_for("other_partner", need_id) == {("", ())}
+    assert ("", ()) not in await texts_for("partner", need_id)
+    await cancelled(match)
+    need = await hub.ok("firm", "GET", f"/v1/needs/{need_id}")
+    assert (need["state"], need["close_reason"], need["close_note"]) == ("closed", "CONSENT_ENDED", "ill")
+    assert await texts_for("partner", need_id) == {("", ())}
+    # An alarm that arrives when the consent has run out opens nothing.
+    await give_consent(hub, until_us=hub.clock.now_us() + 3_600_000_000)
+    raised_us = hub.clock.now_us()
+    hub.clock.shift = timedelta(hours=1, seconds=1)
+    await hub.raise_alarm("back-3", machine_id(FIRM, 34), raised_us=raised_us)
+    await all_taken_in(hub, cluster)
+    assert await hub.needs_of(machine_id(FIRM, 34)) == []
+
+
+async def test_a_machine_that_goes_on_alarming_gets_a_need_anew_once_the_first_has_ended(
+    hub: Hub, cluster: Cluster
+) -> None:
+    await give_consent(hub)
+    closed, finished = machine_id(FIRM, 35), machine_id(FIRM, 36)
+    await hub.raise_alarm("daily-0", closed)
+    need = await opened_need(hub, closed)
+    await hub.ok("firm", "POST", f"/v1/needs/{need['id']}/close", {"reason": "A false alarm."})
+    await hub.put_providers("gear-rigs")
+    await hub.raise_alarm("weekly-0", finished)
+    [offer] = await offers_of(hub, (await opened_need(hub, finished))["id"])
+    match = (await hub.ok("firm", "POST", f"/v1/offers/{offer['id']}/accept"))["match"]
+    began_us = hub.clock.now_us()
+
+    async def alarm_every_20_hours(first: int, last: int) -> None:
+        for number in range(first, last):
+            raised_us = began_us + number * 20 * 3_600_000_000
+            await hub.raise_alarm(f"daily-{number}", closed, raised_us=raised_us)
+            await hub.raise_alarm(f"weekly-{number}", finished, raised_us=raised_us)
+            await all_taken_in(hub, cluster)
+
+    await alarm_every_20_hours(1, 4)
+    assert [each["alarm_ids"] for each in await hub.needs_of(closed)] == [
+        ["daily-2", "daily-3"],
+        ["daily-0", "daily-1"],
+    ]
+    # While the work goes on, the fault is in hands.
+    assert [len(each["alarm_ids"]) for each in await hub.needs_of(finished)] == [4]
+    await hub.ok("firm", "POST", f"/v1/matches/{match['id']}/engage")
+    await hub.ok("firm", "POST", f"/v1/matches/{match['id']}/finish", {"result": "not_solved"})
+    await alarm_every_20_hours(4, 6)
+    assert [len(each["alarm_ids"]) for each in await hub.needs_of(finished)] == [2, 4]
+
+
 async def test_a_need_that_nobody_could_be_offered_for_is_closed_in_the_end(hub: Hub) -> None:
     need_id = (await open_need(hub))["need"]["id"]
     hub.clock.shift = timedelta(days=180, seconds=1)
@@ -586,7 +667,11 @@ async def test_things_of_other_firms_and_partners_are_not_there(hub: Hub) -> Non
         assert response.status_code == 403, (who, method, path, response.text)
     assert (await hub.call("", "GET", "/v1/needs")).status_code == 401
     # A partner sees what is asked of its provider, and by whom only once it is a match.
-    mine = next(each for each in (await hub.ok("partner", "GET", "/v1/offers"))["offers"] if each["id"] == offer_id)
+    mine = next(
+        each
+        for each in (await hub.ok("partner", "GET", "/v1/offers?page_size=500"))["offers"]
+        if each["id"] == offer_id
+    )
     assert (mine["firm_id"], mine["machine_id"], mine["need_text"]) == (0, 0, opened["need"]["text"])
     await hub.ok("firm", "POST", f"/v1/offers/{offer_id}/accept")
     [mine] = await offers_of(hub, need_id, who="partner")

@@ -134,29 +134,44 @@ async def test_a_match_is_engaged_finished_scored_by_both_and_closed(hub: Hub, c
     assert {event.correlation_id for event in events} == {match["correlation_id"]}
 
 
-async def test_scores_of_firms_bear_a_little_on_later_rankings(hub: Hub) -> None:
+async def test_scores_of_firms_bear_a_little_on_rankings_once_their_matches_are_closed(hub: Hub) -> None:
     async def parts() -> tuple[float, list[str]]:
         opened = await hub.ok("firm", "POST", "/v1/needs", {"text": "Our pressings split at the corner."})
         offer = next(each for each in opened["offers"] if each["provider_id"] == "forming")
         assert offer["score"] == pytest.approx(sum(offer["parts"].values()))
         return offer["parts"]["outcomes"], offer["reasons"]
 
-    assert (await parts())[0] == 0
-    for who in ("firm", "firm", "other_firm"):
+    async def scored(who: str) -> dict[str, Any]:
         match = await hub.matched("forming", "Our pressings split.", who)
         await hub.ok(who, "POST", f"/v1/matches/{match['id']}/engage")
         await hub.ok(who, "POST", f"/v1/matches/{match['id']}/finish", {"result": "not_solved"})
         await hub.ok(who, "POST", f"/v1/matches/{match['id']}/score", {"points": 1})
         # What a provider thinks of its own work moves nothing.
         await hub.ok("partner", "POST", f"/v1/matches/{match['id']}/score", {"points": 5})
+        return match
+
+    async def all_closed() -> bool:
+        matches = (await hub.ok("partner", "GET", "/v1/matches?state=finished"))["matches"]
+        return not any(each["provider_id"] == "forming" for each in matches)
+
+    for who in ("firm", "firm", "other_firm"):
+        match = await scored(who)
+    await hub.index.refresh()
+    assert (await parts())[0] == 0  # the partner would read there what it is not shown yet
+    hub.clock.shift = timedelta(days=31)
+    await eventually(all_closed)
+    await hub.index.refresh()
+    assert (await parts())[0] == 0  # two firms: too few not to tell what one has said
+    await hub.pool.execute("UPDATE match SET firm_id = 3 WHERE id = $1", match["id"])
+    await scored("other_firm")
+    hub.clock.shift = timedelta(days=62)
 
     async def counted() -> bool:
-        # Two firms with the lowest score, however many matches: 0.08 x (0.75 x 8 / 10 - 0.75).
-        return bool((await parts())[0] == pytest.approx(-0.012))
+        # Three firms with the lowest score, however many matches: 0.08 x (0.75 x 8 / 11 - 0.75).
+        return bool((await parts())[0] == pytest.approx(-0.016364))
 
     await eventually(counted, deadline_s=5)
-    # Too few firms to be named.
-    assert not any("scored" in reason for reason in (await parts())[1])
+    assert "3 firms have scored its work, 1.0 of 5 on average." in (await parts())[1]
 
 
 @pytest.mark.parametrize("who", ["firm", "partner", "operator"])

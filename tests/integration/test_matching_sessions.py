@@ -164,7 +164,7 @@ async def booking_events(cluster: Cluster) -> list[events_pb2.BookingEvent]:
 
 async def test_the_line_ends_when_the_session_begins(hub: Hub) -> None:
     await put(hub, "begun", seats=1, days=2)
-    await book(hub, "begun", "other_firm")
+    confirmed = await book(hub, "begun", "other_firm")
     waiting = await book(hub, "begun")
     assert waiting["state"] == "waiting"
     hub.clock.shift = timedelta(days=2, minutes=1)
@@ -174,6 +174,30 @@ async def test_the_line_ends_when_the_session_begins(hub: Hub) -> None:
 
     await eventually(ended)
     assert [each["kind"] for each in await told(hub, waiting)] == ["no_seat"]
+    # Who took part did: nobody takes that back afterwards.
+    for who, path in (("partner", "sessions/begun"), ("other_firm", f"bookings/{confirmed['id']}")):
+        late = await hub.call(who, "POST", f"/v1/{path}/cancel", {"reason": "nobody came"})
+        assert (late.status_code, late.json()["reason"]) == (409, "SESSION_BEGUN")
+    again = await hub.ok("other_firm", "POST", f"/v1/bookings/{confirmed['id']}/confirm")
+    assert again["state"] == "confirmed"
+
+
+async def test_a_booking_made_for_a_match_ends_with_it_and_its_seat_goes_to_the_line(hub: Hub) -> None:
+    await put(hub, "for-a-match", provider_id="gear-rigs", seats=1, days=1000)
+    match = await hub.matched("gear-rigs")
+    mine = await hub.ok("firm", "POST", "/v1/bookings", {"session_id": "for-a-match", "match_id": match["id"]})
+    waiting = await book(hub, "for-a-match", "other_firm")
+    assert (mine["state"], waiting["state"]) == ("confirmed", "waiting")
+    await hub.ok("firm", "POST", f"/v1/matches/{match['id']}/cancel", {"reason": "solved it", "close_need": True})
+
+    async def passed_on() -> bool:
+        return await state_of(hub, waiting) == "offered"
+
+    await eventually(passed_on)
+    ended = await hub.ok("firm", "GET", f"/v1/bookings/{mine['id']}")
+    assert (ended["state"], ended["end_reason"]) == ("cancelled", "MATCH_ENDED")
+    [notice] = await told(hub, mine)
+    assert (notice["kind"], "its match has ended" in notice["text"]) == ("booking_cancelled", True)
 
 
 async def test_firms_are_not_shown_sessions_of_providers_that_are_not_offered_any_more(hub: Hub) -> None:

@@ -385,6 +385,24 @@ async def test_a_key_is_rotated_with_an_overlap(hub: RegistryHub, firm: FirmAtHu
     ]
 
 
+async def test_a_key_that_is_rotated_again_has_the_length_that_the_first_one_was_made_for(firm: FirmAtHub) -> None:
+    day_us = 86_400_000_000
+    soon_us = time.time_ns() // 1000 + 30 * day_us
+    for made, length_us in (({}, 0), ({"valid_to_us": soon_us}, 30 * day_us)):
+        first = (await created(firm.admin, "/v1/credentials", {"role": "device", "label": "gateway"} | made))["id"]
+        lost = (await created(firm.admin, f"/v1/credentials/{first}/rotate", {}))["id"]
+        # The lost one was itself rotated before it was lost.
+        after = (await created(firm.admin, f"/v1/credentials/{lost}/rotate", {}))["id"]
+        assert (await firm.admin.delete(f"/v1/credentials/{lost}")).status_code == 204
+        again = (await created(firm.admin, f"/v1/credentials/{first}/rotate", {}))["id"]
+        keys = {one["id"]: one for one in (await firm.admin.get("/v1/credentials")).json()["credentials"]}
+        for credential in (after, again):
+            one = keys[credential]
+            length = (one["valid_to_us"] or one["valid_from_us"]) - one["valid_from_us"]
+            assert length == pytest.approx(length_us, abs=60_000_000)
+        assert keys[first]["valid_to_us"] > 0
+
+
 async def test_keys_of_others_are_neither_seen_nor_touched(hub: RegistryHub, firm: FirmAtHub) -> None:
     other = await hub.firm()
     path = f"/v1/credentials/{other.device_credential_id}"
@@ -658,7 +676,15 @@ async def test_what_was_mended_for_a_machine_is_replayed_in_one_call(firm: FirmA
 
     await eventually(stored)
     again = (await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json={"reason": "OUT_OF_RANGE"})).json()
-    assert (again["items"], again["accepted"], again["left"]) == (20, 0, 20)
+    assert (again["items"], again["accepted"], again["left"], again["next_page_token"]) == (20, 0, 20, "")
+    # Behind one of them: those before it are not sent again.
+    items = (await firm.admin.get("/v1/quarantine")).json()["items"]
+    waiting = [one for one in items if one["replayed_us"] is None and one["reason"] == "OUT_OF_RANGE"]
+    body = {"reason": "OUT_OF_RANGE", "page_token": f"{waiting[5]['received_us']}.{waiting[5]['id']}"}
+    rest = (await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json=body)).json()
+    assert (rest["items"], rest["left"]) == (5, 20)
+    body["page_token"] = "x"
+    assert (await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json=body)).status_code == 400
 
 
 async def test_dismissed_proposals_stay_away_and_those_of_others_are_not_touched(
@@ -742,11 +768,34 @@ async def test_what_came_before_a_machine_was_registered_is_replayed_when_it_is(
     for number in range(3):
         await firm.send(f"{firm.slug}/leeds/Late", {"current": number}, ts=start_ms + number * 1000)
         await firm.send(f"{firm.slug}/leeds/other", {"current": number}, ts=start_ms + number * 1000)
+    # A gateway that nobody has registered sends on and on; what is meant stands behind more than a call looks at.
+    connection = await asyncpg.connect(dsn, server_settings={"search_path": "ingest,public"})
+
+    async def flooded() -> bool:
+        columns = "firm_id, credential_id, source, door, reason, detail, samples, correlation_id, batch, machine_path"
+        done = await connection.execute(
+            f"INSERT INTO quarantine (id, received, {columns}) SELECT q.id || n, q.received - INTERVAL '1 hour', {columns} FROM "
+            "(SELECT * FROM quarantine WHERE firm_id = $1 AND detail LIKE '%/other%' LIMIT 1) AS q, generate_series(1, 50050) AS n",
+            firm.id,
+        )
+        return str(done) == "INSERT 0 50050"
+
+    try:
+        await eventually(flooded)
+    finally:
+        await connection.close()
     machine = await firm.machine("late")
     found = await firm.diagnosis(machine["id"])
     assert found["verdict"] == "REGISTERED_LATER"
     replay = await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json={"reason": "UNKNOWN_MACHINE"})
-    assert replay.json() == {"items": 3, "accepted": 3, "quarantined": 0, "left": 3, "is_complete": True}
+    assert replay.json() == {
+        "items": 3,
+        "accepted": 3,
+        "quarantined": 0,
+        "left": 0,
+        "is_complete": True,
+        "next_page_token": "",
+    }
 
     async def stored() -> bool:
         return await frames_of(firm, dsn, machine["id"]) == [[None, 0.0], [None, 1.0], [None, 2.0]]

@@ -433,6 +433,17 @@ def test_a_ranking_with_an_award_moved_is_refused(method: Method) -> None:
         assert not check_allocation(allocation_input(declared, APPLICATIONS), bent).holds
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"input": {}}', "not json", "[" * 100_000])
+def test_what_is_no_allocation_is_told_in_a_line(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.json"
+    file.write_text(content)
+    for path in (file, tmp_path / "none"):
+        assert checker.main([str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_changed_input_or_no_document_is_refused() -> None:
     certificate = decide(DECLARED, APPLICATIONS)
     given_input = allocation_input(DECLARED, APPLICATIONS)

@@ -10,7 +10,7 @@ from email.message import EmailMessage
 import pytest
 
 from services.anomaly import senders
-from services.anomaly.contact_store import Claimed
+from services.anomaly.contact_store import WAITING_COUNTED_MAX, Claimed
 from services.anomaly.contacts import check_webhook
 from services.anomaly.delivery import (
     ATTEMPTS_MAX,
@@ -140,6 +140,13 @@ def test_a_name_adds_no_line_to_a_mail(name: str) -> None:
     assert [line for line in lines if line and not line.startswith((b"Subject:", b" "))] == []
 
 
+def test_a_mail_says_how_many_wait_behind_it() -> None:
+    raised = Claimed(replace(DELIVERY, transition="raised"), CONTACT, ALARM)
+    assert "waiting" not in text(raised)
+    assert "waiting for this address: 7 more\n" in text(replace(raised, waiting=7))
+    assert "at least 1,000 more" in text(replace(raised, waiting=WAITING_COUNTED_MAX))
+
+
 def test_what_a_server_says_can_be_stored() -> None:
     said = str(NotDelivered("stopp\udcfc\0" + "x" * 1_000))
     assert said.startswith("stopp\\udcfc x")
@@ -157,7 +164,9 @@ async def test_a_mail_server_that_answers_slowly_does_not_outlast_the_claim(monk
         writer.close()
 
     async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
-        mail = MailSender(host="127.0.0.1", port=server.sockets[0].getsockname()[1], sender="a@b.cc", tls="none")
+        mail = MailSender(
+            Seal(), host="127.0.0.1", port=server.sockets[0].getsockname()[1], sender="a@b.cc", tls="none"
+        )
         with pytest.raises(NotDelivered):
             await mail.send(Claimed(DELIVERY, replace(CONTACT, address="x@y.zz"), None), now_us=1)
     assert CLAIM_S > MAIL_TIMEOUT_S

@@ -65,6 +65,22 @@ def test_the_wait_that_is_asked_for_is_bounded() -> None:
     assert refused.value.retry_after_s == 60
 
 
+def test_a_debt_is_not_forgiven_to_those_who_wait() -> None:
+    time = Time()
+    buckets = buckets_with(time)
+    buckets.checked(1).spend(QUOTA * QUOTA_BURST_S * 3)  # two minutes' worth of debt
+    for _ in range(23):
+        buckets.measured()
+        time.now_s += SHARE_INTERVAL_S
+    with pytest.raises(SlowDown):
+        buckets.checked(1)
+    for _ in range(13):
+        buckets.measured()
+        time.now_s += SHARE_INTERVAL_S
+    assert buckets.measured() == {1: 0.0}  # full again
+    assert buckets.measured() == {}
+
+
 @pytest.mark.parametrize("wishes", [(1000, 1000), (1000, 0), (1000, 30), (40, 40), (1000, 1000, 1000)])
 def test_several_doors_together_keep_the_quota(wishes: tuple[int, ...]) -> None:
     """Each door wants so many samples a second; what they take together settles at the quota, or at what is wanted."""

@@ -120,7 +120,6 @@ def test_frames_of_one_batch_are_split_before_they_are_too_large_for_a_record(co
     checked = wide(450 if columns == 450 else 200).check(SENDER, sent)
     assert (checked.accepted, checked.quarantine) == (rows * columns, [])
     assert max(frames.ByteSize() for frames in checked.frames) < FRAMES_BYTES_MAX + 1_000
-    assert [frames.more for frames in checked.frames] == [True] * (len(checked.frames) - 1) + [False]
     found = np.full((rows, 450), np.nan)
     for frames in checked.frames:
         at = np.frombuffer(frames.times_us, "<i8") - times[0]
@@ -128,6 +127,20 @@ def test_frames_of_one_batch_are_split_before_they_are_too_large_for_a_record(co
         found[at, first : first + frames.width] = np.frombuffer(frames.values, "<f8").reshape(-1, frames.width)
     np.testing.assert_array_equal(found[:, :columns], cells)
     assert np.isnan(found[:, columns:]).all()
+
+
+def test_the_names_of_signals_are_kept_once_and_only_as_long_as_a_machine_has_them() -> None:
+    check = wide(1)
+    directory = check._directory
+    for width in (2, 3, 4):
+        signals = [directory_pb2.Signal(id=n + 1, name=f"s{n}") for n in range(width)]
+        for machine_id in (5, 6):
+            machine = directory_pb2.Machine(id=machine_id, firm_id=1, path=f"acme/works/{machine_id}", signals=signals)
+            entry = directory_pb2.DirectoryEntry(machine=machine)
+            directory.machines.entries[machine_id] = entry.SerializeToString()
+            sent = batch(machine_id=machine_id, values=[1.0] * width)
+            assert check.check(SENDER, sent).accepted == width
+    assert [len(names) for names in check._positions] == [4]
 
 
 def test_rows_that_would_grow_past_all_bounds_are_quarantined_with_what_to_send_instead() -> None:

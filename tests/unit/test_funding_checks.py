@@ -85,6 +85,7 @@ def assess(
     sic: str = "25.62",
     other_public: int = 0,
     partners: tuple[ProjectPartner, ...] = (),
+    related: list[checks.Related] | None = None,
     **declared: Any,
 ) -> Assessment:
     facts = checks.Facts(
@@ -94,6 +95,7 @@ def assess(
         requested_pence=requested,
         other_public_pence=other_public,
         partners=partners,
+        related=related or (),
         pledges=pledges,
         given=given_ or (),
     )
@@ -190,6 +192,21 @@ def test_the_call_names_the_definition_of_size() -> None:
     )
     assert assess(size=fifty).size is Size.SMALL
     assert assess(size=fifty, call_=call(size_definition=Definition.EU)).size is Size.MEDIUM
+
+
+def test_holdings_on_record_that_are_not_declared_are_told_to_who_decides() -> None:
+    eu = call(size_definition=Definition.EU)
+    related = [checks.Related(firm_id=7, percent="60"), checks.Related(firm_id=9, percent="25")]
+
+    def told(size: SizeFigures, call_: Call) -> str:
+        (text,) = [one.text for one in assess(size=size, call_=call_, related=related).findings if one.rule == "SME"]
+        return text
+
+    assert "firm 7 (60 %), firm 9 (25 %) count in its size, and the declaration states 0" in told(SMALL, eu)
+    small = replace(HOLDING, percent="24.99")
+    assert "states 1 such" in told(replace(SMALL, relations=(HOLDING, small)), eu)
+    assert "By record" not in told(replace(SMALL, relations=(HOLDING, replace(HOLDING, percent="25"))), eu)
+    assert "its group has firm 7" in told(SMALL, call())
 
 
 @pytest.mark.parametrize(

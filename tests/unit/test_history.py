@@ -70,6 +70,20 @@ def test_what_cannot_be_sent_is_named_with_its_row(tmp_path: Path) -> None:
     assert "b: 'warm'" in block.left_out[-1].detail
 
 
+@pytest.mark.parametrize("cell", ['"4', '"4"x', '"' + "4" * 200_000, "4" * 200_000])
+def test_a_row_that_is_no_csv_costs_no_other_row(tmp_path: Path, cell: str) -> None:
+    path = _csv(tmp_path / "press.csv", 600)
+    lines = path.read_text().splitlines()
+    lines[5] = f"{START_S + 4},{cell},2"
+    path.write_text("\n".join(lines))
+    first, second = blocks(path)
+    assert (first.rows_read, second.rows_read) == (500, 100)
+    assert first.rows.tolist() == [1, 2, 3, 4, *range(6, 501)]
+    assert first.values[4:, 0].tolist() == list(range(5, 500))
+    ((reason, row, cells),) = [(one.reason, one.row, one.cells) for one in first.left_out]
+    assert (reason, row, cells) == (NO_NUMBER, 5, 2)
+
+
 def test_parquet_columns_that_are_no_numbers_and_rows_without_a_time_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "press.parquet"
     stamps = [datetime(2020, 1, 1, tzinfo=UTC), None, datetime(2020, 1, 2, tzinfo=UTC)]
@@ -123,11 +137,19 @@ def test_progress_is_kept_and_a_changed_file_is_not_taken_up_again(tmp_path: Pat
     path = tmp_path / "progress.json"
     counts = Counts(rows=500, stored=900, quarantined=3, reasons={"OUT_OF_RANGE": 3})
     Progress(path).move(job, fingerprint(job), 1, counts, is_done=False)
-    assert Progress(path).of(job) == (1, counts, False)
-    assert Progress(path).of(Job(job.path, "other.csv", "m")) == (0, Counts(), False)
+    assert Progress(path).of(job, fingerprint(job)) == (1, counts, False)
+    assert Progress(path).of(Job(job.path, "other.csv", "m"), "") == (0, Counts(), False)
     _csv(job.path, 11)
     with pytest.raises(NotARecording, match="has changed"):
-        Progress(path).of(job)
+        Progress(path).of(job, fingerprint(job))
+    # By one digit far from both ends.
+    _csv(job.path, 200_000)
+    before, content = fingerprint(job), bytearray(job.path.read_bytes())
+    assert len(content) > 3 * 1024 * 1024
+    middle = content.index(b",100000,")
+    content[middle + 2] ^= 1
+    job.path.write_bytes(content)
+    assert fingerprint(job) != before
     path.write_text("[]")
     with pytest.raises(NotARecording, match="no progress file"):
         Progress(path)

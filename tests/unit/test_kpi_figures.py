@@ -1,6 +1,7 @@
 """Counters, energy, local time, tariffs and carbon, on figures that can be checked by hand."""
 
 import time
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from zoneinfo import ZoneInfo
@@ -68,6 +69,9 @@ def test_read_faults_of_a_counter_count_for_nothing() -> None:
     ):
         assert (sum(_counts(faulty)[0]), _counts(faulty)[1]) == (495, 0)
         assert (sum(_counts(faulty, 10_000_000)[0]), _counts(faulty)[1]) == (495, 0)
+    assert _counts([[1_000_000], [0], [1_000_005]]) == ([0, 0, 5], 0)
+    often = [[0.0] if n % 5 == 2 else minute for n, minute in enumerate(life)]
+    assert sum(_counts(often)[0]) == 495
     # Also where nothing else moves.
     still = [[1_000_000.0]] * 40 + [[0.0]] + [[1_000_000.0]] * 40
     assert sum(_counts(still)[0]) == 0
@@ -218,6 +222,12 @@ def test_many_shifts_and_breaks_take_no_time() -> None:
     assert planned[:1440].sum() == 120 + 10
     assert planned[1440 : 2 * 1440].sum() == 480 - 32 + 10
     assert [planned[n * 1440 : (n + 1) * 1440].sum() for n in (5, 6)] == [0, 10]
+
+
+def test_settings_from_before_there_were_bounds_count_as_not_said() -> None:
+    sane = KpiSettings(volts=400, ideal_cycle_s=24)
+    for stored in (replace(sane, energy_rollover=1e30), replace(sane, off_below=1e300, working_from=1e300)):
+        assert KpiSettings.from_json(stored.as_json()) == sane
 
 
 def _tariff(number: int, valid_from: date, day: str, night: str) -> Tariff:

@@ -100,7 +100,8 @@ def test_urgency_follows_severity() -> None:
     ],
 )
 def test_a_consent_covers_its_time_its_machines_and_its_severities(consent: Consent, expected: Coverage) -> None:
-    assert consent.coverage(machine_id=70, severity=Severity.MEDIUM, raised=NOON) is expected
+    covered = consent.coverage(machine_id=70, severity=Severity.MEDIUM, raised=NOON, now=NOON)
+    assert covered is expected
 
 
 @pytest.mark.parametrize(

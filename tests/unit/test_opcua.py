@@ -15,7 +15,11 @@ from asyncua import ua
 from smdih_client.buffer import BufferFull
 from smdih_client.opcua import (
     BadConfiguration,
+    Configuration,
+    Gateway,
     Proposal,
+    Server,
+    Source,
     Variable,
     Waiting,
     _free,
@@ -140,6 +144,39 @@ async def test_what_the_disk_did_not_take_waits_and_newer_values_win(error: Base
     waiting.add(Variable("m", "a", "ns=2;i=1"), 2, _value(1.0, ua.VariantType.Double))
     await waiting.send(cast(TelemetryClient, Buffering(meanwhile, BufferFull("full"))))
     assert (totals.refused, waiting.samples) == (1, 0)
+
+
+async def test_what_comes_while_a_stopped_gateway_writes_goes_to_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server("opc.tcp://127.0.0.1:1", False, 1000, (Variable("m", "s", "ns=2;i=1"),))
+    gateway = Gateway(Configuration("127.0.0.1:1", "opcua", tmp_path / "buffer", (server,)), "key")
+    number = iter(range(100))
+
+    def comes() -> None:
+        gateway.waiting.add(server.variables[0], next(number), _value(1.0, ua.VariantType.Double))
+
+    write = TelemetryClient.send
+
+    async def slow(client: TelemetryClient, *args: Any, **named: Any) -> None:
+        if gateway.waiting.totals.received == 1:
+            comes()
+        await write(client, *args, **named)
+
+    reading = asyncio.Event()
+
+    async def read(_: Source) -> None:
+        reading.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(TelemetryClient, "send", slow)
+    monkeypatch.setattr(Source, "run", read)
+    running = asyncio.create_task(gateway.run())
+    await reading.wait()
+    comes()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert (gateway.waiting.totals.kept, gateway.waiting.samples) == (2, 0)
 
 
 def test_names_are_made_fit_for_the_registry_and_told_apart_without_regard_to_case() -> None:

@@ -32,6 +32,20 @@ def test_separators_and_times_are_understood(tmp_path: Path, text: str) -> None:
     assert recording.refused == 0
 
 
+def test_a_date_with_the_month_first_is_no_time_rather_than_another_one(tmp_path: Path) -> None:
+    recording = read(_file(tmp_path, "t,a\n03/04/2026 12:00:00,1\n03/13/2026 12:00:00,2\n"))
+    assert recording.times_us.tolist() == [1775217600_000_000]  # 3 April
+    assert recording.refused == 1
+
+
+def test_a_quote_without_an_end_costs_its_row_and_no_other(tmp_path: Path) -> None:
+    rows = [f"{1767225600 + n},{n},0" for n in range(10)]
+    rows[3] = '1767225603,"3,0'
+    recording = read(_file(tmp_path, "t,a,b\n" + "\n".join(rows) + "\n"))
+    assert recording.values[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert recording.refused == 2
+
+
 def test_cells_that_are_no_numbers_are_refused_and_counted(tmp_path: Path) -> None:
     recording = read(_file(tmp_path, "t,a,b\n2026-01-01,1,hot\nyesterday,3,4\n2026-01-02,5,6\n"))
     assert recording.values.shape == (2, 2)
@@ -51,6 +65,8 @@ def test_of_rows_with_the_same_time_the_later_wins_where_it_has_a_value(tmp_path
         ("t,a\n", "at least one row"),
         ("just a text\nand another\n", "one column"),
         ("t,a,a\n2026-01-01,1,2\n", "same name"),
+        ('t,"a,b\n2026-01-01,1,2\n', "header cannot be read"),
+        ("t," + "a" * 200_000 + "\n2026-01-01,1,2\n", "header cannot be read"),
         ("t,a\nno,1\nnever,2\n", "no row has a time"),
     ],
 )

@@ -1,9 +1,9 @@
 """Kafka at its edges: making topics, publishing durably, and consuming with the position in the database."""
 
+from services.common.kafka.attempts import Attempts
 from services.common.kafka.cluster import REQUEST_BYTES_MAX, Cluster, Identity, create_topics
 from services.common.kafka.consuming import (
     RETRY_DELAY_S_MAX,
-    STALLED_S_MAX,
     Fenced,
     MadeAnew,
     PositionedConsumer,
@@ -19,7 +19,7 @@ __all__ = [
     "DEAD_LETTERS_IN_A_ROW_MAX",
     "REQUEST_BYTES_MAX",
     "RETRY_DELAY_S_MAX",
-    "STALLED_S_MAX",
+    "Attempts",
     "Cluster",
     "DeadLetters",
     "Fenced",

@@ -4,7 +4,8 @@ import asyncio
 import functools
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import asyncpg
@@ -21,6 +22,7 @@ from prometheus_client import Counter, Gauge
 from services.common import tracing
 from services.common.database import AWAY, REFUSED, Connection, Pool
 from services.common.errors import TryAgain
+from services.common.kafka.attempts import ATTEMPT_S_MAX, SILENCE_S_MAX, Attempts
 from services.common.kafka.cluster import Cluster
 from services.common.kafka.deadletters import DeadLetters, dead_letters_total
 from services.common.kafka.publishing import Publisher
@@ -31,8 +33,6 @@ log = get_logger(__name__)
 
 POLL_TIMEOUT_MS = 200
 RETRY_DELAY_S_MAX = 5
-# A consumer that has work and stores nothing for this long is stuck and should be started anew.
-STALLED_S_MAX = 60
 OFFSET_COMMIT_INTERVAL_S = 5
 REASON_LENGTH_MAX = 300
 
@@ -87,6 +87,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         records_max: int = 500,
         poll_bytes_max: int = 16 * 1024 * 1024,
         on_change: Callable[[], Awaitable[None]] | None = None,
+        silence_s_max: float = SILENCE_S_MAX,
     ) -> None:
         self._cluster = cluster
         self._pool = pool
@@ -105,6 +106,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         self._working = asyncio.Lock()
         self._broken: BaseException | None = None
         self._dead_letters = DeadLetters(publisher)
+        self._attempts = Attempts(publisher.answers, silence_s_max=silence_s_max)
         self._last_progress = time.monotonic()
         self._last_offset_commit = 0.0
         self._consumer: AIOKafkaConsumer | None = None
@@ -145,8 +147,8 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         return self._assigned.is_set() and self._broken is None
 
     async def is_turning(self) -> bool:
-        """Liveness: the loop makes progress, or has nothing to do."""
-        return self._broken is None and self.stalled_s < STALLED_S_MAX
+        """Liveness: the loop tries, or has nothing to do."""
+        return self._broken is None and await self._attempts.go_on()
 
     @property
     def lag(self) -> int:
@@ -188,6 +190,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 self._positions = await self._load_positions(assigned)
                 self._seek(self._positions)
             self._last_progress = time.monotonic()
+            self._attempts.ended()
             self._assigned.set()
             log.info("partitions assigned", partitions=sorted(f"{p.topic}/{p.partition}" for p in assigned))
         except BaseException as error:
@@ -218,6 +221,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 await self._store(records)
             if records or self.lag == 0:
                 self._last_progress = time.monotonic()
+                self._attempts.ended()
         await self._tell_broker(consumer)
 
     async def _store(self, records: Sequence[ConsumerRecord]) -> bool:
@@ -232,7 +236,11 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         one_by_one = False
         while True:
             try:
-                async with self._pool.acquire(timeout=10) as connection, connection.transaction():
+                async with (
+                    asyncio.timeout(ATTEMPT_S_MAX),
+                    self._connection() as connection,
+                    connection.transaction(),
+                ):
                     if self._note is not None:
                         await self._note(connection, records)
                     handle = self._handle_one_by_one if one_by_one else self._handler
@@ -252,6 +260,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 return False
             except TimeoutError as error:
                 log.warning("store took too long, trying half of it", error=repr(error), records=len(records))
+                self._attempts.ended()
                 await self._changed()
                 half = len(records) // 2
                 if half:
@@ -261,11 +270,13 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 if one_by_one:
                     raise  # what is refused is not of one record
                 log.warning("the database refuses a record, looking which", error=repr(error))
+                self._attempts.ended()
                 one_by_one = True
                 await self._changed()
             except (*AWAY, asyncpg.DeadlockDetectedError, asyncpg.SerializationError, TryAgain) as error:
                 # The outcome of a COMMIT may be open: the position in the database tells, and the fence refuses a repeat.
                 log.warning("store failed, trying again", error=repr(error), delay_s=delay_s)
+                self._attempts.ended()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
                 await self._changed()
@@ -274,6 +285,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
         for partition, found in by_partition.items():
             consumed_total.labels(self._topics[partition.topic], self._group_label).inc(len(found))
         self._last_progress = time.monotonic()
+        self._attempts.ended()
         return True
 
     async def _handle_one_by_one(
@@ -288,6 +300,18 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 bad.append((record, f"REFUSED_BY_DATABASE: {error}"[:REASON_LENGTH_MAX]))
                 await self._changed()
         return bad
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        """Raises TryAgain where none is to be had: that is no store that took too long."""
+        try:
+            connection = await self._pool.acquire(timeout=10)
+        except TimeoutError as error:
+            raise TryAgain("No connection to the database was to be had.") from error
+        try:
+            yield connection
+        finally:
+            await self._pool.release(connection)
 
     async def _changed(self) -> None:
         if self._on_change is not None:
@@ -322,21 +346,23 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                         row = await connection.fetchrow(
                             "INSERT INTO position AS p (topic, partition, next_offset, topic_id) VALUES ($1, $2, 0, $3) "
                             "ON CONFLICT (topic, partition) DO UPDATE "
-                            "SET topic_id = CASE p.topic_id WHEN '' THEN excluded.topic_id ELSE p.topic_id END "
+                            "SET topic_id = CASE WHEN p.topic_id = '' OR p.next_offset = 0 "
+                            "THEN excluded.topic_id ELSE p.topic_id END "
                             "RETURNING next_offset, unreadable_in_a_row, topic_id",
                             *(partition.topic, partition.partition, topic_id),
                         )
                         assert row is not None
                         if row["topic_id"] != topic_id:
                             raise MadeAnew(
-                                f"{partition.topic} is not the topic that {row['next_offset']} records were taken in from: it was "
-                                "deleted and made again. Stop the hub and run python -m services.reconcile after-kafka-loss."
+                                f"{partition.topic} is not the topic that was taken in up to {row['next_offset']}: it was deleted "
+                                "and made again. Stop the hub and run python -m services.reconcile after-kafka-loss."
                             )
                         loaded[partition] = row["next_offset"]
                         self._unreadable_in_a_row[partition] = row["unreadable_in_a_row"]
                 return loaded
             except AWAY as error:
                 log.warning("positions cannot be loaded yet", error=repr(error))
+                self._attempts.ended()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
 

@@ -35,6 +35,10 @@ class DeadLetters:
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
 
+    async def answers(self) -> bool:
+        """A broker answers."""
+        return await self._publisher.answers()
+
     async def bury(self, topic: str, records: Sequence[Any], bad: Sequence[tuple[Any, str]], *, in_a_row: int) -> int:
         """Keep the bad ones among these records of one partition (topic named without prefix), each with its reason.
 

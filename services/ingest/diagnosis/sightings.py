@@ -19,11 +19,12 @@ from services.common.errors import HubError
 from services.common.identity import KEY_ROLES, key_prefix, key_sha256
 from services.common.logs import get_logger
 from services.common.metrics import watch_queue
+from services.common.texts import showable
 from services.ingest.diagnosis import proposal_store
 from services.ingest.diagnosis import sightings_store as store
 from services.ingest.diagnosis.proposal_store import ProposalKey, Seen
 from services.ingest.diagnosis.sightings_store import MachineSeen, RefusalKey, Refused
-from services.ingest.domain import BadName, Reason, Sender, UnknownSignal, check_signal_name, showable
+from services.ingest.domain import BadName, Reason, Sender, UnknownSignal, check_signal_name
 from smdih.directory.v1 import directory_pb2 as pb
 
 log = get_logger(__name__)
@@ -97,9 +98,7 @@ class Sightings:
         """Input of a known sender that was put aside or sent back."""
         if not sender.is_live:
             return
-        key = RefusalKey(
-            sender.firm_id, machine_id, sender.credential_id, showable(subject, length_max=TEXT_LENGTH_MAX), reason
-        )
+        key = RefusalKey(sender.firm_id, machine_id, sender.credential_id, showable(subject[:TEXT_LENGTH_MAX]), reason)
         self._note(key, sender.source, sender.door, samples, detail, clock_off_us)
 
     def key_refused(self, key: str, credential: pb.Credential | None, reason: str, detail: str) -> None:
@@ -154,7 +153,7 @@ class Sightings:
         now_us = self._clock.now_us()
         times, first_us = (before.times, before.first_us) if before else (0, now_us)
         samples += before.samples if before else 0
-        detail = showable(detail, length_max=TEXT_LENGTH_MAX)
+        detail = showable(detail[:TEXT_LENGTH_MAX])
         return Refused(times + 1, samples, first_us, now_us, source, door, detail, clock_off_us)
 
     def take(self, *, with_machines: bool) -> Notes:

@@ -21,11 +21,12 @@ from services.common.clock import Clock, from_us, to_us
 from services.common.database import Connection, Pool, transaction
 from services.common.errors import TryAgain
 from services.common.logs import get_logger
-from services.ingest.domain import QUARANTINE_BYTES_PER_FIRM_MAX, STORED_DAYS_MIN
+from services.common.texts import showable
+from services.ingest.domain import PATH_LENGTH_MAX, QUARANTINE_BYTES_PER_FIRM_MAX, STORED_DAYS_MIN
 from services.ingest.historian.binarycopy import HEADER, TRAILER, Floats, Ints, keyed_rows
 from services.ingest.historian.rollups import Bools, OpenBuckets, Stats
 from services.ingest.numbering import numbers_of
-from smdih.ingest.v1 import records_pb2
+from smdih.ingest.v1 import records_pb2, telemetry_pb2
 
 log = get_logger(__name__)
 
@@ -98,11 +99,12 @@ WHERE total(excluded.counts) >= total({table}.counts)
 
 _QUARANTINE = """
 INSERT INTO quarantine AS q (id, firm_id, credential_id, source, door, reason, detail, samples, received, correlation_id, batch,
-    raw, machine_id)
-SELECT id, firm_id, credential_id, source, door, reason, detail, samples, received, correlation_id, batch, raw, machine_id
+    raw, machine_id, machine_path)
+SELECT id, firm_id, credential_id, source, door, reason, detail, samples, received, correlation_id, batch,
+    raw, machine_id, machine_path
 FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bigint[], $9::timestamptz[],
-    $10::text[], $11::bytea[], $12::bytea[], $13::bigint[])
-AS n (id, firm_id, credential_id, source, door, reason, detail, samples, received, correlation_id, batch, raw, machine_id)
+    $10::text[], $11::bytea[], $12::bytea[], $13::bigint[], $14::text[]) AS n (id, firm_id, credential_id, source, door, reason,
+    detail, samples, received, correlation_id, batch, raw, machine_id, machine_path)
 ON CONFLICT (id) DO UPDATE SET credential_id = excluded.credential_id, door = excluded.door, detail = excluded.detail,
     received = excluded.received, correlation_id = excluded.correlation_id, batch = excluded.batch, raw = excluded.raw,
     replayed = NULL
@@ -292,7 +294,7 @@ class Historian:
                 (
                     *(item.id, item.firm_id, item.credential_id, item.source, item.door, item.reason, item.detail),
                     *(item.samples, received, item.correlation_id, item.batch or None, item.raw or None),
-                    item.machine_id,
+                    *(item.machine_id, _path_of(item)),
                 )
             )
         if rows:
@@ -561,6 +563,17 @@ def _one_each(slots: Ints, times: Ints, values: Floats, *, last: bool) -> tuple[
     # Where there is none, the row chosen means nothing.
     some = np.logical_or.reduceat(present, starts, axis=0)
     return slots[starts], times[starts], np.where(some, np.take_along_axis(values, chosen, axis=0), np.nan)
+
+
+def _path_of(item: records_pb2.QuarantineRecord) -> str:
+    """Of an item for a machine that is not registered: its path as it would be registered."""
+    if item.machine_id or not item.batch:
+        return ""
+    try:
+        path = telemetry_pb2.Batch.FromString(item.batch).machine_path
+    except DecodeError:
+        return ""
+    return showable(path.lower()[:PATH_LENGTH_MAX])
 
 
 def _fits(batch: records_pb2.FrameBatch) -> bool:

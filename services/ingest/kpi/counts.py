@@ -21,6 +21,7 @@ AMPERES: Final = {"mA": 0.001, "A": 1.0, "kA": 1000.0}
 FALL_SHARE_MIN: Final = 0.1
 # Two values a minute, of four weeks.
 FAULT_VALUES_MAX: Final = 2 * 28 * 24 * 60
+FAULTS_FEW: Final = 3
 FAULTS_SHARE_MAX: Final = 0.05
 USUAL_RATES_MAX: Final = 10.0
 FAULT_ROUNDS_MAX: Final = 5
@@ -84,21 +85,20 @@ def _highest(values: Floats, begins: Bools) -> Floats:
 def _faults(values: Floats, minutes: Ints) -> Bools:
     """Which values of a counter are read faults: away from its course, to which one jump leads back.
 
-    The jump is more than half of the way, and far more than the counter usually moves in that time. A counter that looks like
-    that in many of its values is one that is often set back.
+    The jump is more than half of the way, and far more than the counter usually moves in that time; such jumps are no measure of
+    that themselves, unless they are so many that it looks like a counter that is often set back.
     """
     turned = [(len(values) - end, len(values) - start) for start, end in _dips(-values[::-1])]
     # With the rise to or from each: that is what would be counted for nothing.
     found = [(start, end, end) for start, end in _dips(values)] + [(start, end, start) for start, end in turned]
     faults = np.zeros(len(values), dtype=bool)
-    if len(found) > FAULTS_SHARE_MAX * len(values):
-        return faults
     rates = np.diff(values, prepend=values[0]) / np.maximum(np.diff(minutes, prepend=minutes[0]), 1)
     usual = rates > 0
-    usual[[rise for _, _, rise in found]] = False
+    if len(found) <= max(FAULTS_FEW, FAULTS_SHARE_MAX * len(values)):
+        usual[[rise for _, _, rise in found]] = False
     # What is read before the course begins, and is next to nothing beside it.
-    ahead = 10 * np.maximum.accumulate(values[:-1]) < values[1:]
-    leading = (np.flatnonzero(ahead & usual[1:])[:1] + 1).tolist()
+    ahead = usual[1:] & (10 * np.maximum.accumulate(values[:-1]) < values[1:])
+    leading = (np.flatnonzero(ahead)[:1] + 1).tolist()
     usual[leading] = False
     high = USUAL_RATES_MAX * float(np.median(rates[usual])) if usual.any() else 0.0
     for end in leading:

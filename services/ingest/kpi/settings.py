@@ -79,7 +79,12 @@ class KpiSettings:
             Shift(one["start"], one["end"], tuple(one["days"]), tuple((start, end) for start, end in one["breaks"]))
             for one in stored["shifts"]
         )
-        return cls(**{**stored, "shifts": shifts, "closed_days": tuple(stored["closed_days"])})
+        found = cls(**{**stored, "shifts": shifts, "closed_days": tuple(stored["closed_days"])})
+        # What was stored before there were bounds gives figures that are no numbers: it counts as not said.
+        return replace(found, **{name: getattr(cls(), name) for name in found._beyond()})
+
+    def _beyond(self) -> list[str]:
+        return [name for name, most in MOST.items() if (getattr(self, name) or 0) > most]
 
     def check(self, machine: pb.Machine) -> None:
         """Raises ValueError with what is wrong."""
@@ -101,9 +106,8 @@ class KpiSettings:
             raise ValueError("dwell_minutes: 1 to 60; gap_minutes: 0 to 60")
         if min(self.ideal_cycle_s, self.energy_rollover, self.count_rollover, self.volts) < 0:
             raise ValueError("ideal_cycle_s, the rollovers and volts are 0 (not said) or more")
-        for name, most in MOST.items():
-            if (getattr(self, name) or 0) > most:
-                raise ValueError(f"{name}: at most {most:g}")
+        for name in self._beyond():
+            raise ValueError(f"{name}: at most {MOST[name]:g}")
         if self.phases not in (1, 3) or not 0 < self.power_factor <= 1:
             raise ValueError("phases: 1 or 3; power_factor: above 0, at most 1")
         if len(self.shifts) > SHIFTS_MAX or len(self.closed_days) > CLOSED_DAYS_MAX:

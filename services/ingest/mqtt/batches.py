@@ -1,51 +1,33 @@
 """Many small messages into few batches: values of one machine and time become one frame."""
 
-import numpy as np
-
 from services.ingest.domain import Sender
+from services.ingest.telemetry.block import Block
 from smdih.ingest.v1 import telemetry_pb2
 
-# A machine's samples become one matrix as long as that does not hold many more cells than samples.
-CELLS_PER_SAMPLE_MAX = 8
-CELLS_MIN = 2_000
 # Every row becomes as wide as its machine has signals; this bounds a record.
 ROWS_MAX = 500
 
 
-class _Block:
-    """Samples of one machine that make one batch: no cell twice."""
+class _Block(Block):
+    """No cell twice."""
 
     def __init__(self) -> None:
-        self.rows: dict[int, int] = {}
-        self.columns: dict[str, int] = {}
-        self.cells: dict[tuple[int, int], float] = {}
+        super().__init__()
+        self._row_of: dict[int, int] = {}
+        self._taken: set[tuple[int, str]] = set()
 
     def add(self, name: str, time_us: int, value: float) -> bool:
         """False where it does not fit: the cell is taken, or the matrix would be nearly empty."""
-        row, column = self.rows.get(time_us, len(self.rows)), self.columns.get(name, len(self.columns))
-        if (row, column) in self.cells or row >= ROWS_MAX:
+        row = self._row_of.get(time_us)
+        if (time_us, name) in self._taken or (row is None and self.rows >= ROWS_MAX):
             return False
-        size = max(row + 1, len(self.rows)) * max(column + 1, len(self.columns))
-        if size > max(CELLS_MIN, CELLS_PER_SAMPLE_MAX * len(self.cells)):
+        if not self.has_room(rows=row is None, names=not self.has(name), samples=1):
             return False
-        self.rows[time_us], self.columns[name] = row, column
-        self.cells[row, column] = value
+        if row is None:
+            row = self._row_of[time_us] = self.add_row(time_us)
+        self._taken.add((time_us, name))
+        self.put(row, name, value)
         return True
-
-    def batch(self, machine_id: int, machine_path: str) -> telemetry_pb2.Batch:
-        values = np.zeros((len(self.rows), len(self.columns)))
-        absent = np.ones(values.shape, dtype=bool)
-        at = np.array(list(self.cells), dtype=np.int64)
-        values[at[:, 0], at[:, 1]] = list(self.cells.values())
-        absent[at[:, 0], at[:, 1]] = False
-        return telemetry_pb2.Batch(
-            machine_id=machine_id,
-            machine_path=machine_path,
-            times_us=list(self.rows),
-            signals=list(self.columns),
-            values=values.ravel().tolist(),
-            absent=np.packbits(absent.ravel(), bitorder="little").tobytes() if absent.any() else b"",
-        )
 
 
 class Gathered:
@@ -64,5 +46,7 @@ class Gathered:
     def batches(self) -> dict[Sender, list[telemetry_pb2.Batch]]:
         found: dict[Sender, list[telemetry_pb2.Batch]] = {}
         for (sender, machine_id, path), blocks in self._blocks.items():
-            found.setdefault(sender, []).extend(block.batch(machine_id, path) for block in blocks)
+            found.setdefault(sender, []).extend(
+                block.batch(machine_id=machine_id, machine_path=path) for block in blocks
+            )
         return found

@@ -76,7 +76,9 @@ class ProposalServicer(proposal_pb2_grpc.ProposalServiceServicer):
     async def ReplayMachine(
         self, request: proposal_pb2.ReplayMachineRequest, context: Any
     ) -> proposal_pb2.ReplayMachineResponse:
-        return _said(await self._quarantine.replay_all(current_caller(), request.machine_id, request.reason))
+        return _said(
+            await self._quarantine.replay_all(current_caller(), request.machine_id, request.reason, request.page_token)
+        )
 
 
 def _said(replayed: Replayed) -> proposal_pb2.ReplayMachineResponse:
@@ -86,4 +88,5 @@ def _said(replayed: Replayed) -> proposal_pb2.ReplayMachineResponse:
         quarantined=replayed.quarantined,
         left=replayed.left,
         complete=replayed.is_complete,
+        next_page_token=replayed.next_page_token,
     )

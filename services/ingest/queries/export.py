@@ -130,9 +130,10 @@ class Export:
         signal_ids = list(dict.fromkeys(signal_ids))
         if not 1 <= len(signal_ids) <= SIGNALS_PER_EXPORT_MAX:
             raise Invalid(f"Name a machine_id, or signal_ids: 1 to {SIGNALS_PER_EXPORT_MAX} signals in one file.")
-        if len(signal_ids) > PARQUET_COLUMNS_MAX and (wanted.format, wanted.layout) == ("parquet", "wide"):
+        columns = len(signal_ids) * (1 if RESOLUTIONS[wanted.resolution] is None else len(read.BUCKET_FIGURES))
+        if columns > PARQUET_COLUMNS_MAX and (wanted.format, wanted.layout) == ("parquet", "wide"):
             raise Invalid(
-                f"{len(signal_ids)} signals, and a wide Parquet file has at most {PARQUET_COLUMNS_MAX}: ask for layout=narrow or "
+                f"{columns} columns, and a wide Parquet file has at most {PARQUET_COLUMNS_MAX}: ask for layout=narrow or "
                 "format=csv, or name fewer signals."
             )
         for signal_id in signal_ids:

@@ -14,6 +14,7 @@ from services.ingest.asked import check_id, check_one_of, checked_time, number_i
 from services.ingest.domain import HISTORY_PAGE_SIZE_MAX
 from services.ingest.historian.rollups import Counts, Stats, joined
 from services.ingest.queries import read, store
+from services.ingest.queries.absent import Absent
 from services.ingest.queries.access import Access
 from services.ingest.queries.lttb import chosen
 from services.ingest.queries.read import Floats, Ints
@@ -94,6 +95,7 @@ class Queries:
         self._directory = directory
         self._access = access
         self._turns = turns
+        self._absent = Absent()
 
     async def machine(self, caller: Caller, machine_id: int) -> pb.Machine:
         """Raises NotFound."""
@@ -106,8 +108,8 @@ class Queries:
     async def latest(self, caller: Caller, machine_id: int) -> list[Latest]:
         caller.require(Role.OPERATOR, Role.FIRM, Role.DEVICE)
         machine = await self.machine(caller, machine_id)
-        async with transaction(self._pool) as connection:
-            return await store.latest(connection, machine)
+        async with self._turns.of(caller), transaction(self._pool) as connection:
+            return await store.latest(connection, machine, self._absent)
 
     async def history(
         self,
@@ -127,7 +129,7 @@ class Queries:
         start, end = checked_time(start_us, "from_us"), checked_time(to_us_, "to_us")
         if start >= end and not page_token:
             raise Invalid("from_us must be before to_us.")
-        async with transaction(self._pool) as connection:
+        async with self._turns.of(caller), transaction(self._pool) as connection:
             place = await store.signal_place(connection, signal_id)
             # A bucket tells of all of its time, also of what lies behind the end of the range.
             width_us = {"raw": 1, "minute": read.MINUTE_US, "hour": read.HOUR_US}[resolution]

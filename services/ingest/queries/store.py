@@ -7,6 +7,7 @@ from datetime import datetime
 from services.common.database import Connection
 from services.common.errors import NotFound
 from services.ingest.domain import CHANNEL_GROUP
+from services.ingest.queries.absent import Absent
 from smdih.directory.v1 import directory_pb2 as pb
 
 
@@ -72,14 +73,16 @@ async def signal_places(connection: Connection, signal_ids: Sequence[int]) -> li
     return [found[signal_id] for signal_id in signal_ids]
 
 
-async def latest(connection: Connection, machine: pb.Machine) -> list[Latest]:
+async def latest(connection: Connection, machine: pb.Machine, absent: Absent) -> list[Latest]:
     """The newest stored value of each signal of the machine that had one within its newest hours (`latest_values`)."""
     found: list[Latest] = []
     for first in range(0, len(machine.signals), CHANNEL_GROUP):
         width = min(CHANNEL_GROUP, len(machine.signals) - first)
         rows = await connection.fetch(
-            "SELECT i, ts, v FROM latest_values($1, $2, $3) ORDER BY i", *(machine.id, first, width)
+            "SELECT i, ts, v FROM latest_values($1, $2, $3, $4) ORDER BY i",
+            *(machine.id, first, width, absent.of((machine.id, first))),
         )
+        absent.note((machine.id, first), set(range(1, width + 1)) - {row["i"] for row in rows})
         for row in rows:
             signal = machine.signals[first + row["i"] - 1]
             found.append(Latest(signal.id, signal.name, signal.unit, row["ts"], row["v"]))

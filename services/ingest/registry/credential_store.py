@@ -131,6 +131,14 @@ FROM credential c LEFT JOIN credential_seen s ON s.credential_id = c.id
 """
 
 
+_LAST_OF_LINE = """
+WHERE c.id = (
+    WITH RECURSIVE line AS (SELECT $1::bigint AS id UNION ALL SELECT n.id FROM credential n JOIN line ON n.replaces = line.id)
+    SELECT max(id) FROM line
+)
+"""
+
+
 async def locked(connection: Connection, credential_id: int) -> Issued:
     """The credential, which nobody else changes until the end of the transaction. Raises NotFound."""
     row = await connection.fetchrow(_ISSUED + "WHERE c.id = $1 FOR UPDATE OF c", credential_id)
@@ -145,6 +153,13 @@ async def successor(connection: Connection, credential_id: int) -> int:
         "SELECT id FROM credential WHERE replaces = $1 AND revoked IS NULL ORDER BY id LIMIT 1", credential_id
     )
     return found or 0
+
+
+async def last_of_line(connection: Connection, credential_id: int) -> Issued:
+    """The newest of those that were made to take over from this one, revoked ones too; itself if there is none."""
+    row = await connection.fetchrow(_ISSUED + _LAST_OF_LINE, credential_id)
+    assert row is not None
+    return _issued(row)
 
 
 async def page(connection: Connection, firm_id: int, after: int, limit: int) -> Sequence[Issued]:

@@ -118,7 +118,8 @@ class Credentials:
     async def rotate(self, caller: Caller, credential_id: int, overlap_s: int) -> tuple[str, pb.Credential]:
         """A new key of the same kind, valid from now; the old one ends after the overlap.
 
-        The new one has the old one's length of validity. Raises Conflict where the old one is revoked, expired or rotated already.
+        The new one has the length of validity that the old one was made with. Raises Conflict where the old one is revoked,
+        expired or rotated already.
         """
         caller.require(Role.OPERATOR, Role.FIRM)
         check_id(credential_id, "credential_id")
@@ -139,8 +140,10 @@ class Credentials:
                     reason="ALREADY_ROTATED",
                 )
             valid_to_us = 0
-            if old.valid_to is not None:
-                valid_to_us = now_us + to_us(old.valid_to) - to_us(old.valid_from)
+            # A rotation ended what was rotated; the last of the line still has the length that the first was made with.
+            like = await store.last_of_line(connection, old.id)
+            if like.valid_to is not None:
+                valid_to_us = now_us + to_us(like.valid_to) - to_us(like.valid_from)
                 checked_time(valid_to_us, "valid_to_us")
             key, new = make_credential(old.role, old.firm_id, old.partner_id, old.label, now_us, valid_to_us)
             new = await store.create(connection, new, old.role, now_us, replaces=old.id)

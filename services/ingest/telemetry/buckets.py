@@ -39,6 +39,13 @@ class Bucket:
         self.others_per_s = 0.0
         self.doors = 1
 
+    def fill(self, quota: int, now_s: float) -> float:
+        """Put in what time has brought, up to the brim; how much a second brings."""
+        per_s = max(quota - self.others_per_s, quota / self.doors)
+        self.tokens = min(quota * QUOTA_BURST_S, self.tokens + (now_s - self.at_s) * per_s)
+        self.at_s = now_s
+        return per_s
+
     def spend(self, samples: float) -> None:
         self.tokens -= samples
         self.spent += samples
@@ -55,15 +62,12 @@ class Buckets:
 
     def checked(self, firm_id: int) -> Bucket:
         """The firm's bucket, to be spent from. Raises SlowDown where it is empty."""
-        firm = self._directory.firms.get(firm_id)
-        quota = (firm.quota.samples_per_s if firm is not None else 0) or QUOTA_SAMPLES_PER_S_DEFAULT
         now_s = self._monotonic_s()
+        quota = self._quota(firm_id)
         bucket = self._buckets.get(firm_id)
         if bucket is None:
             bucket = self._buckets[firm_id] = Bucket(quota * QUOTA_BURST_S, now_s)
-        per_s = max(quota - bucket.others_per_s, quota / bucket.doors)
-        bucket.tokens = min(quota * QUOTA_BURST_S, bucket.tokens + (now_s - bucket.at_s) * per_s)
-        bucket.at_s = now_s
+        per_s = bucket.fill(quota, now_s)
         if bucket.tokens <= 0:
             wait_s = min(RETRY_AFTER_S_MAX, math.ceil(-bucket.tokens / per_s) + 1)
             raise SlowDown(
@@ -87,10 +91,16 @@ class Buckets:
         self._measured_s = now_s
         rates = {firm_id: bucket.spent / elapsed_s for firm_id, bucket in self._buckets.items()}
         for firm_id, bucket in list(self._buckets.items()):
-            if not bucket.spent and now_s - bucket.at_s > QUOTA_BURST_S:
-                del self._buckets[firm_id]  # it is full again by now
+            quota = self._quota(firm_id)
+            bucket.fill(quota, now_s)
+            if not bucket.spent and bucket.tokens >= quota * QUOTA_BURST_S:
+                del self._buckets[firm_id]
             bucket.spent = 0.0
         return rates
+
+    def _quota(self, firm_id: int) -> int:
+        firm = self._directory.firms.get(firm_id)
+        return (firm.quota.samples_per_s if firm is not None else 0) or QUOTA_SAMPLES_PER_S_DEFAULT
 
     def share(self, others: dict[int, store.Others]) -> None:
         """Leave to other doors what they take."""

@@ -229,17 +229,21 @@ class Door:
             self.note_refused(sender, error)
             raise
 
-    def take(self, sender: Sender, batches: Sequence[telemetry_pb2.Batch], *, before: int = 0) -> list[Taken]:
+    def take(
+        self,
+        sender: Sender,
+        batches: Sequence[telemetry_pb2.Batch],
+        *,
+        following: Sequence[telemetry_pb2.Batch] = (),
+    ) -> list[Taken]:
         """Check batches and put them on their way, in order. Raises SlowDown (nothing was taken), Invalid.
 
-        `before`: the sequence of what is taken next, if that is known.
+        `following`: what is taken next, if that is known.
         """
         bucket = self._admit(sender, batches)
-        sequences = [batch.sequence for batch in batches]
-        taken = [
-            self._take(sender, batch, more=bool(following) and following == batch.sequence)
-            for batch, following in zip(batches, [*sequences[1:], before], strict=True)
-        ]
+        checked = [self._check.check(sender, batch) for batch in batches]
+        self._note_more(sender, checked, following)
+        taken = [self._take(sender, batch, one) for batch, one in zip(batches, checked, strict=True)]
         accepted = sum([one.checked.accepted for one in taken])
         bucket.spend(accepted + sum([record.samples for one in taken for record in one.checked.quarantine]))
         _accepted_total(sender.door).inc(accepted)
@@ -262,7 +266,7 @@ class Door:
         for part in parts(batches):
             rest = batches[len(results) + len(part) :]
             try:
-                taken = self.take(sender, part, before=rest[0].sequence if rest else 0)
+                taken = self.take(sender, part, following=rest)
             except HubError:
                 self._count_refused(sender, rest)
                 raise
@@ -376,10 +380,25 @@ class Door:
     def _count_refused(sender: Sender, batches: Sequence[telemetry_pb2.Batch]) -> None:
         samples_total.labels(sender.door, "refused").inc(sum(len(batch.values) for batch in batches))
 
-    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, *, more: bool) -> Taken:
-        checked = self._check.check(sender, batch)
-        if more and checked.frames:
-            checked.frames[-1].more = True
+    def _note_more(self, sender: Sender, checked: Sequence[Checked], following: Sequence[telemetry_pb2.Batch]) -> None:
+        """Batches of one sequence after each other are one batch of the sender's: in each partition its last frames end it."""
+        sequence, ended = 0, set[int]()
+        for batch in following:
+            sequence = sequence or batch.sequence
+            if batch.sequence != sequence or not sequence:
+                break
+            if machine_id := self._check.machine_id(sender, batch.machine_id, batch.machine_path):
+                ended.add(self._group_commit.partition_of(machine_id))
+        for one in reversed(checked):
+            if one.sequence != sequence:
+                sequence, ended = one.sequence, set()
+            for frames in reversed(one.frames) if sequence else ():
+                partition = self._group_commit.partition_of(frames.machine_id)
+                if partition in ended:
+                    frames.more = True
+                ended.add(partition)
+
+    def _take(self, sender: Sender, batch: telemetry_pb2.Batch, checked: Checked) -> Taken:
         shares = [self._group_commit.put_frames(frames) for frames in checked.frames]
         if checked.accepted and sender.is_live:
             self._sightings.taken(sender, checked.machine_id, checked.received_us, checked.newest_us)

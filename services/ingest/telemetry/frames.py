@@ -7,12 +7,14 @@ import hashlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from services.common.clock import Clock, from_us
 from services.common.directory import Directory
+from services.common.texts import showable
 from services.ingest.domain import (
     CHANNEL_GROUP,
     FUTURE_S_MAX,
@@ -20,7 +22,6 @@ from services.ingest.domain import (
     Reason,
     Sender,
     UnknownSignal,
-    showable,
 )
 from smdih.directory.v1 import directory_pb2
 from smdih.ingest.v1 import records_pb2, telemetry_pb2
@@ -59,12 +60,18 @@ class Checked:
     unknown: Sequence[UnknownSignal] = ()
 
 
+class _Positions(dict[str, int]):
+    """Of signals by name."""
+
+    __slots__ = ("__weakref__",)
+
+
 class _MachineView:
     """What the check needs of a machine, as arrays."""
 
     __slots__ = ("firm_id", "high", "id", "low", "positions", "version", "width")
 
-    def __init__(self, machine: directory_pb2.Machine, version: object, positions: dict[str, int]) -> None:
+    def __init__(self, machine: directory_pb2.Machine, version: object, positions: _Positions) -> None:
         self.positions = positions
         self.version = version
         self.id = machine.id
@@ -85,8 +92,8 @@ class FrameCheck:
         self._directory = directory
         self._clock = clock
         self._views: dict[int, _MachineView] = {}
-        # Machines of a kind name their signals alike and share one table of them.
-        self._positions: dict[tuple[str, ...], dict[str, int]] = {}
+        # Machines of a kind name their signals alike and share one table of them, as long as there is such a machine.
+        self._positions: WeakValueDictionary[tuple[str, ...], _Positions] = WeakValueDictionary()
 
     def check(self, sender: Sender, batch: telemetry_pb2.Batch) -> Checked:
         """Sort the samples of a batch into frames to store and samples to quarantine. Never raises for what a sender can send."""
@@ -241,7 +248,9 @@ class FrameCheck:
         if view is None or view.version is not version:
             machine = self._directory.machines[machine_id]
             names = tuple(signal.name for signal in machine.signals)
-            positions = self._positions.setdefault(names, {name: position for position, name in enumerate(names)})
+            positions = self._positions.get(names)
+            if positions is None:
+                positions = self._positions[names] = _Positions(zip(names, range(len(names)), strict=True))
             view = self._views[machine_id] = _MachineView(machine, version, positions)
         return view if view.firm_id == sender.firm_id else None
 
@@ -270,7 +279,7 @@ class FrameCheck:
                 dense = np.full((len(some), width), np.nan)
                 dense[:, positions[here] - first] = matrix[np.ix_(some, here)]
                 frames += _frame_batches(sender, batch.sequence, machine.id, first, times[some], dense, received_us)
-        return _following(frames)
+        return frames
 
 
 def _is_clean(machine: _MachineView, times: Ints, matrix: Floats, earliest: int, latest: int) -> bool:
@@ -297,7 +306,7 @@ def _frame_batches(
 ) -> list[records_pb2.FrameBatch]:
     width = values.shape[1]
     rows_max = _rows_max(width)
-    frames = [
+    return [
         records_pb2.FrameBatch(
             firm_id=sender.firm_id,
             machine_id=machine_id,
@@ -312,14 +321,6 @@ def _frame_batches(
         )
         for at in range(0, len(times), rows_max)
     ]
-    return _following(frames)
-
-
-def _following(frames: list[records_pb2.FrameBatch]) -> list[records_pb2.FrameBatch]:
-    """The frames of one batch, each but the last with a note that more of them follow."""
-    for frame in frames[:-1]:
-        frame.more = True
-    return frames
 
 
 def quarantined(
@@ -345,7 +346,7 @@ def quarantined(
         credential_id=sender.credential_id,
         source=sender.source,
         reason=reason,
-        detail=showable(detail, length_max=DETAIL_LENGTH_MAX),
+        detail=showable(detail[:DETAIL_LENGTH_MAX]),
         samples=samples,
         received_us=received_us,
         correlation_id=sender.correlation_id,

@@ -171,10 +171,13 @@ class GroupCommit:
         if self._waiting_bytes() > WAITING_BYTES_MAX:
             raise SlowDown("The hub is busy; nothing was taken, send again.", retry_after_s=RETRY_AFTER_S)
 
+    def partition_of(self, machine_id: int) -> int:
+        return machine_id % len(self._samples)
+
     def put_frames(self, frames: records_pb2.FrameBatch) -> Share:
         """Frames of one machine always go to one partition, in order."""
         payload = frames.SerializeToString()
-        return Share(self._samples[frames.machine_id % len(self._samples)].put(payload), len(payload))
+        return Share(self._samples[self.partition_of(frames.machine_id)].put(payload), len(payload))
 
     def put_quarantine(self, record: records_pb2.QuarantineRecord) -> Share:
         payload = record.SerializeToString()

@@ -6,17 +6,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import numpy as np
 import orjson
 
 from services.common.clock import to_us
 from services.ingest.domain import BATCHES_PER_REQUEST_MAX, Reason
+from services.ingest.telemetry.block import Block
 from services.ingest.telemetry.frames import RAW_BYTES_MAX
 from smdih.ingest.v1 import telemetry_pb2
 
-# Frames of one batch become one matrix as long as that does not hold many more cells than values.
-CELLS_PER_VALUE_MAX = 8
-CELLS_MIN = 2_000
 _NUMBERS = frozenset((float, int, bool))
 
 
@@ -70,6 +67,11 @@ class Read:
     sequence: int = 0
     batches: Sequence[telemetry_pb2.Batch] = ()
     faults: dict[str, Fault] = field(default_factory=dict)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Of its batches."""
+        return {"sequence": self.sequence, "machine_path": self.machine_path, "machine_id": self.machine_id}
 
     def refuse(self, reason: str, detail: str, samples: int, part: Any) -> None:
         self.faults.setdefault(reason, Fault(reason, detail)).add(samples, part)
@@ -151,60 +153,28 @@ def _read(where: str, batch: Any) -> Read:
 
 
 def _batch(read: Read, **cells: Any) -> telemetry_pb2.Batch:
-    return telemetry_pb2.Batch(
-        sequence=read.sequence, machine_path=read.machine_path, machine_id=read.machine_id, **cells
-    )
-
-
-class _Block:
-    """Frames one after another that share enough names to be one matrix."""
-
-    def __init__(self) -> None:
-        self.times: list[int] = []
-        self.columns: dict[str, int] = {}
-        # Of each value, and the value.
-        self.rows: list[int] = []
-        self.places: list[int] = []
-        self.values: list[float] = []
-
-    def takes(self, row: dict[str, Any]) -> bool:
-        cells = (len(self.times) + 1) * (len(self.columns) + sum([name not in self.columns for name in row]))
-        return not self.times or cells <= max(CELLS_MIN, CELLS_PER_VALUE_MAX * (len(self.values) + len(row)))
-
-    def batch(self, read: Read) -> telemetry_pb2.Batch:
-        shape = (len(self.times), len(self.columns))
-        values, absent = np.zeros(shape), np.ones(shape, dtype=bool)
-        values[self.rows, self.places] = np.array(self.values, dtype=np.float64)
-        absent[self.rows, self.places] = False
-        bitmap = np.packbits(absent.ravel(), bitorder="little").tobytes() if absent.any() else b""
-        names = list(self.columns)
-        return _batch(read, times_us=self.times, signals=names, values=values.ravel().tolist(), absent=bitmap)
+    return telemetry_pb2.Batch(**read.named, **cells)
 
 
 def _ragged(
     read: Read, where: str, indexes: list[int], times: list[int], rows: list[dict[str, Any]]
 ) -> list[telemetry_pb2.Batch]:
     """Batches of these rows, with the values that are no numbers left out and told."""
-    blocks = [_Block()]
+    blocks = [Block()]
     for index, time_us, row in zip(indexes, times, rows, strict=True):
+        names = sum([not blocks[-1].has(name) for name in row])
+        if not blocks[-1].has_room(rows=1, names=names, samples=len(row)):
+            blocks.append(Block())
         block = blocks[-1]
-        if not block.takes(row):
-            block = _Block()
-            blocks.append(block)
-        number = len(block.times)
-        block.times.append(time_us)
+        number = block.add_row(time_us)
         for name, value in row.items():
             if value is not None and type(value) not in _NUMBERS:
                 what = repr(value[:40]) if isinstance(value, str) else "a list or an object"
                 detail = f"{where}.frames.{index}.values.{name:.100}: a number, true, false or null, not {what}."
                 read.refuse(Reason.WRONG_TYPE, detail, 1, {"ts": time_us // 1000, "values": {name: value}})
                 continue
-            column = block.columns.setdefault(name, len(block.columns))
-            if value is not None:
-                block.rows.append(number)
-                block.places.append(column)
-                block.values.append(value)
-    return [block.batch(read) for block in blocks if block.values or not read.faults]
+            block.put(number, name, value)
+    return [block.batch(**read.named) for block in blocks if len(block) or not read.faults]
 
 
 def _count(frame: Any) -> int:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Self
@@ -33,10 +33,11 @@ CAUGHT_UP_POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Replayed:
-    """Items that were sent again, what became of their samples, and how many items wait still (at most LEFT_COUNTED_MAX; for
-    UNKNOWN_MACHINE those of all names that the firm's senders use).
+    """Items that were sent again, what became of their samples, and how many items wait still (at most LEFT_COUNTED_MAX), also
+    such as were refused again.
 
-    `is_complete`: nothing was on its way into quarantine that this did not see.
+    `is_complete`: nothing was on its way into quarantine that this did not see. `next_page_token`: where the next call goes on;
+    empty: everything that waits was looked at.
     """
 
     items: int
@@ -44,6 +45,7 @@ class Replayed:
     quarantined: int
     left: int
     is_complete: bool
+    next_page_token: str = ""
 
     def and_then(self, later: "Replayed") -> Self:
         return replace(
@@ -70,15 +72,10 @@ class Quarantine:
         caller.require(Role.OPERATOR, Role.FIRM, Role.DEVICE)
         firm_id = caller.firm_or(firm_id)
         size = page_size_of(page_size, PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        before: tuple[int, str] | None = None
-        if page_token:
-            time_us, _, item_id = page_token.partition(".")
-            before = (number_in_token(time_us), item_id)
-            checked_time(before[0], "page_token")
+        before = _from_token(page_token) if page_token else None
         async with transaction(self._pool) as connection:
             items = await store.quarantine_page(connection, firm_id, before, size + 1)
-        token = f"{to_us(items[size - 1].received)}.{items[size - 1].id}" if len(items) > size else ""
-        return items[:size], token
+        return items[:size], _token(items[size - 1].received, items[size - 1].id) if len(items) > size else ""
 
     async def replay(self, caller: Caller, item_id: str, machine_id: int) -> telemetry_pb2.BatchResult:
         """Send an item through the door again, to `machine_id` if given. Raises NotFound, Conflict (nothing to send any more)."""
@@ -111,11 +108,13 @@ class Quarantine:
                 await store.mark_replayed(connection, [item_id])
         return result
 
-    async def replay_all(self, caller: Caller, machine_id: int, reason: str, *, signal: str = "") -> Replayed:
+    async def replay_all(
+        self, caller: Caller, machine_id: int, reason: str, page_token: str = "", *, signal: str = ""
+    ) -> Replayed:
         """Send everything of a machine that waits for this reason (and names `signal`, if given) through the door again.
 
         For UNKNOWN_MACHINE that is what came for its path before it was registered. What is on its way into quarantine now is
-        waited for, for CAUGHT_UP_WITHIN_S. Repeating the call does no harm.
+        waited for, for CAUGHT_UP_WITHIN_S. Repeating the call does no harm. Raises NotFound, Invalid.
         """
         caller.require(Role.OPERATOR, Role.FIRM)
         check_id(machine_id, "machine_id")
@@ -123,39 +122,35 @@ class Quarantine:
         if machine is None:
             raise NotFound(f"There is no machine {machine_id}.")
         caller.check_sees_firm(machine.firm_id)
-        noted_as = 0 if reason == Reason.UNKNOWN_MACHINE else machine_id
-
-        def is_meant(batch: telemetry_pb2.Batch) -> bool:
-            return (not signal or signal in batch.signals) and (
-                bool(noted_as) or batch.machine_path.lower() == machine.path
-            )
-
-        replayed = Replayed(0, 0, 0, 0, await self._caught_up())
-        after: tuple[datetime, str] | None = None
+        if reason == Reason.UNKNOWN_MACHINE:
+            wanted = store.Waiting(machine.firm_id, 0, machine.path, reason)
+        else:
+            wanted = store.Waiting(machine.firm_id, machine_id, "", reason)
+        after = _from_token(page_token or "0.")
+        replayed, is_through = Replayed(0, 0, 0, 0, await self._caught_up()), False
         for _ in range(LOOKED_AT_MAX // REPLAYED_AT_ONCE):
             async with transaction(self._pool) as connection:
-                items = await store.waiting(connection, noted_as, machine.firm_id, reason, after, REPLAYED_AT_ONCE)
-            if not items or replayed.items >= REPLAYED_ITEMS_MAX:
+                items = await store.waiting(connection, wanted, after, REPLAYED_AT_ONCE)
+            is_through = not items
+            if is_through or replayed.items >= REPLAYED_ITEMS_MAX:
+                break
+            try:
+                replayed = replayed.and_then(await self._replay_some(items, signal))
+            except SlowDown:
                 break
             after = (items[-1].received, items[-1].id)
-            try:
-                replayed = replayed.and_then(await self._replay_some(items, is_meant))
-            except SlowDown:
-                break  # what is left is told; the same call goes on with it
         async with transaction(self._pool) as connection:
-            left = await store.count_waiting(connection, noted_as, machine.firm_id, reason, LEFT_COUNTED_MAX)
-        return replace(replayed, left=left)
+            left = await store.count_waiting(connection, wanted, LEFT_COUNTED_MAX)
+        return replace(replayed, left=left, next_page_token="" if is_through else _token(*after))
 
-    async def _replay_some(
-        self, items: Sequence[Quarantined], is_meant: Callable[[telemetry_pb2.Batch], bool]
-    ) -> Replayed:
+    async def _replay_some(self, items: Sequence[Quarantined], signal: str) -> Replayed:
         chosen = []
         for item in items:
             try:
                 batch = telemetry_pb2.Batch.FromString(item.batch or b"")
             except DecodeError:
                 continue
-            if is_meant(batch):
+            if not signal or signal in batch.signals:
                 chosen.append((item, batch))
         # Taken in this order; what comes later has the last word about a sample, as it had when it came.
         sent = await asyncio.gather(
@@ -183,6 +178,16 @@ class Quarantine:
                 break
             await asyncio.sleep(CAUGHT_UP_POLL_S)
         return False
+
+
+def _token(received: datetime, item_id: str) -> str:
+    return f"{to_us(received)}.{item_id}"
+
+
+def _from_token(token: str) -> tuple[datetime, str]:
+    """Raises Invalid."""
+    time_us, _, item_id = token.partition(".")
+    return checked_time(number_in_token(time_us), "page_token"), item_id
 
 
 def _sender(item: Quarantined) -> Sender:

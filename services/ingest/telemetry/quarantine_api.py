@@ -18,6 +18,7 @@ class ReplayBody(Body):
 
 class ReplayAllBody(Body):
     reason: str
+    page_token: str = ""
 
 
 def quarantine_router(quarantine: Quarantine) -> APIRouter:
@@ -37,9 +38,10 @@ def quarantine_router(quarantine: Quarantine) -> APIRouter:
     async def replay_all(machine_id: int, body: ReplayAllBody, caller: Authenticated) -> dict[str, Any]:
         """Send what waits of a machine for one reason (such as OUT_OF_RANGE) through the door again, after it was mended.
 
-        At most 5,000 items a call; `left` are still to come (or were refused again): the same call goes on.
+        At most 5,000 items a call. `next_page_token`, given as `page_token`, goes on behind them; it is empty once everything that
+        waits was looked at. `left` wait still, to come or refused again.
         """
-        return asdict(await quarantine.replay_all(caller, machine_id, body.reason))
+        return asdict(await quarantine.replay_all(caller, machine_id, body.reason, body.page_token))
 
     return router
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from services.common.clock import from_us
 from services.common.database import Connection
 from services.common.errors import NotFound
 
@@ -21,23 +20,23 @@ class Quarantined:
     samples: int
     received: datetime
     replayed: datetime | None
-    batch: bytes | None
-    raw: bytes | None
+    # Not of a page, which would be as large as all of them.
+    batch: bytes | None = None
 
 
-_QUARANTINED = """
-SELECT id, firm_id, credential_id, source, door, reason, detail, samples, received, replayed, batch, raw FROM quarantine
-"""
+_LISTED = (
+    "SELECT id, firm_id, credential_id, source, door, reason, detail, samples, received, replayed FROM quarantine "
+)
+_QUARANTINED = _LISTED.replace("replayed FROM", "replayed, batch FROM")
 
 
 async def quarantine_page(
-    connection: Connection, firm_id: int, before: tuple[int, str] | None, limit: int
+    connection: Connection, firm_id: int, before: tuple[datetime, str] | None, limit: int
 ) -> list[Quarantined]:
-    """Newest first; `before` is (received_us, id) of the last item of the page before. firm_id 0: all firms."""
-    at, item_id = (from_us(before[0]), before[1]) if before else (None, "")
+    """Newest first; `before` is (received, id) of the last item of the page before. firm_id 0: all firms."""
+    at, item_id = before or (None, "")
     rows = await connection.fetch(
-        _QUARANTINED
-        + "WHERE ($1::bigint = 0 OR firm_id = $1) AND ($2::timestamptz IS NULL OR (received, id) < ($2, $3)) "
+        _LISTED + "WHERE ($1::bigint = 0 OR firm_id = $1) AND ($2::timestamptz IS NULL OR (received, id) < ($2, $3)) "
         "ORDER BY received DESC, id DESC LIMIT $4",
         *(firm_id, at, item_id, limit),
     )
@@ -62,29 +61,32 @@ async def mark_replayed(connection: Connection, item_ids: Sequence[str]) -> None
     )
 
 
-async def waiting(
-    connection: Connection,
-    machine_id: int,
-    firm_id: int,
-    reason: str,
-    after: tuple[datetime, str] | None,
-    limit: int,
-) -> list[Quarantined]:
-    """Items of a machine that have not been replayed, oldest first, above `after` (received, id)."""
-    at, item_id = after or (None, "")
+@dataclass(frozen=True)
+class Waiting:
+    """What waits of a firm for one reason: of a machine, or (machine_id 0) of a path that was not registered."""
+
+    firm_id: int
+    machine_id: int
+    machine_path: str
+    reason: str
+
+
+async def waiting(connection: Connection, of: Waiting, after: tuple[datetime, str], limit: int) -> list[Quarantined]:
+    """Items that have not been replayed, oldest first, above `after` (received, id)."""
     rows = await connection.fetch(
-        _QUARANTINED + "WHERE machine_id = $1 AND reason = $2 AND replayed IS NULL AND batch IS NOT NULL "
-        "AND ($3::timestamptz IS NULL OR (received, id) > ($3, $4)) AND firm_id = $6 ORDER BY received, id LIMIT $5",
-        *(machine_id, reason, at, item_id, limit, firm_id),
+        _QUARANTINED
+        + "WHERE firm_id = $1 AND machine_id = $2 AND reason = $3 AND machine_path = $4 AND replayed IS NULL "
+        "AND (received, id) > ($5, $6) AND batch IS NOT NULL ORDER BY received, id LIMIT $7",
+        *(of.firm_id, of.machine_id, of.reason, of.machine_path, *after, limit),
     )
     return [Quarantined(**dict(row)) for row in rows]
 
 
-async def count_waiting(connection: Connection, machine_id: int, firm_id: int, reason: str, limit: int) -> int:
+async def count_waiting(connection: Connection, of: Waiting, limit: int) -> int:
     found: int = await connection.fetchval(
-        "SELECT count(*) FROM (SELECT 1 FROM quarantine WHERE machine_id = $1 AND reason = $2 "
-        "AND replayed IS NULL AND firm_id = $4 LIMIT $3) AS counted",
-        *(machine_id, reason, limit, firm_id),
+        "SELECT count(*) FROM (SELECT 1 FROM quarantine WHERE firm_id = $1 AND machine_id = $2 AND reason = $3 "
+        "AND machine_path = $4 AND replayed IS NULL LIMIT $5) AS counted",
+        *(of.firm_id, of.machine_id, of.reason, of.machine_path, limit),
     )
     return found
 

@@ -146,9 +146,11 @@ class Desk:
             raise Conflict("The provider is withdrawn; put it again first.", reason="NOT_BOOKABLE") from error
         if isinstance(found, Ranked):
             return found
-        if FilterCode.CONFLICT_OF_INTEREST in found:  # its name would tell whose need it is
-            raise Conflict("This provider cannot take this need.", reason="NOT_SUITABLE")
-        raise Conflict(f"This provider cannot take this need: {', '.join(found)}.", reason="NOT_SUITABLE")
+        # Never why: whether a conflict of interest is among the filters would tell whose need it is.
+        log.info("proposal refused", need=need.id, provider=provider_id, codes=found)
+        raise Conflict(
+            "This provider cannot take this need: a hard filter of its profile takes it out.", reason="NOT_SUITABLE"
+        )
 
     def _is_shown(self, need: Need, region: str, now: datetime) -> bool:
         if need.state is not NeedState.OPEN or not need.shown:

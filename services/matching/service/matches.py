@@ -122,7 +122,8 @@ class Matches:
         return _as_seen_by(caller, match)
 
     async def score(self, caller: Caller, match_id: str, points: int, comment: str) -> Match:
-        """Give or change the score of the caller's side. That of the firm bears on later rankings of the provider."""
+        """Give or change the score of the caller's side. That of the firm bears on rankings of the provider once the match is
+        closed."""
         caller.require(Role.FIRM, *SUPPLIERS)
         if not POINTS_MIN <= points <= POINTS_MAX:
             raise Invalid(f"points are {POINTS_MIN} (poor) to {POINTS_MAX} (excellent).", reason="BAD_POINTS")
@@ -132,13 +133,8 @@ class Matches:
             match = await self._lock(connection, caller, match_id)
             _require(match, MatchState.FINISHED)
             score = Score(side=side, points=points, comment=comment.strip(), scored=self._now())
-            change = await providers_store.next_provider_change(connection)
-            await providers_store.lock_provider(connection, match.provider_id)
             await matches_store.put_score(connection, match.id, score, by=caller.credential_id)
-            if side is Side.FIRM:
-                await providers_store.set_outcomes(connection, match.provider_id, change=change)
             match = replace(match, scores=(*(each for each in match.scores if each.side is not side), score))
-        self._index.kick()
         log.info("match scored", match=match.id, side=side, points=points)
         return _as_seen_by(caller, match)
 
@@ -191,9 +187,14 @@ class Matches:
                 match = await self._hold(connection, match_id)
                 if match is not None and match.state is MatchState.FINISHED:
                     await self._keep(connection, replace(match, state=MatchState.CLOSED, ended=now))
+                    if any(score.side is Side.FIRM for score in match.scores):
+                        change = await providers_store.next_provider_change(connection)
+                        await providers_store.lock_provider(connection, match.provider_id)
+                        await providers_store.set_outcomes(connection, match.provider_id, change=change)
                     closed += 1
         if closed:
             self._relay.kick()
+            self._index.kick()
         return closed
 
     # --- inside ----------------------------------------------------------------------------------------------------
@@ -239,11 +240,11 @@ class Matches:
             await publish_offers(connection, [cancelled])
         if offer.machine_id:
             await needs_store.lock_machines(connection, {offer.machine_id})
-        reopened = reopen and await self._life.seek_again(connection, match.need_id, NoOffer.MATCH_ENDED)
+        is_shared = await needs_store.is_shared(connection, match.need_id, now=match.ended)
+        reopened = reopen and is_shared and await self._life.seek_again(connection, match.need_id, NoOffer.MATCH_ENDED)
         if not reopened:
-            await needs_store.close_need(
-                connection, match.need_id, CloseReason.MATCH_ENDED, note=reason, ended=match.ended
-            )
+            why_closed = CloseReason.MATCH_ENDED if is_shared else CloseReason.CONSENT_ENDED
+            await needs_store.close_need(connection, match.need_id, why_closed, note=reason, ended=match.ended)
         told = [notices.of_ended_match(match, offer, side, reopened=reopened) for side in _others(by)]
         await notices_store.add_notices(connection, told)
 

@@ -57,15 +57,21 @@ class NeedLife:
 
     async def answered(self, connection: Connection, need: Need, reason: CloseReason) -> None:
         """The firm has ended an offer, or let it run out: if that was the last, the need is closed. One that waits goes on."""
-        if need.state is NeedState.OPEN and need.offers and not await standing_offers(connection, need.id):
+        if need.state is not NeedState.OPEN:
+            return
+        if not need.offers:
+            await needs_store.try_anew(connection, need.id)
+        elif not await standing_offers(connection, need.id):
             await self.close(connection, need, reason)
 
     async def bereft(self, connection: Connection, need: Need) -> None:
         """Somebody else has ended an offer: if none is left but proposals, others follow. One that waits goes on waiting."""
-        if need.state is not NeedState.OPEN or not need.offers:
+        if need.state is not NeedState.OPEN:
             return
         standing = await standing_offers(connection, need.id)
-        if all(offer.origin is Origin.PARTNER for offer in standing):
+        if not need.offers:
+            await needs_store.try_anew(connection, need.id)
+        elif all(offer.origin is Origin.PARTNER for offer in standing):
             await self.seek_again(connection, need.id, NoOffer.OFFERS_ENDED)
             await notices_store.add_notices(connection, [notices.of_ended_offers(need, self._now())])
             log.info("need seeks again", need=need.id)

@@ -238,7 +238,7 @@ class Needs:
             if alarm.firm_id not in consents:
                 consents[alarm.firm_id] = await consents_store.current_consent(connection, alarm.firm_id, hold=True)
             consent = consents[alarm.firm_id]
-            coverage = _coverage(consent, alarm)
+            coverage = _coverage(consent, alarm, self._now())
             if consent is not None and coverage is Coverage.COVERED:
                 covered.append((alarm, consent))
             else:
@@ -316,7 +316,7 @@ class Needs:
         return from_us(self._clock.now_us())
 
 
-def _coverage(consent: Consent | None, alarm: Alarm) -> Coverage:
+def _coverage(consent: Consent | None, alarm: Alarm, now: datetime) -> Coverage:
     if consent is None:
         return Coverage.NO_CONSENT
-    return consent.coverage(machine_id=alarm.machine_id, severity=alarm.severity, raised=alarm.raised)
+    return consent.coverage(machine_id=alarm.machine_id, severity=alarm.severity, raised=alarm.raised, now=now)

@@ -116,7 +116,6 @@ class Rounds:
                 running.id,
                 ended=self._now(),
                 unplaced=len(unplaced),
-                blocking_pairs=outcome.blocking_pairs,
                 ranker_version=self._index.version,
             )
         log.info("round done", round=running.id, unplaced=len(unplaced))
@@ -145,6 +144,10 @@ class Rounds:
             return place_needs(ranker, needs, questions, providers=known, out=out)
 
         outcome = await self._index.compute(compute)
+        if outcome.blocking_pairs:
+            log.error("round is not stable", round=running.id, blocking_pairs=outcome.blocking_pairs)
+            async with transaction(self._pool) as connection:
+                await rounds_store.count_in_round(connection, running.id, blocking_pairs=outcome.blocking_pairs)
         lost = list(outcome.lost)
         for start in range(0, len(outcome.places), CHUNK_NEEDS):
             lost += await self._store(running, outcome.places[start : start + CHUNK_NEEDS])
@@ -191,7 +194,7 @@ class Rounds:
                         needs[place.need_id],
                         live[place.provider_id],
                         place.ranked,
-                        rank=1,
+                        rank=place.better + 1,
                         ranker_version=self._index.version,
                         made=now,
                         expires=expires,

@@ -117,6 +117,7 @@ class Sessions:
                 raise NotFound(f"There is no session {session_id} of yours.")
             if session.state is SessionState.OPEN:
                 now = self._now()
+                _check_not_begun(session, now)
                 for booking in await sessions_store.standing_bookings(connection, session.id):
                     ended = await self._end(connection, booking, BookingState.CANCELLED, "SESSION_CANCELLED", now)
                     notice = notices.of_booking(ended, session, reason=reason.strip())
@@ -211,7 +212,9 @@ class Sessions:
                         f"This booking is {booking.state}; only a seat that was offered can be confirmed.",
                         reason=f"BOOKING_{booking.state.upper()}",
                     )
-                await sessions_store.change_booking(connection, booking.id, BookingState.CONFIRMED, changed=self._now())
+                now = self._now()
+                _check_not_begun(await self._session(connection, booking.session_id), now)
+                await sessions_store.change_booking(connection, booking.id, BookingState.CONFIRMED, changed=now)
                 booking = await self._tell(connection, booking.id)
         self._relay.kick()
         return booking
@@ -225,11 +228,11 @@ class Sessions:
         async with transaction_for_all_firms(self._pool) as connection:
             booking = await self._lock(connection, caller, booking_id)
             if booking.state not in (BookingState.CANCELLED, BookingState.EXPIRED):
-                booking = await self._end(
-                    connection, booking, BookingState.CANCELLED, reason.strip() or "by the firm", self._now()
-                )
+                session, now = await self._session(connection, booking.session_id), self._now()
+                _check_not_begun(session, now)
+                why = reason.strip() or "by the firm"
+                booking = await self._end(connection, booking, BookingState.CANCELLED, why, now)
                 if caller.role is not Role.FIRM:
-                    session = await self._session(connection, booking.session_id)
                     notice = notices.of_booking(booking, session, reason=booking.end_reason)
                     await notices_store.add_notices(connection, [notice])
                 await self._fill(connection, booking.session_id)
@@ -306,6 +309,29 @@ class Sessions:
             self._relay.kick()
         return expired
 
+    async def end_bookings_of_ended_matches(self) -> int:
+        """Pass on the seats, to come, of matches that came to nothing; returns how many bookings were ended."""
+        now, ended = self._now(), 0
+        async with transaction_for_all_firms(self._pool) as connection:
+            due = await sessions_store.bookings_of_ended_matches(connection, now=now, limit=EXPIRIES_AT_ONCE_MAX)
+        for booking_id, session_id in due:
+            async with transaction_for_all_firms(self._pool) as connection:
+                session = await sessions_store.lock_session(connection, session_id)
+                booking = await sessions_store.booking(connection, booking_id)
+                assert session is not None and booking is not None  # noqa: PT018  they were found
+                if booking.state in (BookingState.CANCELLED, BookingState.EXPIRED):
+                    continue
+                booking = await self._end(connection, booking, BookingState.CANCELLED, "MATCH_ENDED", now)
+                notice = notices.of_booking(
+                    booking, session, reason="its match has ended. Book again if you still come."
+                )
+                await notices_store.add_notices(connection, [notice])
+                await self._fill(connection, session_id)
+                ended += 1
+        if ended:
+            self._relay.kick()
+        return ended
+
     # --- inside ----------------------------------------------------------------------------------------------------
 
     async def _fill(self, connection: Connection, session_id: str) -> None:
@@ -364,8 +390,7 @@ class Sessions:
         assert provider is not None  # by foreign key
         if session.state is not SessionState.OPEN or not provider.is_live(today(self._clock)):
             raise Conflict("This session does not take place; book another date.", reason="SESSION_CANCELLED")
-        if session.starts <= now:
-            raise Conflict("This session has begun; book another date.", reason="SESSION_BEGUN")
+        _check_not_begun(session, now)
         if firm_id in provider.conflict_firm_ids:
             raise Conflict("This provider cannot work for the firm; look for another.", reason="NOT_SUITABLE")
         if await sessions_store.bookings_of_firm(connection, session.id, firm_id) >= BOOKINGS_OF_A_FIRM_MAX:
@@ -433,13 +458,17 @@ def _check_session(session: Session, now: datetime) -> None:
         raise Invalid("A freed seat is kept for 5 minutes to 30 days.", reason="BAD_CONFIRM_WITHIN")
 
 
+def _check_not_begun(session: Session, now: datetime) -> None:
+    if session.starts <= now:
+        raise Conflict("This session has begun; it stays as it is. Look for another date.", reason="SESSION_BEGUN")
+
+
 def _check_change(before: Session, session: Session, now: datetime) -> None:
     if before.provider_id != session.provider_id:
         raise _taken_id()
     if before.state is SessionState.CANCELLED:
         raise Conflict("This session is cancelled; put another one.", reason="SESSION_CANCELLED")
-    if before.starts <= now:
-        raise Conflict("This session has begun; put another one.", reason="SESSION_BEGUN")
+    _check_not_begun(before, now)
     if session.seats < before.taken:
         raise Conflict(
             f"{before.taken} seats are taken; cancel bookings first, or keep as many seats.", reason="SEATS_TAKEN"

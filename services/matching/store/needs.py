@@ -136,6 +136,11 @@ async def seek_again(connection: Connection, need_id: str, why: NoOffer, *, expi
     return sought is not None
 
 
+async def try_anew(connection: Connection, need_id: str) -> None:
+    """It waits for offers, and a proposal for it has ended: whose that was may be offered again, unless somebody declined it."""
+    await connection.execute("UPDATE need SET attempt = attempt + 1, tried_change = -1 WHERE id = $1", need_id)
+
+
 async def due_expiries(connection: Connection, *, now: datetime, limit: int) -> list[str]:
     """Ids of open needs that had no offer for as long as needs are kept open."""
     rows = await connection.fetch(
@@ -215,10 +220,9 @@ async def needs_to_try(connection: Connection, against: Tried, *, limit: int) ->
 
 
 async def hide_alarm_needs(connection: Connection, firm_id: int) -> None:
-    """Partners see none of the firm's open needs that were made from alarms."""
+    """Partners see none of the firm's needs that were made from alarms, also when their matches end."""
     await connection.execute(
-        "UPDATE need SET shown = false WHERE firm_id = $1 AND consent_id IS NOT NULL AND state = 'open' AND shown",
-        firm_id,
+        "UPDATE need SET shown = false WHERE firm_id = $1 AND consent_id IS NOT NULL AND shown", firm_id
     )
 
 
@@ -226,16 +230,33 @@ async def unshared_needs(connection: Connection, *, firm_id: int, now: datetime,
     """Ids of open needs made under a consent whose firm has none in force that covers the machine and lets as much through. Firm
     0: of all firms."""
     rows = await connection.fetch(
-        "SELECT n.id FROM need n JOIN consent o ON o.id = n.consent_id WHERE n.state = 'open' "
-        "AND ($1::bigint = 0 OR n.firm_id = $1) "
-        "AND NOT EXISTS (SELECT FROM consent c WHERE c.firm_id = n.firm_id AND c.ended IS NULL AND c.valid_from <= $2 "
-        "AND (c.valid_until IS NULL OR c.valid_until > $2) AND (c.machine_ids = '{}' OR n.machine_id = ANY(c.machine_ids)) "
-        "AND array_remove(o.shared, 'partners') <@ c.shared) LIMIT $3",
-        firm_id,
+        "SELECT n.id FROM need n WHERE n.state = 'open' AND n.consent_id IS NOT NULL "  # noqa: S608
+        f"AND ($2::bigint = 0 OR n.firm_id = $2) AND NOT {shared(at='$1')} LIMIT $3",
         now,
+        firm_id,
         limit,
     )
     return [row["id"] for row in rows]
+
+
+async def is_shared(connection: Connection, need_id: str, *, now: datetime) -> bool:
+    """Whether it was made under no consent, or under one that still covers it or was followed by one that does."""
+    found: bool = await connection.fetchval(
+        f"SELECT n.consent_id IS NULL OR {shared(at='$1')} FROM need n WHERE n.id = $2",  # noqa: S608
+        now,
+        need_id,
+    )
+    return found
+
+
+def shared(*, at: str) -> str:
+    """SQL for: the consent that is in force then covers the need `n`, and lets as much through as the one it was made under."""
+    return (
+        "EXISTS (SELECT FROM consent c JOIN consent g ON g.id = n.consent_id WHERE c.firm_id = n.firm_id "
+        f"AND c.ended IS NULL AND c.valid_from <= {at} AND (c.valid_until IS NULL OR c.valid_until > {at}) "
+        "AND (c.machine_ids = '{}' OR n.machine_id = ANY(c.machine_ids)) "
+        "AND array_remove(g.shared, 'partners') <@ c.shared)"
+    )
 
 
 async def lock_machines(connection: Connection, machine_ids: Collection[int]) -> None:
@@ -252,14 +273,15 @@ async def known_alarms(connection: Connection, alarm_ids: Collection[str]) -> se
 
 
 async def need_of_fault(connection: Connection, machine_id: int, *, since: datetime) -> str | None:
-    """The machine's need from alarms that is open, or that had an alarm since then: a further alarm belongs to it. One that ended
-    with a consent is none: under another consent the fault opens a need anew."""
+    """The machine's need from alarms that is open, or that had an alarm since then and before it ended: a further alarm belongs to
+    it. A matched one ends with its work. One that ended with a consent is none: under another the fault opens a need anew."""
     found: str | None = await connection.fetchval(
         """
-        SELECT n.id FROM need n
+        SELECT n.id FROM need n LEFT JOIN match m ON m.need_id = n.id AND m.state NOT IN ('cancelled', 'expired')
         WHERE n.machine_id = $1 AND n.source = 'anomaly'
           AND (n.state = 'open' OR n.close_reason <> 'CONSENT_ENDED'
-               AND EXISTS (SELECT FROM need_alarm a WHERE a.need_id = n.id AND a.raised > $2))
+               AND EXISTS (SELECT FROM need_alarm a WHERE a.need_id = n.id AND a.raised > $2
+                   AND a.raised <= coalesce(CASE n.state WHEN 'closed' THEN n.ended ELSE m.finished END, 'infinity')))
         ORDER BY n.state = 'open' DESC, n.opened DESC LIMIT 1
         """,
         machine_id,

@@ -12,6 +12,7 @@ import asyncpg
 from services.common.database import Connection
 from services.matching.domain import Kind
 from services.matching.needs import Lapse, Offer, OfferState, Origin
+from services.matching.store.needs import shared
 
 Row = asyncpg.Record
 
@@ -146,10 +147,11 @@ async def providers_out(connection: Connection, need_ids: Sequence[str]) -> dict
 
 
 _OFFERS = (
-    "SELECT o.id, o.need_id, o.firm_id, o.provider_id, o.partner_id, o.provider_title, o.provider_kind, o.rank, o.score, "
+    "SELECT o.id, o.need_id, o.firm_id, o.provider_id, o.partner_id, o.provider_title, o.provider_kind, o.rank, "  # noqa: S608
+    "o.score, "
     "o.parts, o.reasons, o.ranker_version, o.state, o.made, o.expires, o.decided, o.decided_by, o.decision_reason, "
     "o.attempt, o.origin, o.round_id, o.holds_place, o.message, n.text AS need_text, n.machine_id, n.correlation_id, m.id "
-    "AS match_id, n.close_reason = 'CONSENT_ENDED' AS unshared, "
+    f"AS match_id, n.consent_id IS NOT NULL AND (n.close_reason = 'CONSENT_ENDED' OR NOT {shared(at='now()')}) AS unshared, "
     "(SELECT a.alarm_id FROM need_alarm a WHERE a.need_id = n.id ORDER BY a.number LIMIT 1) AS alarm_id "
     "FROM offer o JOIN need n ON n.id = o.need_id LEFT JOIN match m ON m.offer_id = o.id"
 )

@@ -207,14 +207,14 @@ async def bookable_providers(
 
 
 async def set_outcomes(connection: Connection, provider_id: str, *, change: int) -> None:
-    """Count anew what firms have scored: of each firm the newest score, so that nobody counts twice."""
+    """Count anew what firms have scored in closed matches: of each firm the newest score, so that nobody counts twice."""
     async with all_firms_within(connection):  # what each of them scored counts
         await connection.execute(
             """
             UPDATE provider SET (outcome_firms, outcome_points) = (
                 SELECT count(*), coalesce(sum(points), 0) FROM (
                     SELECT DISTINCT ON (m.firm_id) s.points FROM match m JOIN match_score s ON s.match_id = m.id
-                    WHERE m.provider_id = $1 AND s.side = 'firm' ORDER BY m.firm_id, s.scored DESC, m.id
+                    WHERE m.provider_id = $1 AND m.state = 'closed' AND s.side = 'firm' ORDER BY m.firm_id, s.scored DESC, m.id
                 ) AS newest
             ), change = $2 WHERE id = $1
             """,

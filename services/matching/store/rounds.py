@@ -55,24 +55,28 @@ async def next_running_round(connection: Connection) -> Round | None:
     return None if row is None else _round(row)
 
 
-async def count_in_round(connection: Connection, round_id: str, *, offers: int, from_safety_net: int) -> None:
+async def count_in_round(
+    connection: Connection, round_id: str, *, offers: int = 0, from_safety_net: int = 0, blocking_pairs: int = 0
+) -> None:
+    """Of each of its passes."""
     await connection.execute(
-        "UPDATE round SET offers = offers + $2, from_safety_net = from_safety_net + $3 WHERE id = $1",
+        "UPDATE round SET offers = offers + $2, from_safety_net = from_safety_net + $3, "
+        "blocking_pairs = blocking_pairs + $4 WHERE id = $1",
         round_id,
         offers,
         from_safety_net,
+        blocking_pairs,
     )
 
 
 async def end_round(
-    connection: Connection, round_id: str, *, ended: datetime, unplaced: int, blocking_pairs: int, ranker_version: str
+    connection: Connection, round_id: str, *, ended: datetime, unplaced: int, ranker_version: str
 ) -> None:
     await connection.execute(
-        "UPDATE round SET state = 'done', ended = $2, unplaced = $3, blocking_pairs = $4, ranker_version = $5 WHERE id = $1",
+        "UPDATE round SET state = 'done', ended = $2, unplaced = $3, ranker_version = $4 WHERE id = $1",
         round_id,
         ended,
         unplaced,
-        blocking_pairs,
         ranker_version,
     )
 

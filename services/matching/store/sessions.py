@@ -200,6 +200,18 @@ async def due_bookings(connection: Connection, *, now: datetime, limit: int) -> 
     return [(row["id"], row["session_id"]) for row in rows]
 
 
+async def bookings_of_ended_matches(connection: Connection, *, now: datetime, limit: int) -> list[tuple[str, str]]:
+    """(booking, session) of those that stand, for what has not begun, and whose match came to nothing."""
+    rows = await connection.fetch(
+        "SELECT b.id, b.session_id FROM session s JOIN booking b ON b.session_id = s.id JOIN match m ON m.id = b.match_id "
+        "WHERE s.starts > $1 AND b.state IN ('confirmed', 'offered', 'waiting') AND m.state IN ('cancelled', 'expired') "
+        "ORDER BY b.number LIMIT $2",
+        now,
+        limit,
+    )
+    return [(row["id"], row["session_id"]) for row in rows]
+
+
 async def over_booked(connection: Connection) -> list[str]:
     """Sessions whose count is not that of their bookings, or is beyond their seats. Must be empty."""
     rows = await connection.fetch(
