@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -108,13 +108,21 @@ async def after_kafka_loss(settings: Settings) -> dict[str, object]:
     async with _consumer(cluster) as consumer, _alone(settings.database_dsn) as connection:
         found = await _positions(cluster, connection, consumer)
         directory = await _newest(consumer, cluster.name(topics.DIRECTORY))
+        rooms = await _newest(consumer, cluster.name(topics.ROOMS))
         samples = cluster.name(topics.SAMPLES)
         async with connection.transaction():
             await _into(connection, "ingest")
-            messages = await rebuild.everything(connection, now_us)
             # Before their ids were noted: the directory tells whether all are new. Doors that still ran may have filled new topics
             # past the positions in the old ones.
-            all_new = _knows_little_of(directory, messages)
+            all_new = _knows_little_of(directory, await rebuild.keys(connection))
+            # A directory that is whole has what became of the hub since the dump, as after-restore takes it in.
+            was_restored = not all_new and await rebuild.is_behind(connection, directory)
+            adopted = rebuild.Adopted({}, 0, [])
+            if was_restored:
+                adopted = await rebuild.adopt(connection, directory, now_us)
+                messages = adopted.messages
+            else:
+                messages = await rebuild.everything(connection, now_us)
             anew = [
                 each
                 for each in found
@@ -128,22 +136,31 @@ async def after_kafka_loss(settings: Settings) -> dict[str, object]:
             mine = [each for each in anew if (each.schema, each.topic) == ("anomaly", samples)]
             await rebase(connection, {each.partition: each.first for each in mine})
             await _into(connection, "matching")
-            messages += await room_rebuild.everything(connection)
+            if was_restored:
+                messages += (await room_rebuild.adopt(connection, rooms))[1]
+            else:
+                messages += await room_rebuild.everything(connection)
             await _check_alone(connection)
         await _publish(cluster, messages)
-    return {"done": "after-kafka-loss", "published": len(messages), "positions_begun_anew": len(anew)}
+    return {
+        "done": "after-kafka-loss",
+        "taken_from_directory": adopted.taken,
+        "keys_revoked": adopted.revoked,
+        "published": len(messages),
+        "positions_begun_anew": len(anew),
+    }
 
 
-def _knows_little_of(directory: Mapping[str, bytes | None], messages: Sequence[Message]) -> bool:
+def _knows_little_of(directory: Mapping[str, bytes | None], stored: Collection[str]) -> bool:
     """The directory topic is another one than this database published to: most of what the database has is not there. Some may be
     missing from the right one as well, as what was not sent yet, and some be in a new one, from processes that still ran."""
-    missing = sum(1 for message in messages if (message.key or b"").decode() not in directory)
-    return 2 * missing > len(messages)
+    missing = sum(1 for key in stored if key not in directory)
+    return 2 * missing > len(stored)
 
 
 @asynccontextmanager
 async def _alone(dsn: str) -> AsyncIterator[Connection]:
-    """A connection, once it is sure that no process of the hub has one."""
+    """A connection, once it is sure that no process of the hub has one, and no other of these."""
     try:
         connection = await asyncpg.connect(
             dsn, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": "reconcile", "timezone": "UTC"}
@@ -151,6 +168,9 @@ async def _alone(dsn: str) -> AsyncIterator[Connection]:
     except AWAY as error:
         raise ReconcileError(f"The database does not answer: {error!r}. Look at SMDIH_DATABASE_DSN.") from error
     try:
+        # Of this database, until the connection ends: what one publishes is not to be older than what another has.
+        if not await connection.fetchval("SELECT pg_try_advisory_lock(hashtext('smdih-reconcile'))"):
+            raise ReconcileError("Another reconcile is at work on this database; wait until it is done.")
         await _check_alone(connection)
         yield connection
     finally:

@@ -18,8 +18,9 @@ from prometheus_client import Counter
 
 from services.common.clock import Clock, from_us
 from services.common.database import AWAY, Pool, transaction
-from services.common.errors import HubError, Invalid
+from services.common.errors import HubError, Invalid, TryAgain
 from services.common.identity import Caller, Role
+from services.common.limits import Allowances
 from services.common.logs import current_correlation_id, get_logger
 from services.common.texts import showable
 
@@ -33,6 +34,11 @@ PAGE_SIZE_MAX = 1_000
 PAGE_SIZE_DEFAULT = 100
 BODY_BYTES_MAX = 256 * 1024
 IDS_MAX = 20
+# Of all ids of an entry, with their names; what is named first is kept.
+IDS_CHARACTERS_MAX = 4_000
+# Entries that say only that somebody was refused, of each caller: they cost who sends them nothing.
+REFUSALS_AT_ONCE = 1_000
+REFUSALS_PER_S = 1.0
 ADDRESS_CHARACTERS_MAX = 64
 
 _ID_NAME = re.compile(r"[a-z][a-z_]{0,40}_ids?|id")
@@ -42,11 +48,14 @@ _READS = re.compile(
     r"Get|List|Check|PreCheck|Preview|ProposeAssessors|Watch|Explain|Diagnose|History|Latest|Plot|Export|TrialBalance"
 )
 
-# Entries by what became of them: kept, lost because too many waited, or refused by the database (the process's own log has those
-# too).
+# Entries by what became of them: kept, lost because too many waited, refused by the database, or left out because their caller was
+# refused too often (the process's own log has all of them).
 entries_total = Counter("smdih_change_log_entries_total", "Entries of the change log", ["outcome"])
-for _outcome in ("kept", "lost", "refused"):
+for _outcome in ("kept", "lost", "refused", "left_out"):
     entries_total.labels(_outcome)
+
+# Outcomes that do not say that nothing was changed.
+_MAY_HAVE_CHANGED = frozenset({"OK", "BROKEN_OFF", HubError.REASON, TryAgain.REASON})
 
 
 # What the database says of an entry that it will never take.
@@ -96,6 +105,7 @@ class ChangeLog:
         self._clock = clock
         self._waiting: deque[tuple[Change, asyncio.Future[None]]] = deque()
         self._came = asyncio.Event()
+        self._refusals = Allowances()
 
     async def note(
         self, caller: Caller, *, shown: str, action: str, ids: Mapping[str, Any], outcome: str, address: str
@@ -116,6 +126,11 @@ class ChangeLog:
         log.info(
             "change", role=caller.role, credential=caller.credential_id, action=action, ids=dict(ids), outcome=outcome
         )
+        if outcome not in _MAY_HAVE_CHANGED and self._refusals.take(
+            caller.credential_id, per_s=REFUSALS_PER_S, most=REFUSALS_AT_ONCE
+        ):
+            entries_total.labels("left_out").inc()
+            return
         if len(self._waiting) >= WAITING_MAX:
             entries_total.labels("lost").inc()
             return
@@ -229,17 +244,19 @@ def changes_by_call(method: str) -> bool:
 def ids_in(parts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Of names and values those that are ids, and nothing else: no text that somebody wrote, and never a key."""
     found: dict[str, Any] = {}
+    left = IDS_CHARACTERS_MAX
     for name, value in parts:
         if len(found) == IDS_MAX:
             break
         if not _ID_NAME.fullmatch(name):
             continue
-        if isinstance(value, list | tuple):
-            several = [one for one in value[:IDS_MAX] if _is_id(one)]
-            if several:
-                found[name] = several
-        elif _is_id(value):
-            found[name] = value
+        is_list = isinstance(value, list | tuple)
+        ids = [one for one in (value[:IDS_MAX] if is_list else [value]) if _is_id(one)]
+        left -= sum(len(name) + len(str(one)) for one in ids)
+        if left < 0:
+            break
+        if ids:
+            found[name] = ids if is_list else ids[0]
     return found
 
 
@@ -257,4 +274,4 @@ def ids_in_json(data: bytes) -> dict[str, Any]:
 def _is_id(value: Any) -> bool:
     if isinstance(value, str):
         return bool(_ID.fullmatch(value)) and not value.startswith("smdih_")
-    return type(value) is int and value != 0
+    return type(value) is int and value != 0 and -(2**63) <= value < 2**63

@@ -162,6 +162,10 @@ class Tls:
             (leaf, *_), key = _certificates(loaded.certificate, files.certificate), _private_key(loaded.key, files.key)
             if _public(leaf.public_key()) != _public(key.public_key()):
                 raise BadCertificate(f"{files.key} is not the key of {files.certificate}.")
+            try:
+                _load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), loaded)
+            except ssl.SSLError as error:  # as for a key that is too short
+                raise BadCertificate(f"{files.certificate} cannot be served with: {error}") from error
         for data, path in ((loaded.client_ca, files.client_ca), (loaded.ca, files.ca)):
             if path:
                 _certificates(data, path)

@@ -56,6 +56,7 @@ async def start(runtime: Runtime, settings: Settings) -> None:
         disk_bytes=settings.database_disk_bytes,
     )
     runtime.background("claim codes", cases.claims.run())
+    runtime.background("ended keys", cases.credentials.run())
     await entrance.serve(
         "SMDIH ingest",
         directory=directory,

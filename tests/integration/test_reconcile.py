@@ -13,12 +13,15 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from services import reconcile
 from services.anomaly.rebase import rebase
 from services.common import topics
+from services.common.clock import to_us
 from services.common.database import Pool
 from services.common.directory import entity_key
+from services.common.errors import Conflict
 from services.common.identity import Role
 from services.common.kafka import Cluster, Message, Publisher, create_topics, topic_ids
 from services.common.settings import Settings
-from services.ingest.registry import credential_store, rebuild
+from services.ingest.domain import NewSite
+from services.ingest.registry import credential_store, rebuild, store
 from services.ingest.registry.credentials import make_credential
 from services.matching import room_rebuild
 from services.matching.messages import room_event
@@ -78,6 +81,54 @@ async def test_a_key_that_either_side_says_is_revoked_stays_revoked(ingest: Pool
     told = pb.DirectoryEntry.FromString(published[entity_key("credential", ids["unsent"])] or b"").credential
     assert told.valid_to_us == NOW_US + 5_000_000
     assert last >= max(ids.values())
+
+
+async def test_keys_and_sites_of_a_firm_have_a_number_and_ended_keys_are_forgotten(ingest: Pool) -> None:
+    async with ingest.acquire() as connection:
+        firm_id = await connection.fetchval(
+            "INSERT INTO firm (name, slug, sic, region, size) VALUES ('Many', 'many', '25.62', 'Wales', 'small') RETURNING id"
+        )
+        await connection.execute(
+            "INSERT INTO credential (prefix, sha256, role, firm_id, label, valid_from, valid_to) SELECT 'p', "
+            "sha256(n::text::bytea), 'device', $1, 'l', now() - interval '9 days', now() - interval '8 days' + interval '1 s' * n "
+            "FROM generate_series(1, $2) n",
+            *(firm_id, credential_store.KEYS_PER_FIRM_MAX - 1),
+        )
+
+        async def issue() -> pb.Credential:
+            _, credential = make_credential(Role.DEVICE, firm_id, 0, "one more", NOW_US)
+            return await credential_store.create(connection, credential, Role.DEVICE, NOW_US)
+
+        first = await issue()
+        with pytest.raises(Conflict) as told:
+            await issue()
+        assert told.value.reason == "TOO_MANY_KEYS"
+        await connection.execute("DELETE FROM outbox")
+        ended = to_us(await connection.fetchval("SELECT now()")) - 7 * 86_400_000_000
+        forgotten = await credential_store.forget_ended(connection, ended, 2)
+        assert await connection.fetchval("SELECT count(*) FROM outbox WHERE value IS NULL") == len(forgotten) == 2
+        # Nobody revoked them.
+        now = datetime.now(UTC)
+        assert (await credential_store.locked(connection, forgotten[0])).state(now) == "expired"
+        second = await issue()
+        await credential_store.revoke(connection, second.id)
+        assert (await credential_store.locked(connection, second.id)).state(now) == "revoked"
+        assert (await credential_store.locked(connection, first.id)).state(now) != "revoked"
+
+        await connection.execute(
+            "INSERT INTO site (firm_id, slug, name, timezone) SELECT $1, 's' || n, 's', 'UTC' FROM generate_series(2, $2) n",
+            *(firm_id, store.SITES_PER_FIRM_MAX),
+        )
+        await store.create_site(connection, NewSite(firm_id, "s1", "s", "UTC"), NOW_US)
+        with pytest.raises(Conflict) as told:
+            async with connection.transaction():
+                await store.create_site(connection, NewSite(firm_id, "other", "s", "UTC"), NOW_US)
+        assert told.value.reason == "TOO_MANY_SITES"
+        # One that is there may be sent again.
+        await store.create_site(connection, NewSite(firm_id, "s1", "s", "UTC"), NOW_US)
+        for table in ("credential", "site"):
+            await connection.execute(f"DELETE FROM {table} WHERE firm_id = $1", firm_id)
+        await connection.execute("DELETE FROM firm WHERE id = $1", firm_id)
 
 
 async def test_what_was_registered_since_comes_back_with_its_ids(ingest: Pool) -> None:
@@ -225,6 +276,9 @@ async def test_positions_that_do_not_fit_the_topics_are_told_apart(
         return found
 
     try:
+        async with reconcile._alone(settings.database_dsn):
+            with pytest.raises(ReconcileError, match="Another reconcile"):
+                await after_kafka_loss(settings)
         await stand_at(11)
         with pytest.raises(ReconcileError, match="after-kafka-loss"):
             await after_restore(settings, accept_lost=True)
@@ -271,6 +325,25 @@ async def test_positions_that_do_not_fit_the_topics_are_told_apart(
         assert (await after_kafka_loss(settings))["positions_begun_anew"] == 1
         assert await position() == 0
         assert (await after_kafka_loss(settings))["positions_begun_anew"] == 0
+
+        # A database that was restored as well is older than a directory that is whole: what was revoked since stays revoked, and
+        # what was made since is taken in.
+        async with owner(settings.database_dsn, "ingest") as ingest_pool, ingest_pool.acquire() as ingest:
+            _, credential = make_credential(Role.OPERATOR, 0, 0, "stolen", NOW_US)
+            stolen = (await credential_store.create(ingest, credential, Role.OPERATOR, NOW_US)).id
+            await ingest.execute("DELETE FROM outbox")
+        since = pb.DirectoryEntry(partner=pb.Partner(id=900, name="New", region="Wales"), changed_us=NOW_US)
+        await publisher.publish(topics.DIRECTORY, since.SerializeToString(), key=b"partner/900")
+        await publisher.publish(topics.DIRECTORY, None, key=entity_key("credential", stolen).encode())
+        await stand_at(99)
+        told = await after_kafka_loss(settings)
+        assert (told["taken_from_directory"], told["keys_revoked"]) == ({"partner": 1}, 1)
+        assert await position() == 0
+        async with reconcile._consumer(cluster) as consumer:
+            newest = await reconcile._newest(consumer, cluster.name(topics.DIRECTORY))
+        assert newest[entity_key("credential", stolen)] is None
+        assert await database.fetchval("SELECT revoked IS NOT NULL FROM ingest.credential WHERE id = $1", stolen)
+        assert (await after_kafka_loss(settings))["taken_from_directory"] == {}
 
         # And a process that an autoscaler starts meanwhile is seen before anything is kept.
         async with owner(settings.database_dsn, "matching") as pool, pool.acquire() as other:

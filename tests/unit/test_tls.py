@@ -5,13 +5,17 @@ import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from pydantic import ValidationError
 
 from localstack.certificates import Authority, Pair
@@ -49,6 +53,21 @@ class Echo(claim_pb2_grpc.ClaimServiceServicer):
 
 def files(pair: Pair, **more: Path) -> Files:
     return Files(str(pair.certificate), str(pair.key), **{name: str(path) for name, path in more.items()})
+
+
+def signed_by(authority: Authority, key: Any, path: Path) -> Pair:
+    """A certificate without any name."""
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(authority._name, x509.Name([]), key.public_key(), x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + timedelta(days=1))
+        .sign(authority._key, hashes.SHA256())
+    )
+    pair = Pair(path.with_suffix(".pem"), path.with_suffix(".key"))
+    pair.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
+    pair.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return pair
 
 
 @asynccontextmanager
@@ -204,6 +223,9 @@ async def test_files_that_do_not_fit_together_are_left_alone(tmp_path: Path) -> 
         assert not served.reload()
         pair.key.write_text("no key")
         assert not served.reload()
+        weak = signed_by(authority, rsa.generate_private_key(65537, 1024), tmp_path / "weak")
+        pair.replace_by(weak)
+        assert not served.reload()
         assert await status(target, ClientTls(authority.file)) is grpc.StatusCode.OK
 
 
@@ -256,12 +278,14 @@ async def test_the_internal_port_is_for_services_and_the_other_asks_for_no_certi
     authority = Authority(tmp_path)
     served = Tls(files(authority.issue(["ingest"]), client_ca=authority.file))
     anomaly, gateway = authority.issue(["anomaly"]), authority.issue(["gateway-1"])
+    nameless = signed_by(authority, ec.generate_private_key(ec.SECP256R1()), tmp_path / "nameless")
     port = free_port()
     async with serving(served, internal_port=port, internal_calls={"anomaly": (METHOD,)}) as public:
         internal = f"127.0.0.1:{port}"
         assert await status(public, ClientTls(authority.file)) is grpc.StatusCode.OK
         assert await status(internal, ClientTls(authority.file)) is grpc.StatusCode.UNAVAILABLE
-        for pair, expected in ((anomaly, grpc.StatusCode.OK), (gateway, grpc.StatusCode.PERMISSION_DENIED)):
+        denied = grpc.StatusCode.PERMISSION_DENIED
+        for pair, expected in ((anomaly, grpc.StatusCode.OK), (gateway, denied), (nameless, denied)):
             assert await status(internal, ClientTls(authority.file, pair.certificate, pair.key)) is expected
 
 

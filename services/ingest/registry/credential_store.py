@@ -10,11 +10,14 @@ from services.common import topics
 from services.common.clock import from_us, to_us
 from services.common.database import Connection
 from services.common.directory import entity_key
-from services.common.errors import NotFound
+from services.common.errors import Conflict, NotFound
 from services.common.identity import Role
 from services.common.outbox import write
 from services.ingest.registry.store import publish
 from smdih.directory.v1 import directory_pb2 as pb
+
+# Every process of the hub keeps all keys in memory. Those that ended count too, until they are forgotten.
+KEYS_PER_FIRM_MAX = 2_000
 
 ROLE_NUMBERS = {
     Role.DEVICE: pb.ROLE_DEVICE,
@@ -44,7 +47,8 @@ class Issued:
 
     def state(self, now: datetime) -> str:
         if self.revoked is not None:
-            return "revoked"
+            # What ended by itself is taken back in the end, so that nobody has to remember it.
+            return "expired" if self.valid_to is not None and self.revoked >= self.valid_to else "revoked"
         if now < self.valid_from:
             return "not_yet_valid"
         return "expired" if self.valid_to is not None and now >= self.valid_to else "valid"
@@ -66,7 +70,17 @@ class Issued:
 async def create(
     connection: Connection, credential: pb.Credential, role: Role, now_us: int, *, replaces: int = 0
 ) -> pb.Credential:
-    """Store and publish a credential (its id is given here). Raises NotFound when its firm or partner does not exist."""
+    """Store and publish a credential (its id is given here). Raises NotFound when its firm or partner does not exist; Conflict
+    where a firm has too many."""
+    if credential.firm_id:
+        # One after the other, so that the count holds.
+        await connection.execute("SELECT FROM firm WHERE id = $1 FOR NO KEY UPDATE", credential.firm_id)
+        have = await connection.fetchval(
+            "SELECT count(*) FROM credential WHERE firm_id = $1 AND revoked IS NULL", credential.firm_id
+        )
+        if have >= KEYS_PER_FIRM_MAX:
+            detail = f"The firm has {have} keys that are not revoked; revoke some that nobody uses."
+            raise Conflict(detail, reason="TOO_MANY_KEYS")
     try:
         credential.id = await connection.fetchval(
             "INSERT INTO credential (prefix, sha256, role, firm_id, partner_id, label, valid_from, valid_to, replaces) "
@@ -88,6 +102,18 @@ async def revoke(connection: Connection, credential_id: int) -> Issued:
     await connection.execute("UPDATE credential SET revoked = now() WHERE id = $1 AND revoked IS NULL", credential_id)
     await write(connection, topics.DIRECTORY, key=entity_key("credential", credential_id), value=None)
     return await locked(connection, credential_id)
+
+
+async def forget_ended(connection: Connection, before_us: int, limit: int) -> Sequence[int]:
+    """Revoke and publish some that ended before then; which."""
+    rows = await connection.fetch(
+        "UPDATE credential SET revoked = now() WHERE id IN (SELECT id FROM credential WHERE revoked IS NULL AND valid_to < $1 "
+        "ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED) RETURNING id",
+        *(from_us(before_us), limit),
+    )
+    for row in rows:
+        await write(connection, topics.DIRECTORY, key=entity_key("credential", row["id"]), value=None)
+    return [row["id"] for row in rows]
 
 
 async def end_at(connection: Connection, credential: Issued, end_us: int, now_us: int) -> None:

@@ -1,13 +1,17 @@
 """Keys: issued, listed with their last use, rotated with an overlap, revoked."""
 
+import asyncio
 from dataclasses import dataclass
 from datetime import datetime
 
+import asyncpg
+
 from services.common.clock import Clock, from_us, to_us
-from services.common.database import Pool, transaction
+from services.common.database import AWAY, Pool, transaction
 from services.common.directory import Directory
-from services.common.errors import Conflict, Invalid, TryAgain
+from services.common.errors import Conflict, HubError, Invalid, TryAgain
 from services.common.identity import KEY_ROLES, Caller, Role, key_prefix, key_sha256, new_key
+from services.common.logs import get_logger
 from services.common.outbox import OutboxRelay
 from services.ingest.asked import PAGE_SIZE_DEFAULT, check_id, checked_time, names, number_in_token, page_size_of
 from services.ingest.diagnosis.sightings import SightingsWriter
@@ -17,8 +21,14 @@ from services.ingest.registry import credential_store as store
 from services.ingest.registry.credential_store import Issued
 from smdih.directory.v1 import directory_pb2 as pb
 
+log = get_logger(__name__)
+
 OVERLAP_S_DEFAULT = 24 * 60 * 60
 OVERLAP_S_MAX = 90 * 24 * 60 * 60
+# A key that ended is told as such for so long; then it is as one that never was.
+ENDED_KEPT_S = 7 * 24 * 60 * 60
+FORGET_INTERVAL_S = 60
+FORGOTTEN_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,23 @@ class Credentials:
                 detail=f"credential {credential_id} ({revoked.prefix}...)",
             )
         self._relay.kick()
+
+    async def run(self) -> None:
+        """Forget keys that ended a while ago, until cancelled."""
+        while True:
+            try:
+                await self.forget_ended()
+            except (*AWAY, asyncpg.PostgresError, HubError) as error:
+                log.warning("keys that ended wait", error=repr(error))
+            await asyncio.sleep(FORGET_INTERVAL_S)
+
+    async def forget_ended(self) -> None:
+        before_us = self._clock.now_us() - ENDED_KEPT_S * 1_000_000
+        async with transaction(self._pool) as connection:
+            forgotten = await store.forget_ended(connection, before_us, FORGOTTEN_AT_ONCE)
+        if forgotten:
+            log.info("keys that ended forgotten", credentials=len(forgotten))
+            self._relay.kick()
 
     async def _known_here(self, credential_id: int) -> None:
         self._relay.kick()

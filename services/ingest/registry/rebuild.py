@@ -4,7 +4,7 @@ Both hold who and what the hub knows. Nothing else may run meanwhile.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import asyncpg
@@ -80,6 +80,24 @@ async def adopt(connection: Connection, topic: Mapping[str, bytes | None], now_u
     gone = [key for key, entry in published.items() if entry is not None and key not in now]
     messages = [_message(key, entry, now_us) for key, entry in changed.items()]
     return Adopted(dict(taken), len(revoked), messages + [_message(key, None, now_us) for key in gone])
+
+
+async def keys(connection: Connection) -> Collection[str]:
+    """Of everything that the topic is to hold."""
+    return (await _stored(connection)).keys()
+
+
+async def is_behind(connection: Connection, topic: Mapping[str, bytes | None]) -> bool:
+    """The topic has what this database never had, or has removed what is there: the database was restored. What only the database
+    has says nothing."""
+    stored = await _stored(connection)
+    revoked = {
+        entity_key("credential", row["id"])
+        for row in await connection.fetch("SELECT id FROM credential WHERE revoked IS NOT NULL")
+    }
+    return any(
+        key in stored if value is None else key not in stored and key not in revoked for key, value in topic.items()
+    )
 
 
 async def everything(connection: Connection, now_us: int) -> list[Message]:

@@ -15,6 +15,9 @@ from services.common.outbox import write
 from services.ingest.domain import QUOTA_SIGNALS_DEFAULT, NewFirm, NewMachine, NewSignal, NewSite
 from smdih.directory.v1 import directory_pb2 as pb
 
+# Every process of the hub keeps all sites in memory.
+SITES_PER_FIRM_MAX = 1_000
+
 
 async def publish(connection: Connection, kind: str, entry: pb.DirectoryEntry, entity_id: int, changed_us: int) -> None:
     entry.changed_us = changed_us
@@ -89,6 +92,7 @@ async def create_partner(connection: Connection, name: str, region: str, now_us:
 
 
 async def create_site(connection: Connection, new: NewSite, now_us: int) -> pb.Site:
+    await connection.execute("SELECT FROM firm WHERE id = $1 FOR NO KEY UPDATE", new.firm_id)
     try:
         site_id = await connection.fetchval(
             "INSERT INTO site (firm_id, slug, name, timezone) VALUES ($1, $2, $3, $4) "
@@ -100,6 +104,8 @@ async def create_site(connection: Connection, new: NewSite, now_us: int) -> pb.S
         raise NotFound(f"There is no firm {new.firm_id}.") from error
     if site_id is None:
         raise AlreadyExists(f"This firm has another site {new.slug!r} already.")
+    if await connection.fetchval("SELECT count(*) FROM site WHERE firm_id = $1", new.firm_id) > SITES_PER_FIRM_MAX:
+        raise Conflict(f"The firm has {SITES_PER_FIRM_MAX} sites; use those.", reason="TOO_MANY_SITES")
     site = pb.Site(id=site_id, firm_id=new.firm_id, slug=new.slug, name=new.name, timezone=new.timezone)
     await publish(connection, "site", pb.DirectoryEntry(site=site), site_id, now_us)
     return site
