@@ -1,12 +1,13 @@
 """Alarms, their history, and what the detector knows, in the database."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import asyncpg
+from aiokafka import TopicPartition
 
 from services.anomaly.domain import (
     EPISODE_GAP_US,
@@ -24,7 +25,7 @@ from services.anomaly.messages import event_message
 from services.common import outbox, topics
 from services.common.clock import from_us, to_us
 from services.common.database import CONNECT_TIMEOUT_S, Connection, Pool
-from services.common.kafka import Fenced
+from services.common.kafka import Fenced, FirstOffsets, Position, load_positions
 from services.common.logs import correlated
 
 ALARM_COLUMNS = (
@@ -364,17 +365,18 @@ class StateStore:
         self._pool = pool
         self._topic = topic
 
-    async def position(self, partition: int) -> tuple[int, int]:
-        """The offset to go on from, and how many records directly before it could not be read."""
-        row = await self._pool.fetchrow(
-            "INSERT INTO position AS p (topic, partition, next_offset) VALUES ($1, $2, 0) "
-            "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = p.next_offset "
-            "RETURNING next_offset, unreadable_in_a_row",
-            self._topic,
-            partition,
-        )
-        assert row is not None
-        return row["next_offset"], row["unreadable_in_a_row"]
+    async def positions(
+        self, partitions: Collection[int], *, topic_id: str, first_offsets: FirstOffsets
+    ) -> Mapping[int, Position]:
+        """Where to go on. Raises MadeAnew, and what `first_offsets` raises."""
+        async with self._pool.acquire(timeout=CONNECT_TIMEOUT_S) as connection:
+            loaded = await load_positions(
+                connection,
+                [TopicPartition(self._topic, partition) for partition in partitions],
+                topic_ids={self._topic: topic_id},
+                first_offsets=first_offsets,
+            )
+        return {at.partition: position for at, position in loaded.items()}
 
     async def states(self, partition: int) -> AsyncIterator[SavedState]:
         after = (-1, -1)

@@ -5,13 +5,15 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
 import faust
 import faust.auth
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 from faust.types import TP
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -34,8 +36,10 @@ from services.common.kafka import (
     Fenced,
     Identity,
     Poison,
+    Position,
     consumed_total,
     show_consumer,
+    topic_ids,
 )
 from services.common.logs import get_logger
 
@@ -154,6 +158,7 @@ class Worker:
         instance: str = "",
         checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S,
     ) -> None:
+        self._cluster = cluster
         self._states = states
         self._horizons = horizons
         self._raiser = raiser
@@ -516,11 +521,12 @@ class Worker:
     async def _on_assigned(self, *arguments: Any, **_kwargs: Any) -> None:
         assigned: Collection[TP] = arguments[-1]
         started = time.perf_counter()
+        numbers = [tp.partition for tp in assigned if tp.topic == self._topic_name]
         try:
+            positions = await self._until_answered(lambda: self._positions(numbers)) if numbers else {}
             loaded = {
-                tp.partition: await self._until_answered(lambda number=tp.partition: self._load(number))
-                for tp in assigned
-                if tp.topic == self._topic_name
+                number: await self._until_answered(lambda number=number: self._load(number, positions[number]))
+                for number in numbers
             }
         except Exception as error:
             self._fail(error)
@@ -532,11 +538,24 @@ class Worker:
         self._loaded.set()
         log.info("partitions assigned", partitions=sorted(loaded))
 
-    async def _load(self, number: int) -> _Partition:
-        position, run = await self._states.position(number)
-        scorer = Scorer(number, position=position)
+    async def _positions(self, numbers: Collection[int]) -> Mapping[int, Position]:
+        """Raises MadeAnew; TryAgain when no broker answers."""
+        try:
+            ids = await topic_ids(self._cluster, [self._topic_name])
+            return await self._states.positions(
+                numbers, topic_id=ids[self._topic_name], first_offsets=self._first_offsets
+            )
+        except KafkaError as error:
+            raise TryAgain(f"No broker tells of the topic: {error!r}") from error
+
+    async def _first_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        firsts: Mapping[TopicPartition, int] = await self._app.consumer.earliest_offsets(*partitions)
+        return firsts
+
+    async def _load(self, number: int, position: Position) -> _Partition:
+        scorer = Scorer(number, position=position.next_offset)
         async for saved in self._states.states(number):
             scorer.load(saved)
-        horizon = await self._horizons.load(number, position=position)
+        horizon = await self._horizons.load(number, position=position.next_offset)
         scorer.tune(horizon.tunings)
-        return _Partition(scorer, position, horizon, run)
+        return _Partition(scorer, position.next_offset, horizon, position.unreadable_in_a_row)

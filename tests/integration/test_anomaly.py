@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from services.common import topics
 from services.common.database import create_pool
 from services.common.directory import entity_key
 from services.common.identity import Role
-from services.common.kafka import Cluster, Fenced, Publisher
+from services.common.kafka import Cluster, Fenced, MadeAnew, Position, Publisher
 from services.common.settings import Settings
 from smdih.anomaly.v1 import anomaly_pb2 as pb
 from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
@@ -327,7 +327,16 @@ async def test_only_the_owner_of_the_position_can_save_states(settings: Settings
     pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=2)
     try:
         store = StateStore(pool, topic="test")
-        assert await store.position(0) == (0, 0)
+        asked: list[TopicPartition] = []
+
+        async def first_offsets(partitions: Collection[TopicPartition]) -> dict[TopicPartition, int]:
+            asked.extend(partitions)
+            return dict.fromkeys(partitions, 0)
+
+        async def position() -> Position:
+            return (await store.positions([0], topic_id="the first", first_offsets=first_offsets))[0]
+
+        assert await position() == Position(0, 0)
 
         def checkpoint(position: int, state: bytes) -> Checkpoint:
             saved = SavedState(machine_id=1, channel_group=0, next_offset=position, state=state)
@@ -337,7 +346,10 @@ async def test_only_the_owner_of_the_position_can_save_states(settings: Settings
         await store.save(checkpoint(10, b"ten"), expected=0)  # the answer to the COMMIT was lost
         with pytest.raises(Fenced):
             await store.save(checkpoint(7, b"seven"), expected=0)  # a process that was thought dead
-        assert await store.position(0) == (10, 0)
+        assert await position() == Position(10, 0)
+        assert asked == [TopicPartition("test", 0)]
+        with pytest.raises(MadeAnew):
+            await store.positions([0], topic_id="made again", first_offsets=first_offsets)
         for _ in range(2):
             await store.save(checkpoint(12, b"ten"), expected=10, records_lost=2)
         assert await database.fetchval("SELECT records_lost FROM position WHERE topic = 'test'") == 2

@@ -8,8 +8,8 @@ from typing import Any, cast
 import asyncpg
 import httpx
 import pytest
-from aiokafka import ConsumerRecord
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka import ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from services.common import outbox, topics
 from services.common.database import Connection, Pool, create_pool, transaction
@@ -153,6 +153,39 @@ async def test_a_topic_that_was_made_anew_is_not_read_at_the_old_ones_position(
         await asyncio.wait_for(consumer.run(), 30)
     assert isinstance(told.value.__cause__, MadeAnew)
     assert "after-kafka-loss" in str(told.value.__cause__)
+    await pool.close()
+
+
+async def test_who_comes_to_a_topic_after_its_first_records_were_deleted_begins_at_those_that_are_left(
+    cluster: Cluster, dsn: str, publisher: Publisher
+) -> None:
+    pool = await create_pool(dsn, schema="funding", size_max=2)
+    seen: list[bytes] = []
+
+    async def take(_: Connection, records: Sequence[ConsumerRecord]) -> list[tuple[ConsumerRecord, str]]:
+        seen.extend(record.value for record in records)
+        return []
+
+    first = await publisher.publish(topics.ALARMS, b"deleted", partition=0)
+    await publisher.publish(topics.ALARMS, b"left", partition=0)
+    admin = AIOKafkaAdminClient(**cluster.client())
+    await admin.start()
+    at = TopicPartition(cluster.name(topics.ALARMS), 0)
+    await admin.delete_records({at: RecordsToDelete(before_offset=first + 1)})
+    await admin.close()
+    consumer = PositionedConsumer(
+        cluster, pool, publisher, topic_names=[topics.ALARMS], group="smdih.test.late", handler=take
+    )
+    running = asyncio.create_task(consumer.run())
+
+    async def has_begun() -> bool:
+        return running.done() or b"left" in seen
+
+    await eventually(has_begun)
+    assert not running.done(), running.exception()
+    assert b"deleted" not in seen
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
     await pool.close()
 
 

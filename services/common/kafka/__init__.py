@@ -5,13 +5,13 @@ from services.common.kafka.cluster import REQUEST_BYTES_MAX, Cluster, Identity, 
 from services.common.kafka.consuming import (
     RETRY_DELAY_S_MAX,
     Fenced,
-    MadeAnew,
     PositionedConsumer,
     consumed_total,
     show_consumer,
 )
 from services.common.kafka.deadletters import DEAD_LETTERS_IN_A_ROW_MAX, DeadLetters, Poison, TooManyDeadLetters
 from services.common.kafka.ends import TopicEnds
+from services.common.kafka.positions import FirstOffsets, MadeAnew, Position, load_positions
 from services.common.kafka.publishing import Message, Publisher
 from services.common.kafka.topicids import topic_ids
 
@@ -23,16 +23,19 @@ __all__ = [
     "Cluster",
     "DeadLetters",
     "Fenced",
+    "FirstOffsets",
     "Identity",
     "MadeAnew",
     "Message",
     "Poison",
+    "Position",
     "PositionedConsumer",
     "Publisher",
     "TooManyDeadLetters",
     "TopicEnds",
     "consumed_total",
     "create_topics",
+    "load_positions",
     "show_consumer",
     "topic_ids",
 ]

@@ -25,6 +25,7 @@ from services.common.errors import TryAgain
 from services.common.kafka.attempts import ATTEMPT_S_MAX, SILENCE_S_MAX, Attempts
 from services.common.kafka.cluster import Cluster
 from services.common.kafka.deadletters import DeadLetters, dead_letters_total
+from services.common.kafka.positions import load_positions
 from services.common.kafka.publishing import Publisher
 from services.common.kafka.topicids import topic_ids
 from services.common.logs import get_logger
@@ -48,10 +49,6 @@ unreadable_in_a_row = Gauge("smdih_kafka_unreadable_in_a_row", "Unreadable recor
 
 class Fenced(Exception):
     """Another process has stored past our position: the partition is no longer ours."""
-
-
-class MadeAnew(Exception):
-    """A topic is not the one that the stored positions are of: going on at them would skip what stands before them."""
 
 
 Note = Callable[[Connection, Sequence[ConsumerRecord]], Awaitable[None]]
@@ -336,35 +333,25 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
                 await asyncio.sleep(1)
 
     async def _load_positions(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
-        loaded: dict[TopicPartition, int] = {}
+        assert self._consumer is not None
         delay_s = 0.1
         while True:
             try:
                 async with self._pool.acquire(timeout=10) as connection:
-                    for partition in partitions:
-                        topic_id = self._topic_ids[partition.topic]
-                        row = await connection.fetchrow(
-                            "INSERT INTO position AS p (topic, partition, next_offset, topic_id) VALUES ($1, $2, 0, $3) "
-                            "ON CONFLICT (topic, partition) DO UPDATE "
-                            "SET topic_id = CASE WHEN p.topic_id = '' OR p.next_offset = 0 "
-                            "THEN excluded.topic_id ELSE p.topic_id END "
-                            "RETURNING next_offset, unreadable_in_a_row, topic_id",
-                            *(partition.topic, partition.partition, topic_id),
-                        )
-                        assert row is not None
-                        if row["topic_id"] != topic_id:
-                            raise MadeAnew(
-                                f"{partition.topic} is not the topic that was taken in up to {row['next_offset']}: it was deleted "
-                                "and made again. Stop the hub and run python -m services.reconcile after-kafka-loss."
-                            )
-                        loaded[partition] = row["next_offset"]
-                        self._unreadable_in_a_row[partition] = row["unreadable_in_a_row"]
-                return loaded
-            except AWAY as error:
+                    loaded = await load_positions(
+                        connection,
+                        partitions,
+                        topic_ids=self._topic_ids,
+                        first_offsets=self._consumer.beginning_offsets,
+                    )
+                break
+            except (*AWAY, KafkaError) as error:
                 log.warning("positions cannot be loaded yet", error=repr(error))
                 self._attempts.ended()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RETRY_DELAY_S_MAX)
+        self._unreadable_in_a_row.update({at: position.unreadable_in_a_row for at, position in loaded.items()})
+        return {at: position.next_offset for at, position in loaded.items()}
 
     def _seek(self, positions: dict[TopicPartition, int]) -> None:
         assert self._consumer is not None
