@@ -4,18 +4,16 @@ Every service holds one, so no request waits for another service, and the teleme
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from google.protobuf.message import DecodeError
-from prometheus_client import Gauge
 
 from services.common import topics
 from services.common.clock import Clock
-from services.common.errors import TryAgain, Unauthenticated
+from services.common.errors import Unauthenticated
 from services.common.identity import Caller, Role, key_sha256
 from services.common.kafka import Cluster
 from services.common.logs import get_logger
@@ -25,15 +23,6 @@ log = get_logger(__name__)
 
 POLL_TIMEOUT_MS = 500
 RETRY_DELAY_S = 1.0
-HEARTBEAT_S = 1.0
-HEARTBEAT_TIMEOUT_S = 10.0
-# There is more, and the client library gives nothing: it is asked anew.
-STUCK_S_MAX = 20.0
-# For so long a process works with what it knew last; then a revocation that it has not heard of weighs more than its service.
-AGE_S_MAX = 900.0
-
-# Since the topic was last read to its end; a revocation since then may not be known here.
-age_seconds = Gauge("smdih_directory_age_seconds", "Age of what this process knows of keys, firms and machines")
 
 _ROLES = {
     pb.ROLE_DEVICE: Role.DEVICE,
@@ -146,13 +135,7 @@ class Directory:
     """
 
     def __init__(
-        self,
-        cluster: Cluster,
-        *,
-        clock: Clock,
-        kinds: Collection[str],
-        key_watch: KeyWatch | None = None,
-        age_s_max: float = AGE_S_MAX,
+        self, cluster: Cluster, *, clock: Clock, kinds: Collection[str], key_watch: KeyWatch | None = None
     ) -> None:
         self._cluster = cluster
         self._key_watch = key_watch
@@ -163,8 +146,6 @@ class Directory:
         self._entries = _Entries(self._kinds)
         # The offset behind the newest record that they have.
         self._read_to = 0
-        self._age_s_max = age_s_max
-        self._fresh_at = time.monotonic()
 
     @property
     def firms(self) -> dict[int, pb.Firm]:
@@ -182,20 +163,9 @@ class Directory:
     def machines(self) -> _Machines:
         return self._entries.machines
 
-    @property
-    def age_s(self) -> float:
-        """Since the topic was last read to its end."""
-        return time.monotonic() - self._fresh_at
-
     def caller_of(self, key: str) -> Caller:
-        """Whose key this is. Raises Unauthenticated for none, unknown, not yet valid, expired and revoked keys alike.
-
-        Raises TryAgain when it has not been known for long which keys are revoked, but for devices': telemetry that is acknowledged
-        needs Kafka anyway.
-        """
+        """Whose key this is. Raises Unauthenticated for none, unknown, not yet valid, expired and revoked keys alike."""
         credential = self._entries.credentials.get(key_sha256(key)) if key else None
-        if key:
-            self._check_age(credential)
         if credential is None:
             if key and self._key_watch is not None:
                 self._key_watch.key_refused(key, None, "KEY_UNKNOWN", "")
@@ -216,17 +186,11 @@ class Directory:
         return self._entries.credentials[digest].prefix if digest is not None else ""
 
     def check_still_valid(self, credential_id: int) -> None:
-        """For calls that last: raise Unauthenticated once the key with which one began is revoked or has ended; TryAgain."""
+        """For calls that last: raise Unauthenticated once the key with which one began is revoked or has ended."""
         digest = self._entries.credential_digests.get(credential_id)
         if digest is None:
             raise Unauthenticated("This key has been revoked; ask for a new one.", reason="KEY_REVOKED")
-        self._check_age(self._entries.credentials[digest])
         self._check_window("", self._entries.credentials[digest])
-
-    def _check_age(self, credential: pb.Credential | None) -> None:
-        if self.age_s > self._age_s_max and (credential is None or credential.role != pb.ROLE_DEVICE):
-            detail = f"The hub has not heard for {int(self.age_s)} s which keys are revoked; send again."
-            raise TryAgain(detail, reason="DIRECTORY_STALE", retry_after_s=5)
 
     def _check_window(self, key: str, credential: pb.Credential) -> None:
         now_us = self._clock.now_us()
@@ -294,7 +258,6 @@ class Directory:
 
     async def run(self) -> None:
         """Follow the topic until cancelled."""
-        age_seconds.set_function(lambda: self.age_s)
         while True:
             try:
                 await self._follow()
@@ -321,7 +284,6 @@ class Directory:
         try:
             consumer.assign([partition])
             await consumer.seek_to_beginning(partition)
-            beat_at = moved_at = time.monotonic()
             end = (await consumer.end_offsets([partition]))[partition]
             if end < self._read_to:
                 raise KafkaError(
@@ -330,7 +292,7 @@ class Directory:
             fresh = _Entries(self._kinds)
             while await consumer.position(partition) < end:
                 await self._take_in(consumer, fresh)
-            self._entries, self._read_to, self._fresh_at = fresh, end, beat_at
+            self._entries, self._read_to = fresh, max(end, self._read_to)
             self._caught_up.set()
             log.info(
                 "directory read",
@@ -341,21 +303,8 @@ class Directory:
             while True:
                 async with self._changed:
                     self._changed.notify_all()
-                # An answer about the end shows that the broker is there; a poll without records would not.
-                if time.monotonic() - beat_at >= HEARTBEAT_S:
-                    asked_at = time.monotonic()
-                    async with asyncio.timeout(HEARTBEAT_TIMEOUT_S):
-                        end = (await consumer.end_offsets([partition]))[partition]
-                    beat_at = asked_at
                 await self._take_in(consumer, fresh)
-                position = await consumer.position(partition)
-                if position >= end:
-                    self._fresh_at = beat_at
-                if position >= end or position > self._read_to:
-                    moved_at = time.monotonic()
-                elif time.monotonic() - moved_at > STUCK_S_MAX:
-                    raise KafkaError(f"nothing comes of what stands from {position} to {end}")
-                self._read_to = position
+                self._read_to = await consumer.position(partition)
         finally:
             await consumer.stop()
 
