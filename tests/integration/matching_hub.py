@@ -178,6 +178,12 @@ class Hub:
         for name in names or PROVIDERS:
             await self.ok("partner", "PUT", f"/v1/providers/{name}", {**PROVIDERS[name], **changes})
 
+    async def close_all(self) -> None:
+        """Every open need; what a firm may have in the search is limited."""
+        while needs := (await self.ok("operator", "GET", "/v1/needs?state=open&page_size=200"))["needs"]:
+            for need in needs:
+                await self.ok("operator", "POST", f"/v1/needs/{need['id']}/close", {"reason": "The test is over."})
+
     async def withdraw_all(self) -> None:
         for provider in (await self.ok("operator", "GET", "/v1/providers?page_size=500"))["providers"]:
             if provider["active"]:

@@ -51,6 +51,7 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 @pytest_asyncio.fixture
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
     """Without live providers, places taken or consent."""
+    await one_hub.close_all()
     await one_hub.withdraw_all()
     await one_hub.clear_places()
     await one_hub.index.refresh()

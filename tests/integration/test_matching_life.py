@@ -35,6 +35,7 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 
 @pytest_asyncio.fixture
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
+    await one_hub.close_all()
     await one_hub.withdraw_all()
     await one_hub.put_providers("gear-rigs", "forming", capacity_per_quarter=20)
     yield one_hub

@@ -50,9 +50,8 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 
 @pytest_asyncio.fixture
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
+    await one_hub.close_all()
     await one_hub.withdraw_all()
-    await one_hub.pool.execute("UPDATE need SET state = 'closed', ended = now() WHERE state = 'open'")
-    await one_hub.pool.execute("UPDATE offer SET state = 'lapsed', decided = now() WHERE state = 'made'")
     await one_hub.clear_places()
     yield one_hub
     async with one_hub.pool.acquire() as connection:
