@@ -3,26 +3,27 @@
 Every service holds one, so no request waits for another service, and the telemetry door works while the database is away.
 """
 
-import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
+from prometheus_client import Gauge
 
 from services.common import topics
 from services.common.clock import Clock
-from services.common.errors import Unauthenticated
+from services.common.errors import TryAgain, Unauthenticated
 from services.common.identity import Caller, Role, key_sha256
-from services.common.kafka import Cluster
+from services.common.kafka import Cluster, Followed
 from services.common.logs import get_logger
 from smdih.directory.v1 import directory_pb2 as pb
 
 log = get_logger(__name__)
 
-POLL_TIMEOUT_MS = 500
-RETRY_DELAY_S = 1.0
+# For so long a process works with what it knew last; then a revocation that it has not heard of weighs more than its service.
+AGE_S_MAX = 3600.0
+
+age_seconds = Gauge("smdih_directory_age_seconds", "Since this process last knew for sure which keys are revoked")
 
 _ROLES = {
     pb.ROLE_DEVICE: Role.DEVICE,
@@ -135,17 +136,23 @@ class Directory:
     """
 
     def __init__(
-        self, cluster: Cluster, *, clock: Clock, kinds: Collection[str], key_watch: KeyWatch | None = None
+        self,
+        cluster: Cluster,
+        *,
+        clock: Clock,
+        kinds: Collection[str],
+        key_watch: KeyWatch | None = None,
+        age_s_max: float = AGE_S_MAX,
     ) -> None:
-        self._cluster = cluster
         self._key_watch = key_watch
         self._clock = clock
-        self._kinds = frozenset(kinds)
-        self._caught_up = asyncio.Event()
-        self._changed = asyncio.Condition()
-        self._entries = _Entries(self._kinds)
-        # The offset behind the newest record that they have.
-        self._read_to = 0
+        self._age_s_max = age_s_max
+        kept = frozenset(kinds)
+        self._topic = Followed(cluster, topics.DIRECTORY, empty=lambda: _Entries(kept), apply=_Entries.apply)
+
+    @property
+    def _entries(self) -> _Entries:
+        return self._topic.known
 
     @property
     def firms(self) -> dict[int, pb.Firm]:
@@ -164,8 +171,14 @@ class Directory:
         return self._entries.machines
 
     def caller_of(self, key: str) -> Caller:
-        """Whose key this is. Raises Unauthenticated for none, unknown, not yet valid, expired and revoked keys alike."""
+        """Whose key this is. Raises Unauthenticated for none, unknown, not yet valid, expired and revoked keys alike.
+
+        Raises TryAgain when it has not been known for long which keys are revoked, but for devices': telemetry that is acknowledged
+        needs Kafka anyway.
+        """
         credential = self._entries.credentials.get(key_sha256(key)) if key else None
+        if key:
+            self._check_age(credential)
         if credential is None:
             if key and self._key_watch is not None:
                 self._key_watch.key_refused(key, None, "KEY_UNKNOWN", "")
@@ -186,11 +199,19 @@ class Directory:
         return self._entries.credentials[digest].prefix if digest is not None else ""
 
     def check_still_valid(self, credential_id: int) -> None:
-        """For calls that last: raise Unauthenticated once the key with which one began is revoked or has ended."""
+        """For calls that last: raise Unauthenticated once the key with which one began is revoked or has ended; TryAgain."""
         digest = self._entries.credential_digests.get(credential_id)
         if digest is None:
             raise Unauthenticated("This key has been revoked; ask for a new one.", reason="KEY_REVOKED")
-        self._check_window("", self._entries.credentials[digest])
+        credential = self._entries.credentials[digest]
+        self._check_age(credential)
+        self._check_window("", credential)
+
+    def _check_age(self, credential: pb.Credential | None) -> None:
+        age_s = self._topic.age_s
+        if age_s > self._age_s_max and (credential is None or credential.role != pb.ROLE_DEVICE):
+            detail = f"The hub has not heard for {int(age_s)} s which keys are revoked; send again."
+            raise TryAgain(detail, reason="DIRECTORY_STALE", retry_after_s=5)
 
     def _check_window(self, key: str, credential: pb.Credential) -> None:
         now_us = self._clock.now_us()
@@ -222,14 +243,16 @@ class Directory:
 
     async def is_caught_up(self) -> bool:
         """Readiness: everything that stood in the topic at the start has been read."""
-        return self._caught_up.is_set()
+        return self._topic.caught_up.is_set()
 
     async def wait_caught_up(self) -> None:
-        await self._caught_up.wait()
+        await self._topic.caught_up.wait()
 
     async def wait_for_credential(self, credential_id: int, *, timeout_s: float = 5.0) -> bool:
         """Wait until a credential that was just made is known here; False when that takes too long."""
-        return await self._wait_for(lambda: credential_id in self._entries.credential_digests, timeout_s)
+        return await self._topic.wait_for(
+            lambda: credential_id in self._entries.credential_digests, timeout_s=timeout_s
+        )
 
     async def wait_for_machine(self, machine_id: int, *, signals: int, timeout_s: float = 5.0) -> bool:
         """Wait until a machine that was just made or extended is known here with so many signals."""
@@ -238,7 +261,7 @@ class Directory:
             machine = self.machines.get(machine_id)
             return machine is not None and len(machine.signals) >= signals
 
-        return await self._wait_for(known, timeout_s)
+        return await self._topic.wait_for(known, timeout_s=timeout_s)
 
     async def wait_for(self, kind: str, entity_id: int, *, timeout_s: float) -> bool:
         """Wait until a firm, site, machine or partner that may just have been made is known here; False when it takes too long."""
@@ -246,69 +269,9 @@ class Directory:
         def known() -> bool:
             return entity_id in self._entries.of(kind)
 
-        return known() or await self._wait_for(known, timeout_s)
-
-    async def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(condition)
-        except TimeoutError:
-            return False
-        return True
+        return known() or await self._topic.wait_for(known, timeout_s=timeout_s)
 
     async def run(self) -> None:
         """Follow the topic until cancelled."""
-        while True:
-            try:
-                await self._follow()
-            except (KafkaError, OSError) as error:
-                log.warning("directory cannot be read yet", error=repr(error))
-                await asyncio.sleep(RETRY_DELAY_S)
-
-    async def _follow(self) -> None:
-        """Read the topic from its beginning to its end, take that in place of what was known, and take in what comes.
-
-        What was known stands meanwhile: record by record, a key that was revoked would be valid again until its end is read.
-        """
-        partition = TopicPartition(self._cluster.name(topics.DIRECTORY), 0)
-        consumer = AIOKafkaConsumer(
-            **self._cluster.client(),
-            group_id=None,
-            enable_auto_commit=False,
-            # Records that are not where they were are read from the beginning too.
-            auto_offset_reset="none",
-            # The broker answers as soon as there is a change: new keys and machines are known within milliseconds.
-            fetch_max_wait_ms=POLL_TIMEOUT_MS,
-        )
-        await consumer.start()
-        try:
-            consumer.assign([partition])
-            await consumer.seek_to_beginning(partition)
-            end = (await consumer.end_offsets([partition]))[partition]
-            if end < self._read_to:
-                raise KafkaError(
-                    f"the directory's topic ends at {end}, and was read to {self._read_to}: it lost records"
-                )
-            fresh = _Entries(self._kinds)
-            while await consumer.position(partition) < end:
-                await self._take_in(consumer, fresh)
-            self._entries, self._read_to = fresh, max(end, self._read_to)
-            self._caught_up.set()
-            log.info(
-                "directory read",
-                firms=len(fresh.firms),
-                machines=len(fresh.machines),
-                credentials=len(fresh.credentials),
-            )
-            while True:
-                async with self._changed:
-                    self._changed.notify_all()
-                await self._take_in(consumer, fresh)
-                self._read_to = await consumer.position(partition)
-        finally:
-            await consumer.stop()
-
-    async def _take_in(self, consumer: AIOKafkaConsumer, entries: _Entries) -> None:
-        for records in (await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS)).values():
-            for record in records:
-                entries.apply(record)
+        age_seconds.set_function(lambda: self._topic.age_s)
+        await self._topic.run()

@@ -285,6 +285,10 @@ async def test_what_is_lent_is_not_read_while_it_cannot_be_known(settings: Setti
     assert refused.value.reason == "ROOMS_UNKNOWN"
     following = asyncio.create_task(rooms.run())
     await eventually(known, deadline_s=10)
+    # The broker's answers keep it known, though nothing new comes.
+    for _ in range(30):
+        await asyncio.sleep(0.1)
+        assert await known()
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
 

@@ -10,8 +10,8 @@ import pytest
 from aiokafka.errors import KafkaError
 
 from services.common.clock import SystemClock
-from services.common.directory import Directory
-from services.common.errors import Unauthenticated
+from services.common.directory import Directory, age_seconds
+from services.common.errors import TryAgain, Unauthenticated
 from services.common.identity import key_sha256
 from services.common.kafka import Cluster
 from smdih.directory.v1 import directory_pb2 as pb
@@ -27,6 +27,7 @@ class _Topic:
         self.end = 0
         self.let = asyncio.Semaphore(0)
         self.breaks = False
+        self.is_away = False
         self.readings = 0
 
     def put(self, key: str, entry: pb.DirectoryEntry | None) -> None:
@@ -47,7 +48,11 @@ class _Consumer:
         self._topic = topic
         self._next = 0
 
+        self._answers = 0
+
     async def start(self) -> None:
+        if self._topic.is_away:
+            raise KafkaError("no broker answers")
         self._topic.readings += 1
 
     async def stop(self) -> None: ...
@@ -61,6 +66,13 @@ class _Consumer:
 
     async def position(self, _: object) -> int:
         return self._next
+
+    def highwater(self, _: object) -> int:
+        return self._topic.end
+
+    def last_poll_timestamp(self, _: object) -> int:
+        self._answers += not self._topic.is_away
+        return self._answers
 
     async def getmany(self, *, timeout_ms: int) -> dict[str, list[Any]]:
         try:
@@ -77,10 +89,12 @@ class _Consumer:
 
 
 @asynccontextmanager
-async def _followed(topic: _Topic, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Directory]:
-    monkeypatch.setattr("services.common.directory.AIOKafkaConsumer", topic.consumer)
-    monkeypatch.setattr("services.common.directory.RETRY_DELAY_S", 0)
-    directory = Directory(Cluster("nowhere"), clock=SystemClock(), kinds=("firm",))
+async def _followed(
+    topic: _Topic, monkeypatch: pytest.MonkeyPatch, *, age_s_max: float = 3600
+) -> AsyncIterator[Directory]:
+    monkeypatch.setattr("services.common.kafka.following.AIOKafkaConsumer", topic.consumer)
+    monkeypatch.setattr("services.common.kafka.following.RETRY_DELAY_S", 0.01)
+    directory = Directory(Cluster("nowhere"), clock=SystemClock(), kinds=("firm",), age_s_max=age_s_max)
     following = asyncio.create_task(directory.run())
     try:
         yield directory
@@ -95,8 +109,12 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def _credential() -> pb.DirectoryEntry:
-    return pb.DirectoryEntry(credential=pb.Credential(id=7, sha256=key_sha256(KEY), role=pb.ROLE_FIRM, firm_id=1))
+def _credential(number: int = 7, key: str = KEY, role: pb.Role.ValueType = pb.ROLE_FIRM) -> pb.DirectoryEntry:
+    return pb.DirectoryEntry(credential=pb.Credential(id=number, sha256=key_sha256(key), role=role, firm_id=1))
+
+
+def _age_s() -> float:
+    return next(iter(age_seconds.collect())).samples[0].value
 
 
 async def test_a_revoked_key_stays_revoked_while_the_directory_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,3 +151,44 @@ async def test_a_topic_that_lost_records_does_not_replace_what_is_known(monkeypa
         topic.breaks = True
         await _until(lambda: topic.readings > 2)
         assert directory.caller_of(KEY).firm_id == 1
+
+
+async def test_who_has_not_heard_of_revocations_for_long_takes_telemetry_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    topic = _Topic()
+    topic.put("credential/7", _credential())
+    topic.put("credential/8", _credential(8, "device", pb.ROLE_DEVICE))
+    async with _followed(topic, monkeypatch, age_s_max=0.3) as directory:
+        await directory.wait_caught_up()
+        for _ in range(20):
+            assert directory.caller_of(KEY).firm_id == 1
+            await asyncio.sleep(0.02)
+        topic.is_away = True
+        await _until(lambda: _age_s() > 0.3)
+        for asked in (lambda: directory.caller_of(KEY), lambda: directory.check_still_valid(7)):
+            with pytest.raises(TryAgain):
+                asked()
+        with pytest.raises(TryAgain):
+            directory.caller_of("made meanwhile")
+        assert directory.caller_of("device").firm_id == 1
+        topic.is_away = False
+        await _until(lambda: _age_s() < 0.3)
+        assert directory.caller_of(KEY).firm_id == 1
+
+
+async def test_a_broker_that_falls_silent_is_asked_on_a_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.common.kafka.following.SILENCE_S_MAX", 0.2)
+    topic = _Topic()
+    topic.put("credential/7", _credential())
+    async with _followed(topic, monkeypatch) as directory:
+        await directory.wait_caught_up()
+        await asyncio.sleep(0.5)
+        assert topic.readings == 1
+        topic.is_away = True
+        await asyncio.sleep(0.5)
+        assert directory.caller_of(KEY).firm_id == 1
+        topic.is_away = False
+        topic.put("credential/7", None)
+        topic.read_from_its_beginning()
+        await _until(lambda: topic.readings == 2 and not directory.prefix_of(7))
+        with pytest.raises(Unauthenticated):
+            directory.caller_of(KEY)

@@ -11,6 +11,7 @@ from services.common.kafka.consuming import (
 )
 from services.common.kafka.deadletters import DEAD_LETTERS_IN_A_ROW_MAX, DeadLetters, Poison, TooManyDeadLetters
 from services.common.kafka.ends import TopicEnds
+from services.common.kafka.following import Followed
 from services.common.kafka.positions import FirstOffsets, MadeAnew, Position, load_positions
 from services.common.kafka.publishing import Message, Publisher
 from services.common.kafka.topicids import topic_ids
@@ -24,6 +25,7 @@ __all__ = [
     "DeadLetters",
     "Fenced",
     "FirstOffsets",
+    "Followed",
     "Identity",
     "MadeAnew",
     "Message",

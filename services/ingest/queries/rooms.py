@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import asyncpg
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Gauge
 
@@ -23,7 +22,7 @@ from services.common.clock import Clock, from_us, to_us
 from services.common.database import AWAY, Connection, Pool, transaction, transaction_for_all_firms
 from services.common.errors import Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
-from services.common.kafka import Cluster
+from services.common.kafka import Cluster, Followed
 from services.common.logs import get_logger
 from services.ingest.asked import page_size_of
 from services.ingest.queries.access import Grant
@@ -31,11 +30,7 @@ from smdih.matching.v1 import events_pb2 as pb
 
 log = get_logger(__name__)
 
-POLL_TIMEOUT_MS = 500
-HEARTBEAT_S = 1.0
-HEARTBEAT_TIMEOUT_S = 2.0
 FRESH_S_MAX = 5.0
-RETRY_DELAY_S = 1.0
 FLUSH_INTERVAL_S = 1.0
 # Reads counted in memory before a reader waits for them to be stored.
 PENDING_MAX = 50_000
@@ -52,91 +47,22 @@ rooms_open = Gauge("smdih_ingest_rooms_open", "Rooms that lend signals")
 room_reads_total = Counter("smdih_ingest_room_reads_total", "Signals read through rooms")
 
 
-class Rooms:
-    """What is lent to whom now; a source of grants."""
+class _Lent:
+    """What the topic tells: each room as its newest record has it."""
 
-    def __init__(self, cluster: Cluster, *, clock: Clock, fresh_s_max: float = FRESH_S_MAX) -> None:
-        self._cluster = cluster
-        self._clock = clock
-        self._fresh_s_max = fresh_s_max
-        self._rooms: dict[str, pb.RoomEvent] = {}
+    def __init__(self) -> None:
+        self.rooms: dict[str, pb.RoomEvent] = {}
         # Of a partner, and of the provider itself.
-        self._by_borrower: dict[int | str, set[str]] = defaultdict(set)
-        self._open: set[str] = set()
-        self._fresh_at: float | None = None
+        self.by_borrower: dict[int | str, set[str]] = defaultdict(set)
+        self.open: set[str] = set()
 
-    def grants(self, caller: Caller) -> Iterable[Grant]:
-        """What the caller may read of others now. Raises TryAgain while it is not known for sure."""
-        if caller.role not in (Role.PARTNER, Role.PROVIDER):
-            return []
-        borrower = caller.partner_id if caller.role is Role.PARTNER else caller.provider_id
-        if self._fresh_at is None or time.monotonic() - self._fresh_at > self._fresh_s_max:
-            raise TryAgain(
-                "What is lent to you cannot be checked now; ask again.", reason="ROOMS_UNKNOWN", retry_after_s=1
-            )
-        now_us = self._clock.now_us()
-        return [
-            Grant(room.signal_ids, room.data_from_us, room.data_until_us, room_id=room.room_id)
-            for room in (self._rooms[room_id] for room_id in self._by_borrower.get(borrower, ()))
-            if room.state == pb.ROOM_STATE_OPEN and room.opens_us <= now_us < room.closes_us
-        ]
-
-    def room_seen_by(self, caller: Caller, room_id: str) -> pb.RoomEvent:
-        """A room of the caller's, also one that has ended. Raises NotFound."""
-        caller.require(Role.FIRM, Role.PARTNER, Role.PROVIDER, Role.OPERATOR)
-        room = self._rooms.get(room_id)
-        if room is None or not caller.has_part_in(
-            firm_id=room.firm_id, provider_id=room.provider_id, partner_id=room.partner_id
-        ):
-            raise NotFound(f"There is no room {room_id[:64]}.")
-        return room
-
-    async def run(self) -> None:
-        """Follow the topic until cancelled."""
-        while True:
-            try:
-                await self._follow()
-            except (KafkaError, OSError, TimeoutError) as error:
-                log.warning("rooms cannot be read now", error=repr(error))
-                await asyncio.sleep(RETRY_DELAY_S)
-
-    async def _follow(self) -> None:
-        partition = TopicPartition(self._cluster.name(topics.ROOMS), 0)
-        consumer = AIOKafkaConsumer(
-            **self._cluster.client(),
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            fetch_max_wait_ms=POLL_TIMEOUT_MS,
-        )
-        await consumer.start()
-        try:
-            consumer.assign([partition])
-            await consumer.seek_to_beginning(partition)
-            beat_at, end = 0.0, 0
-            while True:
-                # An answer about the end shows that the broker is there; a poll without records would not.
-                if time.monotonic() - beat_at >= HEARTBEAT_S:
-                    began = time.monotonic()
-                    async with asyncio.timeout(HEARTBEAT_TIMEOUT_S):
-                        end = (await consumer.end_offsets([partition]))[partition]
-                    beat_at = began
-                if await consumer.position(partition) >= end:
-                    self._fresh_at = beat_at
-                for records in (await consumer.getmany(timeout_ms=POLL_TIMEOUT_MS)).values():
-                    for record in records:
-                        self._apply(record)
-                rooms_open.set(len(self._open))
-        finally:
-            await consumer.stop()
-
-    def _apply(self, record: ConsumerRecord) -> None:
+    def apply(self, record: ConsumerRecord) -> None:
         room_id = record.key.decode()
-        known = self._rooms.pop(room_id, None)
+        known = self.rooms.pop(room_id, None)
         if known is not None:
             for borrower in _borrowers(known):
-                self._by_borrower[borrower].discard(room_id)
-        self._open.discard(room_id)
+                self.by_borrower[borrower].discard(room_id)
+        self.open.discard(room_id)
         if record.value is None:
             return
         try:
@@ -145,11 +71,51 @@ class Rooms:
             # Nothing is lent by what cannot be read.
             log.error("room unreadable", offset=record.offset, room=room_id)
             return
-        self._rooms[room_id] = room
+        self.rooms[room_id] = room
         for borrower in _borrowers(room):
-            self._by_borrower[borrower].add(room_id)
+            self.by_borrower[borrower].add(room_id)
         if room.state == pb.ROOM_STATE_OPEN:
-            self._open.add(room_id)
+            self.open.add(room_id)
+
+
+class Rooms:
+    """What is lent to whom now; a source of grants."""
+
+    def __init__(self, cluster: Cluster, *, clock: Clock, fresh_s_max: float = FRESH_S_MAX) -> None:
+        self._clock = clock
+        self._fresh_s_max = fresh_s_max
+        self._topic = Followed(cluster, topics.ROOMS, empty=_Lent, apply=_Lent.apply)
+
+    def grants(self, caller: Caller) -> Iterable[Grant]:
+        """What the caller may read of others now. Raises TryAgain while it is not known for sure."""
+        if caller.role not in (Role.PARTNER, Role.PROVIDER):
+            return []
+        borrower = caller.partner_id if caller.role is Role.PARTNER else caller.provider_id
+        if not self._topic.caught_up.is_set() or self._topic.age_s > self._fresh_s_max:
+            raise TryAgain(
+                "What is lent to you cannot be checked now; ask again.", reason="ROOMS_UNKNOWN", retry_after_s=1
+            )
+        lent, now_us = self._topic.known, self._clock.now_us()
+        return [
+            Grant(room.signal_ids, room.data_from_us, room.data_until_us, room_id=room.room_id)
+            for room in (lent.rooms[room_id] for room_id in lent.by_borrower.get(borrower, ()))
+            if room.state == pb.ROOM_STATE_OPEN and room.opens_us <= now_us < room.closes_us
+        ]
+
+    def room_seen_by(self, caller: Caller, room_id: str) -> pb.RoomEvent:
+        """A room of the caller's, also one that has ended. Raises NotFound."""
+        caller.require(Role.FIRM, Role.PARTNER, Role.PROVIDER, Role.OPERATOR)
+        room = self._topic.known.rooms.get(room_id)
+        if room is None or not caller.has_part_in(
+            firm_id=room.firm_id, provider_id=room.provider_id, partner_id=room.partner_id
+        ):
+            raise NotFound(f"There is no room {room_id[:64]}.")
+        return room
+
+    async def run(self) -> None:
+        """Follow the topic until cancelled."""
+        rooms_open.set_function(lambda: len(self._topic.known.open))
+        await self._topic.run()
 
 
 def _borrowers(room: pb.RoomEvent) -> tuple[int, str]:
