@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
@@ -17,12 +18,13 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.common import tracing
 from services.common.audit import ChangeLog, changes_by_call, ids_in
+from services.common.connections import established
 from services.common.directory import Directory
 from services.common.errors import HubError, Invalid
 from services.common.gate import Gate
 from services.common.identity import Caller, bearer_key
 from services.common.logs import accepted_correlation_id, correlated, current_correlation_id, get_logger
-from services.common.metrics import count_fault
+from services.common.metrics import count_fault, watch_queue
 from services.common.tenancy import narrow_to
 from services.common.tls import Peers, Tls, peer_names
 
@@ -354,6 +356,7 @@ async def serve(
         if internal_port:
             server.add_secure_port(f"{host}:{internal_port}", tls.server_credentials(mutual=True))
     await server.start()
+    watch_queue("grpc connections", partial(established, bound), limit=limits.connections_max)
     for name in ("", *services.names):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
     log.info("gRPC serves", host=host, port=bound, tls=tls is not None and tls.serves)

@@ -10,6 +10,7 @@ import grpc
 import httpx
 import pytest
 from fastapi import APIRouter
+from prometheus_client import REGISTRY
 
 from services.common import http, rpc
 from services.common.clock import SystemClock
@@ -166,6 +167,10 @@ async def answers(channel: grpc.aio.Channel) -> bool:
     return code is grpc.StatusCode.OK
 
 
+def _shown(name: str) -> float | None:
+    return REGISTRY.get_sample_value(name, {"queue": "grpc connections"})
+
+
 async def test_a_grpc_connection_too_many_is_closed_and_those_that_are_there_go_on() -> None:
     async with answering(rpc.Limits(connections_max=2)) as port:
         # Else channels to one address share a connection.
@@ -176,6 +181,8 @@ async def test_a_grpc_connection_too_many_is_closed_and_those_that_are_there_go_
             assert [await answers(one) for one in there] == [True, True]
             assert not await answers(late)
             assert [await answers(one) for one in there] == [True, True]
+            assert _shown("smdih_queue_items") == 2
+            assert _shown("smdih_queue_limit_items") == 2
             await there.pop().close()
             async with asyncio.timeout(5):
                 while not await answers(late):
