@@ -302,18 +302,15 @@ class ApplicationService:
                 return pledge
             check_may(caller, application, Action.CONFIRM_PLEDGE)
             await application_store.set_confirmed(connection, pledge.id, evidence=evidence, now_us=now_us)
-            call = await call_of(connection, application.call_id)
-            with correlated(application.correlation_id):
-                await post_pledges(
-                    connection,
-                    self._clock,
-                    caller,
-                    call,
-                    [pledge],
-                    request_id=f"pledge:{pledge.id}:confirmed",
-                    kind="pledge_confirmed",
-                    purpose=Purpose.PLEDGE_CONFIRMED,
-                )
+            await self._post(
+                connection,
+                caller,
+                application,
+                [pledge],
+                "pledge_confirmed",
+                Purpose.PLEDGE_CONFIRMED,
+                request_id=f"pledge:{pledge.id}:confirmed",
+            )
             await audit_application(
                 connection,
                 self._clock,
@@ -350,18 +347,15 @@ class ApplicationService:
         if pledge.confirmed_us is not None:
             if caller.role is not Role.OPERATOR:
                 raise Conflict("The pledge is confirmed; ask an operator to take it back.", reason="PLEDGE_CONFIRMED")
-            call = await call_of(connection, application.call_id)
-            with correlated(application.correlation_id):
-                await post_pledges(
-                    connection,
-                    self._clock,
-                    caller,
-                    call,
-                    [pledge],
-                    request_id=f"pledge:{pledge.id}:released",
-                    kind="pledge_released",
-                    purpose=Purpose.PLEDGE_RELEASED,
-                )
+            await self._post(
+                connection,
+                caller,
+                application,
+                [pledge],
+                "pledge_released",
+                Purpose.PLEDGE_RELEASED,
+                request_id=f"pledge:{pledge.id}:released",
+            )
         await application_store.set_taken_back(connection, pledge.id, now_us=self._clock.now_us())
         detail: dict[str, str | int] = {"pledge_id": pledge.id, "pence": pledge.amount_pence, "reason": reason}
         await audit_application(connection, self._clock, caller, "pledge_taken_back", application, detail)
@@ -399,22 +393,37 @@ class ApplicationService:
             check_may(caller, application, Action.CONFIRM_PLEDGE)
             if len(application.pledges) + len(pledges) > PLEDGES_PER_APPLICATION_MAX + SUPPORTERS_PER_APPLICATION_MAX:
                 raise Conflict("More pay for this application than it takes.", reason="TOO_MANY_PLEDGES")
-            call = await call_of(connection, application.call_id)
-            with correlated(application.correlation_id):
-                await post_pledges(
-                    connection,
-                    self._clock,
-                    caller,
-                    call,
-                    pledges,
-                    request_id=f"pool:{spread_id}:{application.id}:confirmed",
-                    kind="pool_paid",
-                    purpose=Purpose.PLEDGE_CONFIRMED,
-                )
+            await self._post(
+                connection,
+                caller,
+                application,
+                pledges,
+                "pool_paid",
+                Purpose.PLEDGE_CONFIRMED,
+                request_id=f"pool:{spread_id}:{application.id}:confirmed",
+            )
             detail: dict[str, str | int] = {"spread_id": spread_id, "pledges": len(pledges)}
             detail["pence"] = sum(pledge.amount_pence for pledge in pledges)
             await audit_application(connection, self._clock, caller, "pool_paid", application, detail)
         log.info("pool paid", application_id=application_id, spread_id=spread_id, pledges=len(pledges))
+
+    async def _post(
+        self,
+        connection: Connection,
+        caller: Caller,
+        application: Application,
+        pledges: Sequence[Pledge],
+        kind: str,
+        purpose: Purpose,
+        *,
+        request_id: str,
+    ) -> None:
+        """Post the pledges' money under the application's correlation id."""
+        call = await call_of(connection, application.call_id)
+        with correlated(application.correlation_id):
+            await post_pledges(
+                connection, self._clock, caller, call, pledges, request_id=request_id, kind=kind, purpose=purpose
+            )
 
     async def submit(self, caller: Caller, application_id: str) -> View:
         """Fix the grant asked for. Match and programme ratio are judged at the decision. A repeat gets the first answer."""
