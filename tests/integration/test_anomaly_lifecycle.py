@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from services.anomaly.domain import Alarm, Return, Severity, alarm_id
+from services.anomaly.domain import Alarm, Return, alarm_id
 from services.anomaly.retention import AlarmRetention
 from services.anomaly.service import BULK_MAX, CHANGES_MAX, CHANGES_PAGE
 from services.anomaly.store import Actor, AlarmStore
@@ -30,6 +30,7 @@ from smdih.anomaly.v1 import anomaly_pb2 as pb
 from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
 from smdih.anomaly.v1 import events_pb2 as events_pb
 from tests import anomaly_plant as plant
+from tests.alarms import ALARM
 from tests.polling import eventually
 
 FIRM, OTHER_FIRM, MEASURED_FIRM = 7, 8, 9
@@ -63,26 +64,17 @@ class Hub:
     async def raised(self, machine_id: int, *, position: int = 0, started_us: int = 0, firm_id: int = FIRM) -> Alarm:
         """An alarm as the worker stores it."""
         started_us = started_us or now_us()
-        alarm = Alarm(
+        alarm = replace(
+            ALARM,
             id=alarm_id(machine_id=machine_id, position=position, started_us=started_us),
             firm_id=firm_id,
             machine_id=machine_id,
             position=position,
             signal_id=machine_id * 1000 + position,
             machine_path=f"firm-{firm_id}/leeds/press-{machine_id}",
-            machine_kind="press",
             signal_name=f"signal-{position}",
-            unit="degC",
             started_us=started_us,
-            ended_us=None,
-            severity=Severity.LOW,
-            component="level",
-            explanation="too high",
-            value=1.0,
-            score=5.0,
-            shares=(),
             correlation_id=f"samples-{machine_id}-{position}",
-            episode_id="",
         )
         async with transaction(self.pool) as connection:
             stored = await AlarmStore().raise_alarm(connection, alarm, now_us=now_us())

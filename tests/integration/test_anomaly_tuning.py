@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from smdih.anomaly.v1 import anomaly_pb2 as pb
 from smdih.anomaly.v1 import anomaly_pb2_grpc as pb_grpc
 from smdih.anomaly.v1 import rules_pb2, rules_pb2_grpc
 from smdih_client import TelemetryClient
+from tests.alarms import ALARM
 from tests.polling import eventually
 
 S = 1_000_000
@@ -91,26 +92,16 @@ class Works:
     async def raised(self, machine: dict[str, Any], *, started_us: int = 0) -> Alarm:
         """An alarm as the worker stores it."""
         started_us = started_us or time.time_ns() // 1000
-        alarm = Alarm(
+        alarm = replace(
+            ALARM,
             id=alarm_id(machine_id=machine["id"], position=0, started_us=started_us),
             firm_id=self.firm_id,
             machine_id=machine["id"],
-            position=0,
             signal_id=machine["signals"][0]["id"],
             machine_path=machine["path"],
-            machine_kind="press",
-            signal_name="temperature",
-            unit="degC",
             started_us=started_us,
-            ended_us=None,
-            severity=Severity.LOW,
             component="record",
             explanation="too high",
-            value=1.0,
-            score=5.0,
-            shares=(),
-            correlation_id="test",
-            episode_id="",
             figures=(("expected", 1.5),),
         )
         async with transaction(self.pool) as connection:

@@ -26,10 +26,10 @@ from services.anomaly.delivery import (
     retry_after_s,
     signature,
 )
-from services.anomaly.domain import Alarm, Severity
 from services.anomaly.senders import MAIL_TIMEOUT_S, MailSender, WebhookSender, may_call, subject, text, webhook_body
 from services.common.errors import Invalid
 from services.common.sealing import Seal
+from tests.alarms import ALARM
 
 CONTACT = Contact(
     id="c" * 32, firm_id=1, name="shift", kind=ContactKind.WEBHOOK, address="https://localhost:9/x", secret="s"
@@ -47,28 +47,6 @@ DELIVERY = Delivery(
     made_us=0,
     finished_us=None,
     last_error="",
-)
-
-ALARM = Alarm(
-    id="a" * 32,
-    firm_id=1,
-    machine_id=1,
-    position=0,
-    signal_id=1,
-    machine_path="acme/north/press",
-    machine_kind="press",
-    signal_name="temperature",
-    unit="degC",
-    started_us=1,
-    ended_us=None,
-    severity=Severity.LOW,
-    component="record",
-    explanation="too hot",
-    value=1.0,
-    score=5.0,
-    shares=(),
-    correlation_id="test",
-    episode_id="",
 )
 
 
