@@ -38,6 +38,7 @@ from smdih.matching.v1 import events_pb2, matching_pb2_grpc, sessions_pb2_grpc
 FIRM, OTHER_FIRM = 1, 2
 PARTNER, OTHER_PARTNER = 1, 2
 MACHINES_OF_A_FIRM = 40
+SHARE_ALL = ["fault", "figures", "profile"]
 KEYS = {name: f"smdih_test_{name}" for name in ("firm", "other_firm", "partner", "other_partner", "operator", "device")}
 
 
@@ -178,6 +179,14 @@ class Hub:
         for name in names or PROVIDERS:
             await self.ok("partner", "PUT", f"/v1/providers/{name}", {**PROVIDERS[name], **changes})
 
+    async def empty(self) -> None:
+        """Without open needs, live providers, places taken or consent: what a test finds does not depend on those before it."""
+        await self.close_all()
+        await self.withdraw_all()
+        await self.clear_places()
+        await self.index.refresh()
+        await self.ok("firm", "POST", "/v1/consents/revoke")
+
     async def close_all(self) -> None:
         """Every open need; what a firm may have in the search is limited."""
         while needs := (await self.ok("operator", "GET", "/v1/needs?state=open&page_size=200"))["needs"]:
@@ -312,3 +321,22 @@ async def offer_events(cluster: Cluster) -> list[events_pb2.OfferEvent]:
         return events
     finally:
         await consumer.stop()
+
+
+async def offers_of(hub: Hub, need_id: str, who: str = "firm") -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await hub.ok(who, "GET", f"/v1/needs/{need_id}/offers"))["offers"]
+    return found
+
+
+async def open_need(hub: Hub, text: str = "Our gears whine and the oil is full of debris.", **fields: Any) -> Any:
+    return await hub.ok("firm", "POST", "/v1/needs", {"text": text, **fields})
+
+
+async def told(hub: Hub, need_id: str) -> list[str]:
+    """What the firm was told of the need, newest first."""
+    found = (await hub.ok("firm", "GET", "/v1/notices?page_size=500"))["notices"]
+    return [each["kind"] for each in found if each["subject_id"] == need_id]
+
+
+async def events_of(cluster: Cluster, need_id: str) -> list[events_pb2.OfferEvent]:
+    return [event for event in await offer_events(cluster) if event.offer.need_id == need_id]

@@ -129,3 +129,21 @@ async def running(servers: Servers, settings: Settings, folder: Path) -> AsyncIt
         await made.close()
     finally:
         await hub.stop()
+
+
+async def set_quota(firm: FirmAtHub, **quota: int) -> dict[str, Any]:
+    answer = await firm.operator.put(f"/v1/firms/{firm.id}/quota", json=quota)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def import_table(
+    firm: FirmAtHub, text: str | bytes, *, preview: bool = False, client: httpx.AsyncClient | None = None
+) -> httpx.Response:
+    return await (client or firm.admin).post(
+        f"/v1/firms/{firm.id}/machines.csv",
+        content=text,
+        params={"preview": "true"} if preview else {},
+        headers={"Content-Type": "text/csv"},
+    )

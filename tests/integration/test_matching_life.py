@@ -35,8 +35,7 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 
 @pytest_asyncio.fixture
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
-    await one_hub.close_all()
-    await one_hub.withdraw_all()
+    await one_hub.empty()
     await one_hub.put_providers("gear-rigs", "forming", capacity_per_quarter=20)
     yield one_hub
     async with one_hub.pool.acquire() as connection:

@@ -33,10 +33,7 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 
 @pytest_asyncio.fixture
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
-    await one_hub.close_all()
-    await one_hub.withdraw_all()
-    await one_hub.clear_places()
-    await one_hub.pool.execute("UPDATE need SET state = 'closed', ended = now() WHERE state = 'open'")
+    await one_hub.empty()
     await one_hub.pool.execute("DELETE FROM notice")
     yield one_hub
     one_hub.clock.shift = timedelta(0)

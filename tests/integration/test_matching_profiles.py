@@ -42,8 +42,7 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 
 @pytest_asyncio.fixture
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
-    await one_hub.close_all()
-    await one_hub.withdraw_all()
+    await one_hub.empty()
     yield one_hub
     one_hub.clock.shift = timedelta(0)
 

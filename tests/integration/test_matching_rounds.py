@@ -50,9 +50,7 @@ async def one_hub(settings: Settings, publisher: Publisher) -> AsyncIterator[Hub
 
 @pytest_asyncio.fixture
 async def hub(one_hub: Hub) -> AsyncIterator[Hub]:
-    await one_hub.close_all()
-    await one_hub.withdraw_all()
-    await one_hub.clear_places()
+    await one_hub.empty()
     yield one_hub
     async with one_hub.pool.acquire() as connection:
         assert await places_store.mismatches(connection) == []
