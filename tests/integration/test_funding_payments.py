@@ -154,6 +154,45 @@ async def test_an_award_is_claimed_and_paid_by_grpc(hub: Hub) -> None:
         assert (fund.programme_pence, fund.on_promises.met) == (20_000_000_00, True)
 
 
+async def test_a_firm_is_told_what_was_decided_while_it_was_not_there(hub: Hub) -> None:
+    newest = (await hub.done("GET", "/v1/notices?page_size=1", who="firm"))["notices"]
+    before = newest[0]["id"] if newest else 0
+    call = await hub.call()
+    award_id, claim_id = await decided_claim(hub, call["id"])
+    rejected = await hub.submitted(call["id"], grant=1_000_00, cost=4_000_00, pledged=3_000_00)
+    await hub.decide(rejected, award=False)
+    others = await hub.submitted(call["id"], grant=100_00, cost=400_00, pledged=300_00, firm_id=OTHER_FIRM)
+    await hub.decide(others, award=False)
+    assert (await settle(hub, award_id, claim_id)).status_code == 200
+    new = f"/v1/notices?after_id={before}"
+    told = (await hub.done("GET", new, who="firm"))["notices"]
+    assert [one["kind"] for one in told] == [
+        "claim_paid",
+        "application_rejected",
+        "pledge_confirmed",
+        "claim_decided",
+        "application_awarded",
+        "pledge_confirmed",
+    ]
+    assert told[0]["text"] == "The claim is settled: GBP 50.00 is paid."
+    assert (told[0]["award_id"], told[1]["application_id"], told[1]["award_id"]) == (award_id, rejected, "")
+    assert told[1]["text"].startswith("The application is rejected: best value. ")
+    pages, token = list[int](), ""
+    while token or not pages:
+        page = await hub.done("GET", f"{new}&page_size=4&page_token={token}", who="firm")
+        pages, token = pages + [one["id"] for one in page["notices"]], page["next_page_token"]
+    assert pages == [one["id"] for one in told]
+    async with grpc.aio.insecure_channel(hub.grpc_addresses[0]) as channel:
+        notices = notice_pb2_grpc.NoticeServiceStub(channel)
+        request = notice_pb2.ListNoticesRequest(after_id=before)
+        answer = await notices.ListNotices(request, metadata=(("authorization", f"Bearer {hub.keys['firm']}"),))
+        assert [(one.id, one.text) for one in answer.notices] == [(one["id"], one["text"]) for one in told]
+        assert answer.notices[0].kind == notice_pb2.NOTICE_KIND_CLAIM_PAID
+    for wrong, reason in (("after_id=-1", "AFTER_ID_INVALID"), ("page_token=x", "PAGE_TOKEN_INVALID")):
+        await hub.refused(400, reason, "GET", f"/v1/notices?{wrong}", who="firm")
+    await hub.refused(403, "FORBIDDEN", "GET", "/v1/notices", who="partner")
+
+
 async def test_everybody_can_read_the_awards_in_the_360giving_standard(hub: Hub) -> None:
     call = await hub.call()
     application_id = await hub.submitted(call["id"], grant=1_234_56, cost=4_000_00, pledged=3_000_00)
@@ -323,42 +362,3 @@ async def test_calls_that_race_for_the_last_of_the_programme_get_no_more_than_th
     await hub.call(budget_pence=await left())
     await hub.refused(409, "PROGRAMME_EXHAUSTED", "POST", "/v1/calls", call_body(budget_pence=1))
     await hub.assert_replay_agrees()
-
-
-async def test_a_firm_is_told_what_was_decided_while_it_was_not_there(hub: Hub) -> None:
-    newest = (await hub.done("GET", "/v1/notices?page_size=1", who="firm"))["notices"]
-    before = newest[0]["id"] if newest else 0
-    call = await hub.call()
-    award_id, claim_id = await decided_claim(hub, call["id"])
-    rejected = await hub.submitted(call["id"], grant=1_000_00, cost=4_000_00, pledged=3_000_00)
-    await hub.decide(rejected, award=False)
-    others = await hub.submitted(call["id"], grant=100_00, cost=400_00, pledged=300_00, firm_id=OTHER_FIRM)
-    await hub.decide(others, award=False)
-    assert (await settle(hub, award_id, claim_id)).status_code == 200
-    new = f"/v1/notices?after_id={before}"
-    told = (await hub.done("GET", new, who="firm"))["notices"]
-    assert [one["kind"] for one in told] == [
-        "claim_paid",
-        "application_rejected",
-        "pledge_confirmed",
-        "claim_decided",
-        "application_awarded",
-        "pledge_confirmed",
-    ]
-    assert told[0]["text"] == "The claim is settled: GBP 50.00 is paid."
-    assert (told[0]["award_id"], told[1]["application_id"], told[1]["award_id"]) == (award_id, rejected, "")
-    assert told[1]["text"].startswith("The application is rejected: best value. ")
-    pages, token = list[int](), ""
-    while token or not pages:
-        page = await hub.done("GET", f"{new}&page_size=4&page_token={token}", who="firm")
-        pages, token = pages + [one["id"] for one in page["notices"]], page["next_page_token"]
-    assert pages == [one["id"] for one in told]
-    async with grpc.aio.insecure_channel(hub.grpc_addresses[0]) as channel:
-        notices = notice_pb2_grpc.NoticeServiceStub(channel)
-        request = notice_pb2.ListNoticesRequest(after_id=before)
-        answer = await notices.ListNotices(request, metadata=(("authorization", f"Bearer {hub.keys['firm']}"),))
-        assert [(one.id, one.text) for one in answer.notices] == [(one["id"], one["text"]) for one in told]
-        assert answer.notices[0].kind == notice_pb2.NOTICE_KIND_CLAIM_PAID
-    for wrong, reason in (("after_id=-1", "AFTER_ID_INVALID"), ("page_token=x", "PAGE_TOKEN_INVALID")):
-        await hub.refused(400, reason, "GET", f"/v1/notices?{wrong}", who="firm")
-    await hub.refused(403, "FORBIDDEN", "GET", "/v1/notices", who="partner")
