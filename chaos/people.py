@@ -249,7 +249,11 @@ class Firm:
             need = self._rng.choice(waiting)
         else:
             body = {"request_id": self._request(), "text": "Who looks at the vibration of a press with us?"}
-            need = (await self.call("matching", "POST", "/v1/needs", body, key="firm"))["need"]
+            opened = await self.call("matching", "POST", "/v1/needs", body, key="firm", refusals=("TOO_MANY_NEEDS",))
+            if "refused" in opened:
+                await self._give_up(found["needs"])
+                return ""
+            need = opened["need"]
         self._told.needs.add(need["id"])
         found = await self.call("matching", "GET", f"/v1/needs/{need['id']}/offers", key="firm")
         for offer in sorted(found["offers"], key=lambda each: int(each["rank"])):
@@ -265,6 +269,13 @@ class Firm:
                 self._told.matches[answer["match"]["id"]] = offer["id"]
                 return str(answer["match"]["id"])
         return ""
+
+    async def _give_up(self, needs: list[dict[str, Any]]) -> None:
+        """Close those in own words that nobody was found for, so that there is room for another."""
+        for need in needs:
+            if need["state"] == "open" and need["source"] != "anomaly" and not need["offers"]:
+                path = f"/v1/needs/{need['id']}/close"
+                await self.call("matching", "POST", path, {"reason": "solved without help"}, key="firm")
 
     async def _book(self) -> None:
         body = {"request_id": self._request(), "session_id": self._world.session_id}
