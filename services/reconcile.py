@@ -23,7 +23,7 @@ from services.common import topics
 from services.common.clock import SystemClock
 from services.common.database import AWAY, CONNECT_TIMEOUT_S, Connection
 from services.common.errors import TryAgain
-from services.common.kafka import Cluster, Message, Publisher, topic_ids
+from services.common.kafka import Cluster, Message, Publisher, stop_consumer, topic_ids
 from services.common.settings import Settings
 from services.ingest.registry import rebuild
 from services.matching import room_rebuild
@@ -199,12 +199,12 @@ async def _consumer(cluster: Cluster) -> AsyncIterator[AIOKafkaConsumer]:
     try:
         await consumer.start()
     except (KafkaError, OSError) as error:
-        await consumer.stop()
+        await stop_consumer(consumer)
         raise ReconcileError(f"No broker answers at {cluster.bootstrap}: {error!r}.") from error
     try:
         yield consumer
     finally:
-        await consumer.stop()
+        await stop_consumer(consumer)
 
 
 async def _positions(cluster: Cluster, connection: Connection, consumer: AIOKafkaConsumer) -> list[Found]:

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from services.anomaly.service import AlarmFeed, Place
 from services.common import topics
 from services.common.errors import NotFound
-from services.common.kafka import Cluster
+from services.common.kafka import Cluster, stop_consumer
 from services.common.logs import get_logger
 from smdih.anomaly.v1 import events_pb2 as events_pb
 
@@ -109,7 +109,7 @@ async def _alarm_consumer(cluster: Cluster) -> AsyncIterator[tuple[AIOKafkaConsu
         consumer.assign(partitions)
         yield consumer, partitions
     finally:
-        await consumer.stop()
+        await stop_consumer(consumer)
 
 
 def _alarm_event(record: Any) -> events_pb.AlarmEvent | None:

@@ -22,6 +22,7 @@ log = get_logger(__name__)
 
 # For so long a process works with what it knew last; then a revocation that it has not heard of weighs more than its service.
 AGE_S_MAX = 3600.0
+STALE = "DIRECTORY_STALE"
 
 age_seconds = Gauge("smdih_directory_age_seconds", "Since this process last knew for sure which keys are revoked")
 
@@ -211,7 +212,7 @@ class Directory:
         age_s = self._topic.age_s
         if age_s > self._age_s_max and (credential is None or credential.role != pb.ROLE_DEVICE):
             detail = f"The hub has not heard for {int(age_s)} s which keys are revoked; send again."
-            raise TryAgain(detail, reason="DIRECTORY_STALE", retry_after_s=5)
+            raise TryAgain(detail, reason=STALE, retry_after_s=5)
 
     def _check_window(self, key: str, credential: pb.Credential) -> None:
         now_us = self._clock.now_us()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 
-from services.common.directory import Directory
+from services.common.directory import STALE, Directory
 from services.common.errors import Forbidden, HubError, SlowDown, TryAgain, Unauthenticated
 from services.common.identity import Caller, Role
 from services.common.limits import Allowances, Limits
@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # loads an HTTP client and cryptography, which a hub without 
 
 # Why a token cannot be checked: whoever makes up key ids hears it as well.
 KEYS_AWAY = "TOKEN_KEYS_AWAY"
+# Refusals that say nothing of a key, and are heard with one that is made up.
+_UNKNOWING = (KEYS_AWAY, STALE)
 # Of bodies that are being read or answered: of one caller as much as may be on its way to the message log, and of all callers what
 # a process can do without.
 BODY_BYTES_PER_CALLER_MAX = 16 * 1024 * 1024
@@ -65,7 +67,7 @@ class Gate:
 
     def check_refused(self, error: HubError, address: str) -> None:
         """Count a request that `caller_of` refused for want of a good key or token. Raises SlowDown past its limit."""
-        if not isinstance(error, Unauthenticated | Forbidden) and error.reason != KEYS_AWAY:
+        if not isinstance(error, Unauthenticated | Forbidden) and error.reason not in _UNKNOWING:
             return
         per_minute = self._limits.failures_per_minute
         wait_s = self._failures.take(address, per_s=per_minute / 60, most=per_minute)

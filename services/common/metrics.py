@@ -42,7 +42,14 @@ database_answers = Gauge("smdih_database_answers", "1: the database answered whe
 def expect_faults(calls: Iterable[str]) -> None:
     """Show these calls from the start: an increase is not seen in a series that begins with it."""
     for call in calls:
-        for reason in (HubError.REASON, TryAgain.REASON, SlowDown.REASON, "STARTING", "TOKEN_KEYS_AWAY"):
+        for reason in (
+            HubError.REASON,
+            TryAgain.REASON,
+            SlowDown.REASON,
+            "STARTING",
+            "TOKEN_KEYS_AWAY",
+            "DIRECTORY_STALE",
+        ):
             faults_total.labels(call, reason)
 
 

@@ -357,6 +357,8 @@ async def serve(
             server.add_secure_port(f"{host}:{internal_port}", tls.server_credentials(mutual=True))
     await server.start()
     watch_queue("grpc connections", partial(established, bound), limit=limits.connections_max)
+    if internal_port:
+        watch_queue("grpc connections of services", partial(established, internal_port), limit=limits.connections_max)
     for name in ("", *services.names):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
     log.info("gRPC serves", host=host, port=bound, tls=tls is not None and tls.serves)

@@ -75,9 +75,11 @@ class Runtime:
         return [name for name, check in self._alive.items() if not await check()]
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or self._stopping.is_set():
+        if self._stopping.is_set():
             return
-        self._failure = task.exception() or RuntimeError(f"{task.get_name()} ended by itself")
+        # Cancelled by nobody: a library let out the cancellation of something of its own.
+        ended = None if task.cancelled() else task.exception()
+        self._failure = ended or RuntimeError(f"{task.get_name()} ended by itself")
         log.error("background task failed", task=task.get_name(), exc_info=self._failure)
         self._stopping.set()
 

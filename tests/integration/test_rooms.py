@@ -269,7 +269,7 @@ async def test_a_recall_ends_an_export_that_runs(world: World) -> None:
 
 async def test_what_is_lent_is_not_read_while_it_cannot_be_known(settings: Settings) -> None:
     """A recall could have been missed; the other reads go on."""
-    cluster, fresh_s_max = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix), 2.0
+    cluster, fresh_s_max = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix), 3.0
     rooms = Rooms(cluster, clock=SystemClock(), fresh_s_max=fresh_s_max)
     partner = Caller(credential_id=1, role=Role.PARTNER, partner_id=1)
 

@@ -29,6 +29,7 @@ class _Topic:
         self.breaks = False
         self.is_away = False
         self.readings = 0
+        self.closed = 0
 
     def put(self, key: str, entry: pb.DirectoryEntry | None) -> None:
         self.records.append((self.end, key.encode(), None if entry is None else entry.SerializeToString()))
@@ -55,7 +56,17 @@ class _Consumer:
             raise KafkaError("no broker answers")
         self._topic.readings += 1
 
-    async def stop(self) -> None: ...
+    async def stop(self) -> None:
+        # As the library does when it has a fetch that waits to be sent again.
+        if self._topic.is_away:
+            raise asyncio.CancelledError
+
+    @property
+    def _client(self) -> "_Consumer":
+        return self
+
+    async def close(self) -> None:
+        self._topic.closed += 1
 
     def assign(self, _: object) -> None: ...
 
@@ -190,5 +201,21 @@ async def test_a_broker_that_falls_silent_is_asked_on_a_new_connection(monkeypat
         topic.put("credential/7", None)
         topic.read_from_its_beginning()
         await _until(lambda: topic.readings == 2 and not directory.prefix_of(7))
+        assert topic.closed >= 1
         with pytest.raises(Unauthenticated):
             directory.caller_of(KEY)
+
+
+async def test_a_cancellation_that_the_library_lets_out_does_not_end_the_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    topic = _Topic()
+    topic.put("credential/7", _credential())
+    async with _followed(topic, monkeypatch) as directory:
+        await directory.wait_caught_up()
+        topic.is_away = topic.breaks = True
+        await _until(lambda: topic.closed >= 2)
+        topic.is_away = False
+        topic.put("firm/1", pb.DirectoryEntry(firm=pb.Firm(id=1)))
+        topic.read_from_its_beginning()
+        await _until(lambda: 1 in directory.firms)

@@ -108,3 +108,14 @@ async def test_a_process_ends_at_once_when_it_is_told_to_or_fails_before_it_has_
     finally:
         if process.returncode is None:
             process.kill()
+
+
+async def test_a_loop_that_ends_cancelled_though_nobody_stops_the_process_stops_it() -> None:
+    async def let_out() -> None:
+        raise asyncio.CancelledError
+
+    runtime = Runtime()
+    task = runtime.background("loop", let_out())
+    await asyncio.wait([task])
+    await asyncio.sleep(0)
+    assert runtime.is_stopping

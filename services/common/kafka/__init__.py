@@ -1,7 +1,7 @@
 """Kafka at its edges: making topics, publishing durably, and consuming with the position in the database."""
 
 from services.common.kafka.attempts import Attempts
-from services.common.kafka.cluster import REQUEST_BYTES_MAX, Cluster, Identity, create_topics
+from services.common.kafka.cluster import REQUEST_BYTES_MAX, Cluster, Identity, create_topics, stop_consumer
 from services.common.kafka.consuming import (
     RETRY_DELAY_S_MAX,
     Fenced,
@@ -39,5 +39,6 @@ __all__ = [
     "create_topics",
     "load_positions",
     "show_consumer",
+    "stop_consumer",
     "topic_ids",
 ]

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import (
     KafkaError,
@@ -114,3 +115,19 @@ def _new_topic(cluster: Cluster, topic: topics.Topic, *, partitions: int, replic
     config = {"cleanup.policy": "compact"} if topic.retention_ms is None else {"retention.ms": str(topic.retention_ms)}
     config["max.message.bytes"] = str(REQUEST_BYTES_MAX)
     return NewTopic(cluster.name(topic.name), topic.partitions or partitions, replication, topic_configs=config)
+
+
+async def stop_consumer(consumer: AIOKafkaConsumer) -> None:
+    """Stop a consumer of aiokafka, whatever it is doing.
+
+    It cancels its fetches, and one that waits to be sent again lets that out of `stop`, before the connections are closed: whoever
+    stopped it would end as cancelled, which nobody had asked for.
+    """
+    try:
+        await consumer.stop()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+    finally:
+        await consumer._client.close()

@@ -23,7 +23,7 @@ from services.common import tracing
 from services.common.database import AWAY, REFUSED, Connection, Pool
 from services.common.errors import TryAgain
 from services.common.kafka.attempts import ATTEMPT_S_MAX, SILENCE_S_MAX, Attempts
-from services.common.kafka.cluster import Cluster
+from services.common.kafka.cluster import Cluster, stop_consumer
 from services.common.kafka.deadletters import DeadLetters, dead_letters_total
 from services.common.kafka.positions import load_positions
 from services.common.kafka.publishing import Publisher
@@ -130,7 +130,7 @@ class PositionedConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # un
             while True:
                 await self._turn(consumer)
         finally:
-            await consumer.stop()
+            await stop_consumer(consumer)
 
     @property
     def stalled_s(self) -> float:

@@ -7,7 +7,7 @@ from aiokafka.errors import (
     KafkaError,
 )
 
-from services.common.kafka.cluster import Cluster
+from services.common.kafka.cluster import Cluster, stop_consumer
 from services.common.logs import get_logger
 
 log = get_logger(__name__)
@@ -34,7 +34,7 @@ class TopicEnds:
                     try:
                         await consumer.start()
                     except BaseException:
-                        await consumer.stop()
+                        await stop_consumer(consumer)
                         raise
                     self._consumer = consumer
                 end: int = (await self._consumer.end_offsets([where]))[where]
@@ -45,4 +45,4 @@ class TopicEnds:
 
     async def close(self) -> None:
         if self._consumer is not None:
-            await self._consumer.stop()
+            await stop_consumer(self._consumer)

@@ -9,12 +9,14 @@ from typing import Generic, TypeVar
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 
-from services.common.kafka.cluster import Cluster
+from services.common.kafka.cluster import Cluster, stop_consumer
 from services.common.logs import get_logger
 
 log = get_logger(__name__)
 
 POLL_TIMEOUT_MS = 500
+# A broker that says nothing for so long is not waited for.
+REQUEST_TIMEOUT_MS = 10_000
 RETRY_DELAY_S = 1.0
 # No broker has answered for so long: the connection is made anew, whatever the client library waits for.
 SILENCE_S_MAX = 60.0
@@ -92,15 +94,18 @@ class Followed(Generic[T]):
             self.known, self._read_to, self._fresh_at = fresh, end, asked_at
             self.caught_up.set()
             log.info("topic read", topic=self._topic, end=end)
-            # A poll without records does not show that the broker is there; the library notes when it answered last.
-            answer, answered_at, looked_at = None, asked_at, time.monotonic()
+            # A poll without records does not show that the broker is there; the library notes when it answered last. An answer was
+            # asked for after the one before it had come, and that had not been there when it was looked for last.
+            answer, looked_at = consumer.last_poll_timestamp(partition), time.monotonic()
+            answered_at = seen_at = asked_at
             while True:
                 async with self._changed:
                     self._changed.notify_all()
                 await self._take_in(consumer, fresh)
                 self._read_to = await consumer.position(partition)
                 if consumer.last_poll_timestamp(partition) != answer:
-                    answer, answered_at = consumer.last_poll_timestamp(partition), looked_at
+                    answer = consumer.last_poll_timestamp(partition)
+                    answered_at, seen_at = seen_at, looked_at
                     _begin_anew(patience)
                 if self._read_to >= (consumer.highwater(partition) or 0):
                     self._fresh_at = answered_at
@@ -116,12 +121,13 @@ class Followed(Generic[T]):
             auto_offset_reset="none",
             # The broker answers as soon as there is a change: new keys and machines are known within milliseconds.
             fetch_max_wait_ms=POLL_TIMEOUT_MS,
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
         )
         try:
             await consumer.start()
             yield consumer
         finally:
-            await consumer.stop()
+            await stop_consumer(consumer)
 
     async def _take_in(self, consumer: AIOKafkaConsumer, known: T) -> bool:
         """Whether there was any record."""
