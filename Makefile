@@ -39,6 +39,7 @@ check: setup k8s-lint ## what CI runs before the tests: style, types, import rul
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@.venv/bin/buf lint proto
+	@! git grep -nE '^(<{7}|>{7})( |$$)' || { echo 'a merge was committed before it was done'; exit 1; }
 	@$(PY) -m localstack.doclinks README.md docs
 	@.venv/bin/bandit -q -c pyproject.toml -r services smdih_client localstack
 	@$(PY) -m localstack.secrets_scan

@@ -170,6 +170,8 @@ async def test_history_that_is_loaded_into_an_old_chunk_keeps_it(kept: Kept) -> 
     await eventually(came)
     await eventually(kept.by_default.once)
     assert await kept.frames(second) == [450]
+    # It keeps nobody else's.
+    assert await kept.frames(first) == []
     await kept.plant.database.execute("UPDATE history_load SET loaded = loaded - interval '31 days', day = day - 31")
     await eventually(kept.by_default.once)
     assert await kept.frames(second) == []

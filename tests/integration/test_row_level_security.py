@@ -149,6 +149,7 @@ async def test_services_own_nothing_and_nothing_lets_them_past_the_policies(
     )
     assert [row["name"] for row in definers] == [
         "ingest.drop_stored(text,timestamp with time zone,timestamp with time zone)",
+        "ingest.lock_stored(text,timestamp with time zone,timestamp with time zone)",
         "ingest.note_backup(bigint,text)",  # adds a row of no firm, for the login that may only read
     ]
     for definer in definers:

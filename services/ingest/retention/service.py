@@ -10,7 +10,7 @@ from datetime import datetime
 import asyncpg
 from prometheus_client import Counter, Gauge
 
-from services.common.clock import Clock, from_us
+from services.common.clock import Clock, from_us, to_us
 from services.common.database import AWAY, Connection, Pool, transaction
 from services.common.errors import Invalid, NotFound, TryAgain
 from services.common.identity import Caller, Role
@@ -259,9 +259,13 @@ class Enforcer:
         try:
             for store in STORES:
                 due = cutoffs(store, firm_ids, rules, now_us)
+                firms_us = due.firms_us
                 if due.everybody_us is not None:
-                    await self._drop_chunks(store, due.everybody_us)
-                for firm_id, cutoff_us in due.firms_us.items():
+                    held_us = await self._drop_chunks(store, due.everybody_us)
+                    if held_us:
+                        # Loaded history, or a clock that goes back, holds the rows of its own machine and of no other.
+                        firms_us = {firm_id: firms_us.get(firm_id, held_us) for firm_id in firm_ids}
+                for firm_id, cutoff_us in firms_us.items():
                     with _ends_where_changed(firm_id):
                         await self._remove_rows(store, firm_id, rules.get(firm_id, Rule()), from_us(cutoff_us))
             quarantine_cutoff = from_us(now_us - QUARANTINE_DAYS * DAY_US)
@@ -297,7 +301,9 @@ class Enforcer:
         """What was made or loaded before is there for long enough for its age to count."""
         return from_us(self._clock.now_us() - self._grace_us)
 
-    async def _drop_chunks(self, store: Store, cutoff_us: int) -> None:
+    async def _drop_chunks(self, store: Store, cutoff_us: int) -> int:
+        """Returns the end of the last one that has to stay for loaded history; 0: none has."""
+        held_us = 0
         async with transaction(self._pool) as connection:
             chunks = await db.chunks_before(connection, store, cutoff_us, self._settled_before())
         if chunks and store.table == "frame":
@@ -307,12 +313,14 @@ class Enforcer:
                 await db.keep_rules(connection)
                 due = cutoffs(store, await db.firm_ids(connection), await db.rules(connection), self._now_us)
                 if due.everybody_us is None or end > from_us(due.everybody_us):
-                    return  # decided meanwhile
+                    return 0  # decided meanwhile
                 if await db.holds_loaded(connection, store, start, end):
+                    held_us = to_us(end)
                     continue
                 dropped = await db.drop_chunks(connection, store, start, end)
             self._chunks += dropped
             chunks_dropped_total.labels(store.name).inc(dropped)
+        return held_us
 
     async def _close_buckets(self, end: datetime) -> None:
         after = 0

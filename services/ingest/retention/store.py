@@ -104,7 +104,11 @@ SELECT EXISTS (SELECT FROM history_load h WHERE h.oldest < $2 AND EXISTS (
 
 
 async def holds_loaded(connection: Connection, store: Store, start: datetime, end: datetime) -> bool:
-    """Whether a range holds rows of machines whose loaded history reaches back to them."""
+    """Whether a range holds rows of machines whose loaded history reaches back to them.
+
+    Until the transaction ends nothing more is written to it.
+    """
+    await connection.execute("SELECT lock_stored($1, $2, $3)", store.table, start, end)
     found: bool = await connection.fetchval(_HOLDS_LOADED.format(table=store.table), start, end)
     return found
 
@@ -155,6 +159,7 @@ WITH bound AS (
     ), $3) AS ts
 )
 DELETE FROM {table} t USING bound WHERE t.machine_id = $1 AND t.first_position = $2 AND t.ts < bound.ts AND t.ts < $3
+AND NOT EXISTS (SELECT FROM history_load h WHERE h.machine_id = $1 AND t.ts >= public.time_bucket(INTERVAL '1 hour', h.oldest))
 """
 
 
