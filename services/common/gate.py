@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # loads an HTTP client and cryptography, which a hub without 
 KEYS_AWAY = "TOKEN_KEYS_AWAY"
 # Refusals that say nothing of a key, and are heard with one that is made up.
 _UNKNOWING = (KEYS_AWAY, STALE)
-# Of bodies that are being read or answered: of one caller as much as may be on its way to the message log, and of all callers what
-# a process can do without.
-BODY_BYTES_PER_CALLER_MAX = 16 * 1024 * 1024
+# Of bodies that are being read or answered: of one firm, or caller of no firm, as much as may be on its way to the message log, and
+# of all callers what a process can do without.
+BODY_BYTES_PER_CALLER_MAX = 32 * 1024 * 1024
 BODY_BYTES_MAX = 128 * 1024 * 1024
 
 # Requests over a limit, by its name.
@@ -38,7 +38,8 @@ class Gate:
         self._requests = Allowances()
         self._failures = Allowances()
         self._streams: Counting[int] = Counting()
-        self._body_bytes: Counting[int] = Counting()
+        # By firm, whose keys are many; callers of no firm by themselves.
+        self._body_bytes: Counting[tuple[int, int]] = Counting()
         self._body_bytes_of_all = 0
 
     async def admit(self, bearer: str, address: str) -> Caller:
@@ -102,12 +103,13 @@ class Gate:
     @contextmanager
     def body(self, caller: Caller) -> Iterator[Callable[[int], None]]:
         """While a body is held: to be told of the bytes as they come. Raises SlowDown, TryAgain past the limits."""
-        held, whose = 0, caller.credential_id
+        held = 0
+        whose = (caller.firm_id, 0) if caller.firm_id else (0, caller.credential_id)
 
         def more(size: int) -> None:
             nonlocal held
             if self._body_bytes[whose] + size > BODY_BYTES_PER_CALLER_MAX:
-                detail = f"Bodies of this key that have come so far have {BODY_BYTES_PER_CALLER_MAX} bytes; send fewer at once."
+                detail = f"Bodies of this firm or key that are here now have {BODY_BYTES_PER_CALLER_MAX} bytes; send fewer at once."
                 raise _slow_down("bodies", detail, 5)
             if self._body_bytes_of_all + size > BODY_BYTES_MAX:
                 limited_total.labels("all_bodies").inc()

@@ -477,6 +477,29 @@ async def test_a_file_whose_database_goes_away_is_seen_to_be_broken(stored: Stor
     await eventually(back)
 
 
+async def test_a_file_ends_broken_once_its_key_is_revoked(stored: Stored) -> None:
+    plant = stored.plant
+    made = (await plant.operator.post("/v1/credentials", json={"role": "firm", "firm_id": plant.firm["id"]})).json()
+    wanted = {"machine_id": stored.long["id"], "from_us": 0, "to_us": START_US * 2, "layout": "narrow"}
+    headers = {"Authorization": f"Bearer {made['key']}"}
+    async with plant.http.stream("GET", "/v1/export", params=wanted, headers=headers) as answer:
+        chunks = answer.aiter_raw()
+        await anext(chunks)
+        assert (await plant.operator.delete(f"/v1/credentials/{made['id']}")).status_code == 204
+
+        async def is_over() -> bool:
+            return (await plant.http.get("/v1/machines", headers=headers)).status_code == 401
+
+        await eventually(is_over)
+
+        async def rest() -> None:
+            async for _ in chunks:
+                pass
+
+        with pytest.raises(httpx.RemoteProtocolError):
+            await rest()
+
+
 async def test_readers_that_leave_give_up_their_place_and_too_many_are_told_to_wait(stored: Stored) -> None:
     plant, door = stored.plant, stored.plant.hub.processes["door"].http
     wanted = {"machine_id": stored.long["id"], "from_us": 0, "to_us": START_US * 2, "layout": "narrow"}

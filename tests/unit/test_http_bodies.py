@@ -19,13 +19,13 @@ CHUNKS = 63  # just less than a body may have
 
 
 class Keys:
-    """Keys are numbers here, each of a gateway."""
+    """Keys are numbers here, each of a gateway; ten in a row are one firm's."""
 
     async def is_caught_up(self) -> bool:
         return True
 
     def caller_of(self, key: str) -> Caller:
-        return Caller(int(key), Role.DEVICE, firm_id=1)
+        return Caller(int(key), Role.DEVICE, firm_id=int(key) // 10 + 1)
 
     def prefix_of(self, credential_id: int) -> str:
         return ""
@@ -87,12 +87,13 @@ async def held(client: Client, keys: list[int]) -> AsyncIterator[None]:
 
 async def test_bodies_that_do_not_end_take_a_bounded_part_of_the_memory() -> None:
     client = Client()
-    async with held(client, [1] * (BODY_BYTES_PER_CALLER_MAX // (CHUNKS * len(CHUNK)))):
-        assert await client.post(1) == 429
-    assert await client.post(1) == 200
+    # Of a firm, however many keys it has.
+    async with held(client, [10 + n % 3 for n in range(BODY_BYTES_PER_CALLER_MAX // (CHUNKS * len(CHUNK)))]):
+        assert await client.post(19) == 429
+    assert await client.post(19) == 200
 
     client = Client()
     most = BODY_BYTES_MAX // (CHUNKS * len(CHUNK))
-    async with held(client, [key // 4 for key in range(most)]):
+    async with held(client, [key // 4 * 10 for key in range(most)]):
         assert await client.post(1_000) == 503
     assert await client.post(1_000) == 200

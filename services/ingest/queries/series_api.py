@@ -5,10 +5,10 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from services.common.http import Authenticated
+from services.common.http import Authenticated, while_admitted
 from services.ingest.queries.export import Export, File, Wanted
 from services.ingest.queries.queries import Queries
 from services.ingest.queries.store import SignalPlace
@@ -67,6 +67,7 @@ def series_router(queries: Queries, export: Export) -> APIRouter:
 
     @router.get("/export", response_class=Response)
     async def export_file(
+        request: Request,
         caller: Authenticated,
         from_us: int,
         to_us: int,
@@ -85,20 +86,24 @@ def series_router(queries: Queries, export: Export) -> APIRouter:
         last whole line and `header=false`.
         """
         wanted = Wanted(signal_ids or [], machine_id, from_us, to_us, format, layout, gzip, header, resolution)
-        return _FileResponse(await export.file(caller, wanted))
+        return _FileResponse(await export.file(caller, wanted), request)
 
     return router
 
 
 class _FileResponse(Response):
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, request: Request) -> None:
         headers = {"Content-Disposition": f'attachment; filename="{file.name}"', "Cache-Control": "no-store"}
         super().__init__(media_type=file.media_type, headers=headers)
         del self.headers["content-length"]
         self._file = file
+        self._request = request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end or until the reader goes away. What goes wrong is raised, and the server breaks the connection off."""
+        """Send until the end, or until the reader goes away or his key ends.
+
+        What goes wrong is raised, and the server breaks the connection off.
+        """
         async with aclosing(self._file):
             sending = asyncio.create_task(self._send(send))
             leaving = asyncio.create_task(_left(receive))
@@ -113,7 +118,7 @@ class _FileResponse(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in self._file:
+        async for chunk in while_admitted(self._request, aiter(self._file)):
             async with asyncio.timeout(SEND_TIMEOUT_S):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
