@@ -37,6 +37,7 @@ _DELIVERY_COLUMNS = (
     "d.made, d.finished, d.last_error"
 )
 _DELIVERY_ROWS = f"SELECT {_DELIVERY_COLUMNS} FROM delivery d "  # noqa: S608  # fixed texts
+_TRIALS_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))"
 PLAN_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('smdih-anomaly-delivery-plan'))"
 # What went out is kept a little longer than a year, so that an auditor finds who was told. What is dead waits for a person.
 SENT_KEPT_DAYS = 400
@@ -171,13 +172,20 @@ class ContactStore:
     async def put_secrets(self, connection: Connection, sealed: Sequence[tuple[str, str]]) -> None:
         await connection.executemany("UPDATE contact SET secret = $2 WHERE id = $1", sealed)
 
-    async def remove_contact(self, connection: Connection, contact_id: str) -> None:
+    async def remove_contact(self, connection: Connection, contact_id: str, *, now_us: int) -> None:
         await connection.execute("UPDATE contact SET removed = true, secret = '' WHERE id = $1", contact_id)
+        await self._end_deliveries(connection, [contact_id], now_us=now_us)
+
+    async def _end_deliveries(self, connection: Connection, contact_ids: Sequence[str], *, now_us: int) -> None:
+        """Of removed contacts: nobody could send them again. A trial that may have gone out counts as sent."""
         await connection.execute(
-            # Nobody could send them again; but a trial that may have gone out is counted.
-            "DELETE FROM delivery WHERE contact_id = $1 AND state <> 'sent' "
-            "AND (state = 'dead' OR alarm_id IS NOT NULL OR attempts = 0)",
-            contact_id,
+            "UPDATE delivery SET state = 'sent', finished = $2, last_error = 'Its contact was removed meanwhile.' "
+            "WHERE contact_id = ANY($1::text[]) AND state = 'pending' AND alarm_id IS NULL AND attempts > 0",
+            contact_ids,
+            from_us(now_us),
+        )
+        await connection.execute(
+            "DELETE FROM delivery WHERE contact_id = ANY($1::text[]) AND state <> 'sent'", contact_ids
         )
 
     async def count_code(self, connection: Connection, contact_id: str) -> int:
@@ -191,7 +199,11 @@ class ContactStore:
         await connection.execute("UPDATE contact SET confirmed = true, secret = '' WHERE id = $1", contact_id)
 
     async def trials(self, connection: Connection, firm_id: int, address: str, *, since_us: int) -> tuple[int, int]:
-        """Trials and codes that a firm has had sent since then, in all and to one address, also by contacts that it removed."""
+        """Trials and codes that a firm has had sent since then, in all and to one address, also by contacts that it removed.
+
+        The firm has none sent by anybody else until the transaction ends.
+        """
+        await connection.execute(_TRIALS_LOCK, f"smdih-anomaly-trials-{firm_id}")
         row = await connection.fetchrow(
             "SELECT count(*) AS of_firm, count(*) FILTER (WHERE c.address = $2) AS of_address FROM delivery d "
             "JOIN contact c ON c.id = d.contact_id WHERE d.firm_id = $1 AND d.alarm_id IS NULL AND d.made > $3",
@@ -312,18 +324,15 @@ class ContactStore:
         now, until = from_us(now_us), from_us(now_us + CLAIM_S * MICROSECONDS)
         # Each try ended with the process that made it.
         await connection.execute(
-            "UPDATE delivery SET state = 'dead', finished = $1, last_error = 'No try came to an end.' "
-            "WHERE state = 'pending' AND due <= $1::timestamptz AND attempts >= $2",
+            "UPDATE delivery SET state = 'dead', finished = $1, last_error = 'No try came to an end.' "  # noqa: S608
+            # Written out, for the index of these alone.
+            f"WHERE state = 'pending' AND due <= $1::timestamptz AND attempts >= {ATTEMPTS_MAX}",
             now,
-            ATTEMPTS_MAX,
         )
         free = await connection.fetch(_FREE, now, MESSAGES_A_MINUTE_MAX, limit)
         if not free:
             return ()
-        await connection.execute(
-            "DELETE FROM delivery WHERE contact_id = ANY($1::text[]) AND state = 'pending'",
-            [row["id"] for row in free if row["removed"]],
-        )
+        await self._end_deliveries(connection, [row["id"] for row in free if row["removed"]], now_us=now_us)
         ids = [row["id"] for row in free if not row["removed"]]
         rows = await connection.fetch(
             "UPDATE delivery d SET attempts = attempts + 1, due = $3 WHERE id IN (SELECT first.id "  # noqa: S608

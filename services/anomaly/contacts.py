@@ -117,7 +117,7 @@ class ContactService:
         """It is told nothing more; what waits for it is dropped. A repeat changes nothing."""
         async with transaction(self._pool) as connection:
             contact = await self._contact(connection, caller, contact_id, removed=True)
-            await self._store.remove_contact(connection, contact_id)
+            await self._store.remove_contact(connection, contact_id, now_us=self._clock.now_us())
             return contact
 
     async def confirm_contact(self, caller: Caller, contact_id: str, *, code: str) -> Contact:
