@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from services.ingest.kpi.calendar import Span, day_number, local_minutes, span_of, week_of
-from services.ingest.kpi.counts import counted, flowed, made, spread
+from services.ingest.kpi.counts import FAULT_VALUES_MAX, Floats, _dips, counted, flowed, made, spread
 from services.ingest.kpi.figures import Figure, Figures, Flow, Minutes
 from services.ingest.kpi.settings import KpiSettings, Shift
 from services.ingest.kpi.states import State
@@ -79,6 +79,27 @@ def test_read_faults_of_a_counter_count_for_nothing() -> None:
     assert sum(_counts([[0.0]] * 20 + life)[0]) == 495
     assert sum(_counts([[5.0 * n] for n in range(100)])[0]) == 495
     assert sum(_counts([[0.0]] * 5 + [[]] * 94 + [[495.0 + 5 * n] for n in range(100)])[0]) == 990
+
+
+def _dips_one_by_one(values: Floats) -> list[tuple[int, int]]:
+    """By the words of what a dip is, and nothing spared."""
+    found = []
+    for before in range(len(values) - 1):
+        back = np.flatnonzero(values[before + 1 :] >= values[before])
+        if values[before + 1] >= values[before] or not len(back):
+            continue
+        start, end = before + 1, before + 1 + int(back[0])
+        depth = values[before] - values[start:end].min()
+        if end - start <= FAULT_VALUES_MAX and values[end] - values[end - 1] > depth / 2:
+            found.append((start, end))
+    return found
+
+
+def test_dips_that_lie_in_each_other_are_found_as_one_by_one() -> None:
+    random = np.random.default_rng(5)
+    for _ in range(2_000):
+        values = random.integers(-6, random.integers(-4, 30), random.integers(1, 40)).astype(float)
+        assert _dips(values) == _dips_one_by_one(values)
 
 
 def _totalled(samples: list[list[float]]) -> tuple[float, int]:

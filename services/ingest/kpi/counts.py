@@ -1,6 +1,7 @@
 """What counters counted and what energy flowed, minute by minute."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -112,18 +113,23 @@ def _faults(values: Floats, minutes: Ints) -> Bools:
 
 def _dips(values: Floats) -> list[tuple[int, int]]:
     """Where values are below the one before them, up to the jump that leads back to it or beyond it."""
-    # For each value the next one that is not lower.
+    # For each value the next one that is not lower, and the least in between (of those that wait: the least so far).
     plain = values.tolist()
-    back, lower = [len(plain)] * len(plain), list[int]()
+    back, least, lower = [len(plain)] * len(plain), [math.inf] * len(plain), list[int]()
     for number, value in enumerate(plain):
         while lower and plain[lower[-1]] <= value:
-            back[lower.pop()] = number
+            before = lower.pop()
+            back[before] = number
+            if lower:
+                least[lower[-1]] = min(least[lower[-1]], least[before])
+        if lower:
+            least[lower[-1]] = min(least[lower[-1]], value)
         lower.append(number)
     found = []
     for before in np.flatnonzero(np.diff(values) < 0).tolist():
         start, end = before + 1, back[before]
         if end < len(values) and end - start <= FAULT_VALUES_MAX:
-            depth = values[before] - values[start:end].min()
+            depth = values[before] - least[before]
             if values[end] - values[end - 1] > depth / 2:
                 found.append((start, end))
     return found
