@@ -12,8 +12,8 @@ from services.common.database import Connection
 from services.common.directory import entity_key
 from services.common.errors import Conflict, NotFound
 from services.common.identity import Role
-from services.common.outbox import write
-from services.ingest.registry.store import publish
+from services.common.outbox import write, write_all
+from services.ingest.registry.store import lock_firm, publish
 from smdih.directory.v1 import directory_pb2 as pb
 
 # Every process of the hub keeps all keys in memory. Those that ended count too, until they are forgotten.
@@ -73,8 +73,7 @@ async def create(
     """Store and publish a credential (its id is given here). Raises NotFound when its firm or partner does not exist; Conflict
     where a firm has too many."""
     if credential.firm_id:
-        # One after the other, so that the count holds.
-        await connection.execute("SELECT FROM firm WHERE id = $1 FOR NO KEY UPDATE", credential.firm_id)
+        await lock_firm(connection, credential.firm_id)
         have = await connection.fetchval(
             "SELECT count(*) FROM credential WHERE firm_id = $1 AND revoked IS NULL", credential.firm_id
         )
@@ -111,9 +110,9 @@ async def forget_ended(connection: Connection, before_us: int, limit: int) -> Se
         "ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED) RETURNING id",
         *(from_us(before_us), limit),
     )
-    for row in rows:
-        await write(connection, topics.DIRECTORY, key=entity_key("credential", row["id"]), value=None)
-    return [row["id"] for row in rows]
+    ids = [row["id"] for row in rows]
+    await write_all(connection, topics.DIRECTORY, [(entity_key("credential", one), None) for one in ids])
+    return ids
 
 
 async def end_at(connection: Connection, credential: Issued, end_us: int, now_us: int) -> None:

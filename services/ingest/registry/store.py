@@ -24,6 +24,11 @@ async def publish(connection: Connection, kind: str, entry: pb.DirectoryEntry, e
     await write(connection, topics.DIRECTORY, key=entity_key(kind, entity_id), value=entry.SerializeToString())
 
 
+async def lock_firm(connection: Connection, firm_id: int) -> None:
+    """Until the end of the transaction nobody else counts what the firm has, and so what is counted holds."""
+    await connection.execute("SELECT FROM firm WHERE id = $1 FOR NO KEY UPDATE", firm_id)
+
+
 async def create_firm(connection: Connection, new: NewFirm, now_us: int) -> pb.Firm:
     firm_id = await connection.fetchval(
         "INSERT INTO firm (name, slug, sic, region, size) VALUES ($1, $2, $3, $4, $5) "
@@ -92,7 +97,7 @@ async def create_partner(connection: Connection, name: str, region: str, now_us:
 
 
 async def create_site(connection: Connection, new: NewSite, now_us: int) -> pb.Site:
-    await connection.execute("SELECT FROM firm WHERE id = $1 FOR NO KEY UPDATE", new.firm_id)
+    await lock_firm(connection, new.firm_id)
     try:
         site_id = await connection.fetchval(
             "INSERT INTO site (firm_id, slug, name, timezone) VALUES ($1, $2, $3, $4) "
