@@ -209,6 +209,32 @@ async def test_what_came_before_a_machine_was_registered_is_replayed_when_it_is(
     await eventually(stored)
 
 
+async def test_what_the_release_before_set_aside_during_an_upgrade_is_replayed(firm: FirmAtHub, dsn: str) -> None:
+    """It knows nothing of the column for the path."""
+    start_ms = int(time.time() * 1000) - 60_000
+    await firm.send(f"{firm.slug}/leeds/Early", {"current": 1}, ts=start_ms)
+    connection = await asyncpg.connect(dsn, server_settings={"search_path": "ingest,public"})
+
+    async def written_as_before() -> bool:
+        columns = "firm_id, credential_id, source, door, reason, detail, samples, correlation_id, batch, received"
+        done = await connection.execute(
+            f"WITH gone AS (DELETE FROM quarantine WHERE firm_id = $1 RETURNING id, {columns}) "
+            f"INSERT INTO quarantine (id, {columns}) SELECT id || '-before', {columns} FROM gone",
+            firm.id,
+        )
+        return str(done) == "INSERT 0 1"
+
+    try:
+        await eventually(written_as_before)
+        path = await connection.fetchval("SELECT machine_path FROM quarantine WHERE firm_id = $1", firm.id)
+        assert path == f"{firm.slug}/leeds/early"
+    finally:
+        await connection.close()
+    machine = await firm.machine("early")
+    replay = await firm.admin.post(f"/v1/machines/{machine['id']}/replay", json={"reason": "UNKNOWN_MACHINE"})
+    assert (replay.json()["items"], replay.json()["accepted"], replay.json()["left"]) == (1, 1, 0)
+
+
 async def test_proposals_by_grpc(hub: RegistryHub, firm: FirmAtHub) -> None:
     machine = await firm.machine()
     as_operator = (("authorization", f"Bearer {hub.hub.operator_key}"),)

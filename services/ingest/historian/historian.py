@@ -107,7 +107,7 @@ FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::
     detail, samples, received, correlation_id, batch, raw, machine_id, machine_path)
 ON CONFLICT (id) DO UPDATE SET credential_id = excluded.credential_id, door = excluded.door, detail = excluded.detail,
     received = excluded.received, correlation_id = excluded.correlation_id, batch = excluded.batch, raw = excluded.raw,
-    replayed = NULL
+    machine_path = excluded.machine_path, replayed = NULL
 WHERE q.replayed IS NOT NULL
 """
 
