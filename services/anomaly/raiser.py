@@ -25,7 +25,7 @@ from services.anomaly.scorer import Found, Frames
 from services.anomaly.store import AlarmStore
 from services.anomaly.tunings import MACHINE_POSITION, RuleKind
 from services.common.clock import Clock
-from services.common.database import Pool, transaction
+from services.common.database import REFUSED, Pool, transaction
 from services.common.directory import Directory
 from services.common.errors import Invalid
 from services.common.logs import get_logger, new_correlation_id
@@ -57,14 +57,14 @@ class AlarmRaiser:
         changes = [await self._change_of(one) for one in found]
         try:
             return await self._store_all(changes)
-        except Invalid:
+        except (Invalid, *REFUSED):
             stored: list[AlarmEvent] = []
             for change in changes:
                 try:
                     stored += await self._store_all([change])
-                except Invalid as error:
+                except (Invalid, *REFUSED) as error:
                     id_ = change.id if isinstance(change, Alarm) else change.alarm_id
-                    log.error("an alarm could not be stored", alarm_id=id_, error=error.detail)
+                    log.error("an alarm could not be stored", alarm_id=id_, error=repr(error))
                     refused_total.inc()
             return stored
 

@@ -80,8 +80,8 @@ class OutboxRelay:
                 await self._measure()
                 while await self._relay_some():
                     await self._measure()
-            except (*AWAY, asyncpg.PostgresError, TryAgain) as error:
-                log.warning("outbox waits", error=repr(error))
+            except (*AWAY, asyncpg.PostgresError, TryAgain, TooLarge) as error:
+                log.warning("outbox waits", schema=self._schema, error=repr(error))
                 await asyncio.sleep(RETRY_DELAY_S)
             try:
                 async with asyncio.timeout(POLL_INTERVAL_S):
@@ -111,10 +111,11 @@ class OutboxRelay:
                 return False
             rows = await connection.fetch(
                 "SELECT id, topic, key, value, correlation_id, traceparent, waiting FROM ("
-                "SELECT id, topic, key, value, correlation_id, traceparent, count(*) OVER () AS waiting, "
+                "SELECT id, topic, key, value, correlation_id, traceparent, count(*) OVER () AS waiting, min(id) OVER () AS first, "
                 "coalesce(sum(octet_length(value)) OVER (ORDER BY id), 0) AS bytes "
                 "FROM (SELECT id, topic, key, value, correlation_id, traceparent FROM outbox ORDER BY id LIMIT $1) AS oldest"
-                ") AS summed WHERE bytes <= $2 ORDER BY id",
+                # The first in any case: what is too large for the broker must be told by somebody.
+                ") AS summed WHERE bytes <= $2 OR id = first ORDER BY id",
                 BATCH_MAX,
                 BATCH_BYTES_MAX,
             )

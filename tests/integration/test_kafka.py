@@ -102,6 +102,34 @@ async def test_an_outbox_of_large_events_leaves_in_batches_that_the_brokers_can_
     await pool.close()
 
 
+async def test_an_event_that_no_broker_takes_is_told_and_what_follows_leaves_once_it_is_gone(
+    cluster: Cluster, dsn: str, publisher: Publisher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of a release that had no limit for events."""
+    pool = await create_pool(dsn, schema="matching", size_max=2)
+    async with pool.acquire() as connection, connection.transaction():
+        await outbox.write_all(connection, topics.DIRECTORY, [("machine/1", b"1"), ("machine/1", b"2")])
+        await connection.execute(
+            "UPDATE outbox SET value = $1 WHERE id = (SELECT min(id) FROM outbox)", bytes(REQUEST_BYTES_MAX + 1)
+        )
+    relay = asyncio.create_task(OutboxRelay(pool, publisher, schema="matching").run())
+
+    async def is_told() -> bool:
+        return "outbox waits" in capsys.readouterr().out
+
+    await eventually(is_told)
+    assert await pool.fetchval("SELECT count(*) FROM outbox") == 2
+    await pool.execute("DELETE FROM outbox WHERE octet_length(value) > 1")
+
+    async def is_empty() -> bool:
+        return bool(await pool.fetchval("SELECT count(*) = 0 FROM outbox"))
+
+    await eventually(is_empty)
+    relay.cancel()
+    await asyncio.gather(relay, return_exceptions=True)
+    await pool.close()
+
+
 async def test_unreadable_records_go_to_the_dead_letters_and_too_many_in_a_row_stop_the_consumer(
     cluster: Cluster, dsn: str, publisher: Publisher
 ) -> None:
