@@ -12,7 +12,7 @@ import numpy as np
 from services.anomaly.domain import MICROSECONDS, Severity
 from services.anomaly.samples import HOUR_US, MINUTE_US, Floats, Ints, Samples
 from services.anomaly.service import actor_of, changing, check_role, check_text
-from services.anomaly.tuning import HISTORY_MAX, LIST_MAX, check_id, check_pace, known_machine, position_of
+from services.anomaly.tuning import HISTORY_MAX, LIST_MAX, check_id, known_machine, lock_at_pace, position_of
 from services.anomaly.tuning_store import NewTuning, StoredRule, TuningEntry, TuningStore
 from services.anomaly.tunings import (
     DELAY_S_MAX,
@@ -176,8 +176,7 @@ class RuleService:
 
     async def _store_rule(self, caller: Caller, rule: Rule, *, cause: str) -> StoredRule:
         async with changing(self._pool) as connection:
-            await check_pace(self._store, connection, rule.firm_id, now_us=self._clock.now_us())
-            await self._store.lock(connection)
+            await lock_at_pace(self._store, connection, rule.firm_id, now_us=self._clock.now_us())
             stands = await self._store.rule(connection, rule.id)
             if stands is not None and stands.rule.version != rule.version - 1:
                 raise Conflict(

@@ -47,8 +47,7 @@ class TuningService:
         check_text(comment, "comment")
         async with changing(self._pool) as connection:
             alarm = await self._learned(connection, caller, alarm_id)
-            await check_pace(self._store, connection, alarm.firm_id, now_us=self._clock.now_us())
-            await self._store.lock(connection)
+            await lock_at_pace(self._store, connection, alarm.firm_id, now_us=self._clock.now_us())
             if await self._store.rate(
                 connection, alarm_id=alarm_id, machine_id=alarm.machine_id, position=alarm.position, useful=useful
             ):
@@ -68,8 +67,7 @@ class TuningService:
         check_text(comment, "comment")
         async with changing(self._pool) as connection:
             alarm = await self._learned(connection, caller, alarm_id)
-            await check_pace(self._store, connection, alarm.firm_id, now_us=self._clock.now_us())
-            await self._store.lock(connection)
+            await lock_at_pace(self._store, connection, alarm.firm_id, now_us=self._clock.now_us())
             await self._store.discount(connection, alarm.machine_id, alarm.position)
             if await self._store.offset(connection, alarm.machine_id, alarm.position):
                 await self._move(connection, caller, alarm, 0.0, cause="reset", comment=comment)
@@ -96,8 +94,7 @@ class TuningService:
         machine = await known_machine(self._directory, caller, machine_id)
         position = position_of(machine, check_id(signal_id, "signal_id")) if signal_id else None
         async with changing(self._pool) as connection:
-            await check_pace(self._store, connection, machine.firm_id, now_us=self._clock.now_us())
-            await self._store.lock(connection)
+            await lock_at_pace(self._store, connection, machine.firm_id, now_us=self._clock.now_us())
             new = NewTuning(
                 kind=TuningKind.RELEARN,
                 firm_id=machine.firm_id,
@@ -159,8 +156,8 @@ class TuningService:
         )
 
 
-async def check_pace(store: TuningStore, connection: Connection, firm_id: int, *, now_us: int) -> None:
-    """Raises SlowDown when the firm has changed too much of late. Before the lock, so that it holds up nobody."""
+async def lock_at_pace(store: TuningStore, connection: Connection, firm_id: int, *, now_us: int) -> None:
+    """Take the lock for a change. Raises SlowDown, without it, when the firm has changed too much of late: it holds up nobody."""
     since_us = now_us - 3600 * MICROSECONDS
     if await store.made(connection, firm_id, since_us=since_us, limit=TUNINGS_AN_HOUR_MAX) >= TUNINGS_AN_HOUR_MAX:
         raise SlowDown(
@@ -168,6 +165,7 @@ async def check_pace(store: TuningStore, connection: Connection, firm_id: int, *
             reason="LIMIT_TUNINGS",
             retry_after_s=600,
         )
+    await store.lock(connection)
 
 
 async def known_machine(directory: Directory, caller: Caller, machine_id: int) -> directory_pb.Machine:
