@@ -3,20 +3,27 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import asyncpg
 import grpc
 import httpx
+import numpy as np
 import pytest
 import pytest_asyncio
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from services.anomaly.store import Checkpoint, SavedState, StateStore
+from services.anomaly.domain import Severity
+from services.anomaly.raiser import AlarmRaiser
+from services.anomaly.rulebook import RuleEvent
+from services.anomaly.scorer import Found, Frames
+from services.anomaly.store import AlarmStore, Checkpoint, SavedState, StateStore
+from services.anomaly.tunings import Rule, RuleKind
 from services.common import topics
+from services.common.clock import SystemClock
 from services.common.database import create_pool
-from services.common.directory import entity_key
+from services.common.directory import Directory, entity_key
 from services.common.identity import Role
 from services.common.kafka import Cluster, Fenced, MadeAnew, Position, Publisher
 from services.common.settings import Settings
@@ -321,6 +328,31 @@ async def test_the_largest_number_there_is_stops_nobody(hub: Hub, publisher: Pub
         return bool(await database.fetchval("SELECT count(*) FROM alarm WHERE machine_id = 31 AND position = 2"))
 
     await eventually(raised)
+
+
+async def test_an_alarm_that_the_database_refuses_holds_up_no_other(settings: Settings, database: Database) -> None:
+    sound = Rule(
+        id="f" * 32, version=1, firm_id=FIRM, machine_id=32, position=0, kind=RuleKind.ABOVE, name="test", severity=Severity.LOW
+    )  # fmt: skip
+    of_none: Any = None
+    beyond: Any = 4
+    wrong = [
+        replace(sound, id="1" * 32, severity=beyond),  # breaks a check
+        replace(sound, id="2" * 32, firm_id=of_none),
+        replace(sound, id="3" * 32, version=2**40),  # is more than its column holds
+    ]
+    frames = Frames(FIRM, 32, 0, np.zeros(0, dtype=np.int64), np.zeros((0, 1)), 0, "test")
+    found = [Found(frames, RuleEvent(rule, True, 2, 1, 60.0, 50.0)) for rule in (*wrong, sound)]
+    cluster = Cluster(settings.kafka_bootstrap, settings.kafka_topic_prefix)
+    pool = await create_pool(settings.database_dsn, schema="anomaly", size_max=1)
+    try:
+        clock = SystemClock()
+        raiser = AlarmRaiser(AlarmStore(), pool, Directory(cluster, clock=clock, kinds=("machine",)), clock)
+        stored = await raiser.store(found)
+    finally:
+        await pool.close()
+    assert [event.alarm.rule_id for event in stored] == [sound.id]
+    assert await database.fetchval("SELECT count(*) FROM alarm WHERE machine_id = 32") == 1
 
 
 async def test_only_the_owner_of_the_position_can_save_states(settings: Settings, database: Database) -> None:
