@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import asyncpg
 from prometheus_client import Counter, Gauge
@@ -57,6 +58,12 @@ async def write_all(connection: Connection, topic: str, events: Sequence[tuple[s
         [value for _, value in events],
         tracing.traceparent(correlation_id),
     )
+
+
+def _together(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many of these may be published together: one that the brokers might refuse goes alone, and holds up none before it."""
+    large = (number for number, row in enumerate(rows) if len(row["value"] or b"") > EVENT_BYTES_MAX)
+    return max(1, next(large, len(rows)))
 
 
 class OutboxRelay:
@@ -121,6 +128,7 @@ class OutboxRelay:
             )
             if not rows:
                 return False
+            rows = rows[: _together(rows)]
             await self._publish(
                 [
                     Message(

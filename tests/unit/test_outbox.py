@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from services.common.errors import TooLarge
 from services.common.kafka import Message
-from services.common.outbox import OutboxRelay
+from services.common.outbox import EVENT_BYTES_MAX, OutboxRelay
 
 
 class _Box:
@@ -66,3 +67,27 @@ async def test_a_relay_that_is_stopped_keeps_its_lock_until_nothing_is_on_its_wa
     with pytest.raises(asyncio.CancelledError):
         await relay
     assert locked_at_the_end == [True]
+
+
+async def test_what_stands_before_an_event_that_no_broker_takes_leaves_and_the_rest_waits() -> None:
+    large = bytes(EVENT_BYTES_MAX + 1)
+    box = _Box([b"key issued", large, b"key revoked"])
+    left: list[bytes | None] = []
+    refused = asyncio.Event()
+
+    class Careful:
+        async def publish_all(self, messages: Sequence[Message]) -> list[int]:
+            if any(len(message.value or b"") > EVENT_BYTES_MAX for message in messages):
+                refused.set()
+                raise TooLarge()
+            left.extend(message.value for message in messages)
+            return [0] * len(messages)
+
+    relay = asyncio.create_task(OutboxRelay(box, Careful(), schema="ingest").run())  # type: ignore[arg-type]
+    async with asyncio.timeout(5):
+        await refused.wait()
+    relay.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await relay
+    assert left == [b"key issued"]
+    assert list(box.values.values()) == [large, b"key revoked"]
