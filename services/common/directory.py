@@ -4,7 +4,7 @@ Every service holds one, so no request waits for another service, and the teleme
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from aiokafka import ConsumerRecord
 from google.protobuf.message import DecodeError
@@ -80,15 +80,11 @@ class _Entries:
         self.sites: dict[int, pb.Site] = {}
         self.partners: dict[int, pb.Partner] = {}
         self.machines = _Machines()
+        # Those that are kept as they are read, each under the name of its field in an entry.
+        self._plain: dict[str, dict[int, Any]] = {"firm": self.firms, "site": self.sites, "partner": self.partners}
 
     def of(self, kind: str) -> Mapping[int, object]:
-        known: dict[str, Mapping[int, object]] = {
-            "firm": self.firms,
-            "site": self.sites,
-            "partner": self.partners,
-            "machine": self.machines,
-        }
-        return known[kind]
+        return self.machines if kind == "machine" else self._plain[kind]
 
     def apply(self, record: ConsumerRecord) -> None:
         kind, _, number = record.key.decode().partition("/")
@@ -108,12 +104,8 @@ class _Entries:
             self.credential_digests[entity_id] = entry.credential.sha256
         elif kind not in self._kinds:
             return
-        elif kind == "firm":
-            self.firms[entity_id] = entry.firm
-        elif kind == "site":
-            self.sites[entity_id] = entry.site
-        elif kind == "partner":
-            self.partners[entity_id] = entry.partner
+        elif kind in self._plain:
+            self._plain[kind][entity_id] = getattr(entry, kind)
         elif kind == "machine":
             self.machines.entries[entity_id] = record.value
             self.machine_ids[entry.machine.path.lower()] = entity_id
@@ -126,8 +118,8 @@ class _Entries:
         elif kind == "machine" and entity_id in self.machines:
             self.machine_ids.pop(self.machines[entity_id].path.lower(), None)
             del self.machines.entries[entity_id]
-        elif kind in ("firm", "site", "partner"):
-            {"firm": self.firms, "site": self.sites, "partner": self.partners}[kind].pop(entity_id, None)  # type: ignore[attr-defined]
+        elif kind in self._plain:
+            self._plain[kind].pop(entity_id, None)
 
 
 class Directory:

@@ -1,7 +1,7 @@
 """The copy of the directory in memory, while its topic is read anew."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -101,11 +101,11 @@ class _Consumer:
 
 @asynccontextmanager
 async def _followed(
-    topic: _Topic, monkeypatch: pytest.MonkeyPatch, *, age_s_max: float = 3600
+    topic: _Topic, monkeypatch: pytest.MonkeyPatch, *, age_s_max: float = 3600, kinds: Collection[str] = ("firm",)
 ) -> AsyncIterator[Directory]:
     monkeypatch.setattr("services.common.kafka.following.AIOKafkaConsumer", topic.consumer)
     monkeypatch.setattr("services.common.kafka.following.RETRY_DELAY_S", 0.01)
-    directory = Directory(Cluster("nowhere"), clock=SystemClock(), kinds=("firm",), age_s_max=age_s_max)
+    directory = Directory(Cluster("nowhere"), clock=SystemClock(), kinds=kinds, age_s_max=age_s_max)
     following = asyncio.create_task(directory.run())
     try:
         yield directory
@@ -219,3 +219,25 @@ async def test_a_cancellation_that_the_library_lets_out_does_not_end_the_reading
         topic.put("firm/1", pb.DirectoryEntry(firm=pb.Firm(id=1)))
         topic.read_from_its_beginning()
         await _until(lambda: 1 in directory.firms)
+
+
+async def test_each_kind_is_known_until_it_is_taken_away_and_no_other_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    topic = _Topic()
+    kept = ("firm", "site", "machine")
+    entries = {
+        "firm": pb.DirectoryEntry(firm=pb.Firm(id=1)),
+        "site": pb.DirectoryEntry(site=pb.Site(id=1)),
+        "machine": pb.DirectoryEntry(machine=pb.Machine(id=1, path="A/b")),
+        "partner": pb.DirectoryEntry(partner=pb.Partner(id=1)),
+    }
+    for kind, entry in entries.items():
+        topic.put(f"{kind}/1", entry)
+    async with _followed(topic, monkeypatch, kinds=kept) as directory:
+        await directory.wait_caught_up()
+        for kind in entries:
+            assert await directory.wait_for(kind, 1, timeout_s=0.05) is (kind in kept)
+        assert directory.firms[1].id == directory.sites[1].id == directory.machines[1].id == directory.machine_id("a/B")
+        for kind in entries:
+            topic.put(f"{kind}/1", None)
+        await _until(lambda: not (directory.firms or directory.sites or directory.machines))
+        assert directory.machine_id("A/b") == 0
