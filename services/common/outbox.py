@@ -2,8 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import asyncpg
 from prometheus_client import Counter, Gauge
@@ -60,7 +59,7 @@ async def write_all(connection: Connection, topic: str, events: Sequence[tuple[s
     )
 
 
-def _together(rows: Sequence[Mapping[str, Any]]) -> int:
+def _together(rows: Sequence[asyncpg.Record]) -> int:
     """How many of these may be published together: one that the brokers might refuse goes alone, and holds up none before it."""
     large = (number for number, row in enumerate(rows) if len(row["value"] or b"") > EVENT_BYTES_MAX)
     return max(1, next(large, len(rows)))
